@@ -1,0 +1,153 @@
+"""The six kinds of method: each reduces `apply` to one override, and the run owns the rest.
+
+A rare method overrides `apply(run)` itself and is then of kind `apply`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from effbench.core.method import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from effbench.core.run import Run
+    from effbench.nn.blocks import Group
+    from effbench.nn.cache import Slots
+    from effbench.nn.calibration import BlockInputs, Layer
+    from effbench.nn.data import Example, Segments
+
+Need = Literal["norm", "hessian", "grad2", "raw"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Select(Method):
+    """Chooses or orders training data. Ranks `run.data.pool`, writes `run.data.train`.
+
+    Override `score` (larger is kept first) or `order` (example indices, best first).
+    """
+
+    def score(self, examples: Sequence[Example], run: Run) -> Tensor:
+        """[N]: the larger, the more worth keeping."""
+        raise NotImplementedError
+
+    def order(self, examples: Sequence[Example], run: Run) -> Sequence[int]:
+        """Indices into `examples`, best first; may be shorter than the pool."""
+        scores = self.score(examples, run)
+        return [int(i) for i in scores.argsort(descending=True, stable=True)]
+
+    def apply(self, run: Run) -> None:
+        run.select(self)
+        super().apply(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights(Method):
+    """Rewrites the weights of every linear in the blocks, layer by layer, from streamed calibration statistics."""
+
+    needs: ClassVar[set[Need]] = set()  # statistics of the inputs and gradients that `compress` reads
+    sequential: ClassVar[bool] = True  # a block's statistics come from inputs that compressed blocks produced
+    settles: ClassVar[bool] = True
+    type: ClassVar[str] = "PTQ"  # facts for the comparison table
+    weight_update: ClassVar[str] = "none"
+
+    def prepare(self, run: Run) -> None:
+        """Look at the whole model first (global thresholds)."""
+
+    def compress(self, layer: Layer) -> nn.Module:
+        """The module that takes the layer's place."""
+        raise NotImplementedError
+
+    def compress_block(self, block: BlockInputs, groups: Sequence[Group]) -> dict[str, nn.Module]:
+        """Modules that take the places of a block's linears, by path; by default one linear at a time."""
+        return {layer.name: self.compress(layer) for layer in block.layers(groups)}
+
+    @property
+    def true_sequence(self) -> bool:
+        """Whether groups of linears within a block are compressed one after the other, each on fresh statistics."""
+        return False
+
+    def apply(self, run: Run) -> None:
+        run.stream(self)
+        super().apply(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap(Method):
+    """Replaces modules by trainable ones; `settle` turns them into their final form once, after training."""
+
+    targets: ClassVar[str] = "linears"
+
+    def replace(self, module: nn.Module) -> nn.Module:
+        """The module that takes the place of `module` and may hold it."""
+        raise NotImplementedError
+
+    def settle(self, module: nn.Module) -> nn.Module:
+        """The final form of a module that `replace` made (merged, packed); by default itself."""
+        return module
+
+    def apply(self, run: Run) -> None:
+        run.swap(self)
+        super().apply(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Method):
+    """Changes the next `fit` through hooks and slots, and is undone at its end."""
+
+    def slot_values(self) -> dict[str, Any]:
+        """What to write in each slot named by `claims`."""
+        return {}
+
+    def apply(self, run: Run) -> None:
+        run.attach(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache(Method):
+    """Keeps fewer cached tokens (`keep`), or stores them in fewer bits (`encode`, `decode`), during inference."""
+
+    unit: ClassVar[Literal["token", "block"]] = "token"  # what an encoder can evict at a time
+
+    def keep(self, layer: Slots) -> Tensor:
+        """Indices of the slots that stay, [B, Hkv, kept]."""
+        raise NotImplementedError
+
+    def encode(self, keys: Tensor, values: Tensor) -> Any:
+        """Store keys and values [B, Hkv, T, D] in fewer bytes."""
+        raise NotImplementedError
+
+    def decode(self, stored: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, T, D] of what `encode` stored."""
+        raise NotImplementedError
+
+    def apply(self, run: Run) -> None:
+        run.infer.cache(self)
+        super().apply(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt(Method):
+    """Shortens prompts before they reach the model."""
+
+    def rewrite(self, segments: Segments, run: Run) -> Segments:
+        """Segments with the same roles and fewer tokens."""
+        raise NotImplementedError
+
+    def apply(self, run: Run) -> None:
+        run.infer.chain("prompt").append(self)
+        super().apply(run)
+
+
+KINDS: dict[str, type[Method]] = {
+    kind.__name__: kind for kind in (Select, Weights, Swap, Train, Cache, Prompt)
+}
+
+
+def kind_of(method: type[Method]) -> str:
+    """Name of the kind a method class belongs to; `apply` for one that overrides the verb itself."""
+    return next((name for name, kind in KINDS.items() if issubclass(method, kind)), "apply")

@@ -1,0 +1,149 @@
+"""The contract: a method is a frozen dataclass whose fields are hyper-parameters, with one verb, `apply(run)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
+
+from effbench.core.errors import Usage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from effbench.core.run import Run
+
+HOOKS = ("batch", "loss", "param_groups", "optimizer", "context", "on_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to make a language model cheaper.
+
+    What stands in a recipe before `fit()` prepares, what stands after acts on the trained weights; the order of the
+    steps is the meaning of the recipe. Hooks are optional on every method and wired where they are overridden.
+    """
+
+    paper: ClassVar[str] = ""  # where the method was published
+    identity: ClassVar[dict[str, Any] | None] = None  # settings at which the model must be unchanged
+    claims: ClassVar[tuple[str, ...]] = ()  # slots this method writes, e.g. "train.precision"
+    consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
+    settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
+    exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _cast(getattr(self, field.name), _hints(type(self))[field.name], f"{self.key}.{field.name}")
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    @property
+    def key(self) -> str:
+        """Registry key: the stem of the file that defines the method."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def __str__(self) -> str:
+        """The step in canonical form: key and the fields that differ from their defaults."""
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        given = {name: getattr(self, name) for name in default}
+        return f"{self.key}({', '.join(f'{k}={v!r}' for k, v in given.items() if v != default[k])})"
+
+    def check(self) -> None:
+        """Raise `Usage` for settings that no data can make right."""
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise `Usage` naming this step unless `condition` holds."""
+        if not condition:
+            raise Usage(f"{self}: {message}")
+
+    def files(self) -> tuple[Path, ...]:
+        """Files this method reads; their digests are part of a cell's identity."""
+        return ()
+
+    def slots(self) -> tuple[str, ...]:
+        """All slots this method writes: those it declares, and the optimizer if it brings one."""
+        return self.claims + (("train.optimizer",) if self.overrides("optimizer") else ())
+
+    def overrides(self, hook: str) -> bool:
+        """Whether the class of this method defines `hook` itself."""
+        return getattr(type(self), hook) is not getattr(Method, hook)
+
+    def apply(self, run: Run) -> None:
+        """Change the run: its model, its data or its plans. Kinds do this for their methods."""
+        if any(self.overrides(hook) for hook in HOOKS):
+            run.attach(self)
+
+    # Hooks of the next fit; see `effbench.nn.fit` for the loop with every hook in its place.
+
+    def batch(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        """Transform a batch before the forward pass."""
+        raise NotImplementedError
+
+    def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
+        """Named, weighted loss terms; a term called `hard` replaces the built-in cross-entropy."""
+        raise NotImplementedError
+
+    def param_groups(self, groups: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
+        """Rearrange optimizer parameter groups."""
+        raise NotImplementedError
+
+    def optimizer(self, groups: list[dict[str, Any]], run: Run) -> Any:
+        """Build the optimizer (claims the slot `train.optimizer`)."""
+        raise NotImplementedError
+
+    def context(self, run: Run) -> AbstractContextManager[Any]:
+        """A context that encloses the whole fit."""
+        raise NotImplementedError
+
+    def on_step(self, run: Run, step: int, total: int) -> None:
+        """Called once per optimizer step: after it, before gradients are cleared, gradients unscaled."""
+        raise NotImplementedError
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _cast(value: Any, hint: Any, where: str) -> Any:
+    """Bring a literal to the field's type, or raise `Usage`; lists become tuples, whole numbers become floats."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in get_args(hint)):
+            return value
+        raise Usage(f"{where}={value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
+    if origin in (Union, types.UnionType):
+        for arm in get_args(hint):
+            try:
+                return _cast(value, arm, where)
+            except Usage:
+                continue
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        arms = get_args(hint)
+        if len(arms) == 2 and arms[1] is Ellipsis:
+            return tuple(_cast(item, arms[0], where) for item in value)
+        if len(arms) == len(value):
+            return tuple(_cast(item, arm, where) for item, arm in zip(value, arms, strict=True))
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
+    raise Usage(f"{where}={value!r}: must be {name if origin is None else hint}, not {type(value).__name__}")
+
+
+def module_of(method: Method | type[Method]) -> str:
+    """Import name of the module that defines a method."""
+    return (method if isinstance(method, type) else type(method)).__module__
+
+
+__all__ = ["HOOKS", "Method", "module_of"]
+if TYPE_CHECKING:
+    _ = nn

@@ -1,0 +1,118 @@
+"""Recipes: ordered lists of methods, written as step strings such as `"nf4(), lora(rank=16), fit(steps=50)"`.
+
+Parsing is strict: calls with literal keyword arguments and nothing else, never evaluated as code.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from effbench.core import registry
+from effbench.core.errors import Conflict, Usage
+from effbench.core.method import Method
+from effbench.core.run import conflict
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named, ordered list of methods; the recipe of no steps is the baseline."""
+
+    name: str
+    steps: tuple[Method, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.steps))
+
+    def check(self) -> Recipe:
+        """Raise `Conflict` where two steps write one slot; each fit uses the train plan up."""
+        writers: dict[str, str] = {}
+        for step in self.steps:
+            for slot in step.slots():
+                if slot in writers:
+                    raise Conflict(conflict(slot, writers[slot], str(step)))
+                writers[slot] = str(step)
+            if step.consumes:
+                writers = {slot: who for slot, who in writers.items() if not slot.startswith("train.")}
+        return self
+
+    def resolved(self) -> list[dict[str, Any]]:
+        """Every step with all its fields, for the record."""
+        return [{"method": step.key, **dataclasses.asdict(step)} for step in self.steps]
+
+
+def parse(text: str, name: str | None = None) -> Recipe:
+    """The recipe of a step string; an empty string is the baseline. Raises `Usage`."""
+    steps: list[Method] = []
+    for call in _calls(text):
+        preset = registry.presets().get(_name(call, text))
+        if preset is not None:
+            if call.args or call.keywords:
+                raise Usage(f"{_name(call, text)} is a preset and takes no arguments: write out {preset!r}")
+            steps.extend(parse(preset).steps)
+        else:
+            steps.append(_step(call, text))
+    return Recipe(name if name is not None else (text.strip() or "baseline"), tuple(steps)).check()
+
+
+def parse_step(text: str) -> Method:
+    """The one method of a step string. Raises `Usage`."""
+    calls = _calls(text)
+    if len(calls) != 1:
+        raise Usage(f"{text!r}: expected one step, found {len(calls)}")
+    return _step(calls[0], text)
+
+
+def unique(recipes: Iterable[Recipe]) -> list[Recipe]:
+    """The recipes, or `Usage` when two share a name."""
+    found: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if recipe.name in found:
+            raise Usage(f"two recipes are called {recipe.name!r}: give one of them another name")
+        found[recipe.name] = recipe
+    return list(found.values())
+
+
+def _calls(text: str) -> list[ast.Call]:
+    if not text.strip():
+        return []
+    try:
+        tree = ast.parse(f"({text}\n,)", mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; write steps as name(key=value), ...") from None
+    assert isinstance(tree, ast.Tuple)
+    for node in tree.elts:
+        if not isinstance(node, ast.Call):
+            shown = ast.unparse(node)
+            hint = f"write {shown}()" if isinstance(node, ast.Name) else "write steps as name(key=value), ..."
+            raise Usage(f"recipe {text!r}: {shown!r} is not a step; {hint}")
+    return tree.elts  # type: ignore[return-value]
+
+
+def _name(call: ast.Call, text: str) -> str:
+    if not isinstance(call.func, ast.Name):
+        raise Usage(f"recipe {text!r}: {ast.unparse(call.func)!r} is not the name of a method")
+    return call.func.id
+
+
+def _step(call: ast.Call, text: str) -> Method:
+    cls = registry.load(_name(call, text))
+    shown = ast.unparse(call)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    if call.args:
+        raise Usage(f"{shown}: arguments must be named; the parameters are {', '.join(fields) or 'none'}")
+    given: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            raise Usage(f"{shown}: ** is not allowed")
+        if keyword.arg in given:
+            raise Usage(f"{shown}: {keyword.arg} is given twice")
+        if keyword.arg not in fields:
+            raise Usage(f"{shown}: no parameter {keyword.arg!r}{registry.nearest(keyword.arg, fields)}")
+        try:
+            given[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, MemoryError, RecursionError):
+            raise Usage(f"{shown}: {keyword.arg}={ast.unparse(keyword.value)} is not a literal") from None
+    return cls(**given)

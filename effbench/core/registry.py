@@ -1,0 +1,203 @@
+"""Methods by name. The registry is the folder tree: `methods/<family>/<key>.py` defines the method `key`.
+
+Names, papers and parameters are read from source without importing, so listing needs no torch; a class is imported
+when a recipe asks for it. `EFFBENCH_METHODS` may name further folders of the same shape, separated as in PATH.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from effbench.core.errors import Usage
+from effbench.core.kinds import KINDS
+from effbench.core.method import Method
+
+PACKAGE = Path(__file__).resolve().parent.parent
+SUITES = PACKAGE / "suites"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is known of a method without importing it."""
+
+    key: str
+    family: str
+    kind: str
+    paper: str
+    summary: str  # first line of the module's docstring
+    parameters: dict[str, str]  # name: "type = default" as written
+    facts: dict[str, Any]  # literal class attributes: needs, type, weight_update ...
+    path: Path
+    cls: str
+    module: str
+
+
+def roots() -> list[Path]:
+    """Folders that hold families of methods."""
+    extra = os.environ.get("EFFBENCH_METHODS", "")
+    return [PACKAGE / "methods", *(Path(part) for part in extra.split(os.pathsep) if part)]
+
+
+def catalog() -> dict[str, Entry]:
+    """Every method by key, sorted. Raises `Usage` when two files share a key."""
+    return dict(_catalog(tuple(roots())))
+
+
+@functools.cache
+def _catalog(folders: tuple[Path, ...]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for root in folders:
+        for path in sorted(root.glob("*/*.py")):
+            if path.stem.startswith("_"):
+                continue
+            entry = _entry(path, root)
+            if entry.key in entries:
+                raise Usage(f"two methods are called {entry.key!r}: {entries[entry.key].path} and {path}")
+            entries[entry.key] = entry
+    return dict(sorted(entries.items()))
+
+
+def _entry(path: Path, root: Path) -> Entry:
+    family = path.parent.name
+    module = f"effbench.methods.{family}.{path.stem}" if root == PACKAGE / "methods" else path.stem
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        return Entry(path.stem, family, "broken", "", f"cannot be read: {error}", {}, {}, path, "", module)
+    wanted = path.stem.replace("_", "")
+    classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.lower() == wanted}
+    if len(classes) != 1:
+        reason = f"defines no class {wanted!r} (capitals as in the paper)"
+        return Entry(path.stem, family, "broken", "", reason, {}, {}, path, "", module)
+    (name, node), = classes.items()
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    parameters: dict[str, str] = {}
+    facts: dict[str, Any] = {}
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            note = ast.unparse(line.annotation)
+            if not note.startswith("ClassVar"):
+                default = f" = {ast.unparse(line.value)}" if line.value else ""
+                parameters[line.target.id] = note + default
+            elif line.value is not None:
+                _literal(facts, line.target.id, line.value)
+        elif isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            _literal(facts, line.targets[0].id, line.value)
+    return Entry(
+        key=path.stem,
+        family=family,
+        kind=next((base for base in bases if base in KINDS), "apply"),
+        paper=facts.pop("paper", ""),
+        summary=(ast.get_docstring(tree) or "").partition("\n")[0],
+        parameters=parameters,
+        facts=facts,
+        path=path,
+        cls=name,
+        module=module,
+    )
+
+
+def _literal(facts: dict[str, Any], name: str, value: ast.expr) -> None:
+    try:
+        facts[name] = ast.literal_eval(value)
+    except ValueError:
+        return
+
+
+def load(key: str) -> type[Method]:
+    """The class of a method. Raises `Usage` for an unknown name or a file that cannot be imported."""
+    entries = catalog()
+    if key not in entries:
+        raise Usage(f"unknown method {key!r}{nearest(key, [*entries, *presets()])}")
+    entry = entries[key]
+    if entry.kind == "broken":
+        raise Usage(f"method {key!r}: {entry.path} {entry.summary}")
+    try:
+        module = _import(entry)
+    except Exception as error:
+        raise Usage(f"method {key!r}: {entry.path} cannot be imported: {error!r}") from error
+    cls: type[Method] = getattr(module, entry.cls)
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise Usage(f"method {key!r}: {entry.cls} in {entry.path} is not a Method")
+    return cls
+
+
+def _import(entry: Entry) -> ModuleType:
+    if entry.module.startswith("effbench."):
+        return importlib.import_module(entry.module)
+    if entry.module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(entry.module, entry.path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[entry.module] = module  # dataclasses and pickle look their module up by name
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[entry.module]
+            raise
+    return sys.modules[entry.module]
+
+
+@functools.cache
+def presets() -> dict[str, str]:
+    """Named step strings of `suites/presets.yaml`."""
+    found = yaml.safe_load((SUITES / "presets.yaml").read_text()) or {}
+    return {str(name): str(steps) for name, steps in found.items()}
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x' or 'y'?` for the nearest choices, or the list of them."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    return f"; there is {', '.join(sorted(choices)) or 'none'}"
+
+
+@functools.cache
+def source_digest(key: str) -> str:
+    """Digest of the source that decides what a method computes: its file, and the method, format and kernel code
+    that it imports, directly or not."""
+    digest = hashlib.sha256()
+    for path in sorted(_closure(catalog()[key].path)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _closure(start: Path) -> set[Path]:
+    seen: set[Path] = set()
+    queue = [start]
+    while queue:
+        path = queue.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names = [node.value.partition(":")[0]]  # lazily imported backends
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "effbench" and len(parts) > 2 and parts[1] in ("methods", "formats", "kernels"):
+                    file = PACKAGE.joinpath(*parts[1:]).with_suffix(".py")
+                    if file.is_file():
+                        queue.append(file)
+    return seen

@@ -1,0 +1,175 @@
+"""The four questions that every linear answers, replaced or not.
+
+`dense_weight(m)`   the matrix it multiplies by, [out, in]
+`stored_bytes(m)`   what it occupies in a saved artifact, weights and metadata apart
+`kept(m)`           which weights may differ from zero, bool [out, in], or None when all may
+`rebuilt(m, w)`     the same container holding another matrix
+
+A method that replaces a linear returns a `Replaced`; everything else (merging, training, saving, counting) goes
+through these four and never asks which method it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Bytes(NamedTuple):
+    """Stored bytes: the weights themselves, and what is needed to read them (scales, zero-points, indices)."""
+
+    weights: int
+    metadata: int
+
+    def __add__(self, other: object) -> Bytes:
+        assert isinstance(other, Bytes)
+        return Bytes(self.weights + other.weights, self.metadata + other.metadata)
+
+
+class Replaced(nn.Module):
+    """A module that stands where a linear stood and computes y = x W^T + b.
+
+    Subclasses keep their tensors as buffers or parameters; what `config()` returns must rebuild an empty instance
+    (`cls(**config)`) whose state dict has the same names, shapes and dtypes.
+    """
+
+    metadata: ClassVar[frozenset[str]] = frozenset()  # names of tensors that only describe the weights
+    simulated: ClassVar[bool] = False  # True: computes like the compressed form but is not stored as it
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias: nn.Parameter | None = None
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.config().items())
+
+    def dense_weight(self) -> Tensor:
+        """The matrix this module multiplies by, float32 [out, in]."""
+        raise NotImplementedError
+
+    def kept(self) -> Tensor | None:
+        """Bool [out, in], False where the weight is held at zero; None when no weight is."""
+        return None
+
+    def rebuilt(self, weight: Tensor) -> nn.Module:
+        """The same container holding `weight` [out, in], rounded to what it can represent."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of `__init__` as plain values, for saving."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
+
+
+class MaskedLinear(Replaced):
+    """A dense linear some of whose weights are held at zero, through training and compression alike."""
+
+    metadata = frozenset({"mask"})
+    mask: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        words = -(-in_features // 8)
+        self.register_buffer("mask", torch.zeros(out_features, words, dtype=torch.uint8))
+
+    @classmethod
+    def of(cls, weight: Tensor, keep: Tensor, bias: Tensor | None = None) -> MaskedLinear:
+        """Hold `weight` [out, in] where `keep` (bool [out, in]) is True and zero elsewhere."""
+        out_features, in_features = weight.shape
+        module = cls(in_features, out_features, bias is not None).to(weight.device)
+        module.weight.data = weight * keep
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone())
+        padded = nn.functional.pad(keep, (0, -in_features % 8)).view(out_features, -1, 8)
+        place = torch.arange(8, device=keep.device)
+        module.mask = (padded.to(torch.uint8) << place).sum(-1).to(torch.uint8)
+        return module
+
+    def kept(self) -> Tensor:
+        bits = self.mask.unsqueeze(-1) >> torch.arange(8, device=self.mask.device) & 1
+        return bits.flatten(1)[:, : self.in_features].bool()
+
+    def dense_weight(self) -> Tensor:
+        return self.weight.float()
+
+    def rebuilt(self, weight: Tensor) -> MaskedLinear:
+        return MaskedLinear.of(weight.to(self.weight.dtype), self.kept(), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+LINEARS = (nn.Linear, Conv1D, Replaced)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The matrix that `module` multiplies by, float32 [out, in]."""
+    if isinstance(module, Replaced):
+        return module.dense_weight()
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+    return (weight.T if isinstance(module, Conv1D) else weight).float()
+
+
+def stored_bytes(module: nn.Module, dtype: torch.dtype) -> Bytes:
+    """Bytes of `module` in a saved artifact whose dense tensors are kept in `dtype`."""
+    metadata = module.metadata if isinstance(module, Replaced) else frozenset()
+    weights = described = 0
+    for name, tensor in stored_tensors(module):
+        width = dtype.itemsize if stored_as(tensor, dtype) is dtype else tensor.element_size()
+        if name.rpartition(".")[2] in metadata:
+            described += tensor.numel() * width
+        else:
+            weights += tensor.numel() * width
+    return Bytes(weights, described)
+
+
+def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of `module` that a saved artifact holds, with its name."""
+    yield from module.named_parameters()
+    for path, owner in module.named_modules():
+        for name, tensor in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, tensor
+
+
+def stored_as(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which an artifact keeps `tensor`: compute tensors (float32, float64) narrow to `dtype`."""
+    return dtype if tensor.dtype in (torch.float32, torch.float64) else tensor.dtype
+
+
+def kept(module: nn.Module) -> Tensor | None:
+    """Bool [out, in], False where a weight is held at zero; None when no weight is."""
+    return module.kept() if isinstance(module, Replaced) else None
+
+
+def rebuilt(module: nn.Module, weight: Tensor) -> nn.Module:
+    """The same container holding `weight` [out, in]."""
+    if isinstance(module, Replaced):
+        return module.rebuilt(weight)
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device)
+    linear.weight.data = weight.to(module.weight.dtype)  # type: ignore[arg-type]
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+def top_linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Linears under `root` with their paths; what lies inside a replaced linear is not visited."""
+    for name, child in root.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, LINEARS):
+            yield path, child
+        else:
+            yield from top_linears(child, path)
