@@ -125,8 +125,14 @@ class Cache(Method):
         """Keys and values [B, Hkv, T, D] of what `encode` stored."""
         raise NotImplementedError
 
+    def slots(self) -> tuple[str, ...]:
+        return super().slots() + (("infer.encoder",) if type(self).encode is not Cache.encode else ())
+
     def apply(self, run: Run) -> None:
-        run.infer.cache(self)
+        if type(self).keep is not Cache.keep:
+            run.infer.chain("cache_keep").append(self)
+        if type(self).encode is not Cache.encode:
+            run.infer.claim("encoder", self, self)
         super().apply(run)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_o
 from effbench.core.errors import Usage
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from effbench.core.run import Run
 
@@ -137,13 +137,3 @@ def _cast(value: Any, hint: Any, where: str) -> Any:
         return value
     name = getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
     raise Usage(f"{where}={value!r}: must be {name if origin is None else hint}, not {type(value).__name__}")
-
-
-def module_of(method: Method | type[Method]) -> str:
-    """Import name of the module that defines a method."""
-    return (method if isinstance(method, type) else type(method)).__module__
-
-
-__all__ = ["HOOKS", "Method", "module_of"]
-if TYPE_CHECKING:
-    _ = nn

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from effbench.core.kinds import Cache, Select, Swap, Weights
+    from effbench.core.kinds import Select, Swap, Weights
     from effbench.core.method import Method
     from effbench.nn.data import Data
 
@@ -71,15 +71,13 @@ class InferPlan(Plan):
     """How scoring and generation go; lives until the probes are done."""
 
     name = "infer"
-    slots = ("decoder", "rope")
-    chains = ("cache_keep", "cache_encode", "prompt", "attend_mask", "attend_extra", "attend_observe")
+    slots = ("decoder", "rope", "encoder")
+    chains = ("cache_keep", "prompt", "attend_mask", "attend_extra", "attend_observe")
 
-    def cache(self, method: Cache) -> None:
-        """Add a cache method to the chains that it overrides."""
-        base = next(kind for kind in type(method).__mro__ if kind.__name__ == "Cache")
-        for chain, verb in (("cache_keep", "keep"), ("cache_encode", "encode")):
-            if getattr(type(method), verb) is not getattr(base, verb):
-                self.chain(chain).append(method)
+    @property
+    def streams(self) -> bool:
+        """Whether cached tokens are evicted or encoded, so that scoring has to go token by token."""
+        return bool(self.chain("cache_keep")) or self.slot("encoder") is not None
 
 
 def conflict(slot: str, first: str, second: str) -> str:
