@@ -64,6 +64,11 @@ class Method:
         """Files this method reads; their digests are part of a cell's identity."""
         return ()
 
+    @property
+    def ranks(self) -> int:
+        """Processes this method needs; known before anything is launched."""
+        return 1
+
     def slots(self) -> tuple[str, ...]:
         """All slots this method writes: those it declares, and the optimizer if it brings one."""
         return self.claims + (("train.optimizer",) if self.overrides("optimizer") else ())

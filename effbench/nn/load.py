@@ -19,7 +19,7 @@ from effbench.nn import artifact
 from effbench.nn.blocks import ARCHITECTURES
 from effbench.nn.data import Data, RandomTokens, open_data
 from effbench.nn.model_run import ModelRun
-from effbench.nn.shapes import SHAPES
+from effbench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from effbench.sources import DataSource, Source

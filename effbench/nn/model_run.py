@@ -16,9 +16,9 @@ from effbench.core.method import HOOKS, Method
 from effbench.core.run import InferPlan, Run, TrainPlan
 from effbench.nn import calibration, fit
 from effbench.nn.blocks import Blocks
-from effbench.nn.data import LONGEST, SEQUENCES, Data
+from effbench.nn.data import LONGEST, SEQUENCES, Data, Segments
 from effbench.nn.engine import Engine
-from effbench.nn.linear import stored_as
+from effbench.nn.linear import stored_as, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,13 +70,16 @@ class ModelRun(Run):
         self._swapped: list[Swapped] = []
         self._calibration = (sequences, length or min(LONGEST, self.engine().max_length))
         self._skip = skip
+        narrow(self.model, storage)
         self._before = _fingerprint(model)
         self._changed_otherwise = False
 
     @functools.cached_property
     def reference(self) -> Any:  # type: ignore[override]
-        """The unchanged original, frozen, loaded when first asked for."""
-        return self._reference().eval().requires_grad_(False)
+        """The unchanged original as it is stored, frozen, loaded when first asked for."""
+        model = self._reference().eval().requires_grad_(False)
+        narrow(model, self.storage)
+        return model
 
     @property
     def pad(self) -> int:
@@ -98,6 +101,12 @@ class ModelRun(Run):
         ids = self.data.calibration(sequences, length, self.seed)
         self.log["calibration_tokens"] = ids.numel()
         return ids
+
+    def rewrite(self, segments: Segments) -> Segments:
+        """A prompt after the plan's prompt methods, in their order."""
+        for method in self.infer.chain("prompt"):
+            segments = method.rewrite(segments, self)
+        return segments
 
     # What the kinds ask for.
 
@@ -194,7 +203,7 @@ class ModelRun(Run):
 @torch.no_grad()
 def narrow(model: nn.Module, storage: torch.dtype) -> None:
     """Round floating tensors to `storage` and back, so that what is measured is what would be saved."""
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for _, tensor in stored_tensors(model):
         if stored_as(tensor, storage) is not tensor.dtype:
             tensor.copy_(tensor.to(storage))
 

@@ -1,0 +1,74 @@
+"""Instruments. A probe is one module of this folder with `VERSION` and `take(run, settings) -> Reading`.
+
+Names, versions and the need for an idle machine are read from source, so asking for them imports no torch.
+All probes read one flat mapping of settings, each the keys it knows; what is absent or None has a default.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effbench.core.errors import Usage
+from effbench.core.record import Metric
+from effbench.core.registry import nearest
+
+if TYPE_CHECKING:
+    from effbench.nn.model_run import ModelRun
+
+
+@dataclasses.dataclass
+class Reading:
+    """What one probe has to say. A quantity that could not be measured is absent, never zero."""
+
+    metrics: dict[str, Metric] = dataclasses.field(default_factory=dict)
+    samples: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # per-item results, raw timings
+    protocols: dict[str, str] = dataclasses.field(default_factory=dict)  # metric: how it was measured
+
+    def add(self, name: str, metric: Metric | float, protocol: str) -> None:
+        """Take in one metric with its protocol."""
+        self.metrics[name] = metric if isinstance(metric, Metric) else Metric(float(metric))
+        self.protocols[name] = protocol
+
+
+def names() -> tuple[str, ...]:
+    """All probes, sorted."""
+    return tuple(_declared())
+
+
+def versions() -> dict[str, int]:
+    """Version of every probe; a probe whose numbers change their meaning raises its own."""
+    return {name: facts["VERSION"] for name, facts in _declared().items()}
+
+
+def take(name: str, run: ModelRun, settings: Mapping[str, Any]) -> Reading:
+    """Measure. Raises `Unsupported` or `Refused` with a reason where there is no honest number."""
+    if name not in _declared():
+        raise Usage(f"unknown probe {name!r}{nearest(name, names())}")
+    reading: Reading = importlib.import_module(f"{__name__}.{name}").take(run, settings)
+    return reading
+
+
+@functools.cache
+def _declared() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        facts = {
+            target.id: line.value.value
+            for line in ast.parse(path.read_bytes()).body
+            if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)
+            for target in line.targets
+            if isinstance(target, ast.Name)
+        }
+        if "VERSION" in facts:
+            found[path.stem] = facts
+    return found
+
+
+# Probes that need the machine to themselves.
+EXCLUSIVE = frozenset(name for name, facts in _declared().items() if facts.get("EXCLUSIVE"))

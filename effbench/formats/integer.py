@@ -1,0 +1,145 @@
+"""Integers of 2, 3, 4 or 8 bits with scales and zero-points per group, per row or per tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effbench.formats.packed import Packed
+from effbench.formats.packing import pack, unpack, word_count
+from effbench.kernels.int_linear.cases import OP
+from effbench.kernels.int_linear.reference import dense
+
+
+class IntLinear(Packed):
+    """W = scale * (code - zero), codes packed as compressed-tensors packs them (`pack-quantized`).
+
+    groups      groups of in / groups consecutive inputs; 1: one scale for a row
+    per_tensor  one scale (of `groups` = 1) for all rows
+    zeros       integer zero-points are stored; otherwise the zero-point is 2^(bits - 1)
+    order       the group of every input is stored (GPTQ's act-order with dynamic groups)
+    masked      which weights were pruned before is stored, so that `rebuilt` keeps them at zero
+    """
+
+    metadata = frozenset({"scale", "zero", "g_idx", "mask"})
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    g_idx: Tensor | None
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        groups: int = 1,
+        per_tensor: bool = False,
+        zeros: bool = False,
+        order: bool = False,
+        masked: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        if bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits={bits}: one of 2, 3, 4, 8")
+        if in_features % groups and not order:
+            raise ValueError(f"{in_features} inputs do not fall into {groups} equal groups")
+        if per_tensor and groups > 1:
+            raise ValueError("a scale per tensor knows no groups")
+        self.bits, self.groups, self.per_tensor = bits, groups, per_tensor
+        rows = 1 if per_tensor else out_features
+        self.reserve("weight", out_features, word_count(in_features, bits), dtype=torch.int32)
+        self.reserve("scale", rows, groups, dtype=torch.float16)
+        self.absent("zero", "g_idx", "mask")
+        if zeros:
+            self.reserve("zero", word_count(rows, bits), groups, dtype=torch.int32)
+        if order:
+            self.reserve("g_idx", in_features, dtype=torch.int32)
+        if masked:
+            self.reserve("mask", out_features, word_count(in_features, 1), dtype=torch.int32)
+
+    @classmethod
+    def of(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        g_idx: Tensor | None = None,
+        *,
+        bits: int,
+        bias: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> IntLinear:
+        """Pack codes [out, in] in [0, 2^bits), scale [out or 1, groups], zero (integers, as scale) and g_idx [in].
+
+        `keep` (bool [out, in]) records which weights a pruning method left; the codes of the others must equal
+        their zero-point.
+        """
+        out_features, in_features = codes.shape
+        rows, groups = scale.shape
+        for name, values in (("codes", codes), ("zero", zero)):
+            if values is not None and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
+                raise ValueError(f"{name} do not fit in {bits} bits")
+        module = cls(
+            in_features,
+            out_features,
+            bits,
+            groups,
+            rows == 1 < out_features,
+            zero is not None,
+            g_idx is not None,
+            keep is not None,
+            bias is not None,
+        )
+        return module.fill(
+            bias,
+            weight=pack(codes, bits),
+            scale=scale,
+            zero=None if zero is None else pack(zero.T, bits).T,
+            g_idx=g_idx,
+            mask=None if keep is None else pack(keep, 1),
+        )
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "bits": self.bits,
+            "groups": self.groups,
+            "per_tensor": self.per_tensor,
+            "zeros": self.zero is not None,
+            "order": self.g_idx is not None,
+            "masked": self.mask is not None,
+        }
+
+    def product(self, x: Tensor) -> Tensor:
+        return OP(x, self.weight, self.scale, self.zero, self.g_idx, self.bits)
+
+    def dense_weight(self) -> Tensor:
+        return dense(self.in_features, self.weight, self.scale, self.zero, self.g_idx, self.bits)
+
+    def kept(self) -> Tensor | None:
+        return None if self.mask is None else unpack(self.mask, 1, self.in_features).bool()
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero-point (integer) of every weight, [out or 1, in] each."""
+        rows = self.scale.shape[0]
+        zero = torch.full_like(self.scale, 2 ** (self.bits - 1), dtype=torch.int32)
+        if self.zero is not None:
+            zero = unpack(self.zero.T, self.bits, rows).T
+        group = self.g_idx
+        if group is None:
+            group = torch.arange(self.in_features, device=zero.device) // (self.in_features // self.groups)
+        return self.scale.float()[:, group.long()], zero[:, group.long()]
+
+    def rebuilt(self, weight: Tensor) -> IntLinear:
+        """The same scales, zero-points and zeros; every weight goes to the nearest code."""
+        scale, zero = self.grid()
+        keep = self.kept()
+        levels = torch.where(scale == 0, 0, weight.float() / scale).round()
+        codes = (levels + zero).clamp(0, 2**self.bits - 1).to(torch.int32)
+        if keep is not None:
+            codes = torch.where(keep, codes, zero)
+        module = IntLinear(**self.config()).to(self.weight.device)
+        return module.fill(self.bias, **self.like() | {"weight": pack(codes, self.bits)})

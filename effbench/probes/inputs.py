@@ -1,0 +1,72 @@
+"""What probes feed to a model: windows of the held-out text or random tokens; what may be scored at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effbench.core.errors import Refused, Unsupported
+
+if TYPE_CHECKING:
+    from effbench.nn.model_run import ModelRun
+
+TEXT_TOKENS = 32768  # of held-out text, where the settings do not say
+
+
+class Windows(NamedTuple):
+    """Disjoint windows of one stream of tokens; the first token of each is context only."""
+
+    ids: Tensor  # [windows, width]
+    cut: str
+    text: str  # how documents became one stream
+
+    def protocol(self, metric: str, *more: str) -> str:
+        """The full name of a number taken on these windows."""
+        return f"{'.'.join((metric, self.cut, *more))} of {self.text}"
+
+
+def require_quality(run: ModelRun) -> None:
+    """Raise where a number about the model's predictions would mean nothing or cannot be had."""
+    if run.source.kind == "shape":
+        raise Refused("quality of random weights means nothing")
+    if run.tokenizer is None:
+        raise Unsupported("the model comes without a tokenizer: give tokenizer=")
+
+
+def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
+    """Cut the held-out text: settings `window`, `text_tokens` and `limit` (windows)."""
+    require_quality(run)
+    positions = run.engine().max_length
+    width = settings.get("window") or min(512, positions)
+    if not 2 <= width <= positions:
+        raise Unsupported(f"the window is {width} tokens, the model takes 2 to {positions}")
+    ids = run.data.heldout_ids(settings.get("text_tokens") or TEXT_TOKENS)
+    count = min(len(ids) // width, settings.get("limit") or len(ids))
+    if count == 0:
+        raise Unsupported(f"text has {len(ids)} tokens, the window is {width}: give more text or window=")
+    cut = f"token.window{width}.stride{width}.windows{count}.first-of-window-unscored"
+    return Windows(ids[: count * width].view(count, width), cut, run.data.protocol)
+
+
+def score_block(run: ModelRun, settings: Mapping[str, Any]) -> tuple[int | None, str]:
+    """Tokens per forward pass after the context, and how protocols spell it; None is all at once.
+
+    In one block a cache that evicts or encodes is never read, so under such a plan the default is one token.
+    """
+    block: int | None = settings.get("score_block") or (1 if run.infer.streams else None)
+    return block, "oneblock" if block is None else f"block{block}"
+
+
+def random_ids(run: ModelRun, batch: int, length: int) -> Tensor:
+    """[batch, length] tokens drawn by the run's seed: zeros would be faster than life."""
+    generator = torch.Generator().manual_seed(run.seed)
+    return torch.randint(vocabulary(run), (batch, length), generator=generator).to(run.device)
+
+
+def vocabulary(run: ModelRun) -> int:
+    """Rows of the embedding table."""
+    size: int = run.model.config.vocab_size  # type: ignore[union-attr, assignment]
+    return size

@@ -1,0 +1,123 @@
+"""Memory: what the artifact occupies, and what scoring and generating need beyond the resident model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from effbench.nn.linear import Bytes, Replaced, stored_as, stored_bytes, stored_tensors, top_linears
+from effbench.probes import Reading
+from effbench.probes.inputs import random_ids
+from effbench.probes.peak import PeakMemory
+
+if TYPE_CHECKING:
+    from effbench.nn.model_run import ModelRun
+
+VERSION = 1
+
+BATCH, CONTEXT, NEW_TOKENS = 4, 256, 16  # where the settings do not say
+
+
+def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
+    """Stored bytes by kind, effective bits per weight, resident bytes, and peaks over what was resident."""
+    reading = Reading()
+    stored, reference = model_bytes(run.model, run.storage), model_bytes(run.reference, run.storage)
+    kept_in = f"as saved, dense tensors in {str(run.storage).removeprefix('torch.')}, tied tensors once"
+    total, original = sum(stored), sum(reference)
+    reading.add("weight_bytes", stored.weights, kept_in)
+    reading.add("metadata_bytes", stored.metadata, f"scales, zero-points, indices, masks; {kept_in}")
+    reading.add("stored_bytes", total, kept_in)
+    reading.add("reference_bytes", original, f"the unchanged model {kept_in}")
+    reading.add("compression", original / total, "reference_bytes / stored_bytes")
+    bits, over = bits_per_weight(run.model, run.storage)
+    reading.add("bits_per_weight", bits, f"weights and metadata of {over}, without biases")
+    parameters = sum(tensor.numel() for tensor in run.reference.parameters())
+    reading.add(
+        "model_bits_per_weight", 8 * total / parameters, "all stored bytes over the reference's parameters"
+    )
+    reading.add("resident_bytes", resident_bytes(run.model), "all tensors of the model as held for computing")
+    _peaks(run, settings, reading)
+    return reading
+
+
+def model_bytes(model: nn.Module, dtype: torch.dtype) -> Bytes:
+    """Stored bytes of a whole model; a tensor that several modules share counts once."""
+    linears = [module for _, module in top_linears(model)]
+    seen: set[int] = set()
+    weights = metadata = 0
+    for module in linears:
+        described = module.metadata if isinstance(module, Replaced) else frozenset[str]()
+        for name, tensor in stored_tensors(module):
+            size = _new_bytes(tensor, dtype, seen)
+            if name.rpartition(".")[2] in described:
+                metadata += size
+            else:
+                weights += size
+    weights += sum(_new_bytes(tensor, dtype, seen) for _, tensor in stored_tensors(model))
+    return Bytes(weights, metadata)
+
+
+def bits_per_weight(model: nn.Module, dtype: torch.dtype) -> tuple[float, str]:
+    """Stored bits per weight of the replaced linears (where none is, of all but the head); and which."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linears = [module for _, module in top_linears(model) if module is not head]
+    replaced = [module for module in linears if isinstance(module, Replaced)]
+    chosen = replaced or linears
+    size = sum(sum(stored_bytes(module, dtype)) - _bias_bytes(module, dtype) for module in chosen)
+    over = "compressed linears" if replaced else "linears, none of which is compressed"
+    return 8 * size / sum(elements(module) for module in chosen), f"the {len(chosen)} {over}"
+
+
+def elements(linear: nn.Module) -> int:
+    """Entries of the matrix that a linear, replaced or not, multiplies by."""
+    if isinstance(linear, Replaced):
+        return linear.in_features * linear.out_features
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight.numel()
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct tensors of a model as they lie in memory."""
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors(model)}.values())
+
+
+def tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, the ones that are not saved among them."""
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _new_bytes(tensor: Tensor, dtype: torch.dtype, seen: set[int]) -> int:
+    if id(tensor) in seen:
+        return 0
+    seen.add(id(tensor))
+    return tensor.numel() * stored_as(tensor, dtype).itemsize
+
+
+def _bias_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    bias = getattr(module, "bias", None)
+    return bias.numel() * stored_as(bias, dtype).itemsize if isinstance(bias, Tensor) else 0
+
+
+def _peaks(run: ModelRun, settings: Mapping[str, Any], reading: Reading) -> None:
+    engine = run.engine()
+    batch = settings.get("memory_batch") or BATCH
+    new = min(settings.get("memory_new_tokens") or NEW_TOKENS, engine.max_length // 2)
+    context = min(settings.get("memory_context") or CONTEXT, engine.max_length - new)
+    prompts = random_ids(run, batch, context).tolist()
+    with torch.inference_mode():
+        engine.score([(prompts[0][:1], prompts[0][1:])])  # pages in what is mapped and compiles what is lazy
+        with PeakMemory(run.device) as scoring:
+            engine.score([(prompt[:1], prompt[1:]) for prompt in prompts], batch_tokens=batch * context)
+        with PeakMemory(run.device) as generating:
+            engine.generate(prompts, new, set())
+    shape = f"batch {batch}, context {context}, random tokens; high-water mark minus start, models resident"
+    for verb, peak, what in (
+        ("score", scoring, f"one batch scored, {shape}"),
+        ("generate", generating, f"{new} tokens generated, {shape}"),
+    ):
+        for kind, value in peak.bytes.items():
+            reading.add(f"{verb}_peak_{kind}_bytes", value, what)

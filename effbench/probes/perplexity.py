@@ -1,0 +1,34 @@
+"""Perplexity per token on the held-out text, through the inference plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from effbench.core.errors import Diverged
+from effbench.probes import Reading, intervals
+from effbench.probes.inputs import score_block, windows
+
+if TYPE_CHECKING:
+    from effbench.nn.model_run import ModelRun
+
+VERSION = 1
+
+MOST_NATS = 700.0  # exp of more overflows a double
+
+
+def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
+    """`token_ppl`, with the mean negative log-likelihood of every window (nats per token) in the samples."""
+    text = windows(run, settings)
+    block, spelled = score_block(run, settings)
+    engine = run.engine()
+    pairs = [(window[:1], window[1:]) for window in text.ids.tolist()]
+    nll = [-scored.logprob / len(scored.token_logprobs) for scored in engine.score(pairs, block=block)]
+    engine.verify()
+    lost = sum(not math.isfinite(value) or value > MOST_NATS for value in nll)
+    if lost:
+        raise Diverged(f"the log-likelihood is not finite in {lost} of {len(nll)} windows")
+    reading = Reading(samples={"token_ppl_window_nll": nll})
+    reading.add("token_ppl", intervals.mean(nll, math.exp), text.protocol("ppl", spelled))
+    return reading

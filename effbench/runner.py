@@ -1,0 +1,209 @@
+"""From a suite to records.
+
+Cells are planned from recipes and seeds; those with a final record are left out, the others run in processes
+of their own, and every record is written as soon as its cell ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from effbench import probes, sources, suite
+from effbench.cell import Job
+from effbench.core.errors import Usage
+from effbench.core.recipe import Recipe
+from effbench.core.record import RETRIED, Cell, Record
+from effbench.core.registry import source_digest
+from effbench.executors import Event, Local, gate_file
+from effbench.options import Placement, RunOptions, place
+from effbench.store import Store, latest
+from effbench.suite import Suite, seeded
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A cell of a plan: to be run for a reason, or done and not run again."""
+
+    job: Job
+    why: str
+    done: Record | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All cells that a command asks for, in the order of the suite."""
+
+    suite: Suite
+    tier: str
+    budget_minutes: float | None
+    placement: Placement
+    cells: tuple[Planned, ...]
+    notes: tuple[str, ...]  # files in the results folder that were skipped
+
+    @property
+    def todo(self) -> list[Job]:
+        """The jobs that are to be run."""
+        return [cell.job for cell in self.cells if cell.done is None]
+
+    @property
+    def done(self) -> list[Record]:
+        """Records of the cells that are not run again."""
+        return [cell.done for cell in self.cells if cell.done is not None]
+
+
+def plan(options: RunOptions) -> Run:
+    """What the options ask for, checked as far as can be without opening model or data. Raises `Usage`."""
+    options.check()
+    chosen = suite.load(options.suite) if options.suite is not None else suite.adhoc(options.recipe or "")
+    source, data = sources.model(options.model, options.tokenizer), sources.data(options.data)
+    store = Store(options.folder)
+    store.check()
+    placement = place(options)
+    tier = chosen.plan(placement.tier, options.recipes)
+    settings = tier.settings | {
+        "device": placement.device.partition(":")[0],
+        "machine": placement.machine,
+        "threads": placement.threads,
+        "dtype": options.dtype or ("float32" if placement.device == "cpu" else None),
+    }
+    if options.limit is not None:
+        settings["limit"] = options.limit
+    records, notes = store.read(chosen.name, chosen.version)
+    standing = latest(records)
+    gate = gate_file(placement.device)
+    seeds = options.seeds or tier.seeds
+    cells: list[Planned] = []
+    for recipe in tier.recipes:
+        for seed in seeds if seeded(recipe) else seeds[:1]:
+            cell = Cell(
+                suite=chosen.name,
+                suite_version=chosen.version,
+                tier=placement.tier,
+                recipe=recipe.name,
+                steps=str(recipe),
+                resolved=tuple(recipe.resolved()),
+                model=source.name,
+                data=data.name,
+                seed=seed,
+                settings=settings,
+                digests=digests(recipe, settings["probes"], source.digest, data.digest),
+            )
+            cells.append(_planned(Job(cell, source, data, placement.device, gate), standing))
+    return Run(chosen, placement.tier, tier.budget_minutes, placement, tuple(cells), tuple(notes))
+
+
+def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict[str, str]:
+    """Digests of all that decides a cell's numbers and is not written in the cell itself. Raises `Usage`."""
+    found = {
+        "model": model,
+        "data": data,
+        "tasks": sources.task_digest(),
+        "probes": " ".join(
+            f"{name}={version}" for name, version in probes.versions().items() if name in taken
+        ),
+    }
+    if recipe.steps:
+        found["methods"] = _joined(source_digest(key) for key in sorted({step.key for step in recipe.steps}))
+    files = [path for step in recipe.steps for path in step.files()]
+    if files:
+        found["files"] = _joined(map(_file_digest, files))
+    return found
+
+
+def run_cells(
+    jobs: Sequence[Job], store: Store, executor: Local, watch: Callable[[Event], None] = lambda _: None
+) -> tuple[list[Record], bool]:
+    """Run jobs, write their records, and give these and whether a signal ended the run before its time.
+
+    SIGINT, SIGTERM and SIGHUP kill the cells that are running and keep what is done; a second one raises
+    `KeyboardInterrupt`.
+    """
+    records: list[Record] = []
+    with _stop_on_signal() as stop:
+        for event in executor.run(jobs, stop):
+            if event.record is not None:
+                event = dataclasses.replace(event, record=_kept(store, event.record))
+                assert event.record is not None
+                records.append(event.record)
+            watch(event)
+        return records, stop.is_set() and len(records) < len(jobs)
+
+
+def _planned(job: Job, standing: dict[str, Record]) -> Planned:
+    """Whether a cell has to run, and why, given the last record of every cell."""
+    cell = job.cell
+    before = standing.get(cell.identity)
+    if before is not None and before.outcome not in RETRIED:
+        # Rows may have been renamed since; what was measured is the same.
+        return Planned(job, f"done: {before.outcome}", dataclasses.replace(before, cell=cell))
+    if before is not None:
+        again = dataclasses.replace(job, attempt=before.attempt + 1)
+        return Planned(again, f"{before.outcome} before: attempt {again.attempt}")
+    row = (cell.recipe, cell.model, cell.seed, cell.tier)
+    older = [
+        record
+        for record in standing.values()
+        if (record.cell.recipe, record.cell.model, record.cell.seed, record.cell.tier) == row
+    ]
+    if not older:
+        return Planned(job, "new")
+    newest = max(older, key=lambda record: record.started)
+    return Planned(job, f"changed: {', '.join(_changes(newest.cell, cell))}")
+
+
+def _changes(old: Cell, new: Cell) -> list[str]:
+    """Names of what differs between two cells of one row."""
+    before, after = _flat(old), _flat(new)
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+def _flat(cell: Cell) -> dict[str, Any]:
+    return {"steps": cell.steps, "data": cell.data, "parameters": list(cell.resolved), **cell.settings} | {
+        f"digest of {name}": value for name, value in cell.digests.items()
+    }
+
+
+def _kept(store: Store, record: Record) -> Record:
+    """The record as it stands in the store; one that cannot be written is a crash and its cell runs again."""
+    try:
+        return store.write(record)
+    except OSError as error:
+        reason = f"the record could not be written: {error.strerror}"
+        return dataclasses.replace(record, outcome="crashed", reason=reason)
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return sources.file_digest(path)
+    except OSError as error:
+        raise Usage(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    stop = threading.Event()
+
+    def ask(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in STOPPING}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

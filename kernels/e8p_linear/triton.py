@@ -1,0 +1,111 @@
+"""`e8p_linear` in Triton: a readable first version; one table look-up per 8 weights."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effbench.kernels._common.launch import launch, matrix
+from effbench.kernels._common.tiles import add_product, empty_sum, finished, store
+from effbench.kernels.e8p_linear.codebook import ONE_BIT, PATTERNS
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Patterns as 2 bits per coordinate (value - 1/2) and bit 16 (odd sum); the E8 points as 4 bits (2 value + 4)."""
+    place = torch.arange(8, dtype=torch.int32)
+    patterns = ((PATTERNS - 0.5).int() << 2 * place).sum(1) | (PATTERNS.sum(1) % 2).int() << 16
+    points = ((2 * ONE_BIT + 4).int() << 4 * place).sum(1)
+    return patterns.int().to(device), points.int().to(device)
+
+
+@triton.jit
+def _e8p_points(codes, table):
+    """Points [BLOCK_N, BLOCK_K / 8, 8] of 16-bit codes [BLOCK_N, BLOCK_K / 8]."""
+    codes = codes.to(tl.int32)
+    pattern = tl.load(table + (codes >> 8 & 255))
+    parity = codes ^ codes >> 4
+    parity = parity ^ parity >> 2
+    parity = (parity ^ parity >> 1) & 1
+    # Bit 8 of the signs holds the sign that an odd pattern adds to coordinate 7.
+    signs = (codes ^ parity) & 255 | (pattern >> 8 & 256)
+    i = tl.arange(0, 8)[None, None, :]
+    negative = signs[:, :, None] >> (i // 2 + i % 2 * 4)
+    negative = (tl.where(i == 7, negative ^ negative >> 1, negative) & 1) != 0
+    value = (pattern[:, :, None] >> 2 * i & 3).to(tl.float32) + 0.5
+    return tl.where(negative, -value, value) + (0.25 - 0.5 * parity.to(tl.float32))[:, :, None]
+
+
+@triton.jit
+def _one_bit_points(codes, table):
+    """Points [BLOCK_N, BLOCK_K / 8, 8] of 8-bit codes [BLOCK_N, BLOCK_K / 8]."""
+    packed = tl.load(table + codes.to(tl.int32))
+    i = tl.arange(0, 8)[None, None, :]
+    return (packed[:, :, None] >> 4 * i & 15).to(tl.float32) * 0.5 - 2.0
+
+
+@triton.jit
+def _e8p_linear(
+    x,
+    weight,
+    scale,
+    residual,
+    patterns,
+    points,
+    y,
+    M,
+    inverse_residual_scale,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    for start in range(0, IN, BLOCK_K):
+        column = (start // 8 + tl.arange(0, BLOCK_K // 8))[None, :]
+        at = rows[:, None] * (IN // 8) + column
+        inside = (rows[:, None] < OUT) & (column < IN // 8)
+        decoded = _e8p_points(tl.load(weight + at, mask=inside, other=0), patterns)
+        if residual is not None:
+            codes = tl.load(residual + at, mask=inside, other=0)
+            if codes.dtype == tl.uint8:
+                decoded += _one_bit_points(codes, points) * inverse_residual_scale
+            else:
+                decoded += _e8p_points(codes, patterns) * inverse_residual_scale
+        decoded = tl.reshape(decoded, (BLOCK_N, BLOCK_K))
+        total = add_product(total, x, start, M, decoded, IN, BLOCK_M, BLOCK_K)
+    store(y, finished(total, BLOCK_M) * tl.load(scale), rows, M, OUT, BLOCK_M)
+
+
+def e8p_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None, residual_scale: float
+) -> Tensor:
+    """See `reference.e8p_linear`."""
+    flat = matrix(x)
+    batch, in_features = flat.shape
+    out_features = weight.shape[0]
+    block_m = 1 if batch == 1 else 16
+    block_n = 16 if batch == 1 else 64
+    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
+    launch(
+        _e8p_linear,
+        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
+        flat,
+        weight.contiguous(),
+        scale,
+        None if residual is None else residual.contiguous(),
+        *_tables(x.device),
+        y,
+        batch,
+        1 / residual_scale,
+        IN=in_features,
+        OUT=out_features,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=128 if block_m == 1 else 64,
+    )
+    return y.view(*x.shape[:-1], out_features)

@@ -1,0 +1,77 @@
+"""`fp8_linear` in Triton: a readable first version that converts to 16 bits (exactly) before it multiplies."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effbench.kernels._common.launch import launch, matrix
+from effbench.kernels._common.tiles import add_product, empty_sum, finished, store
+from effbench.kernels.fp8_linear.reference import quantize
+
+
+@triton.jit
+def _fp8_linear(
+    x,
+    weight,
+    scale,
+    factor,
+    y,
+    M,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    for start in range(0, IN, BLOCK_K):
+        column = (start + tl.arange(0, BLOCK_K))[None, :]
+        inside = (rows[:, None] < OUT) & (column < IN)
+        decoded = tl.load(weight + rows[:, None] * IN + column, mask=inside, other=0.0).to(tl.float32)
+        total = add_product(total, x, start, M, decoded, IN, BLOCK_M, BLOCK_K)
+    result = finished(total, BLOCK_M)
+    if PER_ROW:
+        result *= tl.load(scale + rows, mask=rows < OUT, other=0)[None, :]
+    else:
+        result *= tl.load(scale)
+    if factor is not None:
+        if PER_TOKEN:
+            token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+            result *= tl.load(factor + token, mask=token < M, other=0)[:, None]
+        else:
+            result *= tl.load(factor)
+    store(y, result, rows, M, OUT, BLOCK_M)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str) -> Tensor:
+    """See `reference.fp8_linear`."""
+    flat, factor = matrix(x), None
+    if activations != "none":
+        flat, factor = quantize(flat, activations)
+    batch, in_features = flat.shape
+    out_features = weight.shape[0]
+    block_m = 1 if batch == 1 else 16
+    block_n = 16 if batch == 1 else 64
+    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
+    launch(
+        _fp8_linear,
+        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
+        flat,
+        weight.contiguous(),
+        scale.contiguous(),
+        factor,
+        y,
+        batch,
+        IN=in_features,
+        OUT=out_features,
+        PER_ROW=scale.numel() > 1,
+        PER_TOKEN=activations == "token",
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=128,
+    )
+    return y.view(*x.shape[:-1], out_features)

@@ -1,0 +1,96 @@
+"""`hadamard` in Triton: a readable first version; whole rows stay in registers."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effbench.core.op import Declined
+from effbench.kernels._common.launch import covering_power, launch, matrix
+from effbench.kernels.hadamard.matrices import base, factors
+
+LARGEST = 1 << 14  # numbers of one program: 64 registers each for 256 threads
+
+
+@cache
+def _padded(m: int, transpose: bool, device: torch.device) -> Tensor:
+    """base(m)^T (or base(m)) with zeros to a power of two, float32: right factor of the first step."""
+    size = covering_power(max(m, 16))
+    matrix = torch.zeros(size, size)
+    entries = torch.from_numpy(base(m)).float()
+    matrix[:m, :m] = entries if transpose else entries.T
+    return matrix.to(device)
+
+
+@triton.jit
+def _hadamard(
+    x,
+    right,
+    y,
+    M,
+    POWER: tl.constexpr,
+    STAGES: tl.constexpr,  # log2 of POWER
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # One row of the tile is SIZE consecutive numbers, POWER of them a vector.
+    piece = tl.arange(0, BLOCK_M * POWER)
+    number = tl.program_id(0) * BLOCK_M * POWER + piece
+    inner = tl.arange(0, PADDED)
+    inside = (number[:, None] < M * POWER) & (inner[None, :] < SIZE)
+    if SIZE == 1:
+        tile = tl.load(x + number[:, None] + inner[None, :], mask=inside, other=0).to(tl.float32)
+    else:
+        tile = tl.zeros((BLOCK_M * POWER, PADDED), dtype=tl.float32)
+        for start in range(0, SIZE, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            part = tl.load(
+                x + number[:, None] * SIZE + k[None, :],
+                mask=(number[:, None] < M * POWER) & (k[None, :] < SIZE),
+                other=0,
+            ).to(tl.float32)
+            matrix = tl.load(right + k[:, None] * PADDED + inner[None, :])
+            tile = tl.dot(part, matrix, tile, input_precision="ieee")
+    for stage in tl.static_range(STAGES):
+        width: tl.constexpr = PADDED << stage
+        pairs = tl.reshape(tile, (BLOCK_M * POWER * PADDED // (2 * width), 2, width))
+        left, other = tl.split(tl.permute(pairs, (0, 2, 1)))
+        tile = tl.permute(tl.join(left + other, left - other), (0, 2, 1))
+    tile = tl.reshape(tile, (BLOCK_M * POWER, PADDED)) * NORM
+    tl.store(
+        y + number[:, None] * SIZE + inner[None, :], tile.to(y.dtype.element_ty), mask=inside
+    )
+
+
+def hadamard(x: Tensor, transpose: bool) -> Tensor:
+    """See `reference.hadamard`; Declined where a row does not fit into one program."""
+    n = x.shape[-1]
+    power, m = factors(n)
+    padded = 1 if m == 1 else covering_power(max(m, 16))
+    if power * padded > LARGEST:
+        raise Declined(f"rows of {n} numbers do not fit")
+    flat = matrix(x)
+    rows = max(1, 1024 // (power * padded), 16 // power if m > 1 else 1)
+    y = torch.empty_like(flat)
+    launch(
+        _hadamard,
+        (triton.cdiv(len(flat), rows),),
+        flat,
+        None if m == 1 else _padded(m, transpose, x.device),
+        y,
+        len(flat),
+        POWER=power,
+        STAGES=power.bit_length() - 1,
+        SIZE=m,
+        PADDED=padded,
+        NORM=n**-0.5,
+        BLOCK_M=rows,
+        BLOCK_K=16,
+        num_warps=8 if power * padded > 4096 else 4,
+    )
+    return y.view(x.shape)

@@ -1,0 +1,56 @@
+"""What `int_linear` is called with, and how it is checked."""
+
+from typing import Any
+
+import torch
+
+from effbench.core.op import Case, Op
+from effbench.kernels._common.dense import activations, adjoint, scales, words
+from effbench.kernels._common.packing import word_count
+from effbench.kernels.int_linear.reference import dense, int_linear
+
+
+def inputs(
+    case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Any]:
+    """Fields of a case: batch, in_features, out_features, bits, groups; per_tensor, zero, g_idx (default False)."""
+    out, groups, bits = case["out_features"], case["groups"], case["bits"]
+    rows = 1 if case.get("per_tensor") else out
+    on = dict(device=device, generator=generator)
+    shuffled = torch.randperm(case["in_features"], **on) % groups
+    return {
+        "x": activations(case, device, dtype, generator),
+        "weight": words(out, word_count(case["in_features"], bits), **on),
+        "scale": scales(rows, groups, **on).half(),
+        "zero": words(word_count(rows, bits), groups, **on) if case.get("zero") else None,
+        "g_idx": shuffled.to(torch.int32) if case.get("g_idx") else None,
+        "bits": bits,
+    }
+
+
+def _case(batch: int | list[int], in_features: int, out_features: int, bits: int, groups: int, **more: bool) -> Case:
+    return dict(
+        batch=batch, in_features=in_features, out_features=out_features, bits=bits, groups=groups, **more
+    )
+
+
+OP = Op(
+    name="int_linear",
+    reference=int_linear,
+    adjoint=adjoint(dense),
+    out_features=lambda x, weight, *_: weight.shape[0],
+    inputs=inputs,
+    cases=[
+        *(_case(1, 128, 33, bits, 4, zero=True) for bits in (2, 3, 4, 8)),
+        *(_case(3, 96, 17, bits, 1) for bits in (2, 3, 4, 8)),
+        _case(17, 256, 65, 4, 2, zero=True),
+        _case(17, 96, 40, 3, 2, zero=True),
+        _case(3, 128, 33, 4, 4, zero=True, g_idx=True),
+        _case(1, 128, 33, 3, 4, g_idx=True),
+        _case([2, 3], 45, 7, 3, 1, zero=True),
+        _case(3, 45, 7, 4, 5),
+        _case(1, 77, 1, 2, 1, per_tensor=True, zero=True),
+        _case(17, 64, 5, 8, 1, per_tensor=True),
+    ],
+    backends={"triton": "effbench.kernels.int_linear.triton:int_linear"},
+)

@@ -1,0 +1,39 @@
+"""y = x W^T with W = scale * (code - zero), integer codes of 2, 3, 4 or 8 bits."""
+
+import torch
+from torch import Tensor
+
+from effbench.kernels._common.dense import multiply
+from effbench.kernels._common.packing import unpack
+
+
+def dense(
+    in_features: int, weight: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
+) -> Tensor:
+    """The decoded matrix, float32 [out, in]."""
+    rows, groups = scale.shape
+    middle = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.int32)
+    zeros = middle if zero is None else unpack(zero.T, bits, rows).T
+    codes = unpack(weight, bits, in_features)
+    if g_idx is not None:
+        return scale.float()[:, g_idx.long()] * (codes - zeros[:, g_idx.long()])
+    codes = codes.unflatten(1, (groups, -1))
+    return (scale.float().unsqueeze(-1) * (codes - zeros.unsqueeze(-1))).flatten(1)
+
+
+def int_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    g_idx: Tensor | None = None,
+    bits: int = 4,
+) -> Tensor:
+    """x [..., in] -> [..., out].
+
+    weight  int32 [out, ceil(in * bits / 32)], codes packed along the input
+    scale   float16 [out or 1, groups]; without `g_idx`, groups are in / groups consecutive inputs
+    zero    int32 [ceil(rows of scale * bits / 32), groups], packed along the output; None: 2^(bits-1)
+    g_idx   int16 or int32 [in], the group of every input (GPTQ's act-order with dynamic groups)
+    """
+    return multiply(x, dense(x.shape[-1], weight, scale, zero, g_idx, bits))

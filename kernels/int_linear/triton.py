@@ -1,0 +1,90 @@
+"""`int_linear` in Triton: a readable first version, one program per block of output rows."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effbench.kernels._common.launch import largest_power, launch, matrix
+from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_codes, load_zeros, store
+
+
+@triton.jit
+def _int_linear(
+    x,
+    weight,
+    scale,
+    zero,
+    g_idx,
+    y,
+    M,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,  # of scale: OUT or 1
+    GROUPS: tl.constexpr,
+    GATHER: tl.constexpr,  # a tile has weights of several groups
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale_row = (rows if ROWS > 1 else rows * 0)[:, None]
+    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    for start in range(0, IN, BLOCK_K):
+        codes = load_codes(weight, rows, start, OUT, IN, BITS, BLOCK_K)
+        if GATHER:
+            column = (start + tl.arange(0, BLOCK_K))[None, :]
+            inside = (scale_row < ROWS) & (column < IN)
+            if g_idx is not None:
+                group = tl.load(g_idx + column, mask=column < IN, other=0).to(tl.int32)
+            else:
+                group = column // (IN // GROUPS)
+        else:
+            inside = scale_row < ROWS
+            group = start * GROUPS // IN
+        step = tl.load(scale + scale_row * GROUPS + group, mask=inside, other=0).to(tl.float32)
+        if zero is not None:
+            middle = load_zeros(zero, scale_row, group, inside, ROWS, GROUPS, BITS)
+            decoded = step * (codes - middle).to(tl.float32)
+        else:
+            decoded = step * (codes - (1 << BITS - 1)).to(tl.float32)
+        total = add_product(total, x, start, M, decoded, IN, BLOCK_M, BLOCK_K)
+    store(y, finished(total, BLOCK_M), rows, M, OUT, BLOCK_M)
+
+
+def int_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
+) -> Tensor:
+    """See `reference.int_linear`."""
+    flat = matrix(x)
+    batch, in_features = flat.shape
+    out_features, (rows, groups) = weight.shape[0], scale.shape
+    tile = 128
+    aligned = groups == 1 or (g_idx is None and largest_power(in_features // groups, tile) >= 32)
+    if groups > 1 and aligned:
+        tile = largest_power(in_features // groups, tile)
+    block_m = 1 if batch == 1 else 16
+    block_n = 16 if batch == 1 else 64
+    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
+    launch(
+        _int_linear,
+        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
+        flat,
+        weight.contiguous(),
+        scale.contiguous(),
+        None if zero is None else zero.contiguous(),
+        g_idx,
+        y,
+        batch,
+        IN=in_features,
+        OUT=out_features,
+        BITS=bits,
+        ROWS=rows,
+        GROUPS=groups,
+        GATHER=not aligned,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=tile,
+    )
+    return y.view(*x.shape[:-1], out_features)

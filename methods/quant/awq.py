@@ -1,0 +1,182 @@
+"""AWQ: scale salient input channels up before rounding, folding the inverse into the op before (Lin et al., 2024)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from effbench.core.kinds import Weights
+from effbench.methods.quant._common import WIDTHS, fit_grid, grouped, int_linear
+from effbench.nn.blocks import Group
+from effbench.nn.calibration import BlockInputs, Layer
+
+
+@dataclass(frozen=True)
+class AWQ(Weights):
+    """Scale search on the output of the module that a group of linears feeds, then a clip search per group.
+
+    `scale="paper"` is s = (mean |x|)^alpha. Variants: `"duo"` (AutoAWQ, llm-compressor) divides by the mean
+    normalised |w| to the power 1 - alpha; `"seed"` is (norm of x / max |w|)^alpha.
+    Blocks are calibrated on what the original blocks before them produce. Where the authors take the clipping error
+    over 512 sampled tokens, it is over all calibration tokens here, through their second moments.
+    """
+
+    paper = "arXiv:2306.00978"
+    type = "PTQ"
+    weight_update = "per-channel scaling and clipping"
+    needs = {"norm", "hessian"}
+    sequential: ClassVar[bool] = False
+
+    bits: int = 4  # 2, 3, 4 or 8
+    group_size: int = 128  # consecutive inputs of a row that share a scale
+    symmetric: bool = False
+    grid: int = 20  # alphas tried: 0, 1/grid, ... (grid - 1)/grid
+    clip: bool = True  # search clipping thresholds; never for q and k
+    scale: Literal["paper", "duo", "seed"] = "paper"
+
+    def check(self) -> None:
+        self.require(self.bits in WIDTHS, f"bits must be one of {WIDTHS}")
+        self.require(self.group_size > 0, "group_size must be positive")
+        self.require(self.grid > 0, "grid must be positive")
+
+    def compress_block(self, block: BlockInputs, groups: Sequence[Group]) -> dict[str, nn.Module]:
+        shared = [(group, block.layers([group])) for group in groups]
+        # All scales are searched on the original block; only then is anything changed.
+        scales = [self._scale(block, group, layers) for group, layers in shared]
+        every = {layer.module: layer for _, layers in shared for layer in layers}
+        for (group, layers), scale in zip(shared, scales, strict=True):
+            if scale is not None and group.previous is not None:
+                _absorb(group.previous, every.get(group.previous), scale)
+                for layer in layers:
+                    layer.weight *= scale
+        return {
+            layer.name: self._quantize(layer, scale)
+            for (_, layers), scale in zip(shared, scales, strict=True)
+            for layer in layers
+        }
+
+    def _scale(self, block: BlockInputs, group: Group, layers: Sequence[Layer]) -> Tensor | None:
+        """The best scale of a group's inputs [in]; None where nothing before it can absorb one."""
+        for layer in layers:
+            grouped(layer.weight, self.group_size, layer.name)
+        if group.previous is None or len(layers) < len(group.names):
+            return None
+        candidates = [self.candidate(layers, step / self.grid) for step in range(self.grid)]
+        if layers[0].module is group.inspect:
+            losses = self._losses_of_linear(layers[0], candidates)
+        else:
+            losses = self._losses_of_module(block, group, layers, candidates)
+        return candidates[losses.index(min(losses))]
+
+    def candidate(self, layers: Sequence[Layer], alpha: float) -> Tensor:
+        """Scales [in] of linears that share an input, at one alpha."""
+        inputs, weight = layers[0].inputs, torch.cat([layer.weight for layer in layers])
+        if self.scale == "paper":
+            scale = inputs.mean_abs.pow(alpha)
+        elif self.scale == "duo":
+            groups = weight.abs().unflatten(1, (-1, self.group_size))
+            relative = (groups / (groups.amax(-1, keepdim=True) + 1e-6)).flatten(1).mean(0)
+            scale = inputs.mean_abs.pow(alpha) / (relative.pow(1 - alpha) + 1e-4)
+        else:
+            scale = (inputs.norm / weight.abs().amax(0).clamp(min=1e-4)).pow(alpha)
+        scale = scale.clamp(min=1e-4)
+        return scale / (scale.max() * scale.min()).sqrt()
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """`weight` [out, in] on its grid."""
+        groups = weight.unflatten(1, (-1, self.group_size))
+        return fit_grid(groups, self.bits, self.symmetric, "awq").stored().rounded(groups).flatten(1)
+
+    def _losses_of_linear(self, layer: Layer, candidates: Sequence[Tensor]) -> list[float]:
+        """Mean squared change of a linear's own outputs: delta E[x x^T] delta^T, averaged over outputs."""
+        moment = layer.inputs.second_moment.float()
+        losses = []
+        for scale in candidates:
+            delta = self._rounded(layer.weight * scale) / scale - layer.weight
+            losses.append(float(((delta @ moment) * delta).sum(dtype=torch.float64) / len(delta)))
+        return losses
+
+    def _losses_of_module(
+        self, block: BlockInputs, group: Group, layers: Sequence[Layer], candidates: Sequence[Tensor]
+    ) -> list[float]:
+        """Mean squared change of the inspected module's outputs."""
+        before = block.output_of(group.inspect)
+        losses = []
+        with _stand_ins(block, group, layers) as linears:
+            for scale in candidates:
+                for linear, layer in zip(linears, layers, strict=True):
+                    linear.weight.data.copy_(self._rounded(layer.weight * scale) / scale)
+                after = block.output_of(group.inspect)
+                squares = (
+                    (a.float() - b.float()).square().sum(dtype=torch.float64)
+                    for a, b in zip(after, before, strict=True)
+                )
+                losses.append(float(sum(squares)) / sum(b.numel() for b in before))
+        return losses
+
+    def _quantize(self, layer: Layer, scale: Tensor | None) -> nn.Module:
+        weight = grouped(layer.weight, self.group_size, layer.name)  # [out, groups, group_size]
+        # Products of queries and keys make their clipping error hard to judge one linear at a time.
+        if self.clip and not layer.name.rpartition(".")[2].startswith(("q_", "k_")):
+            moment = layer.inputs.second_moment
+            if scale is not None:
+                moment = moment / scale.outer(scale)
+            weight = self._clipped(weight, moment.float())
+        grid = fit_grid(weight, self.bits, self.symmetric, "awq").stored()
+        codes = grid.codes(weight).flatten(1)
+        return int_linear(layer, codes, grid._replace(scale=grid.scale[..., 0], zero=grid.zero[..., 0]), self.symmetric)
+
+    def _clipped(self, weight: Tensor, moment: Tensor) -> Tensor:
+        """`weight` [out, groups, group_size], every group clamped where that lowers the error of its own outputs.
+
+        Thresholds tried are max|w| times 1, 0.95, ... 0.55. `moment` [in, in] is E[x x^T] of the scaled inputs.
+        """
+        size = weight.shape[-1]
+        own = torch.stack([part[:, i * size : (i + 1) * size] for i, part in enumerate(moment.split(size))])
+        largest = weight.abs().amax(-1, keepdim=True)
+        best, least = largest, torch.full_like(largest, torch.inf)
+        for step in range(10):
+            limit = largest * (1 - step / 20)
+            clamped = weight.clamp(-limit, limit)
+            delta = fit_grid(clamped, self.bits, self.symmetric, "awq").stored().rounded(clamped) - weight
+            through = (delta.transpose(0, 1) @ own).transpose(0, 1)  # [out, groups, group_size]
+            error = (through * delta).sum(-1, keepdim=True)
+            best, least = torch.where(error < least, limit, best), torch.minimum(error, least)
+        return weight.clamp(-best, best)
+
+
+def _absorb(previous: nn.Module, layer: Layer | None, scale: Tensor) -> None:
+    """Divide the outputs of `previous` by `scale`; `layer` is `previous` if this block quantizes it, too."""
+    if layer is not None:
+        layer.weight /= scale.unsqueeze(1)
+        layer.bias = None if layer.bias is None else layer.bias.detach() / scale
+        return
+    weight: nn.Parameter = previous.weight  # type: ignore[assignment]
+    bias: nn.Parameter | None = getattr(previous, "bias", None)
+    weight.data /= scale.view(-1, *[1] * (weight.dim() - 1))
+    if bias is not None:
+        bias.data /= scale
+
+
+@contextlib.contextmanager
+def _stand_ins(block: BlockInputs, group: Group, layers: Sequence[Layer]) -> Iterator[list[nn.Linear]]:
+    """Plain linears in the places of a group's, to try weights in."""
+    linears = []
+    try:
+        for name, layer in zip(group.names, layers, strict=True):
+            out, width = layer.weight.shape
+            like = dict(device=layer.weight.device, dtype=block.hidden[0].dtype)
+            linear = nn.Linear(width, out, layer.bias is not None, **like)
+            if layer.bias is not None:
+                linear.bias.data.copy_(layer.bias)
+            linears.append(linear)
+            block.module.set_submodule(name, linear)
+        yield linears
+    finally:
+        for name, layer in zip(group.names, layers, strict=True):
+            block.module.set_submodule(name, layer.module)

@@ -1,0 +1,33 @@
+"""FP8 weights: 8-bit floats (E4M3), one scale per row or per tensor (Micikevicius et al., 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from effbench.core.kinds import Weights
+from effbench.formats.float8 import FP8Linear
+from effbench.nn.calibration import Layer
+
+
+@dataclass(frozen=True)
+class FP8Weight(Weights):
+    """Needs no data. The largest weight of each row (or matrix) becomes 448, the largest E4M3 number.
+
+    With `activations`, inputs are rounded to E4M3 as well, scaled per token (or per tensor) as they come.
+    """
+
+    paper = "arXiv:2209.05433"
+    type = "PTQ"
+    weight_update = "none"
+
+    granularity: Literal["tensor", "row"] = "row"
+    activations: bool = True
+
+    def compress(self, layer: Layer) -> nn.Module:
+        per_row = self.granularity == "row"
+        activations = ("token" if per_row else "tensor") if self.activations else "none"
+        # Zero is an E4M3 number, so pruned weights stay zero.
+        return FP8Linear.rounded(layer.weight, per_row=per_row, activations=activations, bias=layer.bias)

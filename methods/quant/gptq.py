@@ -1,0 +1,124 @@
+"""GPTQ: quantize column by column, each rounding error compensated by the columns that follow (Frantar et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from effbench.core.kinds import Weights
+from effbench.methods.quant._common import WIDTHS, Grid, fit_grid, grouped, int_linear, inverse_factor
+from effbench.nn.calibration import Layer
+
+
+def solve(
+    weight: Tensor,
+    factor: Tensor,
+    grid_of: Callable[[int, Tensor], Grid],
+    block: int = 128,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Codes [out, in] (uint8) of `weight` [out, in], rounded input by input in the order of its columns.
+
+    `factor` [in, in] is upper triangular with U^T U = H^-1. `grid_of(column, rest)` gives the grid of a column, its
+    scale and zero [out]; `rest` [in, out] are the weights as compensated up to the current block. Weights where
+    `kept` [out, in] is False are rounded to zero, and that error is compensated like any other.
+    """
+    rest = weight.T.contiguous()  # columns become rows that lie together in memory
+    codes = torch.empty_like(rest, dtype=torch.uint8)
+    pruned = None if kept is None else ~kept.T
+    width = len(rest)
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        work = rest[start:stop].clone()
+        errors = torch.empty_like(work)
+        for column in range(start, stop):
+            i = column - start
+            grid = grid_of(column, rest)
+            code = grid.codes(work[i])
+            if pruned is not None:
+                code = torch.where(pruned[column], grid.zero, code)
+            codes[column] = code
+            error = torch.sub(work[i], grid.decode(code), out=errors[i]).div_(factor[column, column])
+            work[i + 1 :] -= factor[column, column + 1 : stop, None] * error
+        rest[stop:] -= factor[start:stop, stop:].T @ errors
+    return codes.T
+
+
+@dataclass(frozen=True)
+class GPTQ(Weights):
+    """The authors' loop, with their options. `group_size=None` gives one grid per row.
+
+    Groups lie along the input. Dynamic groups take their grid when the loop reaches them, from weights that carry
+    the compensation of all finished *blocks* but not of the current one: the authors read the outer matrix, and so
+    does this. Static groups take their grid from the original weights.
+    """
+
+    paper = "arXiv:2210.17323"
+    type = "PTQ"
+    weight_update = "Hessian-based compensation"
+    needs = {"hessian"}
+
+    bits: int = 4  # 2, 3, 4 or 8
+    group_size: int | None = 128  # consecutive inputs of a row that share a scale
+    symmetric: bool = False
+    act_order: bool = False  # columns in the order of falling Hessian diagonal
+    static_groups: bool = False
+    true_sequential: bool = False  # recalibrate between q/k/v, o, gate/up and down
+    mse: bool = False  # shrink ranges where that lowers the error
+    damp: float = 0.01  # of the mean Hessian diagonal, added to every diagonal entry
+    block: int = 128  # columns between two updates of the whole matrix; does not change the result
+
+    def check(self) -> None:
+        self.require(self.bits in WIDTHS, f"bits must be one of {WIDTHS}")
+        self.require(self.group_size is None or self.group_size > 0, "group_size must be positive, or None")
+        self.require(self.group_size is not None or not self.static_groups, "static_groups needs a group_size")
+        self.require(self.damp > 0, "damp must be positive")
+        self.require(self.block > 0, "block must be positive")
+
+    @property
+    def true_sequence(self) -> bool:
+        return self.true_sequential
+
+    def compress(self, layer: Layer) -> nn.Module:
+        weight, hessian, kept, size = layer.weight, layer.inputs.hessian.clone(), layer.kept, self.group_size
+        if size is not None:
+            grouped(weight, size, layer.name)
+        grids = [self._grid(weight)] if size is None else []  # before dead inputs are cleared, as the authors do
+        dead = hessian.diagonal() == 0
+        hessian.diagonal()[dead] = 1
+        weight[:, dead] = 0
+        if size is not None and self.static_groups:
+            grids = [self._grid(part) for part in weight.split(size, 1)]
+
+        order = torch.arange(len(hessian), device=weight.device)
+        if self.act_order:
+            order = hessian.diagonal().argsort(descending=True, stable=True)  # before damping
+            weight, hessian = weight[:, order], hessian[order][:, order]
+            kept = None if kept is None else kept[:, order]
+
+        if size is None:
+            group = torch.zeros_like(order)
+        elif self.static_groups:
+            group = order // size
+        else:
+            group = torch.arange(len(order), device=weight.device) // size
+        member = group.tolist()
+
+        def grid_of(column: int, rest: Tensor) -> Grid:
+            if member[column] == len(grids):  # a dynamic group begins
+                grids.append(self._grid(rest[column : column + size].T))
+            return grids[member[column]]
+
+        codes = solve(weight, inverse_factor(hessian, self.damp, layer.name), grid_of, self.block, kept)
+        back = order.argsort()
+        grid = Grid(torch.stack([g.scale for g in grids], 1), torch.stack([g.zero for g in grids], 1), self.bits)
+        g_idx = group[back] if self.act_order and size is not None and not self.static_groups else None
+        return int_linear(layer, codes[:, back], grid, self.symmetric, g_idx)
+
+    def _grid(self, weight: Tensor) -> Grid:
+        """The stored grid of every row of `weight` [out, n]; scale and zero [out]."""
+        grid = fit_grid(weight, self.bits, self.symmetric, mse=self.mse).stored()
+        return grid._replace(scale=grid.scale[:, 0], zero=grid.zero[:, 0])

@@ -1,0 +1,44 @@
+"""RTN: round every weight to the nearest point of a uniform grid (Jacob et al., 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from effbench.core.kinds import Weights
+from effbench.methods.quant._common import WIDTHS, GridName, fit_grid, grouped, int_linear
+from effbench.nn.calibration import Layer
+
+
+@dataclass(frozen=True)
+class RTN(Weights):
+    """Needs no data. The baseline that every calibrated quantizer has to beat."""
+
+    paper = "arXiv:1712.05877"
+    type = "PTQ"
+    weight_update = "none"
+
+    bits: int = 4  # 2, 3, 4 or 8
+    granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale; channel: an output row
+    group_size: int = 128  # consecutive inputs of a row that share a scale, for granularity="group"
+    symmetric: bool = False  # zero in the middle of the codes instead of a zero-point of its own
+    grid: GridName = "gptq"  # the published grid, see `fit_grid`
+    mse: bool = False  # shrink ranges where that lowers the error (grid="gptq")
+
+    def check(self) -> None:
+        self.require(self.bits in WIDTHS, f"bits must be one of {WIDTHS}")
+        self.require(self.group_size > 0, "group_size must be positive")
+        self.require(not self.mse or self.grid == "gptq", "mse=True needs grid='gptq'")
+
+    def compress(self, layer: Layer) -> nn.Module:
+        weight = layer.weight
+        if self.granularity == "group":
+            sharing = grouped(weight, self.group_size, layer.name)  # [out, groups, group_size]
+        else:
+            sharing = weight.unsqueeze(1) if self.granularity == "channel" else weight.reshape(1, 1, -1)
+        grid = fit_grid(sharing, self.bits, self.symmetric, self.grid, self.mse).stored()
+        codes = grid.codes(sharing).reshape(weight.shape)
+        # A pruned weight is exactly 0, and 0 is on every grid: its code is the zero-point.
+        return int_linear(layer, codes, grid._replace(scale=grid.scale[..., 0], zero=grid.zero[..., 0]), self.symmetric)

@@ -1,0 +1,166 @@
+"""SqueezeLLM: a table of weighted k-means centres per row, the most telling weights kept apart (Kim et al., 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from effbench.core.kinds import Weights
+from effbench.formats.codebook import LutLinear, nearest
+from effbench.nn.calibration import Layer
+
+POSITIONS = 64  # ends of clusters that the first round of the search considers
+CHUNK = 2**18  # entries of the search's tables held at a time
+
+
+class Sums:
+    """Weighted sums over any stretch of rows of ascending values."""
+
+    def __init__(self, values: Tensor, weights: Tensor) -> None:
+        """`values` [rows, n] ascending in each row, `weights` [rows, n] with some weight in each row; float64."""
+        self.values = values
+        self.origin = (values * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        terms = torch.stack([weights, weights * (values - self.origin)])  # centred: differences stay accurate
+        self.mass, self.first = nn.functional.pad(terms.cumsum(2), (1, 0))  # [rows, n + 1] each
+
+    def gain(self, starts: Tensor, stops: Tensor) -> Tensor:
+        """[rows, starts, stops]: by how much a cluster of values[start:stop] lowers the inertia."""
+        mass, first = (
+            total.gather(1, stops).unsqueeze(1) - total.gather(1, starts).unsqueeze(2)
+            for total in (self.mass, self.first)
+        )
+        backwards = mass < 0
+        return first.square_().div_(mass.masked_fill_(mass == 0, 1)).masked_fill_(backwards, -torch.inf)
+
+    def means(self, starts: Tensor, stops: Tensor, otherwise: Tensor) -> Tensor:
+        """Weighted means of values[start:stop], all [rows, k]; `otherwise` where there is no weight."""
+        mass, first = (total.gather(1, stops) - total.gather(1, starts) for total in (self.mass, self.first))
+        return torch.where(mass > 0, first / mass + self.origin, otherwise)
+
+
+def best_ends(sums: Sums, positions: Sequence[Tensor]) -> Tensor:
+    """Ends [rows, k - 1] of the first k - 1 of k clusters, end c taken from positions[c] [rows, ascending].
+
+    In one dimension clusters are stretches of the sorted values, so dynamic programming over their ends finds the
+    best of all choices (Wang and Song, 2011).
+    """
+    rows, n = sums.values.shape
+    origin, last = (torch.full((rows, 1), end, device=sums.values.device) for end in (0, n))
+    total, before, choices = torch.zeros_like(sums.origin), origin, []
+    for stops in (*positions, last):
+        total, choice = (total.unsqueeze(2) + sums.gain(before, stops)).max(1)
+        choices.append(choice)
+        before = stops
+    ends, place = [], choices.pop()
+    for stops, choice in zip(reversed(positions), reversed(choices), strict=True):
+        ends.append(stops.gather(1, place))
+        place = choice.gather(1, place)
+    return torch.cat(ends[::-1], 1)
+
+
+def best_centres(values: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Centres [rows, k] of the best weighted k-means of every row; `values` [rows, n] ascending, float64.
+
+    Rows of up to 128 values are solved exactly. Longer ones first with 128 positions for the ends of clusters, then
+    with every position near the ends found, until these stay.
+    """
+    rows, n = values.shape
+    step = -(-n // POSITIONS)
+    sums, device = Sums(values, weights), values.device
+    coarse = torch.arange(0, n + 1, step, device=device).expand(rows, -1)
+    ends = best_ends(sums, [coarse] * (k - 1))
+    near = torch.arange(-2 * step, 2 * step + 1, device=device)
+    for _ in range(16):
+        finer = best_ends(sums, [(end.unsqueeze(1) + near).clamp(0, n) for end in ends.unbind(1)])
+        if torch.equal(finer, ends):
+            break
+        ends = finer
+    starts, stops = nn.functional.pad(ends, (1, 0)), nn.functional.pad(ends, (0, 1), value=n)
+    return sums.means(starts, stops, values.gather(1, starts.clamp(max=n - 1))).sort(1).values
+
+
+def lloyd(
+    values: Tensor, weights: Tensor, centres: Tensor, fixed: Tensor | None = None, iterations: int = 300
+) -> Tensor:
+    """Weighted k-means of every row from given centres [rows, k], until nothing moves; all ascending, float64.
+
+    A centre stays where it is if no weight is nearest to it, or if it is `fixed` (bool [rows, k]).
+    """
+    sums = Sums(values, weights)
+    for _ in range(iterations):
+        border = torch.searchsorted(values, (centres[:, 1:] + centres[:, :-1]) / 2, right=True)
+        starts, stops = nn.functional.pad(border, (1, 0)), nn.functional.pad(border, (0, 1), value=values.shape[1])
+        moved = sums.means(starts, stops, centres)
+        if fixed is not None:
+            moved = torch.where(fixed, centres, moved)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def kmeans(weight: Tensor, importance: Tensor, k: int, zero: bool = False) -> Tensor:
+    """Centres [rows, k], ascending, of every row of `weight` [rows, n] weighted by `importance` [rows, n].
+
+    With `zero`, one of the centres is 0.
+    """
+    # A row whose weights have no importance at all is clustered as if all had the same.
+    importance = importance.double() + (importance.sum(1, keepdim=True) == 0)
+    values, order = weight.double().sort(1)
+    importance = (importance / importance.amax(1, keepdim=True)).gather(1, order)
+    found = []
+    rows = max(1, CHUNK // POSITIONS**2)
+    for part, by in zip(values.split(rows), importance.split(rows), strict=True):
+        centres = best_centres(part, by, k - zero)
+        if zero:
+            centres, order = nn.functional.pad(centres, (0, 1)).sort(1)
+            centres = lloyd(part, by, centres, order == k - 1)
+        found.append(lloyd(part, by, centres))
+    return torch.cat(found)
+
+
+def keep_apart(weight: Tensor, importance: Tensor, sensitive: float, outliers: float) -> Tensor:
+    """Bool [out, in]: the fraction `sensitive` of largest importance, and of the rest `outliers` of largest |w|.
+
+    The authors' rule for outliers, a symmetric threshold from the quartiles and their distance times a factor, is
+    tuned to a fraction; here the threshold of each matrix is the one that gives that fraction.
+    """
+    apart = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    apart[importance.flatten().topk(int(sensitive * len(apart))).indices] = True
+    magnitude = weight.abs().flatten().masked_fill(apart, 0)
+    apart[magnitude.topk(int(outliers * len(apart))).indices] = True
+    return apart.view(weight.shape)
+
+
+@dataclass(frozen=True)
+class SqueezeLLM(Weights):
+    """The weights of the k-means are squared gradients of the loss (the diagonal of the Fisher information)."""
+
+    paper = "arXiv:2306.07629"
+    type = "PTQ"
+    weight_update = "none"
+    needs = {"grad2"}
+
+    bits: int = 4  # 2, 3 or 4
+    sensitive: float = 0.0005  # fraction of weights kept in float16 for their gradients
+    outliers: float = 0.004  # fraction kept in float16 for their size
+
+    def check(self) -> None:
+        self.require(self.bits in (2, 3, 4), "bits must be one of (2, 3, 4)")
+        self.require(self.sensitive >= 0 and self.outliers >= 0, "sensitive and outliers must not be negative")
+        self.require(self.sensitive + self.outliers < 1, "sensitive and outliers must leave weights to cluster")
+
+    def compress(self, layer: Layer) -> nn.Module:
+        weight, importance, kept = layer.weight, layer.inputs.grad2, layer.kept
+        if kept is not None:
+            importance = importance * kept
+        apart = keep_apart(weight, importance, self.sensitive, self.outliers)
+        dense = weight.masked_fill(apart, 0)
+        lut = kmeans(dense, importance.masked_fill(apart, 0), 2**self.bits, zero=kept is not None).half()
+        codes = nearest(dense, lut.float())
+        # What the table leaves over at the positions kept apart, so that table and sparse part add up to the weight.
+        left = (weight - lut.float().gather(1, codes)) * apart
+        return LutLinear.of(codes, lut, bits=self.bits, outliers=left, bias=layer.bias)
