@@ -164,7 +164,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         from effbench.probes.environment import describe
 
         _pin(job.cell.settings["threads"], job.cell.seed)
-        environment = describe()
+        environment = describe(job.device)
         tell(environment=environment)
         settings = job.cell.settings
         run = open_run(job.source, job.data, job.device, settings["dtype"], job.cell.seed, settings)
@@ -191,7 +191,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         log=log | {"phases": found.seconds},
         environment=environment,
         started=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - begin, 3),
+        seconds=round(time.monotonic() - begin - found.seconds["wait"], 3),
     )
 
 

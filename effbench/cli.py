@@ -56,7 +56,7 @@ class Command:
 
     act: Callable[[argparse.Namespace], int]
     summary: str
-    words: Mapping[str, str] = dataclasses.field(default_factory=dict)  # positional arguments and their help
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)  # arguments by position, [optional], and help
     options: type | None = None  # the class of its key=value options
     flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -70,9 +70,7 @@ class Command:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for word, text in self.words.items():
-            parser.add_argument(word, help=text)
-        for word, (default, text) in self.defaults.items():
-            parser.add_argument(word, nargs="?", default=default, help=f"{text} [{default}]")
+            parser.add_argument(word.strip("[]"), nargs="?" if word.startswith("[") else None, help=text)
         if self.options:
             parser.add_argument("options", nargs="*", metavar="key=value", help="options, listed below")
         for flag, text in self.flags.items():
@@ -157,9 +155,10 @@ def _list(arguments: argparse.Namespace) -> int:
         "ops": _ops,
         "tasks": _tasks,
     }
-    if arguments.what not in listings:
-        raise Usage(f"cannot list {arguments.what!r}{registry.nearest(arguments.what, listings)}")
-    rows = listings[arguments.what]()
+    what = arguments.what or "methods"
+    if what not in listings:
+        raise Usage(f"cannot list {what!r}{registry.nearest(what, listings)}")
+    rows = listings[what]()
     if arguments.json:
         print(json.dumps(rows, indent=1, default=str))
     else:
@@ -419,7 +418,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 JSON = {"--json": "for machines"}
 COMMANDS: dict[str, Command] = {
     "list": Command(
-        _list, "name what there is", {"what": "methods, suites, models, ops or tasks"}, flags=JSON
+        _list, "name what there is", {"[what]": "methods (if left out), suites, models, ops or tasks"}, flags=JSON
     ),
     "show": Command(
         _show,

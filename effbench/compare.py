@@ -24,6 +24,7 @@ from effbench.report import (
     markdown_table,
     natural,
     paired,
+    places,
     rounded,
     tasks,
 )
@@ -31,7 +32,7 @@ from effbench.stats import Estimate, holm
 
 LEGEND = (
     "Paired by item. Accuracies in %, a change of perplexity in %. p: McNemar's exact test for one seed\n"
-    f"of a task, a studentized bootstrap for the rest. *: at most {LEVEL} after Holm's correction over the table."
+    f"of a task, a studentized bootstrap for the rest. *: at most {LEVEL} after Holm over the table."
 )
 DISTANCES = ("kl_nats_per_token", "top1_agreement")
 HEADER = ("metric", "A", "B", "B - A", "95 % interval", "n", "lost, gained", "p", "p (Holm)")
@@ -138,12 +139,17 @@ def _line(before: Row, after: Row, metric: str, test: Estimate, adjusted: float)
     values = [
         estimate.value * factor if (estimate := row.estimate(metric)) else None for row in (before, after)
     ]
-    bounds = None if test.low is None or test.high is None else (scale(test.low), scale(test.high))
+    change, interval = scale(test.value), DASH
+    decimals = max(1, 2 - math.floor(math.log10(abs(change) or 1)))
+    if test.low is not None and test.high is not None:
+        low, high = scale(test.low), scale(test.high)
+        decimals = places(high - low) if high > low else decimals
+        interval = f"{low:+.{decimals}f} to {high:+.{decimals}f}{unit}"
     return [
         metric,
         *(DASH if value is None else rounded(value, 4) for value in values),
-        f"{_signed(scale(test.value))}{unit}",
-        DASH if bounds is None else f"{_signed(bounds[0])} to {_signed(bounds[1])}{unit}",
+        f"{change:+.{decimals}f}{unit}",
+        interval,
         str(test.n),
         _changed(before, after, metric),
         f"{test.p:.2g}",
@@ -159,7 +165,3 @@ def _changed(before: Row, after: Row, metric: str) -> str:
     if left is None or right is None:
         return DASH
     return f"{np.sum(right < left)}, {np.sum(right > left)}"
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + rounded(value)

@@ -30,6 +30,7 @@ from effbench.store import Store, latest
 
 FORMATS = ("md", "csv", "tex", "rich")
 WRITTEN = ("md", "csv", "tex")
+ADHOC = "adhoc"  # recipes from the command line; their tables are written only when asked for by name
 CSV_START = (
     "suite", "suite_version", "recipe", "steps", "model", "seed", "outcome", "reason", "simulated", "machine",
 )  # fmt: skip
@@ -71,7 +72,7 @@ def main(options: Mapping[str, Any]) -> int:
         return 0
     records = load(results, suite)
     if style == "csv":
-        sys.stdout.write(_csv(records))
+        sys.stdout.write(_csv(groups(records)))
     else:
         names = sorted({record.cell.suite for record in records})
         sys.stdout.write("\n".join(render(records, name, style) for name in names))
@@ -107,12 +108,19 @@ def check(results: Path, suite: str | None = None) -> int:
 
 
 def pages(results: Path, suite: str | None = None) -> dict[Path, str]:
-    """Every generated file with the text it should have: tables of the suite, or of all, and the README."""
-    records = load(results, suite)
-    names = sorted({record.cell.suite for record in records})
+    """Every generated file with the text it should have: tables of the suite, or of all, and the README.
+
+    Raises `Usage` without records.
+    """
+    by_suite: dict[str, list[Record]] = {}
+    for record in load(results, suite):
+        by_suite.setdefault(record.cell.suite, []).append(record)
+    if suite is None:
+        by_suite.pop(ADHOC, None)
+    found = {name: groups(records) for name, records in sorted(by_suite.items())}
     wanted = {
-        results / "tables" / f"{name}.{style}": render(records, name, style)
-        for name in names
+        results / "tables" / f"{name}.{style}": _rendered(tables, name, style)
+        for name, tables in found.items()
         for style in WRITTEN
     }
     readme = results.resolve().parent / "README.md"
@@ -120,7 +128,11 @@ def pages(results: Path, suite: str | None = None) -> dict[Path, str]:
 
         def block(match: re.Match[str]) -> str:
             begin, name, end = match.groups()
-            return f"{begin}{headline(records, name)}{end}" if suite in (None, name) else match[0]
+            if suite not in (None, name):
+                return match[0]
+            if name not in found:
+                raise Usage(f"{readme}: no records of suite {name!r}{nearest(name, found)}")
+            return f"{begin}{headline(found[name][0])}{end}"
 
         wanted[readme] = BLOCK.sub(block, readme.read_text(encoding="utf-8"))
     return wanted
@@ -151,7 +163,8 @@ class Row:
 
     @property
     def recipe(self) -> str:
-        return self.records[0].cell.recipe
+        """Its name, the latest one where it was renamed between seeds."""
+        return max(self.records, key=lambda record: record.started).cell.recipe
 
     @property
     def steps(self) -> str:
@@ -240,19 +253,27 @@ def groups(records: Iterable[Record]) -> list[Group]:
 def _group(records: Sequence[Record]) -> Group:
     """The newest state of each row; `records` are sorted by age."""
     newest = state(records[-1])
-    rows: dict[str, dict[int, Record]] = {}
+    rows: list[dict[int, Record]] = []
     for record in records:
         if state(record) == newest:
-            seeds = rows.setdefault(record.cell.recipe, {})
-            if any(
-                dataclasses.replace(other.cell, seed=record.cell.seed) != record.cell
-                for other in seeds.values()
-            ):
-                seeds.clear()
-            seeds[record.cell.seed] = record
-    found = [Row(tuple(record for _, record in sorted(seeds.items()))) for seeds in rows.values()]
+            mine = {}
+            for row in rows:
+                cell = dataclasses.replace(next(iter(row.values())).cell, seed=record.cell.seed)
+                if cell.identity == record.cell.identity:
+                    mine = row
+            rows = [row for row in rows if not _replaces(record, row)]
+            rows.append(mine | {record.cell.seed: record})
+    found = [Row(tuple(record for _, record in sorted(row.items()))) for row in rows]
     found.sort(key=lambda row: (not row.is_baseline, natural(row.recipe)))
     return Group(tuple(found), len(records) - sum(len(row.records) for row in found))
+
+
+def _replaces(record: Record, row: Mapping[int, Record]) -> bool:
+    """Whether a record is of that row, or of a newer one with its name or its steps."""
+    return any(
+        record.cell.recipe == other.cell.recipe or record.cell.steps == other.cell.steps
+        for other in row.values()
+    )
 
 
 def _place(record: Record) -> tuple[Any, ...]:
@@ -358,7 +379,8 @@ class Sheet:
     title: str
     caption: str
     grids: tuple[Grid, ...]
-    notes: tuple[str, ...]  # footnotes, then what the marks mean
+    notes: tuple[str, ...]  # footnotes of the names in the first column
+    legend: str
 
 
 def sheet(group: Group, brief: bool = False) -> Sheet:
@@ -372,15 +394,18 @@ def sheet(group: Group, brief: bool = False) -> Sheet:
         kept = {header: column for header, column in cells.items() if any(cell != DASH for cell in column)}
         if kept or not grids:
             grids.append(Grid(title, ("recipe", *kept), tuple(zip(names, *kept.values(), strict=True))))
-    notes = [f"{_superscript(number)} {text}" for text, number in footnotes.items()]
-    return Sheet(_title(group), _caption(group), tuple(grids), (*notes, _legend(group)))
+    notes = tuple(f"{_superscript(number)} {text}" for text, number in footnotes.items())
+    return Sheet(_title(group), _caption(group), tuple(grids), notes, _legend(group))
 
 
 def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
     """Title and columns, by header, of each table."""
 
     def measured(metric: str, scale: float = 1) -> Show:
-        return lambda row: with_interval(row.estimate(metric), scale) + _mark(group, row, metric)
+        digits = (
+            4 if PPL.search(metric) else 3
+        )  # rows differ by less than their own intervals: they are paired
+        return lambda row: with_interval(row.estimate(metric), scale, digits) + _mark(group, row, metric)
 
     def plain(metric: str, text: Callable[[float], str]) -> Show:
         return lambda row: text(found.value) if (found := row.estimate(metric)) else DASH
@@ -393,8 +418,8 @@ def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
         return DASH if size is None else bytes_text(size.value) + (f" ({ratio.value:.2f}×)" if ratio else "")
 
     ppls = sorted(group.metrics(PPL), key=lambda name: name != "token_ppl")
-    speeds = group.metrics(SPEED)
-    kept: dict[str, Show] = {"bits/weight": plain("bits_per_weight", "{:.2f}".format), "stored": stored}
+    speeds = sorted(group.metrics(SPEED), key=lambda name: (not name.startswith("prefill"), natural(name)))
+    kept: dict[str, Show] = {"bits": plain("bits_per_weight", "{:.2f}".format), "stored": stored}
     kept |= {_header(name): measured(name) for name in ppls[:1]}
     kept |= {"KL, nats": measured("kl_nats_per_token"), "top-1, %": measured("top1_agreement", 100)}
     kept |= {"tasks, %": measured("tasks_acc", 100)}
@@ -442,7 +467,7 @@ def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
 def _header(metric: str) -> str:
     """Column title of a metric."""
     if match := SPEED.fullmatch(metric):
-        return f"{match[1]}, batch {match[2]}, context {match[3]}"
+        return f"{match[1]} b{match[2]} c{match[3]}"
     if match := re.fullmatch("(.*)_peak_(.*)_bytes", metric):
         return f"{match[1]} peak ({match[2]})"
     if match := ACCURACY.search(metric):
@@ -476,7 +501,8 @@ def _title(group: Group) -> str:
 def _caption(group: Group) -> str:
     """Where the numbers come from."""
     records, cell = group.records, group.records[0].cell
-    where = [next((place for record in records if (place := machine(record))), "an unknown machine")]
+    unnamed = cell.settings.get("machine") or "an unknown machine"
+    where = [next((place for record in records if (place := machine(record))), unnamed)]
     where += [
         f"{name} {cell.settings[name]}" for name in ("threads", "dtype", "limit") if cell.settings.get(name)
     ]
@@ -496,22 +522,18 @@ def _caption(group: Group) -> str:
 def _legend(group: Group) -> str:
     """What the marks mean, as far as they can occur."""
     parts = [
-        "±: 95 % interval, over items or windows for one seed, over seeds for three and up; [a–b]: two seeds."
+        "±: 95 % interval over items or windows; ±ˢ: over seeds; [a–b]: range of two seeds; –: not measured."
     ]
     if group.tests:
-        parts.append(
-            "↑ ↓: differs from the baseline, paired by item, at 5 % after Holm's correction over the table."
-        )
-    speeds = group.metrics(SPEED)
-    if speeds:
-        parts.append(
-            f"Speed: the baseline of the same run is 1; {_header(speeds[0]).partition(', ')[2]} unless named."
-        )
+        parts.append("↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table.")
+    if speeds := group.metrics(SPEED):
+        first = _header(speeds[0]).partition(" ")[2]
+        parts.append(f"Speed: the baseline of the same run is 1; b: batch, c: context, {first} unless named.")
     if any(row.simulated for row in group.rows):
         parts.append(
             "Simulated: computes like the compressed form without being stored as it, so it has no speed."
         )
-    return " ".join([*parts, f"{DASH}: not measured."])
+    return " ".join(parts)
 
 
 # ---- numbers as text -----------------------------------------------------------------------------
@@ -527,19 +549,31 @@ def rounded(value: float, digits: int = 3) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def with_interval(found: Estimate | None, scale: float = 1) -> str:
-    """A value and its uncertainty, both to the second digit of the uncertainty; a dash for None."""
+def with_interval(found: Estimate | None, scale: float = 1, digits: int = 3) -> str:
+    """A value to at least so many digits, and its uncertainty; `ˢ` tells that of seeds. A dash for None."""
     if found is None:
         return DASH
     value = found.value * scale
     low, high = (value if bound is None else bound * scale for bound in (found.low, found.high))
     reach = max(high - value, value - low)
     if reach <= 1e-6 * abs(value) or max(abs(value), reach) >= 1e5:
-        return rounded(value)
-    decimals = max(0, 1 - math.floor(math.log10(reach)))
+        return rounded(value, digits)
+    text: Callable[[float], str] = rounded
+    if abs(value) >= 1e-3 or not value:
+        least = digits - 1 - math.floor(math.log10(abs(value))) if abs(value) >= 0.1 else 0
+        text = f"{{:.{max(places(reach), least)}f}}".format
     if found.n == 2:
-        return f"{value:.{decimals}f} [{low:.{decimals}f}–{high:.{decimals}f}]"
-    return f"{value:.{decimals}f} ±{reach:.{decimals}f}"
+        return f"{text(value)} [{text(low)}–{text(high)}]"
+    return f"{text(value)} ±{text(reach)}{'ˢ' if found.n > 2 else ''}"
+
+
+def places(reach: float) -> int:
+    """Decimals worth showing of a number this uncertain.
+
+    Two digits of the uncertainty where it begins with 1 or 2, else one: rounding changes it by 1/6 at most.
+    """
+    mantissa, exponent = f"{reach:.1e}".split("e")
+    return max(0, (mantissa < "3") - int(exponent))
 
 
 def bytes_text(size: float) -> str:
@@ -566,10 +600,24 @@ def _superscript(number: int) -> str:
 
 def render(records: Iterable[Record], suite: str, format: str = "md") -> str:
     """The tables of one suite as md, csv, tex or rich (for the terminal). Raises `Usage` without records."""
-    chosen = _of_suite(records, suite)
+    records = list(records)
+    chosen = [record for record in records if record.cell.suite == suite]
+    if not chosen:
+        raise Usage(
+            f"no records of suite {suite!r}{nearest(suite, {record.cell.suite for record in records})}"
+        )
+    return _rendered(groups(chosen), suite, format)
+
+
+def headline(group: Group) -> str:
+    """Markdown for a README: the telling columns."""
+    return _markdown_sheet(sheet(group, brief=True)) + "\n"
+
+
+def _rendered(tables: Sequence[Group], suite: str, format: str) -> str:
     if format == "csv":
-        return _csv(chosen)
-    sheets = [sheet(group) for group in groups(chosen)]
+        return _csv(tables)
+    sheets = [sheet(group) for group in tables]
     if format == "rich":
         return _rich(sheets)
     made = f"Generated by `effbench report suite={suite} --write`; do not edit."
@@ -578,24 +626,9 @@ def render(records: Iterable[Record], suite: str, format: str = "md") -> str:
     return "\n\n".join([f"<!-- {made} -->", *map(_markdown_sheet, sheets)]) + "\n"
 
 
-def headline(records: Iterable[Record], suite: str) -> str:
-    """Markdown for a README: the telling columns of the suite's first group. Raises `Usage` without any."""
-    return _markdown_sheet(sheet(groups(_of_suite(records, suite))[0], brief=True)) + "\n"
-
-
-def _of_suite(records: Iterable[Record], suite: str) -> list[Record]:
-    records = list(records)
-    chosen = [record for record in records if record.cell.suite == suite]
-    if not chosen:
-        raise Usage(
-            f"no records of suite {suite!r}{nearest(suite, {record.cell.suite for record in records})}"
-        )
-    return chosen
-
-
-def _csv(records: Sequence[Record]) -> str:
+def _csv(tables: Sequence[Group]) -> str:
     """One row per record that the tables stand on; where a metric has intervals, their bounds follow it."""
-    shown = [record for group in groups(records) for record in group.records]
+    shown = [record for group in tables for record in group.records]
     bounded = {name for r in shown for name, metric in r.metrics.items() if metric.low is not None}
     columns = [
         (name, part)
@@ -610,7 +643,8 @@ def _csv(records: Sequence[Record]) -> str:
         cell = record.cell
         start = (
             cell.suite, cell.suite_version, cell.recipe, cell.steps, cell.model, cell.seed, record.outcome,
-            _line(record.reason), str(record.simulated).lower(), machine(record),
+            _line(record.reason), str(record.simulated).lower(),
+            machine(record) or cell.settings.get("machine"),
         )  # fmt: skip
         values = [getattr(record.metrics.get(name), part, None) for name, part in columns]
         writer.writerow([*start, *values, cell.tier, record.name])
@@ -634,13 +668,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], pad: bo
 
 
 def _numeric(column: Iterable[str]) -> bool:
-    """Whether the cells of a column are numbers, to be set flush right."""
-    return all(re.match(r"[-+.\d]", cell) or cell == DASH for cell in column)
+    """Whether the cells of a column are numbers, to be set flush right (letters of units: e, k, capitals)."""
+    return all(re.fullmatch(r"[-+.\d][^a-df-jl-z]*", cell) or cell == DASH for cell in column)
 
 
 def markdown(text: str) -> str:
     """Plain text so that Markdown shows it as it is; pipes are the table's business."""
-    return re.sub(r"([\\`*<&$~]|\[(?=[^\]]*\]\()|\b_(?!\w)|(?<!\w)_)", r"\\\1", text)
+    return re.sub(r"([\\`*<&$~]|\[(?=[^\]]*\]\()|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
 
 
 def _markdown_sheet(sheet: Sheet) -> str:
@@ -649,7 +683,7 @@ def _markdown_sheet(sheet: Sheet) -> str:
         if len(sheet.grids) > 1:
             parts.append(f"*{markdown(grid.title)}*")
         parts.append(markdown_table(grid.header, [[markdown(cell) for cell in row] for row in grid.rows]))
-    return "\n\n".join([*parts, *map(markdown, sheet.notes)])
+    return "\n\n".join([*parts, *map(markdown, (*sheet.notes, sheet.legend))])
 
 
 TEX = {
@@ -657,7 +691,7 @@ TEX = {
     "%": r"\%", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
     "[": "{[}", "]": "{]}", "±": r"$\pm$", "×": r"$\times$", "–": "--",
-    "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "ˢ": r"\textsuperscript{s}",
     **{chr(mark): rf"\textsuperscript{{{chr(digit)}}}" for digit, mark in SUPERSCRIPTS.items()},
 }  # fmt: skip
 
@@ -672,10 +706,12 @@ def _tex_sheet(sheet: Sheet) -> str:
     for grid in sheet.grids:
         align = "".join("r" if _numeric(column) else "l" for column in zip(*grid.rows, strict=True))
         header, *body = (" & ".join(map(tex, line)) + r" \\" for line in (grid.header, *grid.rows))
-        caption = f"{sheet.title}: {grid.title}." + (f" {sheet.caption}" if grid is sheet.grids[0] else "")
+        first = grid is sheet.grids[0]
+        caption = f"{sheet.title}: {grid.title}." + (f" {sheet.caption}" if first else "")
+        notes = [*sheet.notes, sheet.legend] if first else sheet.notes
         lines = [r"\begin{table}", r"\centering\footnotesize", rf"\caption{{{tex(caption)}}}"]
         lines += [rf"\begin{{tabular}}{{{align}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
-        lines += [r"\end{tabular}", *(rf"\par {tex(note)}" for note in sheet.notes), r"\end{table}"]
+        lines += [r"\end{tabular}", *(rf"\par {tex(note)}" for note in notes), r"\end{table}"]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
@@ -699,6 +735,6 @@ def _rich(sheets: Sequence[Sheet]) -> str:
             for row in grid.rows:
                 table.add_row(*map(Text, row))
             console.print(table)
-        for note in sheet.notes:
+        for note in (*sheet.notes, sheet.legend):
             console.print(Text(note, style="dim"))
     return out.getvalue()

@@ -1,21 +1,54 @@
-"""What tests share: a folder of private methods, importable fakes, and jobs made to measure."""
+"""What tests share: private methods that misbehave, fakes that worker processes can import, ready-made jobs."""
 
-import os
+from __future__ import annotations
+
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-METHODS = HERE / "methods_for_tests"
+from effbench.cell import Job
+from effbench.core.record import Cell
+from effbench.sources import DataSource, Source
+from effbench.store import Store
 
-# Worker processes inherit both: methods that misbehave on purpose, and `fake_cells`.
-os.environ["EFFBENCH_METHODS"] = str(METHODS)
-sys.path.insert(0, str(HERE))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # worker processes inherit the path and find `fake_cells`
 
 
 @pytest.fixture
-def store(tmp_path):
-    from effbench.store import Store
-
+def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "results")
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adds the methods of `methods_for_tests`."""
+    monkeypatch.setenv("EFFBENCH_METHODS", str(HERE / "methods_for_tests"))
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> Callable[..., Job]:
+    """Jobs that differ in the name of their recipe, with a speed gate of the test's own."""
+    gate = tmp_path / "gate.lock"
+    gate.touch()
+
+    def make(recipe: str, steps: str = "", **settings: Any) -> Job:
+        cell = Cell(
+            suite="fakes",
+            suite_version=1,
+            tier="quick",
+            recipe=recipe,
+            steps=steps,
+            resolved=(),
+            model="tiny",
+            data="tiny",
+            seed=0,
+            settings={"threads": 1, "dtype": None, "probes": [], **settings},
+            digests={"model": recipe},
+        )
+        return Job(cell, Source("tiny", "tiny"), DataSource("tiny", "tiny"), "cpu", gate)
+
+    return make

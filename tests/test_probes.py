@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -497,23 +498,23 @@ class Sleepy(Engine):
     """An engine that takes as long as it says; the reference takes twice that."""
 
     def prefill(self, ids, padding=None):
-        time.sleep(0.02 if self.model.training else 0.04)
+        time.sleep(0.03 if self.model.training else 0.06)
         return SimpleNamespace(ids=ids[:, -1], length=ids.shape[1])
 
     def decode(self, state):
-        time.sleep(0.004 if self.model.training else 0.008)
+        time.sleep(0.01 if self.model.training else 0.02)
         return state
 
 
 def test_planted_delays_are_read(tokenizer):
     run = make_run(tokenizer, engine=Sleepy)
     run.model.train()  # only to tell the two apart
-    settings = {"speed_points": [[2, 16]], "speed_new_tokens": 5, "speed_seconds": 1.6}
+    settings = {"speed_points": [[2, 16]], "speed_new_tokens": 3, "speed_seconds": 1.6}
     reading = speed.take(run, settings)
     values = {name: metric.value for name, metric in reading.metrics.items()}
-    assert values["prefill_tok_per_s_b2_c16"] == pytest.approx(32 / 0.02, rel=0.1)
-    assert values["decode_tok_per_s_b2_c16"] == pytest.approx(2 / 0.004, rel=0.1)
-    assert values["decode_ms_per_token_b2_c16"] == pytest.approx(4, rel=0.1)
+    assert values["prefill_tok_per_s_b2_c16"] == pytest.approx(32 / 0.03, rel=0.1)
+    assert values["decode_tok_per_s_b2_c16"] == pytest.approx(2 / 0.01, rel=0.1)
+    assert values["decode_ms_per_token_b2_c16"] == pytest.approx(10, rel=0.1)
     assert values["prefill_speedup_b2_c16"] == pytest.approx(2, rel=0.1)
     assert values["decode_speedup_b2_c16"] == pytest.approx(2, rel=0.1)
     rounds = len(reading.samples["prefill_seconds_b2_c16"])
@@ -666,7 +667,7 @@ def test_environment_names_the_machine_but_not_the_host():
         facts["packages"]
     )
     host = platform.node()
-    assert not host or host not in json.dumps(facts)
+    assert not host or not re.search(rf"\b{re.escape(host)}\b", json.dumps(facts))
     assert facts["machine"].endswith(f"{facts['cores']}core")
     if "commit" in facts:
         assert len(facts["commit"]) == 40 and isinstance(facts["dirty"], bool)

@@ -21,10 +21,10 @@ def _nf4() -> Tensor:
     Normal quantiles with an exact zero, 8 levels above it and 7 below, as bitsandbytes computes them (QLoRA's
     equation 4 differs).
     """
-    offset = (31 / 32 + 29 / 30) / 2
+    offset = 0.9677083  # (31/32 + 29/30) / 2, with the digits that bitsandbytes has
     quantile = torch.special.ndtri
-    above = quantile(torch.linspace(offset, 0.5, 9, dtype=torch.float64))[:-1]
-    below = -quantile(torch.linspace(offset, 0.5, 8, dtype=torch.float64))[:-1]
+    above = quantile(torch.linspace(offset, 0.5, 9).double())[:-1]
+    below = -quantile(torch.linspace(offset, 0.5, 8).double())[:-1]
     levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
     return (levels / levels.max()).float()
 
@@ -36,7 +36,7 @@ def _dynamic_map() -> Tensor:
     """
     magnitudes = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
         magnitudes.append((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6))
     positive = torch.cat(magnitudes)
     return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values.float()

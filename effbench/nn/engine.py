@@ -67,39 +67,41 @@ class Engine:
     def score(
         self, pairs: list[tuple[list[int], list[int]]], block: int | None = None, batch_tokens: int = 8192
     ) -> list[Scored]:
-        """Log-likelihood of each continuation given its context, both token ids, in the order given.
+        """Log-likelihood of each continuation given its context (at least one token), in the order given.
 
         `block` is the number of tokens per forward pass after the context; None is all of them, or 1 under a plan
         that evicts or encodes.
         """
         if self.plan.streams or block is not None:
             return [self._stream(context, continuation, block or 1) for context, continuation in pairs]
+        # The last token is never fed, so the one-token choices of a question share one row.
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, continuation) in enumerate(pairs):
+            rows.setdefault((*context, *continuation[:-1]), []).append(i)
         found: list[Scored | None] = [None] * len(pairs)
-        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+        order = sorted(rows, key=len, reverse=True)
         while order:
-            width = sum(map(len, pairs[order[0]]))
-            batch, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
-            for index, scored in zip(batch, self._score_batch([pairs[i] for i in batch]), strict=True):
-                found[index] = scored
+            size = max(1, batch_tokens // len(order[0]))
+            batch, order = order[:size], order[size:]
+            shortest = [min(len(pairs[i][0]) for i in rows[row]) for row in batch]
+            for row, logits in zip(batch, self._score_batch(batch, shortest), strict=True):
+                for i in rows[row]:
+                    target = torch.tensor(pairs[i][1], device=self.device)
+                    found[i] = _scored(logits[len(logits) - len(target) :], target)
         return [scored for scored in found if scored is not None]
 
-    def _score_batch(self, pairs: list[tuple[list[int], list[int]]]) -> list[Scored]:
-        rows = [context + continuation for context, continuation in pairs]
+    def _score_batch(self, rows: list[tuple[int, ...]], contexts: list[int]) -> list[Tensor]:
+        """Logits of every row from its last context token on."""
         width = max(map(len, rows))
-        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
-        real = torch.arange(width, device=self.device) < torch.tensor([[len(row)] for row in rows], device=self.device)
+        ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows], device=self.device)
+        place = torch.arange(width, device=self.device)
+        real = place < torch.tensor([[len(row)] for row in rows], device=self.device)
+        # The head is the dearest part of a small model: apply it only where a continuation is predicted.
+        wanted = real & (place >= torch.tensor([[length - 1] for length in contexts], device=self.device))
         with self._running():
             hidden = self.model.base_model(ids, use_cache=False, **self._padded(real))
-            # The head is the dearest part of a small model: apply it where a continuation is predicted only.
-            wanted = torch.zeros_like(real)
-            for i, (context, continuation) in enumerate(pairs):
-                wanted[i, max(len(context) - 1, 0) : len(context) + len(continuation) - 1] = True
-            logits = self.model.get_output_embeddings()(hidden.last_hidden_state[wanted]).float()
-        targets = ids[:, 1:][wanted[:, :-1]]
-        return [
-            _scored(part, target)
-            for part, target in zip(*(t.split(wanted.sum(1).tolist()) for t in (logits, targets)), strict=True)
-        ]
+            logits: Tensor = self.model.get_output_embeddings()(hidden.last_hidden_state[wanted]).float()
+        return list(logits.split(wanted.sum(1).tolist()))
 
     def _stream(self, context: list[int], continuation: list[int], block: int) -> Scored:
         ids = torch.tensor([context + continuation], device=self.device)

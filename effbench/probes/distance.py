@@ -68,7 +68,7 @@ def compare(reference: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
         p, q = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
         # where p is 0 the term is 0, even against q = 0
         terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
-        kl.append(terms.sum(-1, dtype=torch.float64))
+        kl.append(terms.sum(-1).double())
         flips.append(p.argmax(-1) != q.argmax(-1))
     return torch.cat(kl), torch.cat(flips)
 

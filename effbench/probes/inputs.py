@@ -13,7 +13,7 @@ from effbench.core.errors import Refused, Unsupported
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
 
-TEXT_TOKENS = 32768  # of held-out text, where the settings do not say
+TEXT_TOKENS = 16384  # of held-out text, where the settings do not say
 
 
 class Windows(NamedTuple):

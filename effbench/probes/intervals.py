@@ -24,25 +24,25 @@ def fraction(hits: Sequence[float]) -> Metric:
 
 
 def mean(values: Sequence[float], scale: Callable[[float], float] = float) -> Metric:
-    """`scale` (increasing) of the mean and of its Student-t bounds, taking the values as independent."""
+    """`scale` (monotone) of the mean and of its Student-t bounds, taking the values as independent."""
     n, middle = len(values), statistics.fmean(values)
     if n < 2:
         return Metric(scale(middle), n=n)
     reach = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
-    return Metric(scale(middle), scale(middle - reach), scale(middle + reach), n)
+    return _bounded(scale, middle, middle - reach, middle + reach, n)
 
 
 def quotient(
     sums: Sequence[float], sizes: Sequence[float], scale: Callable[[float], float] = float
 ) -> Metric:
-    """`scale` (increasing) of sum(sums) / sum(sizes), for items of unlike size, by the delta method."""
+    """`scale` (monotone) of sum(sums) / sum(sizes), for items of unlike size, by the delta method."""
     n, total = len(sums), sum(sizes)
     middle = sum(sums) / total
     if n < 2:
         return Metric(scale(middle), n=n)
     spread = sum((value - middle * size) ** 2 for value, size in zip(sums, sizes, strict=True))
     reach = float(stdtrit(n - 1, 0.975)) * math.sqrt(spread * n / (n - 1)) / total
-    return Metric(scale(middle), scale(middle - reach), scale(middle + reach), n)
+    return _bounded(scale, middle, middle - reach, middle + reach, n)
 
 
 def median(values: Sequence[float], scale: Callable[[float], float] = float) -> Metric:
@@ -51,14 +51,13 @@ def median(values: Sequence[float], scale: Callable[[float], float] = float) -> 
     This interval of the sign test covers at least 95 % for any distribution; resampling few values does not.
     """
     ordered, n = sorted(values), len(values)
-    middle = scale(statistics.median(ordered))
+    middle = statistics.median(ordered)
     if n < MEDIAN_NEEDS:
-        return Metric(middle, n=n)
+        return Metric(scale(middle), n=n)
     outside = 0
     while 2 * bdtr(outside, n, 0.5) <= 0.05:
         outside += 1
-    bounds = scale(ordered[outside - 1]), scale(ordered[n - outside])
-    return Metric(middle, min(bounds), max(bounds), n)
+    return _bounded(scale, middle, ordered[outside - 1], ordered[n - outside], n)
 
 
 def width(metric: Metric) -> float:
@@ -66,3 +65,13 @@ def width(metric: Metric) -> float:
     if metric.low is None or metric.high is None:
         return math.inf
     return (metric.high - metric.low) / abs(metric.value)
+
+
+def exp(nats: float) -> float:
+    """e to the power of `nats`, infinite where a double cannot hold it."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
+def _bounded(scale: Callable[[float], float], middle: float, low: float, high: float, n: int) -> Metric:
+    first, last = scale(low), scale(high)
+    return Metric(scale(middle), min(first, last), max(first, last), n)

@@ -36,10 +36,10 @@ VERSION = 1
 FEWSHOT_SEED = 1234  # lm-eval's own default
 GENERATED = 16  # prompts in one batch
 PERPLEXITIES = {  # metric of lm-eval: our name, what its mean becomes
-    "word_perplexity": ("word_ppl", lambda mean: math.exp(-mean)),
-    "byte_perplexity": ("byte_ppl", lambda mean: math.exp(-mean)),
+    "word_perplexity": ("word_ppl", lambda mean: intervals.exp(-mean)),
+    "byte_perplexity": ("byte_ppl", lambda mean: intervals.exp(-mean)),
     "bits_per_byte": ("bits_per_byte", lambda mean: -mean / math.log(2)),
-    "perplexity": ("ppl", lambda mean: math.exp(-mean)),
+    "perplexity": ("ppl", lambda mean: intervals.exp(-mean)),
 }
 HEADLINE = ("acc", "exact_match")  # what counts as a task's accuracy, first found
 
@@ -115,7 +115,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         if add_special_tokens is None:
             opening = self.tokenizer.decode(self.prefix_token_id)
             add_special_tokens = not (opening and string.startswith(opening))
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        # verbose=False: texts longer than the model are cut into windows, which needs no warning
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
         return ids
 
     def _loglikelihood_tokens(
@@ -177,7 +178,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                 part = members[start : start + GENERATED]
                 made = self.engine.generate([ids for _, ids in part], longest, self._stop_ids(stops))
                 for (index, _), ids in zip(part, made, strict=True):
-                    text = self.tokenizer.decode(self._before_eos(ids), skip_special_tokens=True)
+                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
                     texts[index] = postprocess_generated_text(text, list(stops), None)
         return texts
 
@@ -189,9 +190,6 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             if len(single) == 1 and self.tokenizer.decode(single) == stop:
                 ids.add(single[0])
         return ids
-
-    def _before_eos(self, ids: list[int]) -> list[int]:
-        return ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
 
 
 def load(wanted: list[str], folders: Sequence[Path]) -> dict[str, Any]:
@@ -246,7 +244,7 @@ def _report(
                 sizes = [value[1] if isinstance(value, tuple) else 1 for value in values]
                 _finite(key, sums)
                 reading.samples[key] = [list(pair) for pair in zip(sums, sizes, strict=True)]
-                reading.add(key, _ordered(intervals.quotient(sums, sizes, scale)), protocol)
+                reading.add(key, intervals.quotient(sums, sizes, scale), protocol)
             elif plain and task.aggregation()[metric].__name__ in ("mean", "nanmean"):
                 numbers = [float(value) for value in values]
                 _finite(key, numbers)
@@ -262,12 +260,6 @@ def _finite(key: str, values: Sequence[float]) -> None:
     lost = sum(not math.isfinite(value) for value in values)
     if lost:
         raise Diverged(f"{key} is not finite on {lost} of {len(values)} items")
-
-
-def _ordered(metric: Metric) -> Metric:
-    if metric.low is None or metric.high is None:
-        return metric
-    return Metric(metric.value, min(metric.low, metric.high), max(metric.low, metric.high), metric.n)
 
 
 def _mean(reading: Reading, tasks: Sequence[str]) -> None:

@@ -133,13 +133,14 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
         begin = time.perf_counter()
         work()
         return time.perf_counter() - begin
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize(device)
-    begun.record()
-    work()
-    ended.record()
-    torch.cuda.synchronize(device)
-    return float(begun.elapsed_time(ended)) / 1000
+    with torch.cuda.device(device):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        begun.record()
+        work()
+        ended.record()
+        torch.cuda.synchronize()
+        return float(begun.elapsed_time(ended)) / 1000
 
 
 def paired(

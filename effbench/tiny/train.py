@@ -27,7 +27,7 @@ from effbench.tiny import tokenizer as bpe
 from effbench.tiny import world
 
 #: from so many tokens on, the window is so long
-CURRICULUM = ((0, 64), (2_500_000, 128), (13_000_000, 256), (21_000_000, 512), (27_000_000, 1024))
+CURRICULUM = ((0, 64), (4_500_000, 128), (10_000_000, 256), (14_000_000, 512), (16_500_000, 1024))
 BATCH_TOKENS = 4096
 RATE, WARMUP_STEPS = 3e-3, 200
 LOG_STEPS, MEASURE_STEPS, SAVE_SECONDS = 100, 1000, 240.0

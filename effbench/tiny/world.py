@@ -1,6 +1,6 @@
 """A generated world: seeded, deterministic, English-like text about people, codes, sums and rooms.
 
-Everything a document can say is either *knowledge* (1,600 people with five facts each, towns in lands, what a
+Everything a document can say is either *knowledge* (800 people with five facts each, towns in lands, what a
 trade uses) or *state* that holds inside one document (who holds the lamp, which code belongs to which word).
 Every word of the closed vocabulary is one token of the tokenizer, and every document opens with a heading,
 so a word never stands without the space before it: ``length`` counts tokens without a tokenizer.
@@ -188,7 +188,12 @@ class World:
 def world() -> World:
     """The world (there is one)."""
     rng = Random("world")
-    people = tuple(f"{first} {last}" for first, last in product(FIRST, LAST))
+    # half of all pairs of names, so that neither name alone tells who exists
+    people = tuple(
+        f"{first} {last}"
+        for (i, first), (j, last) in product(enumerate(FIRST), enumerate(LAST))
+        if (i + j) % 2
+    )
     pools = {"city": TOWNS, "job": JOBS, "pet": PETS, "dish": DISHES, "mentor": people}
     facts = {relation: {p: rng.choice(pools[relation]) for p in people} for relation in RELATIONS}
     return World(people, facts, {town: LANDS[i % len(LANDS)] for i, town in enumerate(TOWNS)})
@@ -442,12 +447,12 @@ KINDS: dict[str, Callable[[Random, int, bool], str]] = {
     "notes": notes_text,
     "prose": prose_text,
 }
-#: shares of the kinds in training text from this window on: at first little but saying again and looking up at
+#: shares of the kinds in training text from this window on: at first little but saying again and looking up
 #: short range, which a model learns late or never beside much else; then everything, over growing distances
 SHARES = {
     64: (4, 2, 0, 2, 0, 46, 42, 0, 4),
-    128: (28, 12, 6, 8, 6, 14, 18, 2, 6),
-    256: (26, 12, 6, 8, 6, 8, 10, 18, 6),
+    128: (32, 14, 6, 7, 6, 12, 16, 2, 5),
+    256: (32, 14, 6, 7, 6, 7, 8, 15, 5),
 }
 SIZES = (62, 94, 126, 254, 510, 1022)
 

@@ -21,7 +21,7 @@ class Compiled(NamedTuple):
     spills: int  # bytes of registers that did not fit and live in local memory
     shared: int  # bytes of shared memory
     matrix_products: int  # tensor-core instructions in the code
-    lane_instructions: float  # instructions of all lanes per decoded weight, in the loop over inputs
+    lane_instructions: float  # instructions of all lanes per number, in the longest loop
 
 
 def compiled(launch: Launch, capability: int = 90) -> Compiled:
@@ -44,14 +44,13 @@ def compiled(launch: Launch, capability: int = 90) -> Compiled:
     result = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
     lines = [line.split(";")[0] for line in result.asm["sass"].splitlines()]
     usage = _resources(result.asm["cubin"])
-    step = launch.constants.get("BLOCK_N", 1) * launch.constants.get("BLOCK_K", 1)
     return Compiled(
         name=result.metadata.name,
         registers=usage["REG"],
         spills=usage["LOCAL"] + usage["STACK"],
         shared=result.metadata.shared,
         matrix_products=sum("HGMMA" in line or "HMMA" in line for line in lines),
-        lane_instructions=_longest_loop(lines) * launch.num_warps * 32 / step,
+        lane_instructions=_longest_loop(lines) * launch.num_warps * 32 / launch.numbers,
     )
 
 

@@ -8,9 +8,10 @@ import torch
 
 
 class Launch(NamedTuple):
-    """One kernel launch: what the compiler has to know, and how much one step of its inner loop decodes."""
+    """One kernel launch, and how many numbers one step of its main loop (or a loopless program) works off."""
 
     kernel: Any
+    numbers: int
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
@@ -32,13 +33,31 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    numbers: int,
+    num_warps: int,
+    **constants: Any,
 ) -> None:
     """Run `kernel` over `grid`; nothing to do where the grid is empty."""
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, constants, num_warps))
+        _recorded.append(Launch(kernel, numbers, grid, arguments, constants, num_warps))
     elif 0 not in grid:
         kernel[grid](*arguments, **constants, num_warps=num_warps)
+
+
+class Tile(NamedTuple):
+    """Rows of x, rows of the matrix and warps of one program of a linear op."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def tile(batch: int) -> Tile:
+    """One vector: many small programs without barriers, as reading the matrix is what takes time."""
+    return Tile(1, 4, 1) if batch == 1 else Tile(16, 32, 4)
 
 
 def matrix(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import launch, matrix
+from effbench.kernels._common.launch import launch, matrix, tile
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, store
 from effbench.kernels.fp8_linear.reference import quantize
 
@@ -54,8 +54,8 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str) -> Te
         flat, factor = quantize(flat, activations)
     batch, in_features = flat.shape
     out_features = weight.shape[0]
-    block_m = 1 if batch == 1 else 16
-    block_n = 16 if batch == 1 else 64
+    block_m, block_n, num_warps = tile(batch)
+    block_k = 128
     y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
     launch(
         _fp8_linear,
@@ -72,6 +72,8 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str) -> Te
         PER_TOKEN=activations == "token",
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=128,
+        BLOCK_K=block_k,
+        numbers=block_n * block_k,
+        num_warps=num_warps,
     )
     return y.view(*x.shape[:-1], out_features)

@@ -57,8 +57,7 @@ def _hadamard(
             matrix = tl.load(right + k[:, None] * PADDED + inner[None, :])
             tile = tl.dot(part, matrix, tile, input_precision="ieee")
     for stage in tl.static_range(STAGES):
-        width: tl.constexpr = PADDED << stage
-        pairs = tl.reshape(tile, (BLOCK_M * POWER * PADDED // (2 * width), 2, width))
+        pairs = tl.reshape(tile, (BLOCK_M * (POWER >> stage + 1), 2, PADDED << stage))
         left, other = tl.split(tl.permute(pairs, (0, 2, 1)))
         tile = tl.permute(tl.join(left + other, left - other), (0, 2, 1))
     tile = tl.reshape(tile, (BLOCK_M * POWER, PADDED)) * NORM
@@ -91,6 +90,7 @@ def hadamard(x: Tensor, transpose: bool) -> Tensor:
         NORM=n**-0.5,
         BLOCK_M=rows,
         BLOCK_K=16,
+        numbers=rows * n,
         num_warps=8 if power * padded > 4096 else 4,
     )
     return y.view(x.shape)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import largest_power, launch, matrix
+from effbench.kernels._common.launch import largest_power, launch, matrix, tile
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_codes, load_zeros, store
 
 
@@ -60,12 +60,11 @@ def int_linear(
     flat = matrix(x)
     batch, in_features = flat.shape
     out_features, (rows, groups) = weight.shape[0], scale.shape
-    tile = 128
-    aligned = groups == 1 or (g_idx is None and largest_power(in_features // groups, tile) >= 32)
+    block_k = 128
+    aligned = groups == 1 or (g_idx is None and largest_power(in_features // groups, block_k) >= 32)
     if groups > 1 and aligned:
-        tile = largest_power(in_features // groups, tile)
-    block_m = 1 if batch == 1 else 16
-    block_n = 16 if batch == 1 else 64
+        block_k = largest_power(in_features // groups, block_k)
+    block_m, block_n, num_warps = tile(batch)
     y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
     launch(
         _int_linear,
@@ -85,6 +84,8 @@ def int_linear(
         GATHER=not aligned,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=tile,
+        BLOCK_K=block_k,
+        numbers=block_n * block_k,
+        num_warps=num_warps,
     )
     return y.view(*x.shape[:-1], out_features)

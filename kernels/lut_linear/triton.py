@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import largest_power, launch, matrix
+from effbench.kernels._common.launch import largest_power, launch, matrix, tile
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_codes, store
 
 
@@ -74,8 +74,8 @@ def lut_linear(
     flat = matrix(x)
     batch, in_features = flat.shape
     out_features = weight.shape[0]
-    block_m = 1 if batch == 1 else 16
-    block_n = 16 if batch == 1 else 64
+    block_m, block_n, num_warps = tile(batch)
+    block_k = max(32, largest_power(block, 128)) if block else 128
     y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
     launch(
         _lut_linear,
@@ -96,6 +96,8 @@ def lut_linear(
         BLOCK=block,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=max(32, largest_power(block, 128)) if block else 128,
+        BLOCK_K=block_k,
+        numbers=block_n * block_k,
+        num_warps=num_warps,
     )
     return y.view(*x.shape[:-1], out_features)

@@ -12,8 +12,9 @@ from effbench.core.kinds import Weights
 from effbench.formats.codebook import LutLinear, nearest
 from effbench.nn.calibration import Layer
 
-POSITIONS = 64  # ends of clusters that the first round of the search considers
-CHUNK = 2**18  # entries of the search's tables held at a time
+FINE = 96  # clusters of the fine quantizer whose ends are the positions that the search chooses from
+NEAR = 4  # values by which it then tries to move each end
+ROWS = 64  # rows searched at a time
 
 
 class Sums:
@@ -41,61 +42,74 @@ class Sums:
         return torch.where(mass > 0, first / mass + self.origin, otherwise)
 
 
+    def centres(self, ends: Tensor) -> Tensor:
+        """Means [rows, k] of the clusters between the inner ends [rows, k - 1], ascending."""
+        n = self.values.shape[1]
+        starts, stops = nn.functional.pad(ends, (1, 0)), nn.functional.pad(ends, (0, 1), value=n)
+        return self.means(starts, stops, self.values.gather(1, starts.clamp(max=n - 1))).sort(1).values
+
+    def ends(self, centres: Tensor) -> Tensor:
+        """Inner ends [rows, k - 1] of the clusters of the values nearest to each of the centres [rows, k]."""
+        return torch.searchsorted(self.values, (centres[:, 1:] + centres[:, :-1]) / 2, right=True)
+
+
+def lloyd(sums: Sums, centres: Tensor, fixed: Tensor | None = None, iterations: int = 300) -> Tensor:
+    """Weighted k-means of every row from given centres [rows, k], until nothing moves; ascending, float64.
+
+    A centre stays where it is if no weight is nearest to it, or if it is `fixed` (bool [rows, k]).
+    """
+    n = sums.values.shape[1]
+    for _ in range(iterations):
+        ends = sums.ends(centres)
+        moved = sums.means(nn.functional.pad(ends, (1, 0)), nn.functional.pad(ends, (0, 1), value=n), centres)
+        if fixed is not None:
+            moved = torch.where(fixed, centres, moved)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
 def best_ends(sums: Sums, positions: Sequence[Tensor]) -> Tensor:
-    """Ends [rows, k - 1] of the first k - 1 of k clusters, end c taken from positions[c] [rows, ascending].
+    """The best inner ends [rows, k - 1] of k clusters, end c being one of positions[c] [rows, ascending].
 
     In one dimension clusters are stretches of the sorted values, so dynamic programming over their ends finds the
     best of all choices (Wang and Song, 2011).
     """
     rows, n = sums.values.shape
     origin, last = (torch.full((rows, 1), end, device=sums.values.device) for end in (0, n))
-    total, before, choices = torch.zeros_like(sums.origin), origin, []
-    for stops in (*positions, last):
-        total, choice = (total.unsqueeze(2) + sums.gain(before, stops)).max(1)
+    total, choices = sums.gain(origin, positions[0]).squeeze(1), []
+    before, table = positions[0], None
+    for stops in (*positions[1:], last):
+        if table is None or stops is not before:  # ends that share their positions share the table
+            table = sums.gain(before, stops)
+        total, choice = (total.unsqueeze(2) + table).max(1)
         choices.append(choice)
         before = stops
-    ends, place = [], choices.pop()
+    place = torch.zeros_like(last)
+    ends = []
     for stops, choice in zip(reversed(positions), reversed(choices), strict=True):
-        ends.append(stops.gather(1, place))
         place = choice.gather(1, place)
+        ends.append(stops.gather(1, place))
     return torch.cat(ends[::-1], 1)
 
 
-def best_centres(values: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Centres [rows, k] of the best weighted k-means of every row; `values` [rows, n] ascending, float64.
+def best_centres(sums: Sums, weights: Tensor, k: int) -> Tensor:
+    """Centres [rows, k] of a weighted k-means of every row that no single change of an end improves.
 
-    Rows of up to 128 values are solved exactly. Longer ones first with 128 positions for the ends of clusters, then
-    with every position near the ends found, until these stay.
+    First the best ends among those of a fine quantizer with 96 levels, spaced by the cube root of the density
+    (Panter and Dite, 1951); then, until nothing moves, the best within 4 values of the ends found.
     """
-    rows, n = values.shape
-    step = -(-n // POSITIONS)
-    sums, device = Sums(values, weights), values.device
-    coarse = torch.arange(0, n + 1, step, device=device).expand(rows, -1)
-    ends = best_ends(sums, [coarse] * (k - 1))
-    near = torch.arange(-2 * step, 2 * step + 1, device=device)
+    values, n = sums.values, sums.values.shape[1]
+    gap = nn.functional.pad(values.diff(), (1, 1))
+    density = (weights * (gap[:, 1:] + gap[:, :-1]).square()).pow(1 / 3).cumsum(1)
+    share = torch.arange(1, FINE, device=values.device) / FINE
+    fine = lloyd(sums, sums.centres(torch.searchsorted(density, share * density[:, -1:]) + 1), iterations=10)
+    centres = lloyd(sums, sums.centres(best_ends(sums, [sums.ends(fine)] * (k - 1))))
+    near = torch.arange(-NEAR, NEAR + 1, device=values.device)
     for _ in range(16):
-        finer = best_ends(sums, [(end.unsqueeze(1) + near).clamp(0, n) for end in ends.unbind(1)])
-        if torch.equal(finer, ends):
-            break
-        ends = finer
-    starts, stops = nn.functional.pad(ends, (1, 0)), nn.functional.pad(ends, (0, 1), value=n)
-    return sums.means(starts, stops, values.gather(1, starts.clamp(max=n - 1))).sort(1).values
-
-
-def lloyd(
-    values: Tensor, weights: Tensor, centres: Tensor, fixed: Tensor | None = None, iterations: int = 300
-) -> Tensor:
-    """Weighted k-means of every row from given centres [rows, k], until nothing moves; all ascending, float64.
-
-    A centre stays where it is if no weight is nearest to it, or if it is `fixed` (bool [rows, k]).
-    """
-    sums = Sums(values, weights)
-    for _ in range(iterations):
-        border = torch.searchsorted(values, (centres[:, 1:] + centres[:, :-1]) / 2, right=True)
-        starts, stops = nn.functional.pad(border, (1, 0)), nn.functional.pad(border, (0, 1), value=values.shape[1])
-        moved = sums.means(starts, stops, centres)
-        if fixed is not None:
-            moved = torch.where(fixed, centres, moved)
+        windows = [(end.unsqueeze(1) + near).clamp(0, n) for end in sums.ends(centres).unbind(1)]
+        moved = lloyd(sums, sums.centres(best_ends(sums, windows)))
         if torch.equal(moved, centres):
             break
         centres = moved
@@ -112,13 +126,13 @@ def kmeans(weight: Tensor, importance: Tensor, k: int, zero: bool = False) -> Te
     values, order = weight.double().sort(1)
     importance = (importance / importance.amax(1, keepdim=True)).gather(1, order)
     found = []
-    rows = max(1, CHUNK // POSITIONS**2)
-    for part, by in zip(values.split(rows), importance.split(rows), strict=True):
-        centres = best_centres(part, by, k - zero)
+    for part, by in zip(values.split(ROWS), importance.split(ROWS), strict=True):
+        sums = Sums(part, by)
+        centres = best_centres(sums, by, k - zero)
         if zero:
-            centres, order = nn.functional.pad(centres, (0, 1)).sort(1)
-            centres = lloyd(part, by, centres, order == k - 1)
-        found.append(lloyd(part, by, centres))
+            centres, place = nn.functional.pad(centres, (0, 1)).sort(1)
+            centres = lloyd(sums, centres, place == k - 1)
+        found.append(centres)
     return torch.cat(found)
 
 
