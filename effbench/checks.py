@@ -108,7 +108,14 @@ def applied(method: Method, seed: int = 0) -> ModelRun:
 def fit_two_steps(run: ModelRun) -> dict[str, Any]:
     """Two steps of the library's fit at a small learning rate."""
     return run.fit(
-        steps=2, lr=1e-3, batch_size=4, warmup=0.0, clip=1.0, weight_decay=0.0, schedule="constant", max_length=32
+        steps=2,
+        lr=1e-3,
+        batch_size=4,
+        warmup=0.0,
+        clip=1.0,
+        weight_decay=0.0,
+        schedule="constant",
+        max_length=32,
     )
 
 
@@ -164,7 +171,9 @@ def check_touches_only_its_part(method: Method) -> None:
         assert all(torch.equal(before[name], after[name]) for name in before), "weights were changed"
     untouched = [name for name in before if "embed" in name or "lm_head" in name]
     if isinstance(method, Weights):
-        assert all(torch.equal(before[name], after[name]) for name in untouched), "embeddings or head were changed"
+        assert all(torch.equal(before[name], after[name]) for name in untouched), (
+            "embeddings or head were changed"
+        )
         run.reference.load_state_dict(toy().state_dict())
 
 
@@ -202,7 +211,9 @@ def check_linear_protocol(method: Method) -> None:
             x = torch.randn(5, module.in_features, generator=torch.Generator().manual_seed(0))
             expected = nn.functional.linear(x, weight, module.bias)
             error = (module(x) - expected).norm() / expected.norm()
-            assert error < method_tolerance(method), f"{path}: forward differs from dense_weight by {float(error):.2g}"
+            assert error < method_tolerance(method), (
+                f"{path}: forward differs from dense_weight by {float(error):.2g}"
+            )
             mask = module.kept()
             assert mask is None or not weight[~mask].any(), f"{path}: a weight held at zero is not zero"
 

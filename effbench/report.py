@@ -269,7 +269,7 @@ def _group(records: Sequence[Record]) -> Group:
 
 
 def _replaces(record: Record, row: Mapping[int, Record]) -> bool:
-    """Whether a record is of that row, or of a newer one with its name or its steps."""
+    """Whether a newer record belongs to a row or takes its place: it has its name or its steps."""
     return any(
         record.cell.recipe == other.cell.recipe or record.cell.steps == other.cell.steps
         for other in row.values()

@@ -147,15 +147,31 @@ class Shortest(Select):
 
 def zeros(run) -> float:
     linears = [module for _, module in Blocks(run.model).linears()]
-    return sum(int((dense_weight(m) == 0).sum()) for m in linears) / sum(dense_weight(m).numel() for m in linears)
+    return sum(int((dense_weight(m) == 0).sum()) for m in linears) / sum(
+        dense_weight(m).numel() for m in linears
+    )
 
 
 def fitted(run, **more: Any) -> dict[str, Any]:
-    return run.fit(**({"steps": 3, "lr": 1e-2, "batch_size": 4, "warmup": 0.0, "clip": 1.0, "weight_decay": 0.0,
-                       "schedule": "constant", "max_length": 32} | more))
+    return run.fit(
+        **(
+            {
+                "steps": 3,
+                "lr": 1e-2,
+                "batch_size": 4,
+                "warmup": 0.0,
+                "clip": 1.0,
+                "weight_decay": 0.0,
+                "schedule": "constant",
+                "max_length": 32,
+            }
+            | more
+        )
+    )
 
 
 # 1. The linear protocol
+
 
 def test_pruned_weights_stay_zero_through_fit_and_through_a_merged_adapter():
     run = toy_run()
@@ -193,6 +209,7 @@ def test_later_quantization_keeps_the_zeros_of_pruning(later):
 
 
 # 2. Settling and the life of plans
+
 
 def test_fit_may_come_several_times_and_settling_waits_for_the_end():
     run = toy_run()
@@ -249,6 +266,7 @@ def test_hooks_do_not_leak_into_the_next_fit():
 
 # 3. Hooks on every kind
 
+
 def test_a_swap_may_bring_loss_terms_and_step_hooks():
     run = toy_run()
     run.apply(Adapter(penalty=1.0))
@@ -271,6 +289,7 @@ def test_on_step_sees_gradients_after_the_step_and_before_they_are_cleared():
 
 
 # 4. One owner of attention
+
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "opt", "gpt2", "gpt_neox"])
 def test_owned_attention_equals_the_models_own(architecture):
@@ -358,6 +377,7 @@ def test_rejected_drafts_can_be_forgotten():
 
 # 6. The scoring protocol is part of the metric
 
+
 def test_an_evicting_cache_changes_scores_and_one_that_cannot_evict_is_refused():
     run = toy_run()
     pairs = [(list(range(1, 40)), [9, 8, 7, 6])]
@@ -376,6 +396,7 @@ def test_an_evicting_cache_changes_scores_and_one_that_cannot_evict_is_refused()
 
 # 7. Roles
 
+
 def test_the_reference_stays_the_original_and_snapshots_are_frozen_copies():
     run = toy_run()
     original = probe(run)
@@ -384,13 +405,16 @@ def test_the_reference_stays_the_original_and_snapshots_are_frozen_copies():
     trained = probe(run)
     fitted(run)
     assert torch.equal(run.engine(run.reference).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), original)
-    assert torch.equal(run.engine(run.role("teacher")).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), trained)
+    assert torch.equal(
+        run.engine(run.role("teacher")).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), trained
+    )
     assert not any(p.requires_grad for p in run.role("teacher").parameters())
     with pytest.raises(Usage, match="no model is called 'student'"):
         run.role("student")
 
 
 # 8. Data that changes during training
+
 
 def test_a_sampler_draws_and_sees_losses():
     class Sampler:
@@ -428,6 +452,7 @@ def test_selections_refine_each_other_and_leave_the_pool():
 
 
 # 9. Statistics
+
 
 def test_global_thresholds_gradients_and_raw_inputs_reach_the_method():
     found = {}
@@ -497,6 +522,7 @@ def test_gradients_equal_autograd_sequence_by_sequence():
 
 # 10. Several processes
 
+
 def test_ranks_are_known_before_launch():
     @dataclasses.dataclass(frozen=True)
     class Sharded(Train):
@@ -511,6 +537,7 @@ def test_ranks_are_known_before_launch():
 
 
 # 11. Optimizers, and methods without effect
+
 
 def test_an_optimizer_is_a_slot_and_wrappers_are_a_chain():
     calls = []
@@ -542,6 +569,7 @@ def test_a_recipe_that_changed_nothing_is_refused():
 
 # 12. Structure
 
+
 def test_blocks_are_renumbered_after_one_is_dropped():
     run = toy_run()
     view = Blocks(run.model)
@@ -559,6 +587,7 @@ def test_a_width_that_groups_do_not_divide_is_an_outcome():
 
 
 # 13. Saving
+
 
 def test_a_missing_tensor_is_fatal(tmp_path):
     from safetensors.torch import load_file, save_file
@@ -585,6 +614,7 @@ def test_bytes_reported_are_bytes_written(tmp_path):
 
 
 # 14. Step strings
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -619,6 +649,7 @@ def test_equal_settings_have_one_identity():
 
 # 15. Prompts
 
+
 def test_a_prompt_method_sees_segments_and_shortens_only_what_it_may():
     run = toy_run()
     run.apply(DropWords(keep=0.5))
@@ -627,6 +658,7 @@ def test_a_prompt_method_sees_segments_and_shortens_only_what_it_may():
 
 
 # 16. Identity
+
 
 def test_files_that_a_method_reads_are_named(tmp_path):
     @dataclasses.dataclass(frozen=True)
@@ -642,6 +674,7 @@ def test_files_that_a_method_reads_are_named(tmp_path):
 
 
 # fit itself
+
 
 def test_fit_equals_a_plain_torch_loop():
     run = toy_run()

@@ -37,7 +37,9 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _cast(getattr(self, field.name), _hints(type(self))[field.name], f"{self.key}.{field.name}")
+            value = _cast(
+                getattr(self, field.name), _hints(type(self))[field.name], f"{self.key}.{field.name}"
+            )
             object.__setattr__(self, field.name, value)
         self.check()
 

@@ -1,8 +1,8 @@
 """One kernel operation: everything about it is declared once, in the `OP` object of `kernels/<op>/cases.py`.
 
 Dispatch, tests, benchmarks and cost formulas read that object. The PyTorch reference is the specification; a
-backend is a faster way to the same numbers. Every op maps the last dimension of its first argument,
-`x [..., in] -> [..., out]`, is linear in it (but for a declared rounding of x) and differentiable in it alone.
+backend is a faster way to the same numbers. Every op maps the last dimension of its first argument, x; it is
+linear in x (but for a declared rounding of it) and differentiable in x alone.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 Case = Mapping[str, Any]
 
-# Largest error relative to the largest output: rounding of the output, and for 16-bit types of decoded weights.
+# Largest error relative to the largest output. 16-bit types: the output and decoded weights are rounded.
 TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 _ran: dict[str, Counter[str]] = {}
 
 
 class Declined(Exception):
-    """Raised by a backend, before it computes anything, for inputs it does not take; the next one is tried."""
+    """Raised by a backend, before it computes, for inputs it does not take; the next one is tried."""
 
 
 def ran() -> dict[str, dict[str, int]]:
@@ -74,7 +74,7 @@ class Op:
     reference     the specification; its annotated signature is the op's schema, its first argument is `x`
     adjoint       `(grad, in_features, <all other arguments>) -> gradient of x`
     out_features  `(x, <all other arguments>) -> size of the output's last dimension`
-    inputs        `(case, device, dtype, generator) -> arguments`; must not read values (it also runs on fakes)
+    inputs        `(case, device, dtype, generator) -> arguments`; reads no values (it also runs on fakes)
     backends      name -> "module:function", in the order they are tried on an accelerator
     """
 
@@ -103,9 +103,7 @@ class Op:
         backward_schema = schema.replace("(Tensor x", "(Tensor grad, SymInt in_features", 1)
         name = f"effbench::{self.name}"
         forward = torch.library.custom_op(name, self._dispatch, mutates_args=(), schema=schema)
-        backward = torch.library.custom_op(
-            f"{name}_grad", self._backward, mutates_args=(), schema=backward_schema
-        )
+        backward = torch.library.custom_op(f"{name}_grad", self._backward, mutates_args=(), schema=backward_schema)
 
         @forward.register_fake
         def _(x: Tensor, *rest: Any) -> Tensor:
@@ -115,9 +113,8 @@ class Op:
         def _(grad: Tensor, in_features: int, *rest: Any) -> Tensor:
             return grad.new_empty(*grad.shape[:-1], in_features)
 
-        packet, backward_packet = getattr(torch.ops.effbench, self.name), getattr(
-            torch.ops.effbench, f"{self.name}_grad"
-        )
+        packet = getattr(torch.ops.effbench, self.name)
+        backward_packet = getattr(torch.ops.effbench, f"{self.name}_grad")
 
         def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             x, *rest = inputs
@@ -146,8 +143,8 @@ class Op:
 
         # The dispatcher drops trailing arguments that equal their defaults.
         named = self._others | dict(zip(self._others, rest, strict=False))
-        if x.device.type != "cpu":
-            with torch.cuda.device_of(x):
+        if x.is_cuda:  # the reference computes on any device, the backends on this one
+            with torch.cuda.device(x.device):
                 for backend in self.backends:
                     try:
                         return self.run(backend, x=x, **named)
@@ -160,7 +157,7 @@ class Op:
         return self.adjoint(grad, in_features, *rest, *defaults)
 
     def run(self, backend: str, **inputs: Any) -> Tensor:
-        """Run one backend by name ("reference" included), whatever the device; `Declined` if it does not take it."""
+        """Run one backend by name, "reference" included; `Declined` when it does not take these inputs."""
         if backend == "reference":
             function = self.reference
         else:
@@ -181,8 +178,10 @@ class Op:
     def check(
         self, case: Case, backend: str, device: Any = "cpu", dtype: Any = None, seed: int = 0
     ) -> tuple[float, bool]:
-        """Largest error of `backend` relative to the largest output of the float64 reference, and whether it is
-        within tolerance. Memory handed out during the run is filled with NaN; a NaN or a wrong shape is no match."""
+        """Largest error relative to the largest output of the float64 reference, and whether it is tolerable.
+
+        Memory handed out during the run is filled with NaN; a NaN or a wrong shape is never tolerable.
+        """
         import torch
 
         dtype = dtype or torch.float32
@@ -221,9 +220,10 @@ def poisoned() -> Iterator[None]:
     """Uninitialised memory holds NaN (integers: their maximum) inside this context."""
     import torch
 
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills memory only in this mode
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

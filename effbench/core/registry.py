@@ -83,7 +83,7 @@ def _entry(path: Path, root: Path) -> Entry:
     if len(classes) != 1:
         reason = f"defines no class {wanted!r} (capitals as in the paper)"
         return Entry(path.stem, family, "broken", "", reason, {}, {}, path, "", module)
-    (name, node), = classes.items()
+    ((name, node),) = classes.items()
     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
     parameters: dict[str, str] = {}
     facts: dict[str, Any] = {}
@@ -196,7 +196,11 @@ def _closure(start: Path) -> set[Path]:
                 names = [node.value.partition(":")[0]]  # lazily imported backends
             for name in names:
                 parts = name.split(".")
-                if parts[0] == "effbench" and len(parts) > 2 and parts[1] in ("methods", "formats", "kernels"):
+                if (
+                    parts[0] == "effbench"
+                    and len(parts) > 2
+                    and parts[1] in ("methods", "formats", "kernels")
+                ):
                     file = PACKAGE.joinpath(*parts[1:]).with_suffix(".py")
                     if file.is_file():
                         queue.append(file)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effbench.formats.packed import Packed
-from effbench.formats.packing import pack, unpack, word_count
+from effbench.formats.packing import pack, word_count
 from effbench.kernels.lut_linear.cases import OP
 from effbench.kernels.lut_linear.reference import dense
 
@@ -78,9 +78,7 @@ class LutLinear(Packed):
     outliers      number of float16 values that are added at CSR positions
     """
 
-    metadata = frozenset(
-        {"lut", "absmax", "absmax_code", "absmax_map", "absmax_scale", "absmax_mean", "crow", "col"}
-    )
+    metadata = frozenset({"lut", "absmax", "absmax_code", "absmax_map", "absmax_scale", "absmax_mean", "crow", "col"})
     weight: Tensor
     lut: Tensor
     absmax: Tensor | None
@@ -143,8 +141,8 @@ class LutLinear(Packed):
     ) -> LutLinear:
         """Pack codes [out, in] with their table lut [2^bits] or [out, 2^bits].
 
-        absmax        float32 [ceil(out * in / block)], required with `block`; quantized here by `double_quant`
-        outliers      [out, in], added to the looked-up matrix; what is not zero is stored
+        absmax    float32 [ceil(out * in / block)], required with `block`; `double_quant` quantizes it
+        outliers  [out, in], added to the looked-up matrix; what is not zero is stored
         """
         if not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
             raise ValueError(f"codes do not fit in {bits} bits")
@@ -162,9 +160,7 @@ class LutLinear(Packed):
             if number:
                 crow = torch.cat([counts.new_zeros(1), counts])
                 tensors |= {"crow": crow, "col": col, "values": outliers[row, col]}
-        module = cls(
-            in_features, out_features, bits, lut.dim() == 2, block, double_quant, number, bias is not None
-        )
+        module = cls(in_features, out_features, bits, lut.dim() == 2, block, double_quant, number, bias is not None)
         return module.fill(bias, **tensors)
 
     def config(self) -> dict[str, Any]:
@@ -205,9 +201,7 @@ class LutLinear(Packed):
         if self.crow is None or self.col is None:
             return module.fill(self.bias, **tensors)
         row = torch.arange(self.out_features, device=weight.device).repeat_interleave(self.crow.diff())
-        rounded = dense(
-            self.in_features, tensors["weight"], self.lut, absmax, None, None, None, self.bits, self.block
-        )
+        rounded = dense(self.in_features, tensors["weight"], self.lut, absmax, None, None, None, self.bits, self.block)
         left = (weight - rounded)[row, self.col.long()]
         return module.fill(self.bias, **tensors | {"values": left})
 

@@ -13,7 +13,10 @@ from effbench.kernels.fp8_linear.reference import LARGEST, dense
 
 
 class FP8Linear(Packed):
-    """W = scale * code; `activations` ("none", "token" or "tensor") says whether inputs are rounded to E4M3 too."""
+    """W = scale * code.
+
+    activations  "none"; "token" or "tensor": inputs are rounded to E4M3 too, each token or all with one factor
+    """
 
     metadata = frozenset({"scale"})
     weight: Tensor
@@ -35,9 +38,7 @@ class FP8Linear(Packed):
         self.reserve("scale", out_features if per_row else 1, 1, dtype=torch.float32)
 
     @classmethod
-    def of(
-        cls, codes: Tensor, scale: Tensor, *, activations: str = "none", bias: Tensor | None = None
-    ) -> FP8Linear:
+    def of(cls, codes: Tensor, scale: Tensor, *, activations: str = "none", bias: Tensor | None = None) -> FP8Linear:
         """Hold codes float8_e4m3fn [out, in] and scale [out, 1] or [1, 1]."""
         out_features, in_features = codes.shape
         per_row = scale.shape[0] == out_features
@@ -71,6 +72,4 @@ class FP8Linear(Packed):
         return dense(self.in_features, self.weight, self.scale, self.activations)
 
     def rebuilt(self, weight: Tensor) -> FP8Linear:
-        return FP8Linear.rounded(
-            weight, per_row=self.per_row, activations=self.activations, bias=self.bias
-        )
+        return FP8Linear.rounded(weight, per_row=self.per_row, activations=self.activations, bias=self.bias)

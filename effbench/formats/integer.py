@@ -73,10 +73,12 @@ class IntLinear(Packed):
         bias: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> IntLinear:
-        """Pack codes [out, in] in [0, 2^bits), scale [out or 1, groups], zero (integers, as scale) and g_idx [in].
+        """Pack codes [out, in] in [0, 2^bits).
 
-        `keep` (bool [out, in]) records which weights a pruning method left; the codes of the others must equal
-        their zero-point.
+        scale  [out or 1, groups]
+        zero   integers in [0, 2^bits), shaped like scale; None: 2^(bits - 1)
+        g_idx  integers [in], the group of every input; None: consecutive inputs
+        keep   bool [out, in], which weights a pruning method left; the others must hold their zero-point
         """
         out_features, in_features = codes.shape
         rows, groups = scale.shape

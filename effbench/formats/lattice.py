@@ -18,7 +18,7 @@ from effbench.kernels.hadamard.matrices import factors
 CHUNK = 1 << 13  # vectors encoded at a time, so that what is computed of them stays in cache
 
 # All patterns of squared norm up to 10 are the rearrangements of seven; those of norm 12 are not all there.
-ORBITS = PATTERNS.sort(1, descending=True).values[:227].unique(dim=0)
+ORBITS = torch.unique(PATTERNS[:227].sort(1, descending=True).values, dim=0)
 LONG = PATTERNS[227:]
 
 
@@ -34,14 +34,14 @@ INDEX = torch.zeros(3**8, dtype=torch.int32).scatter_(0, _digits(PATTERNS), torc
 def nearest(vectors: Tensor) -> Tensor:
     """The E8P12 code nearest to each vector, int16 (read as unsigned) [...], for vectors [..., 8].
 
-    Exact, with 2 x 36 candidates instead of 65,536. For a shift and a pattern of absolute values the best signs
-    are those of the vector, but their product is prescribed: when it is wrong, the coordinate that loses least is
-    negated. Among the rearrangements of one pattern the best is the one sorted like the vector, either way.
+    Exact, with 2 x 36 candidates instead of 65,536. For a shift and a pattern of absolute values the best
+    signs are those of the vector, but their product is prescribed: when it is wrong, the coordinate that loses
+    least is negated. Among the rearrangements of one pattern the best is sorted like the vector, either way.
     """
     flat = vectors.float().reshape(-1, 8)
     if not len(flat):
         return torch.empty(vectors.shape[:-1], dtype=torch.int16, device=vectors.device)
-    return torch.cat([_nearest(part) for part in flat.split(CHUNK)]).view(vectors.shape[:-1])
+    return torch.cat([_nearest(part) for part in torch.split(flat, CHUNK)]).view(vectors.shape[:-1])
 
 
 def _nearest(vectors: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _nearest(vectors: Tensor) -> Tensor:
 
 
 def _nearest_shifted(vectors: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gain [n], pattern [n] and which coordinates are negated against the pattern (bool [n, 8], an even number)."""
+    """Gain [n], pattern [n] and which coordinates are negated against it (bool [n, 8], an even number)."""
     orbits, long, index = (table.to(vectors.device) for table in (ORBITS, LONG, INDEX))
     target = vectors - shift
     negative = target < 0
@@ -182,13 +182,11 @@ class E8PLinear(Packed):
         return HADAMARD(y, transpose=True) * signs_out
 
     def dense_weight(self) -> Tensor:
-        rotated = dense(
-            self.in_features, self.weight, self.scale, self.residual, RESIDUAL_SCALE[self.bits]
-        )
+        rotated = dense(self.in_features, self.weight, self.scale, self.residual, RESIDUAL_SCALE[self.bits])
         return rotate_back(rotated, *self.signs())
 
     def rebuilt(self, weight: Tensor) -> E8PLinear:
         """The same scale and signs; every 8 rotated weights go to the nearest points (4 bits: stage by stage)."""
         rotated = rotate(weight, *self.signs()) / self.scale
-        codes, residual = encode(rotated.unflatten(1, (-1, 8)), self.bits)
+        codes, residual = encode(rotated.reshape(self.out_features, -1, 8), self.bits)
         return E8PLinear.of(codes, self.scale, *self.signs(), residual, bias=self.bias)

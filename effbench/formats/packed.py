@@ -46,7 +46,7 @@ class Packed(Replaced):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             after = self._buffers[name]
             if tensor is not None and after is not None and after.dtype != tensor.dtype:

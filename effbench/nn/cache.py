@@ -59,13 +59,19 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append tokens [B, Hkv, T, D]; return all keys and values held."""
         batch, heads, length, _ = key_states.shape
         device = key_states.device
         seen = self.get_seq_length()
         position = torch.arange(seen, seen + length, device=device).expand(batch, heads, length)
-        valid = torch.ones(batch, length, dtype=torch.bool, device=device) if self.padding is None else self.padding
+        valid = (
+            torch.ones(batch, length, dtype=torch.bool, device=device)
+            if self.padding is None
+            else self.padding
+        )
         fresh = Slots(
             self.index,
             key_states,
@@ -79,13 +85,11 @@ class SlotLayer(CacheLayerMixin):
         self.padding = None
         if self.slots is not None:
             old = self._decoded()
-            fresh = dataclasses.replace(
-                fresh,
-                **{
-                    name: torch.cat([getattr(old, name), getattr(fresh, name)], 2)
-                    for name in ("keys", "values", "position", "valid", "mass")
-                },
-            )
+            both: dict[str, Any] = {
+                name: torch.cat([getattr(old, name), getattr(fresh, name)], 2)
+                for name in ("keys", "values", "position", "valid", "mass")
+            }
+            fresh = dataclasses.replace(fresh, **both)
         self.slots = fresh
         self.is_initialized = True
         return fresh.keys, fresh.values
@@ -165,7 +169,7 @@ class SlotCache(Cache):
 
     def __init__(self, layers: int, plan: InferPlan) -> None:
         self.slot_layers = [SlotLayer(index, plan) for index in range(layers)]
-        super().__init__(layers=self.slot_layers)
+        super().__init__(layers=[*self.slot_layers])
 
     def expect(self, padding: Tensor | None) -> None:
         """Say which of the next tokens [B, T] are real."""

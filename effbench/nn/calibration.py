@@ -155,7 +155,9 @@ class BlockInputs:
                 stack.callback(first.register_forward_pre_hook(self._taker(inputs)).remove)
             out = self.forward()
         if not all(torch.isfinite(hidden).all() for hidden in out):
-            raise Diverged(f"{self.view.path(self.index, '')[:-1]}: activations are not finite during calibration")
+            raise Diverged(
+                f"{self.view.path(self.index, '')[:-1]}: activations are not finite during calibration"
+            )
         return out
 
     @staticmethod
@@ -167,7 +169,12 @@ class BlockInputs:
 
     def layers(self, groups: Sequence[Group]) -> list[Layer]:
         """The groups' linears, ready to be compressed."""
-        return [self.layer(name) for group in groups for name in group.names if self.run.targeted(self._path(name))]
+        return [
+            self.layer(name)
+            for group in groups
+            for name in group.names
+            if self.run.targeted(self._path(name))
+        ]
 
     def layer(self, name: str) -> Layer:
         """One linear by its path inside the block."""
@@ -277,7 +284,9 @@ def squared_gradients(run: ModelRun) -> dict[str, Tensor]:
     linears = {path: module for path, module in Blocks(run.model).linears() if run.targeted(path)}
     dense = {path: module for path, module in linears.items() if isinstance(module, (nn.Linear, Conv1D))}
     if len(dense) < len(linears):
-        raise Unsupported(f"{next(iter(linears.keys() - dense.keys()))}: gradients need dense weights; put this step first")
+        raise Unsupported(
+            f"{next(iter(linears.keys() - dense.keys()))}: gradients need dense weights; put this step first"
+        )
     weights: dict[str, nn.Parameter] = {path: module.weight for path, module in dense.items()}  # type: ignore
     total = {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in weights.items()}
     needed = {path: weight.requires_grad for path, weight in weights.items()}
@@ -288,13 +297,16 @@ def squared_gradients(run: ModelRun) -> dict[str, Tensor]:
         for ids in run.calibration():
             ids = ids[None].to(run.device)
             loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
-            for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            for path, gradient in zip(
+                weights, torch.autograd.grad(loss, list(weights.values())), strict=True
+            ):
                 total[path] += gradient.float().square()
             count += 1
     for path, weight in weights.items():
         weight.requires_grad_(needed[path])
     return {
-        path: (value.T if isinstance(linears[path], Conv1D) else value) / max(count, 1) for path, value in total.items()
+        path: (value.T if isinstance(linears[path], Conv1D) else value) / max(count, 1)
+        for path, value in total.items()
     }
 
 
@@ -303,4 +315,14 @@ def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from Blocks(model).linears()
 
 
-__all__ = ["LINEARS", "BlockInputs", "Inputs", "Layer", "block_inputs", "linears_of", "replace", "stream", "top_linears"]
+__all__ = [
+    "LINEARS",
+    "BlockInputs",
+    "Inputs",
+    "Layer",
+    "block_inputs",
+    "linears_of",
+    "replace",
+    "stream",
+    "top_linears",
+]

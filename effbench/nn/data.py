@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,13 @@ class Segments:
     context: str = ""
     question: str = ""
     separator: str = ""
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any], prompt: str) -> Segments:
+        """The parts of a task's prompt where its document names them; else all of it counts as context."""
+        parts = {role: str(document.get(role) or "") for role in ("instruction", "context", "question")}
+        named = cls(**parts, separator=" ")
+        return named if named.text() == prompt else cls(context=prompt)
 
     def text(self) -> str:
         """The prompt as the model reads it."""
@@ -90,7 +98,9 @@ class Data:
         """[sequences, length]: windows of the calibration part, drawn by `seed`."""
         ids = self.ids("calibration")
         if len(ids) < length:
-            raise Unsupported(f"{self.name}: the calibration part has {len(ids)} tokens, a window needs {length}")
+            raise Unsupported(
+                f"{self.name}: the calibration part has {len(ids)} tokens, a window needs {length}"
+            )
         rng = random.Random(f"{seed}/calibration")
         starts = [rng.randrange(len(ids) - length + 1) for _ in range(sequences)]
         return torch.stack([ids[start : start + length] for start in starts])
@@ -101,7 +111,9 @@ class Data:
         if self._pool is None:
             if self._tokenizer is None:
                 raise Unsupported("the model's folder has no tokenizer: name one with tokenizer=")
-            encoded = self._tokenizer(self._parts["train"], add_special_tokens=False, verbose=False)["input_ids"]
+            encoded = self._tokenizer(self._parts["train"], add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
             self._pool = [Example(str(i), tuple(ids)) for i, ids in enumerate(encoded) if len(ids) > 1]
         return self._pool
 
@@ -210,6 +222,10 @@ def read_folder(folder: Path) -> tuple[dict[str, list[str]], str]:
         else:
             whole = "\n\n".join(texts)
             cuts = len(whole) // 5, 2 * len(whole) // 5
-            parts = {"heldout": [whole[: cuts[0]]], "calibration": [whole[cuts[0] : cuts[1]]], "train": [whole[cuts[1] :]]}
+            parts = {
+                "heldout": [whole[: cuts[0]]],
+                "calibration": [whole[cuts[0] : cuts[1]]],
+                "train": [whole[cuts[1] :]],
+            }
             notes += ", cut in three for want of files"
     return parts, notes

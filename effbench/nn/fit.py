@@ -1,13 +1,13 @@
 """The one training loop. Every hook of the train plan stands here in its place:
 
-    context                              around everything
-        param_groups, optimizer, optimizer_wrap
-        for each step:
-            draw (slot sampler), batch   examples to tensors
-            forward, loss                named terms; cross-entropy only if none is called `hard`
-            backward, clip, optimizer step
-            weights held at zero are zeroed again
-            on_step                      after the step, before gradients are cleared
+context                              around everything
+    param_groups, optimizer, optimizer_wrap
+    for each step:
+        draw (slot sampler), batch   examples to tensors
+        forward, loss                named terms; cross-entropy only if none is called `hard`
+        backward, clip, optimizer step
+        weights held at zero are zeroed again
+        on_step                      after the step, before gradients are cleared
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Diverged, Unsupported
 from effbench.nn.data import Example
-from effbench.nn.linear import MaskedLinear, kept
+from effbench.nn.linear import MaskedLinear
 
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
@@ -69,7 +69,7 @@ def fit(
         for wrap in plan.chain("optimizer_wrap"):
             optimizer = wrap(optimizer)
         peak = [group["lr"] for group in optimizer.param_groups]
-        held = [(m, kept(m)) for m in model.modules() if isinstance(m, MaskedLinear)]
+        held = [(m, m.kept()) for m in model.modules() if isinstance(m, MaskedLinear)]
         for step in range(steps):
             for group, top in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = top * rate(step, steps, warmup, schedule)
@@ -140,7 +140,9 @@ class Shuffled:
         return [next(self._stream) for _ in range(batch_size)]
 
 
-def collate(examples: Sequence[Example], max_length: int, pad: int, device: torch.device) -> dict[str, Tensor]:
+def collate(
+    examples: Sequence[Example], max_length: int, pad: int, device: torch.device
+) -> dict[str, Tensor]:
     """Right-padded batch: `input_ids`, `attention_mask`, `labels` [B, T]; prompts and padding are not learned."""
     rows = [example.ids[:max_length] for example in examples]
     width = max(map(len, rows))

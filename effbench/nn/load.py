@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -49,10 +47,13 @@ def open_run(
     build = functools.partial(open_model, source, config, place, compute)
     tokenizer = _tokenizer(source)
     model = build()
-    found: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
+    found: Data = (
+        RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
+    )
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise Unsupported(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
+            "they do not belong together"
         )
     return ModelRun(
         source,
@@ -88,7 +89,7 @@ def read(folder: Path | str, dtype: torch.dtype) -> Any:
         raise Unsupported(f"{folder.name} holds no *.safetensors")
     with _quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -99,11 +100,16 @@ def read(folder: Path | str, dtype: torch.dtype) -> Any:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever safetensors and transformers raise on damaged or foreign files
-            raise Unsupported(f"{_name(folder)} cannot be read: {str(error).strip().splitlines()[0]}") from error
+            raise Unsupported(
+                f"{_name(folder)} cannot be read: {str(error).strip().splitlines()[0]}"
+            ) from error
+    model, info = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             first = sorted(map(str, info[what]))[0]
-            raise Unsupported(f"{_name(folder)}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}")
+            raise Unsupported(
+                f"{_name(folder)}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}"
+            )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise Refused(f"{_name(folder)}: {name} holds NaN or infinity")
@@ -117,10 +123,14 @@ def _name(folder: Path | str) -> str:
 def _random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Random weights in the shape of a real model, built on the device, refused where they cannot fit."""
     with torch.device("meta"):
-        needed = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
+        needed = (
+            sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
+        )
     free = _free(device)
     if needed > free:
-        raise OutOfMemory(f"the weights alone need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}")
+        raise OutOfMemory(
+            f"the weights alone need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}"
+        )
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -140,9 +150,13 @@ def _config(source: Source) -> Any:
         return AutoConfig.for_model(body.pop("model_type"), **body)
     folder: Path | str = tiny.MODEL if source.kind == "tiny" else source.path or source.name
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=isinstance(folder, Path))
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=isinstance(folder, Path)
+        )
     except Exception as error:
-        raise Unsupported(f"{_name(folder)}: config.json cannot be read: {str(error).splitlines()[0]}") from error
+        raise Unsupported(
+            f"{_name(folder)}: config.json cannot be read: {str(error).splitlines()[0]}"
+        ) from error
     if config.model_type not in ARCHITECTURES:
         raise Unsupported(f"architecture {config.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
     return config
@@ -162,13 +176,21 @@ def _tokenizer(source: Source) -> Any:
         return None
     named = str(tiny.MODEL) if source.tokenizer == "tiny" else source.tokenizer
     folder = named or (tiny.MODEL if source.kind == "tiny" else source.path or source.name)
-    if named is None and isinstance(folder, Path) and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*")):
+    if (
+        named is None
+        and isinstance(folder, Path)
+        and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*"))
+    ):
         return None
     with _quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=Path(folder).is_dir())
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=Path(folder).is_dir()
+            )
         except Exception as error:
-            raise Unsupported(f"the tokenizer of {_name(folder)} cannot be read: {str(error).splitlines()[0]}") from error
+            raise Unsupported(
+                f"the tokenizer of {_name(folder)} cannot be read: {str(error).splitlines()[0]}"
+            ) from error
 
 
 class _quiet:
@@ -181,5 +203,3 @@ class _quiet:
 
     def __exit__(self, *_: object) -> None:
         transformers_logging.set_verbosity(self._level)
-
-

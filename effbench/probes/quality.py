@@ -6,11 +6,12 @@ lm-eval's response cache is never used: its key does not name the model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # typ
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.record import Metric
 from effbench.core.registry import nearest
+from effbench.nn.data import Segments
 from effbench.probes import Reading, intervals
 from effbench.probes.inputs import require_quality, score_block
 
@@ -57,6 +59,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         return reading
     engine = run.engine()
     lm = EngineLM(engine, run.tokenizer, *score_block(run, settings))
+    lm.rewrite = run.rewrite if run.infer.chain("prompt") else None
     with quiet():
         tasks = load(wanted, run.data.task_paths)
         limit = settings.get("limit")
@@ -67,6 +70,15 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         how = f"lm-eval {metadata.version('lm_eval')}, {width}, {lm.protocol(task)}"
         _report(reading, name, task, found["samples"][name], found["results"][name], how)
     _mean(reading, sorted(tasks["tasks"]))
+    if lm.rewrites:
+        before, after = (
+            sum(len(lm.tok_encode(text)) for text in part) for part in zip(*lm.rewrites.items(), strict=True)
+        )
+        reading.add(
+            "prompt_kept",
+            Metric(after / before, n=len(lm.rewrites)),
+            "tokens of all prompts after over before",
+        )
     return reading
 
 
@@ -80,6 +92,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self.block, self.spelled = block, spelled
         self.truncated = 0  # contexts that lost their beginning
         self.generation: dict[str, str] = {}  # task: resolved settings of its generations
+        self.rewrite: Callable[[Segments], Segments] | None = None
+        self.rewrites: dict[str, str] = {}  # prompt: what prompt methods made of it
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise Unsupported("the tokenizer has neither a BOS nor an EOS token to begin a text with")
 
@@ -119,6 +133,19 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
         return ids
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(list(map(self._rewritten, requests)), True)
+        return found
+
+    def _rewritten(self, request: Any) -> Any:
+        """The request with its prompt shortened by the plan's prompt methods."""
+        if self.rewrite is None:
+            return request
+        prompt, *rest = request.args
+        if prompt not in self.rewrites:
+            self.rewrites[prompt] = self.rewrite(Segments.of(request.doc, prompt)).text()
+        return dataclasses.replace(request, arguments=(self.rewrites[prompt], *rest))
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, **options: Any
     ) -> list[tuple[float, bool]]:
@@ -153,7 +180,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """Greedy continuation up to the first stop string."""
         texts = [""] * len(requests)
         groups: dict[tuple[int, tuple[str, ...]], list[tuple[int, list[int]]]] = defaultdict(list)
-        for index, request in enumerate(requests):
+        for index, request in enumerate(map(self._rewritten, requests)):
             context, options = request.args
             options = normalize_gen_kwargs(options)
             if options["do_sample"]:

@@ -179,6 +179,7 @@ class Trainer:
         found = held_out_losses(self.model, self.tokenizer, window_at(self.tokens))
         self.report(exported=str(folder), held_out={kind: round(value, 3) for kind, value in found.items()})
         self.model.bfloat16().save_pretrained(folder)
+        (folder / "model.safetensors").chmod(0o644)  # written for its owner only, but it ships with the package
         self.tokenizer.save_pretrained(folder)
         record = {"tokens": self.tokens, "decay_tokens": decay, "steps": self.step}
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")

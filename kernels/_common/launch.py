@@ -73,5 +73,3 @@ def largest_power(n: int, at_most: int) -> int:
 def covering_power(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
-
-

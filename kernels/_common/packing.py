@@ -1,7 +1,7 @@
 """Codes of a few bits packed in int32 words: least significant bits first, dense across word boundaries.
 
-Code i of a row occupies bits [i * bits, (i + 1) * bits) of the row; only the row's last word is padded. This is
-the `pack-quantized` layout of compressed-tensors, so 3 bits put 32 codes into 3 words.
+Code i of a row occupies its bits [i * bits, (i + 1) * bits); only the last word of a row is padded. This is the
+`pack-quantized` layout of compressed-tensors, so 3 bits put 32 codes into 3 words.
 """
 
 import torch
@@ -16,7 +16,8 @@ def word_count(n: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Integers in [0, 2^bits) [..., n] as int32 words [..., word_count(n, bits)]."""
     n = codes.shape[-1]
-    blocks = torch.nn.functional.pad(codes.to(torch.int32), (0, -n % 32)).unflatten(-1, (-1, 32))
+    blocks = torch.nn.functional.pad(codes.to(torch.int32), (0, -n % 32))
+    blocks = blocks.view(*blocks.shape[:-1], -1, 32)
     words = torch.zeros(*blocks.shape[:-1], bits, dtype=torch.int32, device=codes.device)
     for i in range(32):  # 32 codes fill exactly `bits` words
         word, shift = divmod(i * bits, 32)

@@ -17,9 +17,7 @@ def load_codes(words, rows, start, OUT: tl.constexpr, IN: tl.constexpr, BITS: tl
     if 32 % BITS == 0:
         PER_WORD: tl.constexpr = 32 // BITS
         word = start // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
-        packed = tl.load(
-            words + rows[:, None] * WORDS + word[None, :], mask=inside & (word[None, :] < WORDS), other=0
-        )
+        packed = tl.load(words + rows[:, None] * WORDS + word[None, :], mask=inside & (word[None, :] < WORDS), other=0)
         shift = tl.arange(0, PER_WORD) * BITS
         codes = packed[:, :, None] >> shift[None, None, :] & (1 << BITS) - 1
         return tl.reshape(codes, (rows.shape[0], BLOCK_K))

@@ -12,22 +12,20 @@ from effbench.kernels.e8p_linear.reference import dense, e8p_linear
 RESIDUAL_SCALE = {2: 1.0, 3: 2.04, 4: 3.45}
 
 
-def inputs(
-    case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Any]:
+def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     """Fields of a case: batch, in_features, out_features, bits (2, 3 or 4)."""
     shape = (case["out_features"], case["in_features"] // 8)
-    on = dict(device=device, generator=generator)
-    residual = {
-        2: lambda: None,
-        3: lambda: torch.randint(256, shape, dtype=torch.uint8, **on),
-        4: lambda: torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, **on),
-    }
+    on: dict[str, Any] = {"device": device, "generator": generator}
+    residual = None
+    if case["bits"] == 3:
+        residual = torch.randint(256, shape, dtype=torch.uint8, **on)
+    elif case["bits"] == 4:
+        residual = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, **on)
     return {
         "x": activations(case, device, dtype, generator),
         "weight": torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, **on),
         "scale": torch.full((), 0.75, device=device),
-        "residual": residual[case["bits"]](),
+        "residual": residual,
         "residual_scale": RESIDUAL_SCALE[case["bits"]],
     }
 

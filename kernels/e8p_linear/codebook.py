@@ -1,9 +1,9 @@
-"""The E8P12 codebook of QuIP# (Tseng et al., 2024, arXiv:2402.04396): 65,536 points of E8 + 1/4 in 8 dimensions.
+"""The E8P12 codebook of QuIP# (Tseng et al., 2024, arXiv:2402.04396): 65,536 points of E8 + 1/4.
 
 A code is 16 bits. The high byte picks one of 256 patterns of absolute values; bit p of the low byte negates
-coordinate `ORDER[p]`; the parity of the low byte says which way the point is shifted (even +1/4, odd -1/4), and
-when it is odd bit 0 is read inverted. A pattern of odd sum carries a minus on coordinate 7, so that every point
-before the shift lies in D8 + 1/2 (even sum).
+coordinate `ORDER[p]`; its parity says which way the point is shifted (even +1/4, odd -1/4), and when it is odd
+bit 0 is read inverted. A pattern of odd sum carries a minus on coordinate 7, so that every point before the shift
+lies in D8 + 1/2 (even sum).
 """
 
 import itertools
@@ -13,8 +13,8 @@ from torch import Tensor
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # coordinate that each sign bit negates
 
-# 29 of the 56 patterns with five 3/2 and three 1/2 (squared norm 12) fill the 227 up to 256; the choice is the
-# authors' and part of the format. Digits are the positions of 1/2.
+# 29 of the 56 patterns with five 3/2 and three 1/2 (squared norm 12) fill the 227 up to 256; the choice is part
+# of the published format. Digits are the positions of 1/2.
 _NORM_12 = (
     "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 "
     "045 067 057 047 056 046 014 237"
@@ -22,7 +22,7 @@ _NORM_12 = (
 
 
 def _patterns() -> Tensor:
-    """Absolute values, float32 [256, 8]: the 227 of D8 + 1/2 with squared norm up to 10, sorted, then the 29."""
+    """Absolute values, float32 [256, 8]: the 227 of squared norm up to 10, sorted, then the 29."""
     short = [
         values
         for values in itertools.product((0.5, 1.5, 2.5), repeat=8)
@@ -33,7 +33,7 @@ def _patterns() -> Tensor:
 
 
 def _one_bit() -> Tensor:
-    """The codebook of the third bit, float32 [256, 8]: E8 up to squared norm 2 (241 points), then 15 of norm 4."""
+    """Points of the third bit, float32 [256, 8]: E8 up to squared norm 2 (241), then 15 of norm 4."""
     integers = [
         point
         for point in itertools.product((-1.0, 0.0, 1.0), repeat=8)

@@ -7,9 +7,7 @@ from effbench.kernels._common.dense import multiply
 from effbench.kernels.e8p_linear.codebook import decode, decode_one_bit
 
 
-def dense(
-    in_features: int, weight: Tensor, scale: Tensor, residual: Tensor | None, residual_scale: float
-) -> Tensor:
+def dense(in_features: int, weight: Tensor, scale: Tensor, residual: Tensor | None, residual_scale: float) -> Tensor:
     """The decoded matrix, float32 [out, in]."""
     points = decode(weight)
     if residual is not None:
@@ -25,6 +23,6 @@ def e8p_linear(
 
     weight    int16 [out, in / 8], one E8P12 code per 8 consecutive inputs
     scale     float32, one number
-    residual  None, int16 [out, in / 8] (E8P12 again: 4 bits) or uint8 [out, in / 8] (256 points of E8: 3 bits)
+    residual  None, int16 [out, in / 8] (E8P12 again: 4 bits) or uint8 [out, in / 8] (E8: 3 bits)
     """
     return multiply(x, dense(x.shape[-1], weight, scale, residual, residual_scale))

@@ -14,7 +14,7 @@ from effbench.kernels.e8p_linear.codebook import ONE_BIT, PATTERNS
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Patterns as 2 bits per coordinate (value - 1/2) and bit 16 (odd sum); the E8 points as 4 bits (2 value + 4)."""
+    """Patterns, 2 bits per coordinate (value - 1/2) and bit 16 (odd sum); points, 4 bits (2 value + 4)."""
     place = torch.arange(8, dtype=torch.int32)
     patterns = ((PATTERNS - 0.5).int() << 2 * place).sum(1) | (PATTERNS.sum(1) % 2).int() << 16
     points = ((2 * ONE_BIT + 4).int() << 4 * place).sum(1)
@@ -81,9 +81,7 @@ def _e8p_linear(
     store(y, finished(total, BLOCK_M) * tl.load(scale), rows, M, OUT, BLOCK_M)
 
 
-def e8p_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None, residual_scale: float
-) -> Tensor:
+def e8p_linear(x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None, residual_scale: float) -> Tensor:
     """See `reference.e8p_linear`."""
     flat = matrix(x)
     batch, in_features = flat.shape

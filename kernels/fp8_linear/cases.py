@@ -9,12 +9,10 @@ from effbench.kernels._common.dense import activations, adjoint, scales
 from effbench.kernels.fp8_linear.reference import dense, fp8_linear
 
 
-def inputs(
-    case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Any]:
+def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     """Fields of a case: batch, in_features, out_features, activations; per_tensor (scale, default False)."""
     shape = (case["out_features"], case["in_features"])
-    on = dict(device=device, generator=generator)
+    on: dict[str, Any] = {"device": device, "generator": generator}
     return {
         "x": activations(case, device, dtype, generator),
         "weight": (50 * torch.randn(shape, **on)).clamp(-448, 448).to(torch.float8_e4m3fn),
@@ -24,9 +22,7 @@ def inputs(
 
 
 def _case(batch: int | list[int], in_features: int, out_features: int, activations: str, **more: bool) -> Case:
-    return dict(
-        batch=batch, in_features=in_features, out_features=out_features, activations=activations, **more
-    )
+    return dict(batch=batch, in_features=in_features, out_features=out_features, activations=activations, **more)
 
 
 OP = Op(

@@ -1,4 +1,4 @@
-"""y = x W^T with W = scale * E4M3 weights; x as it is, or rounded to E4M3 with a factor per token or per tensor."""
+"""y = x W^T with W = scale * E4M3 weights; x as it is, or rounded to E4M3 per token or per tensor."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ def dense(in_features: int, weight: Tensor, scale: Tensor, activations: str) -> 
 def quantize(x: Tensor, activations: str) -> tuple[Tensor, Tensor]:
     """x [..., in] as E4M3 values and float32 factors, [..., 1] per "token" or [] per "tensor".
 
-    The largest magnitude becomes 448. Rounding saturates; a factor, and so its outputs, is not finite where x is
-    not.
+    The largest magnitude becomes 448; rounding saturates. Where x is not finite, neither is the factor, and so
+    neither are the outputs.
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True) if activations == "token" else x.abs().amax()
@@ -32,8 +32,9 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str = "non
     scale        float32 [out, 1] or [1, 1]
     activations  "none", "token" or "tensor"; the gradient of x treats this rounding as the identity
     """
-    weight = dense(x.shape[-1], weight, scale, activations)
+    decoded = dense(x.shape[-1], weight, scale, activations)
     if activations == "none":
-        return multiply(x, weight)
+        return multiply(x, decoded)
     codes, factor = quantize(x, activations)
-    return (multiply(codes.to(torch.promote_types(x.dtype, torch.float32)), weight) * factor).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (multiply(codes.to(wide), decoded) * factor).to(x.dtype)

@@ -13,9 +13,7 @@ from effbench.kernels.hadamard.matrices import factors
 from effbench.kernels.hadamard.reference import hadamard
 
 
-def inputs(
-    case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Any]:
+def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     """Fields of a case: batch, in_features; transpose (default False)."""
     x = activations(case, device, dtype, generator)
     return {"x": x, "transpose": case.get("transpose", False)}

@@ -1,13 +1,13 @@
 """Hadamard matrices: +-1 entries, orthogonal rows.
 
-A size 2^k * m is the Kronecker product of Sylvester's 2^k and one of the orders m constructed here: Paley's for
-every prime that gives one (4 to 60 without 40, 52 and 56, then 68, 72, 76, 80, 84, 104, 108, 124, 128, 132, 140
-and more), and 52, 116, 156 and 172 by Williamson. Those are the ones that published models need.
+A size 2^k * m is the Kronecker product of Sylvester's 2^k and one of the orders m constructed here: 1, Paley's
+for the primes that give one (12, 20, 28, 36, 44, 60, 68, 76, 84, 108, 124, 140 and others), and 52, 116, 156 and
+172 by Williamson. Up to 172 only 92 and 100 are missing among the multiples of 4.
 """
 
 from functools import cache
 
-import numpy as np
+import numpy as np  # not torch: a cached tensor made under a fake or meta device mode would stay fake
 
 # First rows of four symmetric circulant matrices A, B, C, D of odd order n with A^2 + B^2 + C^2 + D^2 = 4n I,
 # found by exhaustive search (43: among those constant on the orbits of a multiplier). Checked by the tests.
@@ -44,7 +44,8 @@ def _residues(q: int) -> np.ndarray:
     character[[i * i % q for i in range(1, q)]] = 1
     character[0] = 0
     i = np.arange(q)
-    return character[(i[:, None] - i) % q]
+    matrix: np.ndarray = character[(i[:, None] - i) % q]
+    return matrix
 
 
 def _paley_one(q: int) -> np.ndarray:
@@ -69,9 +70,7 @@ def _williamson(n: int) -> np.ndarray:
     """Order 4 n."""
     i = np.arange(n)
     turn = (i - i[:, None]) % n
-    a, b, c, d = (
-        np.array([1 if sign == "+" else -1 for sign in row], dtype=np.int8)[turn] for row in _WILLIAMSON[n]
-    )
+    a, b, c, d = (np.array([1 if sign == "+" else -1 for sign in row], dtype=np.int8)[turn] for row in _WILLIAMSON[n])
     return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]])
 
 

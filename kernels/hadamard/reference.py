@@ -15,11 +15,11 @@ def hadamard(x: Tensor, transpose: bool = False) -> Tensor:
     power, m = factors(n)
     wide = torch.promote_types(x.dtype, torch.float32)
     inner = torch.from_numpy(base(m)).to(x.device, wide)
-    y = x.to(wide).unflatten(-1, (power, m)) @ (inner if transpose else inner.T)
+    y: Tensor = x.to(wide).reshape(*x.shape[:-1], power, m) @ (inner if transpose else inner.T)
     while power > 1:  # Sylvester's matrix is a Kronecker power and symmetric: one piece at a time
         piece = min(power, 64)
         matrix = torch.from_numpy(sylvester(piece)).to(x.device, wide)
-        y = matrix @ y.reshape(*x.shape[:-1], -1, piece, m)
         power //= piece
+        y = matrix @ y.reshape(*x.shape[:-1], power, piece, m)
         m *= piece
     return (y.reshape(x.shape) / n**0.5).to(x.dtype)

@@ -61,9 +61,7 @@ def _hadamard(
         left, other = tl.split(tl.permute(pairs, (0, 2, 1)))
         tile = tl.permute(tl.join(left + other, left - other), (0, 2, 1))
     tile = tl.reshape(tile, (BLOCK_M * POWER, PADDED)) * NORM
-    tl.store(
-        y + number[:, None] * SIZE + inner[None, :], tile.to(y.dtype.element_ty), mask=inside
-    )
+    tl.store(y + number[:, None] * SIZE + inner[None, :], tile.to(y.dtype.element_ty), mask=inside)
 
 
 def hadamard(x: Tensor, transpose: bool) -> Tensor:

@@ -10,13 +10,11 @@ from effbench.kernels._common.packing import word_count
 from effbench.kernels.int_linear.reference import dense, int_linear
 
 
-def inputs(
-    case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Any]:
-    """Fields of a case: batch, in_features, out_features, bits, groups; per_tensor, zero, g_idx (default False)."""
+def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """Fields of a case: batch, in_features, out_features, bits, groups; per_tensor, zero, g_idx (or False)."""
     out, groups, bits = case["out_features"], case["groups"], case["bits"]
     rows = 1 if case.get("per_tensor") else out
-    on = dict(device=device, generator=generator)
+    on: dict[str, Any] = {"device": device, "generator": generator}
     shuffled = torch.randperm(case["in_features"], **on) % groups
     return {
         "x": activations(case, device, dtype, generator),
@@ -29,9 +27,7 @@ def inputs(
 
 
 def _case(batch: int | list[int], in_features: int, out_features: int, bits: int, groups: int, **more: bool) -> Case:
-    return dict(
-        batch=batch, in_features=in_features, out_features=out_features, bits=bits, groups=groups, **more
-    )
+    return dict(batch=batch, in_features=in_features, out_features=out_features, bits=bits, groups=groups, **more)
 
 
 OP = Op(

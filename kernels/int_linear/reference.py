@@ -17,8 +17,8 @@ def dense(
     codes = unpack(weight, bits, in_features)
     if g_idx is not None:
         return scale.float()[:, g_idx.long()] * (codes - zeros[:, g_idx.long()])
-    codes = codes.unflatten(1, (groups, -1))
-    return (scale.float().unsqueeze(-1) * (codes - zeros.unsqueeze(-1))).flatten(1)
+    grouped = codes.view(len(codes), groups, -1) - zeros.unsqueeze(-1)
+    return (grouped * scale.float().unsqueeze(-1)).flatten(1)
 
 
 def int_linear(

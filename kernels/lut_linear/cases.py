@@ -10,13 +10,11 @@ from effbench.kernels._common.packing import word_count
 from effbench.kernels.lut_linear.reference import dense, lut_linear
 
 
-def inputs(
-    case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Any]:
-    """Fields of a case: batch, in_features, out_features, bits; block (0: no factors), per_row, outliers (per row)."""
+def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """Fields of a case: batch, in_features, out_features, bits; block, per_row, outliers a row (or 0)."""
     columns, rows, bits = case["in_features"], case["out_features"], case["bits"]
     block, outliers = case.get("block", 0), case.get("outliers", 0)
-    on = dict(device=device, generator=generator)
+    on: dict[str, Any] = {"device": device, "generator": generator}
     levels = torch.randn(*([rows] if case.get("per_row") else []), 2**bits, **on)
     arguments = {
         "x": activations(case, device, dtype, generator),

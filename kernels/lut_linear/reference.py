@@ -1,4 +1,7 @@
-"""y = x W^T with W = lut[code] * absmax[block] + outliers: NF4 (shared levels, blocks), SqueezeLLM (levels per row)."""
+"""y = x W^T with W = lut[code] * absmax[block] + outliers.
+
+NF4 has one table and blocks, SqueezeLLM a table per row and outliers.
+"""
 
 import torch
 from torch import Tensor
@@ -47,7 +50,7 @@ def lut_linear(
 
     weight             int32 [out, ceil(in * bits / 32)], codes of 2, 3 or 4 bits packed along the input
     lut                float16 or float32 [2^bits], or [out, 2^bits]
-    absmax             float32 [ceil(out * in / block)]: one factor per `block` weights of the flattened matrix
+    absmax             float32 [ceil(out * in / block)], a factor per `block` weights of the flat matrix
     crow, col, values  int32 [out + 1], int16 or int32 [n], float16 [n]: a CSR matrix that is added
     """
     return multiply(x, dense(x.shape[-1], weight, lut, absmax, crow, col, values, bits, block))

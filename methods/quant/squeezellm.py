@@ -79,10 +79,10 @@ def best_ends(sums: Sums, positions: Sequence[Tensor]) -> Tensor:
     rows, n = sums.values.shape
     origin, last = (torch.full((rows, 1), end, device=sums.values.device) for end in (0, n))
     total, choices = sums.gain(origin, positions[0]).squeeze(1), []
-    before, table = positions[0], None
+    before, shared = positions[0], None
     for stops in (*positions[1:], last):
-        if table is None or stops is not before:  # ends that share their positions share the table
-            table = sums.gain(before, stops)
+        if not (stops is before is shared):  # ends that choose from the same positions share one table
+            table, shared = sums.gain(before, stops), stops if stops is before else None
         total, choice = (total.unsqueeze(2) + table).max(1)
         choices.append(choice)
         before = stops
