@@ -42,6 +42,7 @@ PRELOAD = (
     "datasets",
     "pandas",
 )
+QUIET = "ignore:resource_tracker:UserWarning"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 TICK = 0.2  # seconds between looks at clocks and at whether to stop
 GRACE = 5.0  # seconds for a process to end once its record is here
@@ -206,8 +207,11 @@ class Worker:
 def start_server(preload: Sequence[str], threads: int) -> None:
     """Start the fork-server, unless it runs. Its libraries see the thread count before they are loaded."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+    # A killed worker leaves semaphores behind; that they are cleaned up afterwards is nobody's concern.
+    variables["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the runner alone
     try:
         forkserver.ensure_running()

@@ -49,7 +49,7 @@ class SlotLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, index: int, plan: InferPlan) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.plan = plan
         self.slots: Slots | None = None
@@ -195,7 +195,7 @@ class SlotCache(Cache):
         """Chain `attend_mask`: True where a slot is no padding, [B, Hkv or Hq, 1, S]."""
         slots = self.slot_layers[module.layer_idx].slots  # type: ignore[index]
         assert slots is not None
-        heads = getattr(module.config, "num_attention_heads", slots.valid.shape[1])  # type: ignore[arg-type]
+        heads = getattr(module.config, "num_attention_heads", slots.valid.shape[1])
         return slots.valid.repeat_interleave(heads // slots.valid.shape[1], 1).unsqueeze(2)
 
     def observe(self, module: nn.Module, weights: Tensor) -> None:

@@ -264,13 +264,13 @@ def block_inputs(run: ModelRun, view: Blocks) -> tuple[list[Tensor], list[list[d
     originals = [block.forward for block in view.blocks]
     try:
         for index, block in enumerate(view.blocks):
-            block.forward = catcher(index)  # type: ignore[method-assign]
+            block.forward = catcher(index)
         for ids in run.calibration():
             # A live cache in the caught arguments would be filled at every replay and change the result.
             run.model(input_ids=ids[None].to(run.device), use_cache=False)
     finally:
         for block, original in zip(view.blocks, originals, strict=True):
-            block.forward = original  # type: ignore[method-assign]
+            block.forward = original
     if not hidden:
         raise Unsupported("no calibration text")
     return hidden, calls

@@ -137,6 +137,8 @@ class RandomTokens(Data):
     def __init__(self, vocabulary: int) -> None:
         super().__init__("random tokens", {}, None)
         self._vocabulary = vocabulary
+        rows = self.calibration(2, 128, 0).tolist()
+        self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(rows)]
 
     @property
     def digest(self) -> str:
@@ -149,10 +151,6 @@ class RandomTokens(Data):
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(self._vocabulary, (min(sequences, 2), length), generator=generator)
 
-    @property
-    def pool(self) -> list[Example]:
-        rows = self.calibration(2, 128, 0).tolist()
-        return [Example(str(i), tuple(row)) for i, row in enumerate(rows)]
 
 
 def open_data(source: DataSource, tokenizer: Any) -> Data:

@@ -117,7 +117,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     """The matrix that `module` multiplies by, float32 [out, in]."""
     if isinstance(module, Replaced):
         return module.dense_weight()
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+    weight: Tensor = module.get_parameter("weight").detach()
     return (weight.T if isinstance(module, Conv1D) else weight).float()
 
 

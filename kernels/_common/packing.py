@@ -17,7 +17,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Integers in [0, 2^bits) [..., n] as int32 words [..., word_count(n, bits)]."""
     n = codes.shape[-1]
     blocks = torch.nn.functional.pad(codes.to(torch.int32), (0, -n % 32))
-    blocks = blocks.view(*blocks.shape[:-1], -1, 32)
+    blocks = blocks.view(*blocks.shape[:-1], blocks.shape[-1] // 32, 32)
     words = torch.zeros(*blocks.shape[:-1], bits, dtype=torch.int32, device=codes.device)
     for i in range(32):  # 32 codes fill exactly `bits` words
         word, shift = divmod(i * bits, 32)

@@ -1,4 +1,4 @@
-"""Scales and zero-points of compressed-tensors, for ordinary, one-signed and empty groups."""
+"""Scales and zero-points of compressed-tensors, for ordinary and one-signed groups."""
 
 from __future__ import annotations
 
