@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import gc
 import importlib
 import multiprocessing
 import os
@@ -261,6 +262,7 @@ def _work(news: connection.Connection, execute: str, job: Job, output: Path) -> 
     os.setsid()  # a group of its own: killed together with its children, untouched by Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    gc.freeze()  # what the fork-server imported stays: no use in looking through it again and again
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

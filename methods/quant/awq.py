@@ -129,7 +129,7 @@ class AWQ(Weights):
             weight = self._clipped(weight, moment.float())
         grid = fit_grid(weight, self.bits, self.symmetric, "awq").stored()
         codes = grid.codes(weight).flatten(1)
-        return int_linear(layer, codes, grid._replace(scale=grid.scale[..., 0], zero=grid.zero[..., 0]), self.symmetric)
+        return int_linear(layer, codes, grid.per_group(), self.symmetric)
 
     def _clipped(self, weight: Tensor, moment: Tensor) -> Tensor:
         """`weight` [out, groups, group_size], every group clamped where that lowers the error of its own outputs.

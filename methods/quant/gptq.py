@@ -1,4 +1,4 @@
-"""GPTQ: quantize column by column, each rounding error compensated by the columns that follow (Frantar et al., 2023)."""
+"""GPTQ: round column by column, every error compensated by the columns that follow (Frantar et al., 2023)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def solve(
     scale and zero [out]; `rest` [in, out] are the weights as compensated up to the current block. Weights where
     `kept` [out, in] is False are rounded to zero, and that error is compensated like any other.
     """
-    rest = weight.T.contiguous()  # columns become rows that lie together in memory
+    rest = weight.T.clone(memory_format=torch.contiguous_format)  # columns become rows, together in memory
     codes = torch.empty_like(rest, dtype=torch.uint8)
     pruned = None if kept is None else ~kept.T
     width = len(rest)
@@ -83,28 +83,24 @@ class GPTQ(Weights):
         return self.true_sequential
 
     def compress(self, layer: Layer) -> nn.Module:
-        weight, hessian, kept, size = layer.weight, layer.inputs.hessian.clone(), layer.kept, self.group_size
-        if size is not None:
-            grouped(weight, size, layer.name)
-        grids = [self._grid(weight)] if size is None else []  # before dead inputs are cleared, as the authors do
+        weight, hessian, kept = layer.weight, layer.inputs.hessian.clone(), layer.kept
+        size = self.group_size or weight.shape[1]
+        grouped(weight, size, layer.name)
+        dynamic = self.group_size is not None and not self.static_groups
+        # The authors take a grid per row before they clear dead inputs, grids per group after it.
+        grids = [self._grid(weight)] if self.group_size is None else []
         dead = hessian.diagonal() == 0
         hessian.diagonal()[dead] = 1
         weight[:, dead] = 0
-        if size is not None and self.static_groups:
+        if self.static_groups:
             grids = [self._grid(part) for part in weight.split(size, 1)]
 
-        order = torch.arange(len(hessian), device=weight.device)
+        order = place = torch.arange(len(hessian), device=weight.device)
         if self.act_order:
             order = hessian.diagonal().argsort(descending=True, stable=True)  # before damping
             weight, hessian = weight[:, order], hessian[order][:, order]
             kept = None if kept is None else kept[:, order]
-
-        if size is None:
-            group = torch.zeros_like(order)
-        elif self.static_groups:
-            group = order // size
-        else:
-            group = torch.arange(len(order), device=weight.device) // size
+        group = (place if dynamic else order) // size  # of each column in the order of the loop
         member = group.tolist()
 
         def grid_of(column: int, rest: Tensor) -> Grid:
@@ -113,12 +109,11 @@ class GPTQ(Weights):
             return grids[member[column]]
 
         codes = solve(weight, inverse_factor(hessian, self.damp, layer.name), grid_of, self.block, kept)
+        scale, zero = (torch.stack(column, 1) for column in zip(*((g.scale, g.zero) for g in grids), strict=True))
         back = order.argsort()
-        grid = Grid(torch.stack([g.scale for g in grids], 1), torch.stack([g.zero for g in grids], 1), self.bits)
-        g_idx = group[back] if self.act_order and size is not None and not self.static_groups else None
-        return int_linear(layer, codes[:, back], grid, self.symmetric, g_idx)
+        g_idx = group[back] if dynamic and self.act_order else None
+        return int_linear(layer, codes[:, back], Grid(scale, zero, self.bits), self.symmetric, g_idx)
 
     def _grid(self, weight: Tensor) -> Grid:
         """The stored grid of every row of `weight` [out, n]; scale and zero [out]."""
-        grid = fit_grid(weight, self.bits, self.symmetric, mse=self.mse).stored()
-        return grid._replace(scale=grid.scale[:, 0], zero=grid.zero[:, 0])
+        return fit_grid(weight, self.bits, self.symmetric, mse=self.mse).stored().per_group()

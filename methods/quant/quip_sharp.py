@@ -34,7 +34,7 @@ def ldlq(weight: Tensor, hessian: Tensor, bits: int, tune_iters: int) -> tuple[T
     """
     lower = block_ldl(hessian)
     one = torch.ones((), device=weight.device)
-    left = weight.T.contiguous()  # W - W^ [in, out], all of W to begin with
+    left = weight.T.clone(memory_format=torch.contiguous_format)  # W - W^ [in, out], all of W to begin with
     parts: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def settle(start: int, target: Tensor) -> None:

@@ -21,7 +21,7 @@ class RTN(Weights):
     weight_update = "none"
 
     bits: int = 4  # 2, 3, 4 or 8
-    granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale; channel: an output row
+    granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale; channel: an output
     group_size: int = 128  # consecutive inputs of a row that share a scale, for granularity="group"
     symmetric: bool = False  # zero in the middle of the codes instead of a zero-point of its own
     grid: GridName = "gptq"  # the published grid, see `fit_grid`
@@ -41,4 +41,4 @@ class RTN(Weights):
         grid = fit_grid(sharing, self.bits, self.symmetric, self.grid, self.mse).stored()
         codes = grid.codes(sharing).reshape(weight.shape)
         # A pruned weight is exactly 0, and 0 is on every grid: its code is the zero-point.
-        return int_linear(layer, codes, grid._replace(scale=grid.scale[..., 0], zero=grid.zero[..., 0]), self.symmetric)
+        return int_linear(layer, codes, grid.per_group(), self.symmetric)
