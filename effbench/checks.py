@@ -1,9 +1,9 @@
 """The contract that every method must pass; tests run it over the registry, authors over their own file.
 
     for check in checks.all_checks():
-        check(MyMethod())
+        check(MyMethod(**MyMethod.trial))
 
-Each check takes a method at its defaults and raises `AssertionError` with what is wrong. A method that must fail one
+Each check takes a method and raises `AssertionError` with what is wrong. A method that must fail one
 says so in its class: `exceptions = {"check_name": "why"}`.
 """
 

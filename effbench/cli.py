@@ -138,8 +138,7 @@ def _documented(cls: type) -> str:
     """Help on the fields of an options class, from the comments beside them."""
     fields = re.findall(r"^    (\w+): .*? = (.*?)  # (.*)$", inspect.getsource(cls), re.MULTILINE)
     lines = [
-        f"  {name + '=':<11}{text}" + ("" if default == "None" else f" [{default}]")
-        for name, default, text in fields
+        f"  {name + '=':<11}{text}" + ("" if default == "None" else f" [{default}]") for name, default, text in fields
     ]
     return "\n".join(["options:", *lines])
 
@@ -176,9 +175,7 @@ def _methods() -> list[dict[str, Any]]:
             "paper": entry.paper,
             "summary": entry.summary,
             "parameters": entry.parameters,
-            "facts": {
-                name: sorted(fact) if isinstance(fact, set) else fact for name, fact in entry.facts.items()
-            },
+            "facts": {name: sorted(fact) if isinstance(fact, set) else fact for name, fact in entry.facts.items()},
         }
         for entry in registry.catalog().values()
     ]
@@ -217,9 +214,7 @@ def _ops() -> list[dict[str, Any]]:
 
 def _summary(path: Path) -> str:
     """First line of a module's docstring."""
-    return (
-        (ast.get_docstring(ast.parse(path.read_bytes())) or "").partition("\n")[0] if path.is_file() else ""
-    )
+    return (ast.get_docstring(ast.parse(path.read_bytes())) or "").partition("\n")[0] if path.is_file() else ""
 
 
 def _tasks() -> list[dict[str, Any]]:

@@ -118,11 +118,7 @@ class Worker:
     @property
     def sources(self) -> list[Any]:
         """What becomes readable when there is news."""
-        return (
-            [self._process.sentinel]
-            if self._connection.closed
-            else [self._connection, self._process.sentinel]
-        )
+        return [self._process.sentinel] if self._connection.closed else [self._connection, self._process.sentinel]
 
     def news(self, timeout: float) -> Iterator[Event]:
         """What happened since the last call; ends with the record."""
@@ -243,9 +239,7 @@ def gate_file(device: str) -> Path:
         name = f"cuda-{visible[int(device.partition(':')[2])]}"  # what it is called outside this process
     path = Path(tempfile.gettempdir()) / f"effbench-{name}.lock"
     with contextlib.suppress(FileExistsError):
-        os.close(
-            os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o644)
-        )  # locking needs no right to write
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o644))  # locking needs no right to write
     return path
 
 

@@ -94,9 +94,7 @@ class Live(Lines):
             console=self._console,
         )
         self._task = self._bar.add_task("cells", total=total)
-        self._working: dict[
-            str, tuple[Event, float, float]
-        ] = {}  # identity: last news, start of cell and of phase
+        self._working: dict[str, tuple[Event, float, float]] = {}  # identity: last news, start of cell and of phase
         self._live = RichLive(get_renderable=self._render, console=self._console, transient=True)
 
     def __enter__(self) -> Self:
@@ -116,9 +114,7 @@ class Live(Lines):
             return
         with contextlib.suppress(KeyError):
             del self._working[identity]
-        self._console.print(
-            line(event.record), style=None if event.record.outcome == "ok" else "yellow", markup=False
-        )
+        self._console.print(line(event.record), style=None if event.record.outcome == "ok" else "yellow", markup=False)
         self._bar.advance(self._task)
 
     def _render(self) -> RenderableType:

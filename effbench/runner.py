@@ -107,9 +107,7 @@ def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict
         "model": model,
         "data": data,
         "tasks": sources.task_digest(),
-        "probes": " ".join(
-            f"{name}={version}" for name, version in probes.versions().items() if name in taken
-        ),
+        "probes": " ".join(f"{name}={version}" for name, version in probes.versions().items() if name in taken),
     }
     if recipe.steps:
         found["methods"] = _joined(source_digest(key) for key in sorted({step.key for step in recipe.steps}))

@@ -57,15 +57,11 @@ def model(name: str, tokenizer: str | None = None) -> Source:
     elif (folder := Path(name).expanduser()).is_dir():
         if not (folder / "config.json").is_file():
             raise Usage(f"model={name}: the folder has no config.json")
-        source = Source(
-            folder.resolve().name, "folder", folder.resolve(), tokenizer, _digest(_model_files(folder))
-        )
+        source = Source(folder.resolve().name, "folder", folder.resolve(), tokenizer, _digest(_model_files(folder)))
     elif HUB_NAME.fullmatch(name) and not name.startswith("."):
         source = Source(name, "hub", None, tokenizer)
     else:
-        raise Usage(
-            f"model={name}: no such folder; a model is tiny, a folder, org/name on the Hub or shape:NAME"
-        )
+        raise Usage(f"model={name}: no such folder; a model is tiny, a folder, org/name on the Hub or shape:NAME")
     if tokenizer is None:
         return source
     folder = TINY / "model" if tokenizer == "tiny" else Path(tokenizer)

@@ -12,7 +12,8 @@ CASES = [(key, name) for key in registry.catalog() for name in checks.all_checks
 
 @pytest.mark.parametrize(("key", "name"), CASES, ids=[f"{key}-{name}" for key, name in CASES])
 def test_contract(key, name, request):
-    method = registry.load(key)()
+    cls = registry.load(key)
+    method = cls(**cls.trial)
     if name in method.exceptions:
         request.applymarker(pytest.mark.xfail(reason=method.exceptions[name], strict=True))
     checks.all_checks()[name](method)

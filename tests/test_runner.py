@@ -226,7 +226,8 @@ store = Store(folder)
 before = latest(store.read()[0])
 jobs = []
 for i in range(count):
-    cell = Cell("fakes", 1, "quick", f"row{{i}}", "", (), "tiny", "tiny", 0, {{"seconds": float(sys.argv[3])}}, {{"row": str(i)}})
+    settings, digests = {{"seconds": float(sys.argv[3])}}, {{"row": str(i)}}
+    cell = Cell("fakes", 1, "quick", f"row{{i}}", "", (), "tiny", "tiny", 0, settings, digests)
     old = before.get(cell.identity)
     if old is None or old.outcome in RETRIED:
         attempt = old.attempt + 1 if old else 1

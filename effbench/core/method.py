@@ -30,6 +30,7 @@ class Method:
 
     paper: ClassVar[str] = ""  # where the method was published
     identity: ClassVar[dict[str, Any] | None] = None  # settings at which the model must be unchanged
+    trial: ClassVar[dict[str, Any]] = {}  # settings for contract checks where the defaults would take long
     claims: ClassVar[tuple[str, ...]] = ()  # slots this method writes, e.g. "train.precision"
     consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate  # type: ignore[import-untyped]
-from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
-from lm_eval.api.model import LM  # type: ignore[import-untyped]
-from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase

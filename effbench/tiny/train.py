@@ -12,6 +12,7 @@ bfloat16. The windows grow from 64 tokens, where looking things up is learned so
 import argparse
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -97,7 +98,7 @@ class Trainer:
         self.log = out / "log.jsonl"
         self.tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
         torch.manual_seed(0)
-        self.model = LlamaForCausalLM(config(len(self.tokenizer)))  # type: ignore[no-untyped-call]
+        self.model = LlamaForCausalLM(config(len(self.tokenizer)))
         self.model.to(device)  # type: ignore[arg-type]
         matrices = [p for p in self.model.parameters() if p.ndim == 2]
         gains = [p for p in self.model.parameters() if p.ndim < 2]
@@ -146,7 +147,7 @@ class Trainer:
                 group["lr"] = rate(self.step, self.tokens)
             with torch.autocast(device, torch.bfloat16):
                 loss = self.loss(rows)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -178,7 +179,8 @@ class Trainer:
         self.report(exported=str(folder), held_out={kind: round(value, 3) for kind, value in found.items()})
         self.model.bfloat16().save_pretrained(folder)
         (folder / "model.safetensors").chmod(0o644)  # written for its owner only, but it ships with the package
-        self.tokenizer.save_pretrained(folder)
+        # as it was built: encoding batches has left lengths to pad and cut to in the one used here
+        shutil.copytree(self.checkpoint.parent / "tokenizer", folder, dirs_exist_ok=True)
         record = {"tokens": self.tokens, "decay_tokens": decay, "steps": self.step}
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 

@@ -89,7 +89,7 @@ def best_ends(sums: Sums, positions: Sequence[Tensor]) -> Tensor:
 
 
 def best_centres(sums: Sums, weights: Tensor, k: int) -> Tensor:
-    """Centres [rows, k] of a weighted k-means of every row that no single change of an end improves.
+    """Centres [rows, k] of the best weighted k-means of every row, or one within a fraction of a percent of it.
 
     First the best ends among those of a fine quantizer with 96 levels, spaced by the cube root of the density
     (Panter and Dite, 1951); then, until nothing moves, the best within 4 values of the ends found.

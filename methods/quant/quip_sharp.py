@@ -93,7 +93,7 @@ class QuIPSharp(Weights):
             (torch.randint(2, (size,), generator=generator) * 2.0 - 1).to(layer.weight.device) for size in (width, out)
         )
         hessian = layer.inputs.second_moment
-        hessian = hessian / hessian.diagonal().mean()
+        hessian = hessian / hessian.diagonal().mean().clamp(min=1e-30)
         hessian.diagonal().add_(self.sigma_reg)
         try:
             hessian = rotate(hessian, signs_in, signs_in)

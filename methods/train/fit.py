@@ -13,6 +13,7 @@ class Fit(Method):
 
     paper = "arXiv:1711.05101"
     consumes = True
+    trial = {"steps": 2, "max_length": 32}
     steps: int = 200
     lr: float = 1e-4
     batch_size: int = 8
