@@ -171,9 +171,7 @@ def check_touches_only_its_part(method: Method) -> None:
         assert all(torch.equal(before[name], after[name]) for name in before), "weights were changed"
     untouched = [name for name in before if "embed" in name or "lm_head" in name]
     if isinstance(method, Weights):
-        assert all(torch.equal(before[name], after[name]) for name in untouched), (
-            "embeddings or head were changed"
-        )
+        assert all(torch.equal(before[name], after[name]) for name in untouched), "embeddings or head were changed"
         run.reference.load_state_dict(toy().state_dict())
 
 
@@ -211,9 +209,7 @@ def check_linear_protocol(method: Method) -> None:
             x = torch.randn(5, module.in_features, generator=torch.Generator().manual_seed(0))
             expected = nn.functional.linear(x, weight, module.bias)
             error = (module(x) - expected).norm() / expected.norm()
-            assert error < method_tolerance(method), (
-                f"{path}: forward differs from dense_weight by {float(error):.2g}"
-            )
+            assert error < method_tolerance(method), f"{path}: forward differs from dense_weight by {float(error):.2g}"
             mask = module.kept()
             assert mask is None or not weight[~mask].any(), f"{path}: a weight held at zero is not zero"
 

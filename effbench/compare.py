@@ -98,10 +98,7 @@ def refuse(before: Row, after: Row) -> None:
     for what, left, right in (
         ("model", first.cell.model, second.cell.model),
         ("data", first.cell.data, second.cell.data),
-        *(
-            (f"the {name} digest", digests[0].get(name), digests[1].get(name))
-            for name in ("model", "data", "tasks")
-        ),
+        *((f"the {name} digest", digests[0].get(name), digests[1].get(name)) for name in ("model", "data", "tasks")),
     ):
         if left != right:
             raise Usage(f"{pair}: {what} is {left} for one and {right} for the other")
@@ -136,9 +133,7 @@ def _line(before: Row, after: Row, metric: str, test: Estimate, adjusted: float)
         factor = 1.0 if metric == "kl_nats_per_token" else 100.0
         scale = factor.__mul__
     unit = " %" if PPL.search(metric) else ""
-    values = [
-        estimate.value * factor if (estimate := row.estimate(metric)) else None for row in (before, after)
-    ]
+    values = [estimate.value * factor if (estimate := row.estimate(metric)) else None for row in (before, after)]
     change, interval = scale(test.value), DASH
     decimals = max(1, 2 - math.floor(math.log10(abs(change) or 1)))
     if test.low is not None and test.high is not None:

@@ -53,9 +53,7 @@ def index() -> str:
         families.setdefault(entry.family, []).append(entry)
     parts = [HEADER]
     for family, entries in sorted(families.items()):
-        parts.append(
-            f"## {family}\n\n{markdown_table(COLUMNS, [_cells(entry) for entry in entries], pad=False)}\n"
-        )
+        parts.append(f"## {family}\n\n{markdown_table(COLUMNS, [_cells(entry) for entry in entries], pad=False)}\n")
     return "\n".join(parts)
 
 

@@ -81,12 +81,11 @@ class Local:
         waiting, running = deque(jobs), list[Worker]()
         if not waiting:
             return
-        start_server(self.preload, self.threads)
         with tempfile.TemporaryDirectory(prefix="effbench-", ignore_cleanup_errors=True) as folder:
             try:
                 while (waiting or running) and not stop.is_set():
                     while waiting and len(running) < self.jobs and idle(waiting[0].gate):
-                        running.append(Worker(waiting.popleft(), self.execute, Path(folder)))
+                        running.append(self._start(waiting.popleft(), Path(folder)))
                     connection.wait([source for worker in running for source in worker.sources], TICK)
                     for worker in running:
                         yield from worker.news(self.timeout)
@@ -94,6 +93,16 @@ class Local:
             finally:
                 for worker in running:
                     worker.kill()
+
+    def _start(self, job: Job, folder: Path, tries: int = 10) -> Worker:
+        start_server(self.preload, self.threads)  # again, should it have died
+        try:
+            return Worker(job, self.execute, folder)
+        except (EOFError, ConnectionError):  # it is dying at this moment
+            if tries == 1:
+                raise
+            time.sleep(TICK)
+            return self._start(job, folder, tries - 1)
 
 
 class Worker:

@@ -271,8 +271,7 @@ def _group(records: Sequence[Record]) -> Group:
 def _replaces(record: Record, row: Mapping[int, Record]) -> bool:
     """Whether a newer record belongs to a row or takes its place: it has its name or its steps."""
     return any(
-        record.cell.recipe == other.cell.recipe or record.cell.steps == other.cell.steps
-        for other in row.values()
+        record.cell.recipe == other.cell.recipe or record.cell.steps == other.cell.steps for other in row.values()
     )
 
 
@@ -351,9 +350,7 @@ def items(record: Record, metric: str) -> Floats | None:
     if not values:
         return None
     found = np.asarray(values, dtype=np.float64)
-    if (
-        found.ndim == 2
-    ):  # (log-likelihood, words) of texts; how many words they have does not depend on the model
+    if found.ndim == 2:  # (log-likelihood, words) of texts; how many words they have does not depend on the model
         found = -found[:, 0] / found[:, 1].mean()
     return found
 
@@ -402,9 +399,7 @@ def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
     """Title and columns, by header, of each table."""
 
     def measured(metric: str, scale: float = 1) -> Show:
-        digits = (
-            4 if PPL.search(metric) else 3
-        )  # rows differ by less than their own intervals: they are paired
+        digits = 4 if PPL.search(metric) else 3  # rows differ by less than their own intervals: they are paired
         return lambda row: with_interval(row.estimate(metric), scale, digits) + _mark(group, row, metric)
 
     def plain(metric: str, text: Callable[[float], str]) -> Show:
@@ -424,9 +419,7 @@ def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
     kept |= {"KL, nats": measured("kl_nats_per_token"), "top-1, %": measured("top1_agreement", 100)}
     kept |= {"tasks, %": measured("tasks_acc", 100)}
     for phase in ("prefill", "decode"):
-        kept |= {
-            f"{phase}, ×": speed(name) for name in [name for name in speeds if name.startswith(phase)][:1]
-        }
+        kept |= {f"{phase}, ×": speed(name) for name in [name for name in speeds if name.startswith(phase)][:1]}
 
     quality = {_header(name): measured(name) for name in ppls[1:]}
     quality |= {_header(name): measured(name, 100) for name in tasks(group.metrics(ACCURACY))}
@@ -436,9 +429,7 @@ def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
         "metadata": plain("metadata_bytes", bytes_text),
         "resident": plain("resident_bytes", bytes_text),
     }
-    memory |= {
-        _header(name): plain(name, bytes_text) for name in group.metrics("^(score|generate)_peak_.*_bytes$")
-    }
+    memory |= {_header(name): plain(name, bytes_text) for name in group.metrics("^(score|generate)_peak_.*_bytes$")}
 
     cost: dict[str, Show] = {
         "type": lambda row: row.fact("type"),
@@ -503,9 +494,7 @@ def _caption(group: Group) -> str:
     records, cell = group.records, group.records[0].cell
     unnamed = cell.settings.get("machine") or "an unknown machine"
     where = [next((place for record in records if (place := machine(record))), unnamed)]
-    where += [
-        f"{name} {cell.settings[name]}" for name in ("threads", "dtype", "limit") if cell.settings.get(name)
-    ]
+    where += [f"{name} {cell.settings[name]}" for name in ("threads", "dtype", "limit") if cell.settings.get(name)]
     days = sorted({record.started[:10] for record in records if record.started})
     when = " to ".join(dict.fromkeys((*days[:1], *days[-1:]))) or "no date"
     counts = Counter(record.outcome for record in records)
@@ -521,18 +510,14 @@ def _caption(group: Group) -> str:
 
 def _legend(group: Group) -> str:
     """What the marks mean, as far as they can occur."""
-    parts = [
-        "±: 95 % interval over items or windows; ±ˢ: over seeds; [a–b]: range of two seeds; –: not measured."
-    ]
+    parts = ["±: 95 % interval over items or windows; ±ˢ: over seeds; [a–b]: range of two seeds; –: not measured."]
     if group.tests:
         parts.append("↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table.")
     if speeds := group.metrics(SPEED):
         first = _header(speeds[0]).partition(" ")[2]
         parts.append(f"Speed: the baseline of the same run is 1; b: batch, c: context, {first} unless named.")
     if any(row.simulated for row in group.rows):
-        parts.append(
-            "Simulated: computes like the compressed form without being stored as it, so it has no speed."
-        )
+        parts.append("Simulated: computes like the compressed form without being stored as it, so it has no speed.")
     return " ".join(parts)
 
 
@@ -603,9 +588,7 @@ def render(records: Iterable[Record], suite: str, format: str = "md") -> str:
     records = list(records)
     chosen = [record for record in records if record.cell.suite == suite]
     if not chosen:
-        raise Usage(
-            f"no records of suite {suite!r}{nearest(suite, {record.cell.suite for record in records})}"
-        )
+        raise Usage(f"no records of suite {suite!r}{nearest(suite, {record.cell.suite for record in records})}")
     return _rendered(groups(chosen), suite, format)
 
 
@@ -658,10 +641,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], pad: bo
     widths = [max(3, *map(len, column)) if pad else 3 for column in zip(*lines, strict=True)]
     rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
     aligned = [
-        [
-            cell.rjust(w) if right else cell.ljust(w)
-            for cell, w, right in zip(line, widths, numeric, strict=True)
-        ]
+        [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric, strict=True)]
         for line in (lines[0], rule, *lines[1:])
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in aligned)

@@ -8,9 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def _llama(
-    hidden: int, layers: int, heads: int, kv: int, mlp: int, vocab: int, **more: Any
-) -> dict[str, Any]:
+def _llama(hidden: int, layers: int, heads: int, kv: int, mlp: int, vocab: int, **more: Any) -> dict[str, Any]:
     return {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -34,12 +32,8 @@ _QWEN3 = {"model_type": "qwen3", "head_dim": 128, "rms_norm_eps": 1e-6, "max_pos
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(4096, 32, 32, 32, 11008, 32000, max_position_embeddings=4096),
     "llama-2-13b": _llama(5120, 40, 40, 40, 13824, 32000, max_position_embeddings=4096),
-    "llama-3.2-1b": _llama(
-        2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True, **_rope(5e5)
-    ),
-    "llama-3.2-3b": _llama(
-        3072, 28, 24, 8, 8192, 128256, head_dim=128, tie_word_embeddings=True, **_rope(5e5)
-    ),
+    "llama-3.2-1b": _llama(2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True, **_rope(5e5)),
+    "llama-3.2-3b": _llama(3072, 28, 24, 8, 8192, 128256, head_dim=128, tie_word_embeddings=True, **_rope(5e5)),
     "llama-3.1-8b": _llama(4096, 32, 32, 8, 14336, 128256, **_rope(5e5)),
     "llama-3.1-70b": _llama(8192, 80, 64, 8, 28672, 128256, **_rope(5e5)),
     "mistral-7b": _llama(4096, 32, 32, 8, 14336, 32768, **_rope(1e6))

@@ -85,7 +85,7 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
 
     Raises `ValueError` when the two sides do not have the same number of items.
     """
-    from scipy.stats import binomtest  # type: ignore[import-untyped]  # slow to import
+    from scipy.stats import binomtest  # slow to import
 
     first, second = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     if first.shape != second.shape:

@@ -147,9 +147,7 @@ class Shortest(Select):
 
 def zeros(run) -> float:
     linears = [module for _, module in Blocks(run.model).linears()]
-    return sum(int((dense_weight(m) == 0).sum()) for m in linears) / sum(
-        dense_weight(m).numel() for m in linears
-    )
+    return sum(int((dense_weight(m) == 0).sum()) for m in linears) / sum(dense_weight(m).numel() for m in linears)
 
 
 def fitted(run, **more: Any) -> dict[str, Any]:
@@ -405,9 +403,7 @@ def test_the_reference_stays_the_original_and_snapshots_are_frozen_copies():
     trained = probe(run)
     fitted(run)
     assert torch.equal(run.engine(run.reference).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), original)
-    assert torch.equal(
-        run.engine(run.role("teacher")).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), trained
-    )
+    assert torch.equal(run.engine(run.role("teacher")).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), trained)
     assert not any(p.requires_grad for p in run.role("teacher").parameters())
     with pytest.raises(Usage, match="no model is called 'student'"):
         run.role("student")

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from effbench.core.op import ran, reset_ran
 from effbench.formats import codebook, lattice
-from effbench.formats.codebook import DYNAMIC_MAP, NF4, LutLinear, block_absmax
+from effbench.formats.codebook import DYNAMIC_MAP, LutLinear, block_absmax
 from effbench.formats.float8 import FP8Linear
 from effbench.formats.integer import IntLinear
 from effbench.formats.lattice import E8PLinear
 from effbench.formats.packed import Packed
 from effbench.formats.packing import pack, unpack, word_count
 from effbench.kernels.e8p_linear.codebook import ONE_BIT, PATTERNS, decode
+from effbench.methods.quant.nf4 import LEVELS as NF4
 from effbench.nn.linear import dense_weight, kept, rebuilt, stored_bytes
 
 OUT, IN = 24, 96

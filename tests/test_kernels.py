@@ -244,35 +244,36 @@ def _shape(batch: int, **fields: Any) -> dict[str, Any]:
 
 # What each kernel was compiled to when it was written: lane-instructions per weight, in the loop over the inputs;
 # hadamard: per number, of the whole code or, for sizes with an odd factor, of one step of its loop. Lower
-# a ceiling when a kernel gets better; a rise needs a reason. They belong to one version of Triton.
+# a ceiling when a kernel gets better; a rise needs a reason. One column for each version of Triton in use.
+VERSIONS = ("3.6", "3.7")
 CEILINGS = [
-    ("int_linear", _shape(1, bits=2, groups=32, zero=True), 12.7),
-    ("int_linear", _shape(1, bits=3, groups=32, zero=True), 18.9),
-    ("int_linear", _shape(1, bits=4, groups=32, zero=True), 12.9),
-    ("int_linear", _shape(1, bits=8, groups=1), 9.5),
-    ("int_linear", _shape(16, bits=4, groups=32, zero=True), 21.3),
-    ("lut_linear", _shape(1, bits=4, block=64), 13.4),
-    ("lut_linear", _shape(1, bits=3, per_row=1, outliers=18), 19.9),
-    ("lut_linear", _shape(16, bits=4, block=64), 10.2),
-    ("e8p_linear", _shape(1, bits=2), 28.0),
-    ("e8p_linear", _shape(1, bits=3), 36.5),
-    ("e8p_linear", _shape(1, bits=4), 58.2),
-    ("e8p_linear", _shape(16, bits=2), 31.9),
-    ("fp8_linear", _shape(1, activations="none"), 5.5),
-    ("fp8_linear", _shape(16, activations="token"), 3.3),
-    ("hadamard", dict(batch=16, in_features=4096), 24.8),
-    ("hadamard", dict(batch=16, in_features=11008), 27.3),
-    ("hadamard", dict(batch=16, in_features=14336), 22.1),
+    ("int_linear", _shape(1, bits=2, groups=32, zero=True), 12.7, 12.9),
+    ("int_linear", _shape(1, bits=3, groups=32, zero=True), 18.9, 20.4),
+    ("int_linear", _shape(1, bits=4, groups=32, zero=True), 12.9, 13.0),
+    ("int_linear", _shape(1, bits=8, groups=1), 9.5, 9.5),
+    ("int_linear", _shape(16, bits=4, groups=32, zero=True), 21.3, 16.6),
+    ("lut_linear", _shape(1, bits=4, block=64), 13.4, 13.2),
+    ("lut_linear", _shape(1, bits=3, per_row=1, outliers=18), 19.9, 19.2),
+    ("lut_linear", _shape(16, bits=4, block=64), 10.2, 11.3),
+    ("e8p_linear", _shape(1, bits=2), 28.0, 16.6),
+    ("e8p_linear", _shape(1, bits=3), 36.5, 23.2),
+    ("e8p_linear", _shape(1, bits=4), 58.2, 31.2),
+    ("e8p_linear", _shape(16, bits=2), 31.9, 32.4),
+    ("fp8_linear", _shape(1, activations="none"), 5.5, 5.5),
+    ("fp8_linear", _shape(16, activations="token"), 3.3, 3.3),
+    ("hadamard", dict(batch=16, in_features=4096), 24.8, 24.8),
+    ("hadamard", dict(batch=16, in_features=11008), 27.3, 27.3),
+    ("hadamard", dict(batch=16, in_features=14336), 22.1, 22.1),
 ]
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="ceilings are for Triton 3.6")
+@pytest.mark.skipif(triton.__version__[:3] not in VERSIONS, reason="no ceilings for this version of Triton")
 @pytest.mark.parametrize(
-    ("name", "case", "ceiling"),
-    CEILINGS,
-    ids=[f"{name}-{'-'.join(f'{k}={v}' for k, v in case.items())}" for name, case, _ in CEILINGS],
+    ("name", "case", "ceilings"),
+    [(name, case, ceilings) for name, case, *ceilings in CEILINGS],
+    ids=[f"{name}-{'-'.join(f'{k}={v}' for k, v in case.items())}" for name, case, *_ in CEILINGS],
 )
-def test_compiled_for_hopper(name: str, case: Case, ceiling: float) -> None:
+def test_compiled_for_hopper(name: str, case: Case, ceilings: list[float]) -> None:
     with recording() as launches:
         OPS[name].run("triton", **OPS[name].arguments(case, dtype=torch.bfloat16))
     (launch,) = launches
@@ -280,7 +281,7 @@ def test_compiled_for_hopper(name: str, case: Case, ceiling: float) -> None:
     print(result)
     assert result.spills == 0
     assert result.shared <= 227 * 1024
-    assert result.lane_instructions <= ceiling
+    assert result.lane_instructions <= ceilings[VERSIONS.index(triton.__version__[:3])]
     if case["batch"] > 1 and name != "hadamard":
         assert result.matrix_products > 0
 

@@ -146,9 +146,7 @@ def test_probes_are_found_without_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == str(list(probes.names())) + " ['energy', 'speed']"
-    assert {"quality", "perplexity", "distance", "memory", "speed", "flops", "energy", "cost"} <= set(
-        probes.names()
-    )
+    assert {"quality", "perplexity", "distance", "memory", "speed", "flops", "energy", "cost"} <= set(probes.names())
     assert all(isinstance(version, int) for version in probes.versions().values())
 
 
@@ -327,9 +325,7 @@ def test_adapter_agrees_with_lm_evals_own_model(run):
     HFLM = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError).HFLM  # needs accelerate
     lm = quality.EngineLM(run.engine(), run.tokenizer, None, "oneblock")
     with quality.quiet():
-        own = HFLM(
-            pretrained=run.model, tokenizer=run.tokenizer, backend="causal", batch_size=2, max_length=96
-        )
+        own = HFLM(pretrained=run.model, tokenizer=run.tokenizer, backend="causal", batch_size=2, max_length=96)
         args = requests("loglikelihood", PAIRS)
         scores = own.loglikelihood(args, disable_tqdm=True)
         texts = requests("loglikelihood_rolling", [(TEXT[:2000],), ("The fox",)])
@@ -356,9 +352,7 @@ def tasks(tmp_path):
     names = ("bread", "gold", "a song", "nothing")
     rows = [
         {"q": f"The {who} of {where} gave", "choices": [f" {name}" for name in names], "label": i % 4}
-        for i, (who, where) in enumerate(
-            (a, b) for a in ("king", "baker", "fox") for b in ("York", "Rome", "Oslo")
-        )
+        for i, (who, where) in enumerate((a, b) for a in ("king", "baker", "fox") for b in ("York", "Rome", "Oslo"))
     ]
     data = tmp_path / "items.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -378,9 +372,7 @@ def tasks(tmp_path):
         + means % ("word_perplexity", "weighted_perplexity")
         + means % ("bits_per_byte", "bits_per_byte"),
         "answer": 'output_type: generate_until\ndoc_to_text: "{{q}}"\ndoc_to_target: "{{choices[label]}}"\n'
-        'generation_kwargs: {until: ["."], max_gen_toks: 4}\nmetric_list:\n'
-        + means
-        % ("exact_match", "mean"),
+        'generation_kwargs: {until: ["."], max_gen_toks: 4}\nmetric_list:\n' + means % ("exact_match", "mean"),
     }
     for name, body in bodies.items():
         (tmp_path / f"{name}.yaml").write_text(f"task: {name}\ntag: few\n{common}{body}")
@@ -413,9 +405,7 @@ def test_quality_keeps_every_item(run, tasks):
     assert ppl.value == pytest.approx(math.exp(-sum(sums) / sum(sizes)), rel=1e-4)
     assert ppl.low < ppl.value < ppl.high
     bits = reading.metrics["rolling_bits_per_byte"]
-    assert bits.value == pytest.approx(
-        -sum(sums) / math.log(2) / sum(len(row["q"]) for row in rows), rel=1e-4
-    )
+    assert bits.value == pytest.approx(-sum(sums) / math.log(2) / sum(len(row["q"]) for row in rows), rel=1e-4)
     both = (reading.metrics["choice_acc"].value + reading.metrics["answer_exact_match"].value) / 2
     assert reading.metrics["tasks_acc"].value == pytest.approx(both)
     assert reading.metrics["tasks_acc"].n == 18
@@ -581,9 +571,7 @@ def test_tables_of_the_input_are_not_read_by_decoding():
     buffers = sum(b.numel() * b.element_size() for b in plain.buffers())
     linears = sum(m.weight.numel() for m in plain.modules() if isinstance(m, nn.Linear))
     norms = 5 * 64
-    assert (
-        speed.decode_weight_bytes(plain) == speed.decode_weight_bytes(tied) == 4 * (linears + norms) + buffers
-    )
+    assert speed.decode_weight_bytes(plain) == speed.decode_weight_bytes(tied) == 4 * (linears + norms) + buffers
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=96, n_embd=64, n_layer=1, n_head=4))
     stored = sum(parameter.numel() for parameter in gpt2.parameters())
     assert speed.decode_weight_bytes(gpt2) == 4 * (stored - 96 * 64)
@@ -603,9 +591,7 @@ def test_flops_are_their_closed_form(run):
     attention = 2 * (2 * 2 * 32 * 64)  # layers x (QK^T, PV) x 2 x context x width, per token
     rotary = 2 * 16 // 2  # the outer product of positions and frequencies
     assert metrics["flops_2d"].value == 2 * linears
-    assert metrics["score_flops_per_token_c32"].value == pytest.approx(
-        2 * linears + attention, abs=2 * rotary
-    )
+    assert metrics["score_flops_per_token_c32"].value == pytest.approx(2 * linears + attention, abs=2 * rotary)
     more = attention * 33 / 32
     assert metrics["decode_flops_per_token_c32"].value == pytest.approx(2 * linears + more, abs=2 * rotary)
 
@@ -660,12 +646,8 @@ def test_cost_is_read_from_the_log(run):
 
 def test_environment_names_the_machine_but_not_the_host():
     facts = environment.describe()
-    assert {"python", "platform", "cpu", "cores", "memory_bytes", "threads", "packages", "machine"} <= set(
-        facts
-    )
-    assert {"torch", "transformers", "lm_eval", "numpy", "tokenizers", "datasets", "effbench"} <= set(
-        facts["packages"]
-    )
+    assert {"python", "platform", "cpu", "cores", "memory_bytes", "threads", "packages", "machine"} <= set(facts)
+    assert {"torch", "transformers", "lm_eval", "numpy", "tokenizers", "datasets", "effbench"} <= set(facts["packages"])
     host = platform.node()
     assert not host or not re.search(rf"\b{re.escape(host)}\b", json.dumps(facts))
     assert facts["machine"].endswith(f"{facts['cores']}core")

@@ -29,15 +29,9 @@ def make(recipe="baseline", seed=0, outcome="ok", *, worse=0.0, wrong=0, bits=16
         data="tiny", seed=seed, settings={"threads": 1, "dtype": "float32"},
         digests={"model": "m1", "data": "d1", "tasks": "t1", "probes": "p1", "methods": recipe},
     )  # fmt: skip
-    cell = dataclasses.replace(
-        cell, **{k: changes.pop(k) for k in list(changes) if hasattr(cell, k) and k != "name"}
-    )
+    cell = dataclasses.replace(cell, **{k: changes.pop(k) for k in list(changes) if hasattr(cell, k) and k != "name"})
     noise = np.random.default_rng(rng_seed + seed)
-    nll = (
-        np.random.default_rng(99).normal(2.3, 0.3, WINDOWS)
-        + worse
-        + noise.normal(0, 0.002, WINDOWS) * (bits < 16)
-    )
+    nll = np.random.default_rng(99).normal(2.3, 0.3, WINDOWS) + worse + noise.normal(0, 0.002, WINDOWS) * (bits < 16)
     right = [int(i >= 20 + wrong) for i in range(QUESTIONS)]
     middle, reach = float(nll.mean()), 1.96 * float(nll.std()) / math.sqrt(WINDOWS)
     share = sum(right) / QUESTIONS
@@ -63,9 +57,7 @@ def make(recipe="baseline", seed=0, outcome="ok", *, worse=0.0, wrong=0, bits=16
         "metrics": metrics,
         "samples": {"token_ppl_window_nll": nll.tolist(), "recall_acc": right},
         "protocols": {"token_ppl": PROTOCOL, "recall_acc": "task recall v1, 0-shot"},
-        "facts": {"type": "PTQ", "calibration_data": "128 sequences", "weight_update": "Hessian"}
-        if steps
-        else {},
+        "facts": {"type": "PTQ", "calibration_data": "128 sequences", "weight_update": "Hessian"} if steps else {},
         "environment": {"machine": "acme-cpu-2core"},
         "started": "2026-01-02T03:04:05+00:00",
     }
@@ -184,9 +176,7 @@ def test_what_a_refused_row_measured_stays():
 def test_seeds_are_aggregated():
     def ppl(*values):
         pairs = enumerate(values)
-        return [
-            make("gptq()", seed, metrics={"token_ppl": Metric(value, 0.0, 99.0)}) for seed, value in pairs
-        ]
+        return [make("gptq()", seed, metrics={"token_ppl": Metric(value, 0.0, 99.0)}) for seed, value in pairs]
 
     def cell(records):
         return table(render([make(), *records], "quant"))["gptq()"]["perplexity"]
@@ -313,9 +303,7 @@ def test_perplexity_over_texts_is_paired_by_text():
     for recipe, worse in (("baseline", 0.0), ("rtn()", 0.05)):
         sums = [[-float(n) * (3.0 + worse + 0.01 * (n % 3)), int(n)] for n in words]
         mean = -sum(s for s, _ in sums) / sum(n for _, n in sums)
-        rows.append(
-            make(recipe, metrics={"x_word_ppl": Metric(math.exp(mean))}, samples={"x_word_ppl": sums})
-        )
+        rows.append(make(recipe, metrics={"x_word_ppl": Metric(math.exp(mean))}, samples={"x_word_ppl": sums}))
     test = report.paired(rows[:1], rows[1:], "x_word_ppl")
     assert test is not None
     assert test.value == pytest.approx(0.05)
@@ -415,9 +403,7 @@ def test_with_interval(found, text):
     assert report.with_interval(found) == text
 
 
-@pytest.mark.parametrize(
-    ("size", "text"), [(12, "12 B"), (4.25e6, "4.25 MB"), (16e9, "16.0 GB"), (2e15, "2000 TB")]
-)
+@pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (4.25e6, "4.25 MB"), (16e9, "16.0 GB"), (2e15, "2000 TB")])
 def test_bytes_text(size, text):
     assert report.bytes_text(size) == text
 
@@ -432,9 +418,7 @@ def test_written_files_check_out_and_are_written_once(results, capsys):
     assert write(results, "quant") == []
     assert report.main({"results": str(results), "suite": "quant", "check": True}) == 0
     readme = (results.parent / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("# Top\n<!-- effbench:table quant -->\n**quant v1") and readme.endswith(
-        "Rest `x`\n"
-    )
+    assert readme.startswith("# Top\n<!-- effbench:table quant -->\n**quant v1") and readme.endswith("Rest `x`\n")
     assert "old" not in readme and readme.count("| recipe") == 1
 
 

@@ -51,6 +51,7 @@ class Weights(Method):
 
     needs: ClassVar[set[Need]] = set()  # statistics of the inputs and gradients that `compress` reads
     sequential: ClassVar[bool] = True  # a block's statistics come from inputs that compressed blocks produced
+    folds: ClassVar[bool] = False  # moves scales into other modules, so weights do not compare before and after
     settles: ClassVar[bool] = True
     type: ClassVar[str] = "PTQ"  # facts for the comparison table
     weight_update: ClassVar[str] = "none"
@@ -149,9 +150,7 @@ class Prompt(Method):
         super().apply(run)
 
 
-KINDS: dict[str, type[Method]] = {
-    kind.__name__: kind for kind in (Select, Weights, Swap, Train, Cache, Prompt)
-}
+KINDS: dict[str, type[Method]] = {kind.__name__: kind for kind in (Select, Weights, Swap, Train, Cache, Prompt)}
 
 
 def kind_of(method: type[Method]) -> str:

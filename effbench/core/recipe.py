@@ -86,9 +86,7 @@ def _calls(text: str) -> list[ast.Call]:
     try:
         tree = ast.parse(f"({text}\n,)", mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise Usage(
-            f"recipe {text!r} cannot be read: {error.args[0]}; write steps as name(key=value), ..."
-        ) from None
+        raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; write steps as name(key=value), ...") from None
     assert isinstance(tree, ast.Tuple)
     for node in tree.elts:
         if not isinstance(node, ast.Call):

@@ -68,9 +68,7 @@ class Record:
     simulated: bool = False  # computes like the compressed form without being stored as it
     metrics: dict[str, Metric] = dataclasses.field(default_factory=dict)
     samples: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # per-item results, raw timings
-    protocols: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # metric: how it was measured, in full
+    protocols: dict[str, str] = dataclasses.field(default_factory=dict)  # metric: how it was measured, in full
     kernels: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # op: backend: calls
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # type, calibration data, weight update
     log: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the methods report of themselves
@@ -106,9 +104,7 @@ def from_json(text: str) -> Record:
     if not isinstance(body, dict) or not isinstance(body.get("schema"), int):
         raise Unreadable("not an effbench record (no schema number)")
     if body["schema"] > SCHEMA:
-        raise Unreadable(
-            f"schema {body['schema']} is newer than this effbench reads ({SCHEMA}): update effbench"
-        )
+        raise Unreadable(f"schema {body['schema']} is newer than this effbench reads ({SCHEMA}): update effbench")
     while body["schema"] < SCHEMA:
         step = UPGRADES.get(body["schema"])
         if step is None:

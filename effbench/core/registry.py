@@ -196,11 +196,7 @@ def _closure(start: Path) -> set[Path]:
                 names = [node.value.partition(":")[0]]  # lazily imported backends
             for name in names:
                 parts = name.split(".")
-                if (
-                    parts[0] == "effbench"
-                    and len(parts) > 2
-                    and parts[1] in ("methods", "formats", "kernels")
-                ):
+                if parts[0] == "effbench" and len(parts) > 2 and parts[1] in ("methods", "formats", "kernels"):
                     file = PACKAGE.joinpath(*parts[1:]).with_suffix(".py")
                     if file.is_file():
                         queue.append(file)

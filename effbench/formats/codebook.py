@@ -15,20 +15,6 @@ from effbench.kernels.lut_linear.reference import dense
 ABSMAX_BLOCK = 256  # factors that share a second-level factor
 
 
-def _nf4() -> Tensor:
-    """The 16 NF4 levels, float32, ascending.
-
-    Normal quantiles with an exact zero, 8 levels above it and 7 below, as bitsandbytes computes them (QLoRA's
-    equation 4 differs).
-    """
-    offset = 0.9677083  # (31/32 + 29/30) / 2, with the digits that bitsandbytes has
-    quantile = torch.special.ndtri
-    above = quantile(torch.linspace(offset, 0.5, 9).double())[:-1]
-    below = -quantile(torch.linspace(offset, 0.5, 8).double())[:-1]
-    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
-    return (levels / levels.max()).float()
-
-
 def _dynamic_map() -> Tensor:
     """The signed 8-bit dynamic map (Dettmers, arXiv:1511.04561), float32 [256], ascending.
 
@@ -42,7 +28,6 @@ def _dynamic_map() -> Tensor:
     return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values.float()
 
 
-NF4 = _nf4()
 DYNAMIC_MAP = _dynamic_map()
 
 

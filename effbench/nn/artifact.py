@@ -66,16 +66,12 @@ def load(folder: Path) -> Any:
     expected = {name for name, _ in stored_tensors(model)} - set(body["tied"])
     for what, names in (("missing", expected - tensors.keys()), ("unexpected", tensors.keys() - expected)):
         if names:
-            raise Unsupported(
-                f"{folder.name}: {len(names)} tensors are {what}, the first is {sorted(names)[0]}"
-            )
+            raise Unsupported(f"{folder.name}: {len(names)} tensors are {what}, the first is {sorted(names)[0]}")
     state = dict(stored_tensors(model))
     for name, tensor in tensors.items():
         target = state[name]
         if target.shape != tensor.shape:
-            raise Unsupported(
-                f"{folder.name}: {name} is {tuple(tensor.shape)}, expected {tuple(target.shape)}"
-            )
+            raise Unsupported(f"{folder.name}: {name} is {tuple(tensor.shape)}, expected {tuple(target.shape)}")
         with torch.no_grad():
             target.copy_(tensor)
     model.tie_weights()

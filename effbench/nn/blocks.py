@@ -138,9 +138,7 @@ class Blocks:
         names = self.names
         before_attention, before_mlp = (block.get_submodule(name) for name in names.norms)
         config = self.model.config
-        if not getattr(
-            config, "do_layer_norm_before", True
-        ):  # OPT-350m norms the sum, so nothing absorbs a scale
+        if not getattr(config, "do_layer_norm_before", True):  # OPT-350m norms the sum, so nothing absorbs a scale
             before_attention = before_mlp = None  # type: ignore[assignment]
         value = _weighted(block.get_submodule(names.qkv[-1])) if len(names.qkv) == 3 else None
         out = block.get_submodule(names.out)

@@ -59,19 +59,13 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens [B, Hkv, T, D]; return all keys and values held."""
         batch, heads, length, _ = key_states.shape
         device = key_states.device
         seen = self.get_seq_length()
         position = torch.arange(seen, seen + length, device=device).expand(batch, heads, length)
-        valid = (
-            torch.ones(batch, length, dtype=torch.bool, device=device)
-            if self.padding is None
-            else self.padding
-        )
+        valid = torch.ones(batch, length, dtype=torch.bool, device=device) if self.padding is None else self.padding
         fresh = Slots(
             self.index,
             key_states,

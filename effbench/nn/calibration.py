@@ -107,6 +107,10 @@ class Layer:
             raise Refused(f"{self.name}: the weights hold NaN or infinity")
 
 
+class _Reached(Exception):
+    """Ends a forward pass once what it was for is there."""
+
+
 class BlockInputs:
     """One transformer block with the calibration set's hidden states at its input."""
 
@@ -130,15 +134,18 @@ class BlockInputs:
         return result
 
     def output_of(self, module: nn.Module) -> list[Tensor]:
-        """Outputs of a submodule when the block runs on every sequence."""
+        """Outputs of a submodule on every sequence; the block runs no further than that."""
         found: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, out: Any) -> None:
             found.append(out if isinstance(out, Tensor) else out[0])
+            raise _Reached
 
         handle = module.register_forward_hook(keep)
         try:
-            self.forward()
+            for hidden, call in zip(self.hidden, self._calls, strict=True):
+                with contextlib.suppress(_Reached), torch.no_grad():
+                    self._one(hidden, call)
         finally:
             handle.remove()
         return found
@@ -155,9 +162,7 @@ class BlockInputs:
                 stack.callback(first.register_forward_pre_hook(self._taker(inputs)).remove)
             out = self.forward()
         if not all(torch.isfinite(hidden).all() for hidden in out):
-            raise Diverged(
-                f"{self.view.path(self.index, '')[:-1]}: activations are not finite during calibration"
-            )
+            raise Diverged(f"{self.view.path(self.index, '')[:-1]}: activations are not finite during calibration")
         return out
 
     @staticmethod
@@ -169,12 +174,7 @@ class BlockInputs:
 
     def layers(self, groups: Sequence[Group]) -> list[Layer]:
         """The groups' linears, ready to be compressed."""
-        return [
-            self.layer(name)
-            for group in groups
-            for name in group.names
-            if self.run.targeted(self._path(name))
-        ]
+        return [self.layer(name) for group in groups for name in group.names if self.run.targeted(self._path(name))]
 
     def layer(self, name: str) -> Layer:
         """One linear by its path inside the block."""
@@ -217,7 +217,8 @@ def stream(run: ModelRun, method: Weights) -> None:
             for stage in stages:
                 out = inputs.gather(stage, needs - {"grad2"}) if hidden else None
                 for path, module in method.compress_block(inputs, stage).items():
-                    report[path] = _error(run.model.get_submodule(path), module, inputs, path)
+                    if not method.folds:
+                        report[path] = _error(run.model.get_submodule(path), module, inputs, path)
                     replace(run.model, path, module)
             if hidden:
                 hidden = inputs.forward() if method.sequential else out or []
@@ -297,16 +298,13 @@ def squared_gradients(run: ModelRun) -> dict[str, Tensor]:
         for ids in run.calibration():
             ids = ids[None].to(run.device)
             loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
-            for path, gradient in zip(
-                weights, torch.autograd.grad(loss, list(weights.values())), strict=True
-            ):
+            for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
                 total[path] += gradient.float().square()
             count += 1
     for path, weight in weights.items():
         weight.requires_grad_(needed[path])
     return {
-        path: (value.T if isinstance(linears[path], Conv1D) else value) / max(count, 1)
-        for path, value in total.items()
+        path: (value.T if isinstance(linears[path], Conv1D) else value) / max(count, 1) for path, value in total.items()
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 SEQUENCES = 128  # calibration sequences, as in GPTQ, Wanda and AWQ
 LONGEST = 2048  # tokens in each, at most
-TINY_DOCUMENTS = {"train": 2000, "calibration": 1500, "heldout": 400}
+TINY: dict[tiny.Split, int] = {"train": 2000, "calibration": 1000, "heldout": 400}  # documents of each part
+
+Documents = list[str] | Callable[[], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +65,27 @@ class Data:
     tasks: tuple[str, ...] = ()  # lm-eval tasks that belong to the data
     task_paths: tuple[Path, ...] = ()
 
-    def __init__(self, name: str, parts: dict[str, list[str]], tokenizer: Any, notes: str = "") -> None:
+    def __init__(self, name: str, parts: Mapping[str, Documents], tokenizer: Any, notes: str = "") -> None:
         self.name = name
         self.notes = notes
-        self._parts = parts
+        self._parts = dict(parts)
         self._tokenizer = tokenizer
         self._pool: list[Example] | None = None
         self._train: list[Example] | None = None
         self.protocol = f"{name}, documents joined by a blank line, tokenised once, no token added{notes}"
 
-    @property
-    def digest(self) -> str:
-        """Digest of all documents and their split."""
-        body = hashlib.sha256()
-        for part, documents in sorted(self._parts.items()):
-            for document in documents:
-                body.update(f"{part}\0{document}\0".encode(errors="surrogatepass"))
-        return body.hexdigest()
+    def documents(self, part: str) -> list[str]:
+        """The texts of `train`, `calibration` or `heldout`, made when first asked for."""
+        found = self._parts[part]
+        if callable(found):
+            found = self._parts[part] = found()
+        return found
 
     def ids(self, part: str) -> Tensor:
         """[N] all tokens of a part, documents joined."""
         if self._tokenizer is None:
             raise Unsupported("the model's folder has no tokenizer: name one with tokenizer=")
-        text = "\n\n".join(self._parts[part])
+        text = "\n\n".join(self.documents(part))
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise Unsupported(f"{self.name}: the {part} part has no text")
@@ -98,9 +99,7 @@ class Data:
         """[sequences, length]: windows of the calibration part, drawn by `seed`."""
         ids = self.ids("calibration")
         if len(ids) < length:
-            raise Unsupported(
-                f"{self.name}: the calibration part has {len(ids)} tokens, a window needs {length}"
-            )
+            raise Unsupported(f"{self.name}: the calibration part has {len(ids)} tokens, a window needs {length}")
         rng = random.Random(f"{seed}/calibration")
         starts = [rng.randrange(len(ids) - length + 1) for _ in range(sequences)]
         return torch.stack([ids[start : start + length] for start in starts])
@@ -111,9 +110,7 @@ class Data:
         if self._pool is None:
             if self._tokenizer is None:
                 raise Unsupported("the model's folder has no tokenizer: name one with tokenizer=")
-            encoded = self._tokenizer(self._parts["train"], add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
+            encoded = self._tokenizer(self.documents("train"), add_special_tokens=False, verbose=False)["input_ids"]
             self._pool = [Example(str(i), tuple(ids)) for i, ids in enumerate(encoded) if len(ids) > 1]
         return self._pool
 
@@ -140,10 +137,6 @@ class RandomTokens(Data):
         rows = self.calibration(2, 128, 0).tolist()
         self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(rows)]
 
-    @property
-    def digest(self) -> str:
-        return f"random-{self._vocabulary}"
-
     def heldout_ids(self, limit: int | None = None) -> Tensor:
         raise Refused("the weights are random: their quality means nothing")
 
@@ -152,12 +145,10 @@ class RandomTokens(Data):
         return torch.randint(self._vocabulary, (min(sequences, 2), length), generator=generator)
 
 
-
 def open_data(source: DataSource, tokenizer: Any) -> Data:
     """The data of a run. Raises `Unsupported` for text that cannot be used."""
     if source.kind == "tiny":
-        parts = {part: tiny.documents(part, n) for part, n in TINY_DOCUMENTS.items()}  # type: ignore[arg-type]
-        data = Data("tiny", parts, tokenizer)
+        data = Data("tiny", {part: partial(tiny.documents, part, n) for part, n in TINY.items()}, tokenizer)
         data.tasks, data.task_paths = ("tiny",), (tiny.TASKS,)
         return data
     if source.kind == "text":

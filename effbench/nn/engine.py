@@ -50,9 +50,7 @@ class Engine:
         self.plan = plan
         self.pad = pad
         self.device = next(model.parameters()).device
-        self.shrunk: bool | None = (
-            None  # whether a cache ever held less than it had seen; None: nothing streamed
-        )
+        self.shrunk: bool | None = None  # whether a cache ever held less than it had seen; None: nothing streamed
 
     @property
     def max_length(self) -> int:
@@ -121,9 +119,7 @@ class Engine:
         width = max(map(len, prompts))
         rows = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
         ids = torch.tensor(rows, device=self.device)
-        real = torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device
-        ).bool()
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device).bool()
         state = self.prefill(ids, None if real.all() else real)
         found: list[list[int]] = [[] for _ in prompts]
         live = set(range(len(prompts)))
@@ -164,13 +160,9 @@ class Engine:
             slots.expect(None if padding is None else padding[:, -ids.shape[1] :])
         keywords = self._padded(padding, ids.shape[1])
         if slots is not None:
-            keywords.pop(
-                "attention_mask", None
-            )  # evicted slots have no column in it; `SlotCache.mask` knows them
+            keywords.pop("attention_mask", None)  # evicted slots have no column in it; `SlotCache.mask` knows them
         with self._running(slots):
-            out = self.model(
-                ids, past_key_values=cache, use_cache=True, logits_to_keep=int(last) * 1, **keywords
-            )
+            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=int(last) * 1, **keywords)
         if slots is not None:
             slots.settle()
             self.shrunk = bool(self.shrunk) or slots.shrunk
@@ -206,6 +198,4 @@ class Engine:
 def _scored(logits: Tensor, targets: Tensor) -> Scored:
     """Logits [N, V] of N targets."""
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return Scored(
-        float(logprobs.double().sum()), bool((logits.argmax(-1) == targets).all()), logprobs.tolist()
-    )
+    return Scored(float(logprobs.double().sum()), bool((logits.argmax(-1) == targets).all()), logprobs.tolist())

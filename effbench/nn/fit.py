@@ -140,9 +140,7 @@ class Shuffled:
         return [next(self._stream) for _ in range(batch_size)]
 
 
-def collate(
-    examples: Sequence[Example], max_length: int, pad: int, device: torch.device
-) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], max_length: int, pad: int, device: torch.device) -> dict[str, Tensor]:
     """Right-padded batch: `input_ids`, `attention_mask`, `labels` [B, T]; prompts and padding are not learned."""
     rows = [example.ids[:max_length] for example in examples]
     width = max(map(len, rows))

@@ -144,7 +144,7 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored_as(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which an artifact keeps `tensor`: dense parameters in `dtype`, all buffers (codes, scales) as they are."""
+    """Dtype an artifact keeps `tensor` in: dense parameters in `dtype`, buffers (codes, scales) as they are."""
     wide = isinstance(tensor, nn.Parameter) and tensor.dtype in (torch.float32, torch.float64)
     return dtype if wide else tensor.dtype
 

@@ -47,9 +47,7 @@ def open_run(
     build = functools.partial(open_model, source, config, place, compute)
     tokenizer = _tokenizer(source)
     model = build()
-    found: Data = (
-        RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
-    )
+    found: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise Unsupported(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
@@ -100,16 +98,12 @@ def read(folder: Path | str, dtype: torch.dtype) -> Any:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever safetensors and transformers raise on damaged or foreign files
-            raise Unsupported(
-                f"{_name(folder)} cannot be read: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise Unsupported(f"{_name(folder)} cannot be read: {str(error).strip().splitlines()[0]}") from error
     model, info = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             first = sorted(map(str, info[what]))[0]
-            raise Unsupported(
-                f"{_name(folder)}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}"
-            )
+            raise Unsupported(f"{_name(folder)}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise Refused(f"{_name(folder)}: {name} holds NaN or infinity")
@@ -123,9 +117,7 @@ def _name(folder: Path | str) -> str:
 def _random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Random weights in the shape of a real model, built on the device, refused where they cannot fit."""
     with torch.device("meta"):
-        needed = (
-            sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
-        )
+        needed = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
     free = _free(device)
     if needed > free:
         raise OutOfMemory(
@@ -150,13 +142,9 @@ def _config(source: Source) -> Any:
         return AutoConfig.for_model(body.pop("model_type"), **body)
     folder: Path | str = tiny.MODEL if source.kind == "tiny" else source.path or source.name
     try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=isinstance(folder, Path)
-        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=isinstance(folder, Path))
     except Exception as error:
-        raise Unsupported(
-            f"{_name(folder)}: config.json cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+        raise Unsupported(f"{_name(folder)}: config.json cannot be read: {str(error).splitlines()[0]}") from error
     if config.model_type not in ARCHITECTURES:
         raise Unsupported(f"architecture {config.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
     return config
@@ -176,11 +164,7 @@ def _tokenizer(source: Source) -> Any:
         return None
     named = str(tiny.MODEL) if source.tokenizer == "tiny" else source.tokenizer
     folder = named or (tiny.MODEL if source.kind == "tiny" else source.path or source.name)
-    if (
-        named is None
-        and isinstance(folder, Path)
-        and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*"))
-    ):
+    if named is None and isinstance(folder, Path) and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*")):
         return None
     with _quiet():
         try:

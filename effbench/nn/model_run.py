@@ -89,11 +89,7 @@ class ModelRun(Run):
 
     def engine(self, model: Any = None) -> Engine:
         """Scores and generates with the model, or another, through the inference plan."""
-        return (
-            Engine(self.model, self.infer, self.pad)
-            if model is None
-            else Engine(model, InferPlan(), self.pad)
-        )
+        return Engine(self.model, self.infer, self.pad) if model is None else Engine(model, InferPlan(), self.pad)
 
     def targeted(self, path: str) -> bool:
         """Whether methods may replace the linear at `path` (not skipped by a pattern)."""
@@ -177,9 +173,7 @@ class ModelRun(Run):
         if name in ("reference", "model"):
             return getattr(self, name)
         if name not in self._shelf:
-            raise Usage(
-                f"no model is called {name!r}: there is {', '.join(['reference', 'model', *self._shelf])}"
-            )
+            raise Usage(f"no model is called {name!r}: there is {', '.join(['reference', 'model', *self._shelf])}")
         return self._shelf[name]
 
     # The life of a run.

@@ -33,9 +33,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         state = engine.prefill(ids)
         decoding = counted(lambda: engine.decode(state))
     counter = "torch FlopCounterMode, a multiply-add is 2, attention counted as if unmasked"
-    reading.add(
-        f"score_flops_per_token_c{context}", scoring / context, f"{counter}; {context} tokens at once"
-    )
+    reading.add(f"score_flops_per_token_c{context}", scoring / context, f"{counter}; {context} tokens at once")
     reading.add(f"decode_flops_per_token_c{context}", decoding, f"{counter}; one token after {context}")
     weights = sum(elements(module) for _, module in top_linears(run.model))
     reading.add("flops_2d", 2 * weights, "2 x entries of all linears with the head, as if dense, per token")
@@ -53,10 +51,10 @@ def counted(work: Callable[[], object]) -> int:
 
 
 def _attention(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(q, k, v))
 
 
-class _Foreign(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Foreign(TorchDispatchMode):
     """Collects ops that are not torch's own and have no FLOP formula: they would count as free."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from scipy.special import bdtr, stdtrit  # type: ignore[import-untyped]
+from scipy.special import bdtr, stdtrit
 
 from effbench.core.record import Metric
 
@@ -32,9 +32,7 @@ def mean(values: Sequence[float], scale: Callable[[float], float] = float) -> Me
     return _bounded(scale, middle, middle - reach, middle + reach, n)
 
 
-def quotient(
-    sums: Sequence[float], sizes: Sequence[float], scale: Callable[[float], float] = float
-) -> Metric:
+def quotient(sums: Sequence[float], sizes: Sequence[float], scale: Callable[[float], float] = float) -> Metric:
     """`scale` (monotone) of sum(sums) / sum(sizes), for items of unlike size, by the delta method."""
     n, total = len(sums), sum(sizes)
     middle = sum(sums) / total

@@ -35,9 +35,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     bits, over = bits_per_weight(run.model, run.storage)
     reading.add("bits_per_weight", bits, f"weights and metadata of {over}, without biases")
     parameters = sum(tensor.numel() for tensor in run.reference.parameters())
-    reading.add(
-        "model_bits_per_weight", 8 * total / parameters, "all stored bytes over the reference's parameters"
-    )
+    reading.add("model_bits_per_weight", 8 * total / parameters, "all stored bytes over the reference's parameters")
     reading.add("resident_bytes", resident_bytes(run.model), "all tensors of the model as held for computing")
     _peaks(run, settings, reading)
     return reading

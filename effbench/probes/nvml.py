@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import pynvml  # type: ignore[import-untyped]
+import pynvml
 import torch
 
 

@@ -16,11 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval import evaluator  # type: ignore[import-untyped]
-from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text  # type: ignore[import-untyped]
-from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # type: ignore[import-untyped]
+from lm_eval import evaluator
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.record import Metric
@@ -184,21 +184,15 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             context, options = request.args
             options = normalize_gen_kwargs(options)
             if options["do_sample"]:
-                raise Refused(
-                    f"task {request.task_name} samples its answers; only greedy decoding is repeatable"
-                )
+                raise Refused(f"task {request.task_name} samples its answers; only greedy decoding is repeatable")
             stops, longest = tuple(options["until"]), int(options["max_gen_toks"])
             room = self.engine.max_length - longest
             if room < 1:
-                raise Unsupported(
-                    f"{longest} tokens to generate, the model has {self.engine.max_length} positions"
-                )
+                raise Unsupported(f"{longest} tokens to generate, the model has {self.engine.max_length} positions")
             ids = self.tok_encode(context)
             self.truncated += len(ids) > room
             groups[longest, stops].append((index, ids[-room:]))
-            self.generation[request.task_name] = (
-                f"greedy, at most {longest} tokens, until {list(stops)} or EOS"
-            )
+            self.generation[request.task_name] = f"greedy, at most {longest} tokens, until {list(stops)} or EOS"
         for (longest, stops), members in groups.items():
             members.sort(key=lambda member: len(member[1]))
             for start in range(0, len(members), GENERATED):
@@ -257,9 +251,7 @@ def _report(
 ) -> None:
     filters = list(dict.fromkeys(item["filter"] for item in items))
     for chosen in filters:
-        kept = sorted(
-            (item for item in items if item["filter"] == chosen), key=lambda item: int(item["doc_id"])
-        )
+        kept = sorted((item for item in items if item["filter"] == chosen), key=lambda item: int(item["doc_id"]))
         for metric in kept[0]["metrics"]:
             values = [item[metric] for item in kept]
             ours, scale = PERPLEXITIES.get(metric, (metric, None))

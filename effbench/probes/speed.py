@@ -134,7 +134,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
         work()
         return time.perf_counter() - begin
     with torch.cuda.device(device):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begun.record()
         work()
@@ -211,9 +211,7 @@ def decode_weight_bytes(model: nn.Module) -> int:
     sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors(model)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    return sum(sizes.values()) - sum(
-        sizes[table] for table in tables - {id(tensor) for tensor in tensors(head)}
-    )
+    return sum(sizes.values()) - sum(sizes[table] for table in tables - {id(tensor) for tensor in tensors(head)})
 
 
 @functools.cache

@@ -31,6 +31,7 @@ class AWQ(Weights):
     weight_update = "per-channel scaling and clipping"
     needs = {"norm", "hessian"}
     sequential: ClassVar[bool] = False
+    folds: ClassVar[bool] = True
 
     bits: int = 4  # 2, 3, 4 or 8
     group_size: int = 128  # consecutive inputs of a row that share a scale

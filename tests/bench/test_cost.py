@@ -76,7 +76,8 @@ def test_gptq_of_one_matrix(benchmark, matrix, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     fitted = fit_grid(weight.unflatten(1, (-1, size)), 4)
-    grids = [Grid(s.contiguous(), z.contiguous(), 4) for s, z in zip(fitted.scale[..., 0].T, fitted.zero[..., 0].T, strict=True)]
+    columns = zip(fitted.scale[..., 0].T, fitted.zero[..., 0].T, strict=True)
+    grids = [Grid(scale.contiguous(), zero.contiguous(), 4) for scale, zero in columns]
 
     def ours():
         return solve(weight, inverse_factor(hessian, 0.01, "matrix"), lambda column, _: grids[column // size])
@@ -88,7 +89,9 @@ def test_gptq_of_one_matrix(benchmark, matrix, capsys):
     finally:
         torch.set_num_threads(threads)
     with capsys.disabled():
-        beside = f"llm-compressor {theirs:.2f} s, ratio {best / theirs:.2f} (target at most 1)" if theirs else "llm-compressor n/a"
+        beside = "llm-compressor n/a"
+        if theirs is not None:
+            beside = f"llm-compressor {theirs:.2f} s, ratio {best / theirs:.2f} (target at most 1)"
         print(f"\nGPTQ 4096 x 4096, 4 bits, group 128, 2 threads: {best:.2f} s, {beside}")
 
 
@@ -108,5 +111,3 @@ def peer(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, size: int) -> 
         quantize_weight(*batch, None, arguments)
         best = min(best, time.perf_counter() - start)
     return best
-
-
