@@ -44,6 +44,7 @@ PRELOAD = (
     "pandas",
 )
 QUIET = "ignore:resource_tracker:UserWarning"
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # ask the runner to end
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 TICK = 0.2  # seconds between looks at clocks and at whether to stop
 GRACE = 5.0  # seconds for a process to end once its record is here
@@ -218,7 +219,7 @@ def start_server(preload: Sequence[str], threads: int) -> None:
     variables["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the runner alone
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a signal to the whole group is for the runner alone
     try:
         forkserver.ensure_running()
     finally:

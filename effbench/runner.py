@@ -21,12 +21,10 @@ from effbench.core.errors import Usage
 from effbench.core.recipe import Recipe
 from effbench.core.record import RETRIED, Cell, Record
 from effbench.core.registry import source_digest
-from effbench.executors import Event, Local, gate_file
+from effbench.executors import STOPPING, Event, Local, gate_file
 from effbench.options import Placement, RunOptions, place
 from effbench.store import Store, latest
 from effbench.suite import Suite, seeded
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)

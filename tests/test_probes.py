@@ -31,7 +31,8 @@ from effbench.core.errors import Diverged, Refused, Unsupported, Usage
 from effbench.core.run import InferPlan
 from effbench.nn import artifact
 from effbench.nn.engine import Engine
-from effbench.nn.linear import MaskedLinear
+from effbench.nn.linear import MaskedLinear, stored_bytes
+from effbench.nn.model_run import Original
 from effbench.probes import (
     distance,
     energy,
@@ -123,6 +124,7 @@ def make_run(tokenizer, model=None, reference=None, engine=Engine):
         seed=0,
         device=torch.device("cpu"),
         storage=torch.bfloat16,
+        original=Original(sum(stored_bytes(reference, torch.bfloat16)), sum(p.numel() for p in reference.parameters())),
         log={"steps": []},
         source=SimpleNamespace(kind="folder"),
         infer=InferPlan(),

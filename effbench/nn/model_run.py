@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import fnmatch
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from effbench.nn import calibration, fit
 from effbench.nn.blocks import Blocks
 from effbench.nn.data import LONGEST, SEQUENCES, Data, Segments
 from effbench.nn.engine import Engine
-from effbench.nn.linear import stored_as, stored_tensors
+from effbench.nn.linear import stored_as, stored_bytes, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,13 @@ class Swapped:
     path: str
     method: Swap
     trained: bool = False
+
+
+class Original(NamedTuple):
+    """What the model was before the recipe; known without loading it again."""
+
+    stored_bytes: int
+    parameters: int
 
 
 class ModelRun(Run):
@@ -71,6 +78,7 @@ class ModelRun(Run):
         self._calibration = (sequences, length or min(LONGEST, self.engine().max_length))
         self._skip = skip
         narrow(self.model, storage)
+        self.original = Original(sum(stored_bytes(model, storage)), sum(p.numel() for p in model.parameters()))
         self._before = _fingerprint(model)
         self._changed_otherwise = False
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from effbench.probes import Reading, nvml
-from effbench.probes.speed import NEW_TOKENS, points, prompts
+from effbench.probes.speed import new_tokens, points, prompts
 
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
@@ -28,7 +28,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     if counter is None:
         return reading
     seconds = max(SECONDS, settings.get("energy_seconds") or SECONDS)
-    new = settings.get("speed_new_tokens") or NEW_TOKENS
+    new = new_tokens(run, settings)
     engine = run.engine()
 
     def wait() -> None:

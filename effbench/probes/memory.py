@@ -24,9 +24,9 @@ BATCH, CONTEXT, NEW_TOKENS = 4, 256, 16  # where the settings do not say
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """Stored bytes by kind, effective bits per weight, resident bytes, and peaks over what was resident."""
     reading = Reading()
-    stored, reference = model_bytes(run.model, run.storage), model_bytes(run.reference, run.storage)
+    stored = model_bytes(run.model, run.storage)
     kept_in = f"as saved, dense tensors in {str(run.storage).removeprefix('torch.')}, tied tensors once"
-    total, original = sum(stored), sum(reference)
+    total, original = sum(stored), run.original.stored_bytes
     reading.add("weight_bytes", stored.weights, kept_in)
     reading.add("metadata_bytes", stored.metadata, f"scales, zero-points, indices, masks; {kept_in}")
     reading.add("stored_bytes", total, kept_in)
@@ -34,8 +34,9 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading.add("compression", original / total, "reference_bytes / stored_bytes")
     bits, over = bits_per_weight(run.model, run.storage)
     reading.add("bits_per_weight", bits, f"weights and metadata of {over}, without biases")
-    parameters = sum(tensor.numel() for tensor in run.reference.parameters())
-    reading.add("model_bits_per_weight", 8 * total / parameters, "all stored bytes over the reference's parameters")
+    reading.add(
+        "model_bits_per_weight", 8 * total / run.original.parameters, "all stored bytes over the reference's parameters"
+    )
     reading.add("resident_bytes", resident_bytes(run.model), "all tensors of the model as held for computing")
     _peaks(run, settings, reading)
     return reading

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 VERSION = 1
 EXCLUSIVE = True
 
-NEW_TOKENS = 32
+NEW_TOKENS, NEW_TOKENS_SLOW = 32, 2
 SECONDS = {"cpu": 2.0, "cuda": 10.0}  # per point, shared by its two phases
 NARROW = 0.02  # width of the ratio's interval at which timing stops
 LEAST = 10  # rounds before a narrow interval is believed
@@ -64,7 +64,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     Settings: `speed_points` (pairs of batch and context), `speed_new_tokens`, `speed_seconds` (per point).
     """
     engines = run.engine(), run.engine(run.reference)
-    new = settings.get("speed_new_tokens") or NEW_TOKENS
+    new = new_tokens(run, settings)
     seconds = settings.get("speed_seconds") or SECONDS.get(run.device.type, SECONDS["cpu"])
     rate, weights = bandwidth(run.device), decode_weight_bytes(run.model)
     reading = Reading()
@@ -95,10 +95,18 @@ def points(run: ModelRun, settings: Mapping[str, Any]) -> list[Point]:
     given = settings.get("speed_points")
     if given:
         return [Point(int(batch), int(context)) for batch, context in given]
-    room = run.engine().max_length - (settings.get("speed_new_tokens") or NEW_TOKENS)
-    context = min(128, room)
-    slow = run.source.kind == "shape" and run.device.type == "cpu"  # billions of weights, seconds per call
-    return [Point(1, context)] if slow else [Point(1, context), Point(8, context)]
+    context = min(128, run.engine().max_length - new_tokens(run, settings))
+    return [Point(1, context)] if slow(run) else [Point(1, context), Point(8, context)]
+
+
+def new_tokens(run: ModelRun, settings: Mapping[str, Any]) -> int:
+    """Decoding steps of one call: the setting `speed_new_tokens`, or what suits the model."""
+    return int(settings.get("speed_new_tokens") or (NEW_TOKENS_SLOW if slow(run) else NEW_TOKENS))
+
+
+def slow(run: ModelRun) -> bool:
+    """A real shape on a processor: billions of weights, seconds per call."""
+    return run.source.kind == "shape" and run.device.type == "cpu"
 
 
 def prompts(run: ModelRun, point: Point, new: int, positions: int) -> Tensor:
