@@ -6,6 +6,7 @@ bit 0 is read inverted. A pattern of odd sum carries a minus on coordinate 7, so
 lies in D8 + 1/2 (even sum).
 """
 
+import functools
 import itertools
 
 import torch
@@ -60,6 +61,12 @@ def decode(codes: Tensor) -> Tensor:
     pattern = codes >> 8 & 255
     negative[..., 7] ^= (patterns.sum(1) % 2).int()[pattern]
     return patterns[pattern] * (1 - 2 * negative) + (0.25 - 0.5 * parity).unsqueeze(-1)
+
+
+@functools.cache
+def points(device: torch.device) -> Tensor:
+    """All 65,536 points in the order of their codes, float32 [65536, 8]."""
+    return decode(torch.arange(1 << 16, device=device))
 
 
 def decode_one_bit(codes: Tensor) -> Tensor:

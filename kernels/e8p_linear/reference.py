@@ -4,16 +4,22 @@ import torch
 from torch import Tensor
 
 from effbench.kernels._common.dense import multiply
-from effbench.kernels.e8p_linear.codebook import decode, decode_one_bit
+from effbench.kernels.e8p_linear.codebook import decode_one_bit, points
 
 
 def dense(in_features: int, weight: Tensor, scale: Tensor, residual: Tensor | None, residual_scale: float) -> Tensor:
     """The decoded matrix, float32 [out, in]."""
-    points = decode(weight)
+    decoded = looked_up(weight)
     if residual is not None:
-        stage = decode_one_bit if residual.dtype == torch.uint8 else decode
-        points += stage(residual) / residual_scale
-    return scale * points.flatten(1)
+        stage = decode_one_bit if residual.dtype == torch.uint8 else looked_up
+        decoded += stage(residual) / residual_scale
+    return scale * decoded.flatten(1)
+
+
+def looked_up(codes: Tensor) -> Tensor:
+    """Points of 16-bit codes, float32 [..., 8]."""
+    table = points(codes.device)
+    return table.index_select(0, codes.flatten().int() & 0xFFFF).view(*codes.shape, 8)
 
 
 def e8p_linear(

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from effbench.kernels.hadamard.matrices import base, factors, sylvester
 
+PIECE = 128  # largest factor of Sylvester's matrix that is multiplied by at once
+
 
 def hadamard(x: Tensor, transpose: bool = False) -> Tensor:
     """x [..., n] -> H x / sqrt(n) (or H^T x / sqrt(n)), H = Sylvester(2^k) (x) base(m), n = 2^k m.
@@ -17,11 +19,14 @@ def hadamard(x: Tensor, transpose: bool = False) -> Tensor:
     power, m = factors(n)
     wide = torch.promote_types(x.dtype, torch.float32)
     inner = torch.from_numpy(base(m)).to(x.device, wide)
-    y: Tensor = x.to(wide).reshape(*x.shape[:-1], power, m) @ (inner if transpose else inner.T)
-    while power > 1:  # Sylvester's matrix is a Kronecker power and symmetric: one piece at a time
-        piece = min(power, 64)
+    y: Tensor = x.to(wide).reshape(-1, m)
+    if m > 1:
+        y = y @ (inner if transpose else inner.T)
+    while power > 1:  # Sylvester's matrix is a Kronecker power and symmetric: one piece at a time, as one product
+        piece = min(power, PIECE)
         matrix = torch.from_numpy(sylvester(piece)).to(x.device, wide)
         power //= piece
-        y = matrix @ y.reshape(*x.shape[:-1], power, piece, m)
+        last = y.reshape(-1, piece, m).transpose(1, 2)  # [rows, m, piece]
+        y = (last.reshape(-1, piece) @ matrix).view(last.shape).transpose(1, 2)
         m *= piece
     return (y.reshape(x.shape) / math.sqrt(n)).to(x.dtype)
