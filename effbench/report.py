@@ -392,7 +392,7 @@ def sheet(group: Group, brief: bool = False) -> Sheet:
         if kept or not grids:
             grids.append(Grid(title, ("recipe", *kept), tuple(zip(names, *kept.values(), strict=True))))
     notes = tuple(f"{_superscript(number)} {text}" for text, number in footnotes.items())
-    return Sheet(_title(group), _caption(group), tuple(grids), notes, _legend(group))
+    return Sheet(_title(group), _caption(group, brief), tuple(grids), notes, _legend(group))
 
 
 def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
@@ -412,7 +412,7 @@ def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
         size, ratio = row.estimate("stored_bytes"), row.estimate("compression")
         return DASH if size is None else bytes_text(size.value) + (f" ({ratio.value:.2f}×)" if ratio else "")
 
-    ppls = sorted(group.metrics(PPL), key=lambda name: name != "token_ppl")
+    ppls = perplexities(group)
     speeds = sorted(group.metrics(SPEED), key=lambda name: (not name.startswith("prefill"), natural(name)))
     kept: dict[str, Show] = {"bits": plain("bits_per_weight", "{:.2f}".format), "stored": stored}
     kept |= {_header(name): measured(name) for name in ppls[:1]}
@@ -455,6 +455,11 @@ def _columns(group: Group) -> list[tuple[str, dict[str, Show]]]:
     ]
 
 
+def perplexities(group: Group) -> list[str]:
+    """Metrics that are perplexities, that of the held-out tokens first."""
+    return sorted(group.metrics(PPL), key=lambda name: name != "token_ppl")
+
+
 def _header(metric: str) -> str:
     """Column title of a metric."""
     if match := SPEED.fullmatch(metric):
@@ -489,8 +494,8 @@ def _title(group: Group) -> str:
     return f"{cell.suite} v{cell.suite_version}, {cell.tier} tier, model {cell.model}"
 
 
-def _caption(group: Group) -> str:
-    """Where the numbers come from."""
+def _caption(group: Group, brief: bool = False) -> str:
+    """Where the numbers come from; when `brief`, with the protocol of the first perplexity alone."""
     records, cell = group.records, group.records[0].cell
     unnamed = cell.settings.get("machine") or "an unknown machine"
     where = [next((place for record in records if (place := machine(record))), unnamed)]
@@ -502,7 +507,9 @@ def _caption(group: Group) -> str:
     parts = [f"Data {cell.data}; {', '.join(where)}; {when}; {len(records)} cells: {outcomes}."]
     if group.older:
         parts.append(f"{group.older} records of an older source, model or data are left out.")
-    for metric in group.metrics(PPL):
+    if kernels := sorted({name for record in records for backends in record.kernels.values() for name in backends}):
+        parts.append(f"Packed weights computed by the backend {', '.join(kernels)}.")
+    for metric in perplexities(group)[: 1 if brief else None]:
         for protocol in sorted({r.protocols[metric] for r in records if metric in r.protocols}):
             parts.append(f"{_header(metric).capitalize()}: {protocol}.")
     return " ".join(parts)
