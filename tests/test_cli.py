@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -430,6 +431,6 @@ def test_the_module_runs():
 
 def test_output_cut_short(here):
     done = subprocess.run(
-        f"{sys.executable} -m effbench list methods | head -1", shell=True, capture_output=True, text=True
+        f"{shlex.quote(sys.executable)} -m effbench list methods | head -1", shell=True, capture_output=True, text=True
     )
     assert done.stderr == "" and done.stdout
