@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,7 @@ def start_server(preload: Sequence[str], threads: int) -> None:
     variables["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    resource_tracker.ensure_running()  # by itself first: starting it unblocks signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a signal to the whole group is for the runner alone
     try:
         forkserver.ensure_running()

@@ -36,6 +36,11 @@ def require_quality(run: ModelRun) -> None:
         raise Unsupported("the model comes without a tokenizer: give tokenizer=")
 
 
+def slow(run: ModelRun) -> bool:
+    """A real shape on a processor: billions of weights, seconds per call."""
+    return run.source.kind == "shape" and run.device.type == "cpu"
+
+
 def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
     """Cut the held-out text: settings `window`, `text_tokens` and `limit` (windows)."""
     require_quality(run)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effbench.nn.linear import Bytes, Replaced, stored_as, stored_bytes, stored_tensors, top_linears
 from effbench.probes import Reading
-from effbench.probes.inputs import random_ids
+from effbench.probes.inputs import random_ids, slow
 from effbench.probes.peak import PeakMemory
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def _bias_bytes(module: nn.Module, dtype: torch.dtype) -> int:
 
 def _peaks(run: ModelRun, settings: Mapping[str, Any], reading: Reading) -> None:
     engine = run.engine()
-    batch = settings.get("memory_batch") or BATCH
-    new = min(settings.get("memory_new_tokens") or NEW_TOKENS, engine.max_length // 2)
+    batch = settings.get("memory_batch") or (1 if slow(run) else BATCH)
+    new = min(settings.get("memory_new_tokens") or (2 if slow(run) else NEW_TOKENS), engine.max_length // 2)
     context = min(settings.get("memory_context") or CONTEXT, engine.max_length - new)
     prompts = random_ids(run, batch, context).tolist()
     with torch.inference_mode():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
 from effbench.probes import Reading, intervals
-from effbench.probes.inputs import random_ids
+from effbench.probes.inputs import random_ids, slow
 from effbench.probes.memory import tensors
 
 if TYPE_CHECKING:
@@ -102,11 +102,6 @@ def points(run: ModelRun, settings: Mapping[str, Any]) -> list[Point]:
 def new_tokens(run: ModelRun, settings: Mapping[str, Any]) -> int:
     """Decoding steps of one call: the setting `speed_new_tokens`, or what suits the model."""
     return int(settings.get("speed_new_tokens") or (NEW_TOKENS_SLOW if slow(run) else NEW_TOKENS))
-
-
-def slow(run: ModelRun) -> bool:
-    """A real shape on a processor: billions of weights, seconds per call."""
-    return run.source.kind == "shape" and run.device.type == "cpu"
 
 
 def prompts(run: ModelRun, point: Point, new: int, positions: int) -> Tensor:
