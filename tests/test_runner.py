@@ -247,6 +247,7 @@ def start(folder, count, seconds=0.15):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # a process group of its own, as a shell gives it
     )
 
 
@@ -305,15 +306,17 @@ def test_workers_of_a_killed_runner_end(tmp_path):
     assert not psutil.wait_procs(processes, timeout=10)[1]
 
 
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_and_keeps_what_is_done(tmp_path, number):
+def test_a_signal_ends_the_run_and_keeps_what_is_done(tmp_path, number, send):
     runner = start(tmp_path, 40)
     for _ in range(7):  # ready, and some events
         runner.stdout.readline()
     processes = family(runner)
-    runner.send_signal(number)
+    send(runner.pid, number)
     out, err = runner.communicate(timeout=20)
     assert runner.returncode == 130
+    assert {record.outcome for record in Store(tmp_path).read()[0]} == {"ok"}, "what was interrupted is no crash"
     assert "Traceback" not in err
     kept = json.loads(out.splitlines()[-1])
     assert kept and sorted(kept) == ok_cells(tmp_path)
