@@ -42,5 +42,6 @@ def test_importing_core_and_the_command_line_loads_no_torch():
 
 @checkout
 def test_layers_are_kept():
-    done = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]  # of this environment, activated or not
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
