@@ -81,8 +81,6 @@ class Weights(Method):
 class Swap(Method):
     """Replaces modules by trainable ones; `settle` turns them into their final form once, after training."""
 
-    targets: ClassVar[str] = "linears"
-
     def replace(self, module: nn.Module) -> nn.Module:
         """The module that takes the place of `module` and may hold it."""
         raise NotImplementedError

@@ -32,13 +32,7 @@ def save(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = None) 
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
     tensors: dict[str, Tensor] = {}
-    written: dict[int, str] = {}
-    shared: dict[str, str] = {}
-    for name, tensor in stored_tensors(model):
-        if id(tensor) in written:  # tied weights are stored once
-            shared[name] = written[id(tensor)]
-            continue
-        written[id(tensor)] = name
+    for name, tensor in stored_tensors(model):  # tied weights come once
         tensors[name] = tensor.detach().to("cpu", stored_as(tensor, storage)).contiguous()
     tied = {name: target for name, target in _tied(model).items() if name not in tensors}
     replaced = {
@@ -49,7 +43,7 @@ def save(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = None) 
     model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    body = {"version": 1, "replaced": replaced, "tied": {**shared, **tied}}
+    body = {"version": 1, "replaced": replaced, "tied": tied}
     (folder / CONFIG).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

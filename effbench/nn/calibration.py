@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.nn.blocks import Blocks, Group
-from effbench.nn.linear import LINEARS, dense_weight, kept, top_linears
+from effbench.nn.linear import dense_weight, kept
 
 if TYPE_CHECKING:
     from effbench.core.kinds import Weights
@@ -306,21 +306,3 @@ def squared_gradients(run: ModelRun) -> dict[str, Tensor]:
     return {
         path: (value.T if isinstance(linears[path], Conv1D) else value) / max(count, 1) for path, value in total.items()
     }
-
-
-def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Top-most linears of all blocks, with their paths."""
-    yield from Blocks(model).linears()
-
-
-__all__ = [
-    "LINEARS",
-    "BlockInputs",
-    "Inputs",
-    "Layer",
-    "block_inputs",
-    "linears_of",
-    "replace",
-    "stream",
-    "top_linears",
-]

@@ -67,7 +67,6 @@ class Data:
 
     def __init__(self, name: str, parts: Mapping[str, Documents], tokenizer: Any, notes: str = "") -> None:
         self.name = name
-        self.notes = notes
         self._parts = dict(parts)
         self._tokenizer = tokenizer
         self._pool: list[Example] | None = None
