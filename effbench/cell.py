@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effbench.core.errors import Outcome, Usage
-from effbench.core.kinds import Weights, kind_of
+from effbench.core.kinds import kind_of
 from effbench.core.op import ran
 from effbench.core.recipe import Recipe, parse
 from effbench.core.record import Cell, Metric, OutcomeName, Record
@@ -233,10 +233,11 @@ def facts(recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, list[str]] = {"type": [], "calibration_data": [], "weight_update": []}
     for step in recipe.steps:
         found["type"].append(getattr(step, "type", kind_of(type(step))))
-        if isinstance(step, Weights):
+        if hasattr(step, "weight_update"):
             sequences = f"{settings.get('calibration_sequences')} sequences"
-            gradients = " with gradients" if "grad2" in step.needs else ""
-            found["calibration_data"].append(sequences + gradients if step.needs else "none")
+            needs: set[str] = getattr(step, "needs", set())
+            gradients = " with gradients" if any(need.startswith("grad") for need in needs) else ""
+            found["calibration_data"].append(sequences + gradients if needs else "none")
             found["weight_update"].append(step.weight_update)
     return {name: ", ".join(dict.fromkeys(values)) for name, values in found.items() if values}
 

@@ -503,10 +503,10 @@ def test_blocks_are_calibrated_behind_compressed_blocks_unless_the_method_says_o
 
 
 def test_gradients_equal_autograd_sequence_by_sequence():
-    from effbench.nn.calibration import squared_gradients
+    from effbench.nn.calibration import mean_gradients
 
     run = toy_run(sequences=3, length=16)
-    found = squared_gradients(run)
+    found = mean_gradients(run, {"grad2"})["grad2"]
     path = "model.layers.1.mlp.down_proj"
     weight = run.model.get_submodule(path).weight
     total = torch.zeros_like(weight)

@@ -32,7 +32,17 @@ FEW = [pytest.param(op, op.cases[i], id=f"{name}-{i}") for name, op in OPS.items
 
 
 def test_ops_are_found_by_their_folders() -> None:
-    assert ops() == ["e8p_linear", "fp8_linear", "hadamard", "int_linear", "lut_linear"]
+    assert ops() == [
+        "bcsr_linear",
+        "csr_linear",
+        "e8p_linear",
+        "fp8_linear",
+        "hadamard",
+        "int_linear",
+        "lut_linear",
+        "nm_int_linear",
+        "nm_linear",
+    ]
     with pytest.raises(Usage, match="int_linear"):
         load("int_linaer")
 
@@ -79,6 +89,7 @@ def test_compiles_whole_and_counts_what_ran(op: Op) -> None:
     inputs["x"].requires_grad_()
     eager = op(**inputs)
     reset_ran()
+    torch.compiler.reset()  # the ops share a code object, which is compiled only so many times
     whole = torch.compile(lambda kwargs: op(**kwargs) * 2, fullgraph=True, backend="aot_eager")
     out = whole(inputs)
     assert ran() == {op.name: {"reference": 1}}
@@ -259,6 +270,16 @@ CEILINGS = [
     ("e8p_linear", _shape(1, bits=3), 36.5, 23.2),
     ("e8p_linear", _shape(1, bits=4), 58.2, 31.2),
     ("e8p_linear", _shape(16, bits=2), 31.9, 32.4),
+    ("nm_linear", _shape(1, n=2, m=4), 23.7, 23.7),
+    ("nm_linear", _shape(16, n=2, m=4), 28.5, 28.5),
+    ("nm_int_linear", _shape(1, n=2, m=4, bits=4, groups=32, zero=True), 35.5, 35.5),
+    ("nm_int_linear", _shape(16, n=2, m=4, bits=4, groups=32, zero=True), 67.3, 67.3),
+    ("csr_linear", _shape(1, number=2**18), 16.4, 16.4),
+    ("bcsr_linear", _shape(1, block=(16, 16), number=2**12), 6.2, 6.2),
+    ("bcsr_linear", _shape(1, block=(8, 4), number=2**12), 7.9, 8.4),
+    ("bcsr_linear", _shape(1, block=(1, 8), number=2**12), 18.3, 22.0),
+    ("bcsr_linear", _shape(16, block=(16, 16), number=2**12), 5.5, 5.7),
+    ("bcsr_linear", _shape(16, block=(8, 4), number=2**12), 11.7, 12.3),
     ("fp8_linear", _shape(1, activations="none"), 5.5, 5.5),
     ("fp8_linear", _shape(16, activations="token"), 3.3, 3.3),
     ("hadamard", dict(batch=16, in_features=4096), 24.8, 24.8),

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from effbench.core.errors import Unsupported, Usage
+from effbench.formats.compensation import inverse_factor
+from effbench.formats.grid import Grid, fit_grid
 from effbench.formats.integer import IntLinear
 from effbench.formats.lattice import encode, rotate, rotate_back
 from effbench.kernels.e8p_linear.cases import RESIDUAL_SCALE
 from effbench.kernels.e8p_linear.codebook import decode
 from effbench.kernels.e8p_linear.reference import dense as e8p_dense
 from effbench.methods.quant import nf4
-from effbench.methods.quant._common import Grid, fit_grid, inverse_factor
 from effbench.methods.quant._kmeans import Sums, kmeans, lloyd
 from effbench.methods.quant.awq import AWQ
 from effbench.methods.quant.fp8_weight import FP8Weight

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from effbench.nn.calibration import BlockInputs, Layer
     from effbench.nn.data import Example, Segments
 
-Need = Literal["norm", "hessian", "grad2", "raw"]
+Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Weights(Method):
     type: ClassVar[str] = "PTQ"  # facts for the comparison table
     weight_update: ClassVar[str] = "none"
 
-    def prepare(self, run: Run) -> None:
-        """Look at the whole model first (global thresholds)."""
+    def prepare(self, run: Run) -> Any:
+        """Look at the whole model first (global thresholds); what it returns `compress` finds in `layer.prepared`."""
 
     def compress(self, layer: Layer) -> nn.Module:
         """The module that takes the layer's place."""

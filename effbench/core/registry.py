@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Iterable
@@ -84,10 +85,10 @@ def _entry(path: Path, root: Path) -> Entry:
         reason = f"defines no class {wanted!r} (capitals as in the paper)"
         return Entry(path.stem, family, "broken", "", reason, {}, {}, path, "", module)
     ((name, node),) = classes.items()
-    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    lineage, kind = _lineage(node, tree)
     parameters: dict[str, str] = {}
     facts: dict[str, Any] = {}
-    for line in node.body:
+    for line in itertools.chain.from_iterable(ancestor.body for ancestor in lineage):
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             note = ast.unparse(line.annotation)
             if not note.startswith("ClassVar"):
@@ -100,7 +101,7 @@ def _entry(path: Path, root: Path) -> Entry:
     return Entry(
         key=path.stem,
         family=family,
-        kind=next((base for base in bases if base in KINDS), "apply"),
+        kind=kind,
         paper=facts.pop("paper", ""),
         summary=(ast.get_docstring(tree) or "").partition("\n")[0],
         parameters=parameters,
@@ -109,6 +110,35 @@ def _entry(path: Path, root: Path) -> Entry:
         cls=name,
         module=module,
     )
+
+
+def _lineage(node: ast.ClassDef, tree: ast.Module) -> tuple[list[ast.ClassDef], str]:
+    """The class behind those that it inherits from within its family, and the kind they all are of."""
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    for base in bases:
+        if base in KINDS:
+            return [node], base
+        for line in tree.body:
+            if isinstance(line, ast.ClassDef) and line.name == base:
+                found, kind = _lineage(line, tree)
+                return [*found, node], kind
+            imported = isinstance(line, ast.ImportFrom) and any(alias.name == base for alias in line.names)
+            file = _source(line.module) if imported and isinstance(line, ast.ImportFrom) else None
+            if file is not None:
+                other = ast.parse(file.read_bytes())
+                parent = next(n for n in other.body if isinstance(n, ast.ClassDef) and n.name == base)
+                found, kind = _lineage(parent, other)
+                return [*found, node], kind
+    return [node], "apply"
+
+
+def _source(module: str | None) -> Path | None:
+    """File of a module of the package whose code decides what a method computes; None for any other."""
+    parts = (module or "").split(".")
+    if parts[0] != "effbench" or len(parts) < 3 or parts[1] not in ("methods", "formats", "kernels"):
+        return None
+    file = PACKAGE.joinpath(*parts[1:]).with_suffix(".py")
+    return file if file.is_file() else None
 
 
 def _literal(facts: dict[str, Any], name: str, value: ast.expr) -> None:
@@ -194,10 +224,5 @@ def _closure(start: Path) -> set[Path]:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names = [node.value.partition(":")[0]]  # lazily imported backends
-            for name in names:
-                parts = name.split(".")
-                if parts[0] == "effbench" and len(parts) > 2 and parts[1] in ("methods", "formats", "kernels"):
-                    file = PACKAGE.joinpath(*parts[1:]).with_suffix(".py")
-                    if file.is_file():
-                        queue.append(file)
+            queue += filter(None, map(_source, names))
     return seen

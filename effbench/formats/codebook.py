@@ -63,7 +63,9 @@ class LutLinear(Packed):
     outliers      number of float16 values that are added at CSR positions
     """
 
-    metadata = frozenset({"lut", "absmax", "absmax_code", "absmax_map", "absmax_scale", "absmax_mean", "crow", "col"})
+    metadata = frozenset(
+        {"lut", "absmax", "absmax_code", "absmax_map", "absmax_scale", "absmax_mean", "crow", "col", "mask"}
+    )
     weight: Tensor
     lut: Tensor
     absmax: Tensor | None
@@ -84,9 +86,10 @@ class LutLinear(Packed):
         block: int = 0,
         double_quant: bool = False,
         outliers: int = 0,
+        masked: bool = False,
         bias: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, bias)
+        super().__init__(in_features, out_features, bias, masked)
         if bits not in (2, 3, 4):
             raise ValueError(f"bits={bits}: one of 2, 3, 4")
         if double_quant and not block:
@@ -123,11 +126,13 @@ class LutLinear(Packed):
         double_quant: bool = False,
         outliers: Tensor | None = None,
         bias: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> LutLinear:
         """Pack codes [out, in] with their table lut [2^bits] or [out, 2^bits].
 
         absmax    float32 [ceil(out * in / block)], required with `block`; `double_quant` quantizes it
         outliers  [out, in], added to the looked-up matrix; what is not zero is stored
+        keep      bool [out, in], which weights a pruning method left; the others must look up zero
         """
         if not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
             raise ValueError(f"codes do not fit in {bits} bits")
@@ -145,8 +150,10 @@ class LutLinear(Packed):
             if number:
                 crow = torch.cat([counts.new_zeros(1), counts])
                 tensors |= {"crow": crow, "col": col, "values": outliers[row, col]}
-        module = cls(in_features, out_features, bits, lut.dim() == 2, block, double_quant, number, bias is not None)
-        return module.fill(bias, **tensors)
+        module = cls(
+            in_features, out_features, bits, lut.dim() == 2, block, double_quant, number, bias=bias is not None
+        )
+        return module.fill(bias, **tensors).holding(keep)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
@@ -175,7 +182,7 @@ class LutLinear(Packed):
 
     def rebuilt(self, weight: Tensor) -> LutLinear:
         """The same tables, factors and outlier positions; outliers take up what their codes leave over."""
-        weight = weight.float()
+        weight = self.held(weight)
         absmax = self.factors()
         scaled = weight
         if absmax is not None:

@@ -18,7 +18,7 @@ class FP8Linear(Packed):
     activations  "none"; "token" or "tensor": inputs are rounded to E4M3 too, each token or all with one factor
     """
 
-    metadata = frozenset({"scale"})
+    metadata = frozenset({"scale", "mask"})
     weight: Tensor
     scale: Tensor
 
@@ -28,9 +28,10 @@ class FP8Linear(Packed):
         out_features: int,
         per_row: bool = True,
         activations: str = "none",
+        masked: bool = False,
         bias: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, bias)
+        super().__init__(in_features, out_features, bias, masked)
         if activations not in ("none", "token", "tensor"):
             raise ValueError(f"activations={activations!r}: one of 'none', 'token', 'tensor'")
         self.per_row, self.activations = per_row, activations
@@ -42,7 +43,7 @@ class FP8Linear(Packed):
         """Hold codes float8_e4m3fn [out, in] and scale [out, 1] or [1, 1]."""
         out_features, in_features = codes.shape
         per_row = scale.shape[0] == out_features
-        return cls(in_features, out_features, per_row, activations, bias is not None).fill(
+        return cls(in_features, out_features, per_row, activations, bias=bias is not None).fill(
             bias, weight=codes, scale=scale
         )
 
@@ -72,4 +73,7 @@ class FP8Linear(Packed):
         return dense(self.in_features, self.weight, self.scale, self.activations)
 
     def rebuilt(self, weight: Tensor) -> FP8Linear:
-        return FP8Linear.rounded(weight, per_row=self.per_row, activations=self.activations, bias=self.bias)
+        rounded = FP8Linear.rounded(
+            self.held(weight), per_row=self.per_row, activations=self.activations, bias=self.bias
+        )
+        return rounded.holding(self.kept())

@@ -20,7 +20,6 @@ class IntLinear(Packed):
     per_tensor  one scale (of `groups` = 1) for all rows
     zeros       integer zero-points are stored; otherwise the zero-point is 2^(bits - 1)
     order       the group of every input is stored (GPTQ's act-order with dynamic groups)
-    masked      which weights were pruned before is stored, so that `rebuilt` keeps them at zero
     """
 
     metadata = frozenset({"scale", "zero", "g_idx", "mask"})
@@ -28,7 +27,6 @@ class IntLinear(Packed):
     scale: Tensor
     zero: Tensor | None
     g_idx: Tensor | None
-    mask: Tensor | None
 
     def __init__(
         self,
@@ -42,7 +40,7 @@ class IntLinear(Packed):
         masked: bool = False,
         bias: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, bias)
+        super().__init__(in_features, out_features, bias, masked)
         if bits not in (2, 3, 4, 8):
             raise ValueError(f"bits={bits}: one of 2, 3, 4, 8")
         if in_features % groups and not order:
@@ -53,13 +51,11 @@ class IntLinear(Packed):
         rows = 1 if per_tensor else out_features
         self.reserve("weight", out_features, word_count(in_features, bits), dtype=torch.int32)
         self.reserve("scale", rows, groups, dtype=torch.float16)
-        self.absent("zero", "g_idx", "mask")
+        self.absent("zero", "g_idx")
         if zeros:
             self.reserve("zero", word_count(rows, bits), groups, dtype=torch.int32)
         if order:
             self.reserve("g_idx", in_features, dtype=torch.int32)
-        if masked:
-            self.reserve("mask", out_features, word_count(in_features, 1), dtype=torch.int32)
 
     @classmethod
     def of(
@@ -93,17 +89,16 @@ class IntLinear(Packed):
             rows == 1 < out_features,
             zero is not None,
             g_idx is not None,
-            keep is not None,
-            bias is not None,
+            bias=bias is not None,
         )
-        return module.fill(
+        filled = module.fill(
             bias,
             weight=pack(codes, bits),
             scale=scale,
             zero=None if zero is None else pack(zero.T, bits).T,
             g_idx=g_idx,
-            mask=None if keep is None else pack(keep, 1),
         )
+        return filled.holding(keep)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
@@ -112,7 +107,6 @@ class IntLinear(Packed):
             "per_tensor": self.per_tensor,
             "zeros": self.zero is not None,
             "order": self.g_idx is not None,
-            "masked": self.mask is not None,
         }
 
     def product(self, x: Tensor) -> Tensor:
@@ -120,9 +114,6 @@ class IntLinear(Packed):
 
     def dense_weight(self) -> Tensor:
         return dense(self.in_features, self.weight, self.scale, self.zero, self.g_idx, self.bits)
-
-    def kept(self) -> Tensor | None:
-        return None if self.mask is None else unpack(self.mask, 1, self.in_features).bool()
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero-point (integer) of every weight, [out or 1, in] each."""
@@ -138,10 +129,7 @@ class IntLinear(Packed):
     def rebuilt(self, weight: Tensor) -> IntLinear:
         """The same scales, zero-points and zeros; every weight goes to the nearest code."""
         scale, zero = self.grid()
-        keep = self.kept()
-        levels = torch.where(scale == 0, 0, weight.float() / scale).round()
+        levels = torch.where(scale == 0, 0, self.held(weight) / scale).round()
         codes = (levels + zero).clamp(0, 2**self.bits - 1).to(torch.int32)
-        if keep is not None:
-            codes = torch.where(keep, codes, zero)
         module = IntLinear(**self.config()).to(self.weight.device)
         return module.fill(self.bias, **self.like() | {"weight": pack(codes, self.bits)})

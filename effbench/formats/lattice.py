@@ -116,6 +116,7 @@ class E8PLinear(Packed):
     """
 
     metadata = frozenset({"scale", "signs_in", "signs_out"})
+    maskable = False  # rotated weights cannot be held at zero
     weight: Tensor
     residual: Tensor | None
     scale: Tensor

@@ -1,23 +1,56 @@
-"""What all packed linears share: fixed storage types, checked filling, the bias."""
+"""What all packed linears share: fixed storage types, checked filling, the bias, which weights were pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from effbench.formats.packing import pack, unpack, word_count
 from effbench.nn.linear import Replaced
 
 
 class Packed(Replaced):
-    """A linear whose matrix is stored as codes. Casting the model leaves the codes and their scales alone."""
+    """A linear whose matrix is stored as codes. Casting the model leaves the codes and their scales alone.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    masked  which weights were pruned before is stored, so that `rebuilt` keeps them at zero
+    """
+
+    maskable: ClassVar[bool] = True  # whether single weights can be held at zero by a mask
+    mask: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, masked: bool = False) -> None:
         super().__init__(in_features, out_features)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features))
+        self.absent("mask")
+        if masked:
+            self.reserve("mask", out_features, word_count(in_features, 1), dtype=torch.int32)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | ({} if self.mask is None else {"masked": True})
+
+    def kept(self) -> Tensor | None:
+        return None if self.mask is None else unpack(self.mask, 1, self.in_features).bool()
+
+    def holding(self, keep: Tensor | None) -> Self:
+        """The same codes, with the knowledge that they are zero where `keep` [out, in] is False."""
+        if keep is None:
+            return self
+        module = type(self)(**self.config() | {"masked": True}).to(self.device)
+        return module.fill(self.bias, **self.like() | {"mask": pack(keep, 1)})
+
+    def held(self, weight: Tensor) -> Tensor:
+        """`weight` [out, in] in float32, zero where weights were pruned."""
+        keep = self.kept()
+        return weight.float() if keep is None else weight.float() * keep
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored tensors are."""
+        return next(buffer.device for buffer in self.buffers())
 
     def absent(self, *names: str) -> None:
         """Declare tensors that this instance may turn out not to store."""

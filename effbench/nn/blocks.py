@@ -29,6 +29,8 @@ class Names:
     down: str
     norms: tuple[str, str]  # before attention, before the MLP
     linear_between: bool  # a scale on the output of `up[-1]` passes unchanged into `down`
+    width: str = "intermediate_size"  # where the configuration keeps the inner width of the MLPs
+    interleaved: bool = False  # a fused projection holds q, k, v head by head, not all q, all k, all v
 
 
 _LLAMA = Names(
@@ -56,6 +58,7 @@ _OPT = Names(
     down="fc2",
     norms=("self_attn_layer_norm", "final_layer_norm"),
     linear_between=True,  # ReLU is positively homogeneous
+    width="ffn_dim",
 )
 _GPT2 = Names(
     embedding="transformer.wte",
@@ -69,6 +72,7 @@ _GPT2 = Names(
     down="mlp.c_proj",
     norms=("ln_1", "ln_2"),
     linear_between=False,
+    width="n_inner",
 )
 _NEOX = Names(
     embedding="gpt_neox.embed_in",
@@ -82,6 +86,7 @@ _NEOX = Names(
     down="mlp.dense_4h_to_h",
     norms=("input_layernorm", "post_attention_layernorm"),
     linear_between=False,
+    interleaved=True,
 )
 ARCHITECTURES: dict[str, Names] = {
     "llama": _LLAMA,
@@ -144,9 +149,9 @@ class Blocks:
         out = block.get_submodule(names.out)
         whole = not names.mlp or len(names.up) == 1
         return [
-            Group(names.qkv, before_attention, block.get_submodule(names.attention)),
+            Group(names.qkv, _scalable(before_attention), block.get_submodule(names.attention)),
             Group((names.out,), value if value is not None and _width(value) == _inputs(out) else None, out),
-            Group(names.up, before_mlp, block.get_submodule(names.up[0] if whole else names.mlp)),
+            Group(names.up, _scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
             Group(
                 (names.down,),
                 _weighted(block.get_submodule(names.up[-1])) if names.linear_between else None,
@@ -164,9 +169,11 @@ class Blocks:
         for name in ("num_hidden_layers", "n_layer"):
             if name in config.to_dict():  # type: ignore[union-attr, operator]
                 setattr(config, name, len(self.blocks))
-        types = getattr(config, "layer_types", None)
-        if types is not None:
-            config.layer_types = types[: len(self.blocks)]  # type: ignore[union-attr]
+
+
+def _scalable(norm: nn.Module | None) -> nn.Module | None:
+    """The norm if it has a weight that can absorb a scale per channel."""
+    return norm if getattr(norm, "weight", None) is not None else None
 
 
 def _weighted(module: nn.Module) -> nn.Module | None:

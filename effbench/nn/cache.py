@@ -189,8 +189,8 @@ class SlotCache(Cache):
         """Chain `attend_mask`: True where a slot is no padding, [B, Hkv or Hq, 1, S]."""
         slots = self.slot_layers[module.layer_idx].slots  # type: ignore[index]
         assert slots is not None
-        heads = getattr(module.config, "num_attention_heads", slots.valid.shape[1])
-        return slots.valid.repeat_interleave(heads // slots.valid.shape[1], 1).unsqueeze(2)
+        # Of the module, not of the configuration: heads may have been pruned layer by layer.
+        return slots.valid.repeat_interleave(getattr(module, "num_key_value_groups", 1), 1).unsqueeze(2)
 
     def observe(self, module: nn.Module, weights: Tensor) -> None:
         """Chain `attend_observe`: mass of the slots."""

@@ -7,9 +7,10 @@ Linears that share an input share its statistics. Padding never counts.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +19,18 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.nn.blocks import Blocks, Group
-from effbench.nn.linear import dense_weight, kept
+from effbench.nn.linear import MaskedLinear, dense_weight, kept
 
 if TYPE_CHECKING:
     from effbench.core.kinds import Weights
     from effbench.nn.model_run import ModelRun
 
 RAW_TOKENS = 4096  # tokens kept verbatim for methods that need them
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {  # what is averaged over sequences, by need
+    "grad": lambda gradient: gradient,
+    "grad_abs": torch.abs,
+    "grad2": torch.square,
+}
 
 
 class Inputs:
@@ -38,7 +44,10 @@ class Inputs:
         self._absolute: Tensor | None = None
         self._outer: Tensor | None = None
         self._raw: list[Tensor] = []
-        self.grad2: Tensor  # [out, in] mean over sequences of squared loss gradients
+        # [out, in] means over sequences of the loss gradients, of their magnitudes and of their squares
+        self.grad: Tensor
+        self.grad_abs: Tensor
+        self.grad2: Tensor
 
     def add(self, x: Tensor) -> None:
         """Take in tokens [N, in]."""
@@ -95,6 +104,7 @@ class Layer:
     module: nn.Module  # what stands there now
     inputs: Inputs
     seed: int  # of this run and this layer
+    prepared: Any = None  # what the method's `prepare` returned
     weight: Tensor = dataclasses.field(init=False)  # dense float32 [out, in], free to be changed
     bias: Tensor | None = dataclasses.field(init=False)
     kept: Tensor | None = dataclasses.field(init=False)  # bool [out, in]: False must stay zero
@@ -114,14 +124,25 @@ class _Reached(Exception):
 class BlockInputs:
     """One transformer block with the calibration set's hidden states at its input."""
 
-    def __init__(self, run: ModelRun, index: int, hidden: list[Tensor], calls: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        run: ModelRun,
+        index: int,
+        hidden: list[Tensor],
+        calls: list[dict[str, Any]],
+        gradients: dict[str, dict[str, Tensor]] | None = None,
+        prepared: Any = None,
+    ) -> None:
         self.run = run
         self.index = index
         self.view = Blocks(run.model)
         self.module: nn.Module = self.view.blocks[index]
         self.hidden = hidden  # one [1, T, H] per sequence
+        self.outputs = hidden  # what the next block is to receive
         self._calls = calls  # keyword arguments of the block, per sequence
         self._inputs: dict[str, Inputs] = {}
+        self._gradients = gradients or {}
+        self._prepared = prepared
 
     def forward(self) -> list[Tensor]:
         """Outputs of the block as it is now, one per sequence."""
@@ -150,8 +171,8 @@ class BlockInputs:
             handle.remove()
         return found
 
-    def gather(self, groups: Sequence[Group], needs: set[str]) -> list[Tensor]:
-        """Run the block once, gather every group's input statistics, return the block's outputs."""
+    def gather(self, groups: Sequence[Group], needs: set[str]) -> None:
+        """Run the block once, gather every group's input statistics, keep the block's outputs."""
         total = sum(hidden.shape[1] for hidden in self.hidden)
         with contextlib.ExitStack() as stack:
             for group in groups:
@@ -160,10 +181,9 @@ class BlockInputs:
                 for name in group.names:
                     self._inputs[name] = inputs
                 stack.callback(first.register_forward_pre_hook(self._taker(inputs)).remove)
-            out = self.forward()
-        if not all(torch.isfinite(hidden).all() for hidden in out):
+            self.outputs = self.forward()
+        if not all(torch.isfinite(hidden).all() for hidden in self.outputs):
             raise Diverged(f"{self.view.path(self.index, '')[:-1]}: activations are not finite during calibration")
-        return out
 
     @staticmethod
     def _taker(inputs: Inputs) -> Any:
@@ -181,49 +201,55 @@ class BlockInputs:
         path = self._path(name)
         module = self.module.get_submodule(name)
         inputs = self._inputs.get(name) or Inputs(set(), 0)
-        if path in self.run.grad2:
-            inputs = _with_gradient(inputs, self.run.grad2[path])
-        return Layer(path, module, inputs, zlib.crc32(f"{self.run.seed}/{path}".encode()))
+        if self._gradients:
+            inputs = copy.copy(inputs)  # statistics are shared, gradients belong to one linear
+            for need, found in self._gradients.items():
+                setattr(inputs, need, found[path])
+        return Layer(path, module, inputs, zlib.crc32(f"{self.run.seed}/{path}".encode()), self._prepared)
 
     def _path(self, name: str) -> str:
         return self.view.path(self.index, name)
 
 
-def _with_gradient(inputs: Inputs, grad2: Tensor) -> Inputs:
-    own = Inputs(inputs.needs, 0)
-    own.__dict__.update(inputs.__dict__)  # statistics are shared, the gradient belongs to one linear
-    own.grad2 = grad2
-    return own
+@torch.no_grad()
+def walk(run: ModelRun, needs: set[str], prepared: Any = None) -> Iterator[BlockInputs]:
+    """The blocks from first to last, each with the calibration set at its input; `outputs` go on to the next."""
+    view = Blocks(run.model)
+    gradients = mean_gradients(run, needs & GRADIENTS.keys())
+    hidden: list[Tensor] = []
+    calls: list[list[dict[str, Any]]] = [[] for _ in view.blocks]
+    if needs - GRADIENTS.keys():
+        hidden, calls = block_inputs(run, view)
+    for index in range(len(view)):
+        inputs = BlockInputs(run, index, hidden, calls[index], gradients, prepared)
+        yield inputs
+        hidden = inputs.outputs
 
 
 @torch.no_grad()
-def stream(run: ModelRun, method: Weights) -> None:
+def survey(run: ModelRun, needs: set[str]) -> Iterator[Layer]:
+    """Every targeted linear with its statistics in the model as it stands; changes nothing."""
+    for inputs in walk(run, needs):
+        groups = inputs.view.groups(inputs.module)
+        inputs.gather(groups, needs)
+        yield from inputs.layers(groups)
+
+
+@torch.no_grad()
+def stream(run: ModelRun, method: Weights, prepared: Any = None) -> None:
     """Compress every targeted linear of every block with `method`, from the first block to the last."""
-    view = Blocks(run.model)
     needs: set[str] = set(method.needs)
     report = run.log.setdefault("layers", {})
-    if "grad2" in needs:
-        run.grad2 = squared_gradients(run)
-    hidden: list[Tensor] = []
-    calls: list[list[dict[str, Any]]] = [[] for _ in view.blocks]
-    if needs - {"grad2"}:
-        hidden, calls = block_inputs(run, view)
-    try:
-        for index, block in enumerate(view.blocks):
-            inputs = BlockInputs(run, index, hidden, calls[index])
-            groups = view.groups(block)
-            stages = [[group] for group in groups] if method.true_sequence else [groups]
-            out = None
-            for stage in stages:
-                out = inputs.gather(stage, needs - {"grad2"}) if hidden else None
-                for path, module in method.compress_block(inputs, stage).items():
-                    if not method.folds:
-                        report[path] = _error(run.model.get_submodule(path), module, inputs, path)
-                    replace(run.model, path, module)
-            if hidden:
-                hidden = inputs.forward() if method.sequential else out or []
-    finally:
-        run.grad2 = {}
+    for inputs in walk(run, needs, prepared):
+        groups = inputs.view.groups(inputs.module)
+        for stage in [[group] for group in groups] if method.true_sequence else [groups]:
+            inputs.gather(stage, needs)
+            for path, module in method.compress_block(inputs, stage).items():
+                if not method.folds:
+                    report[path] = _error(run.model.get_submodule(path), module, inputs, path)
+                replace(run.model, path, module)
+        if method.sequential:
+            inputs.outputs = inputs.forward()
 
 
 def _error(before: nn.Module, after: nn.Module, inputs: BlockInputs, path: str) -> dict[str, float]:
@@ -268,7 +294,8 @@ def block_inputs(run: ModelRun, view: Blocks) -> tuple[list[Tensor], list[list[d
             block.forward = catcher(index)
         for ids in run.calibration():
             # A live cache in the caught arguments would be filled at every replay and change the result.
-            run.model(input_ids=ids[None].to(run.device), use_cache=False)
+            body: Any = run.model.base_model  # the head is not needed
+            body(input_ids=ids[None].to(run.device), use_cache=False)
     finally:
         for block, original in zip(view.blocks, originals, strict=True):
             block.forward = original
@@ -277,32 +304,39 @@ def block_inputs(run: ModelRun, view: Blocks) -> tuple[list[Tensor], list[list[d
     return hidden, calls
 
 
-def squared_gradients(run: ModelRun) -> dict[str, Tensor]:
-    """Mean over calibration sequences of the squared gradient of the loss, by path of the linear, [out, in].
+def mean_gradients(run: ModelRun, needs: set[str]) -> dict[str, dict[str, Tensor]]:
+    """For each need, what `GRADIENTS` says of the gradient of the loss in every targeted linear's weight, [out, in]
+    by path, averaged over the calibration sequences.
 
-    Sequences are taken one by one: the square of each gradient is wanted, not the square of their mean.
+    Sequences are taken one by one: the square of each gradient is wanted, not the square of their mean. Raises
+    `Unsupported` where a linear is packed.
     """
+    if not needs:
+        return {}
     linears = {path: module for path, module in Blocks(run.model).linears() if run.targeted(path)}
-    dense = {path: module for path, module in linears.items() if isinstance(module, (nn.Linear, Conv1D))}
-    if len(dense) < len(linears):
-        raise Unsupported(
-            f"{next(iter(linears.keys() - dense.keys()))}: gradients need dense weights; put this step first"
-        )
-    weights: dict[str, nn.Parameter] = {path: module.weight for path, module in dense.items()}  # type: ignore
-    total = {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in weights.items()}
+    for path, module in linears.items():
+        if not isinstance(module, (nn.Linear, Conv1D, MaskedLinear)):
+            raise Unsupported(f"{path}: gradients need dense weights; put this step first")
+    weights: dict[str, nn.Parameter] = {path: module.weight for path, module in linears.items()}  # type: ignore
+    found = {
+        need: {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in weights.items()}
+        for need in needs
+    }
     needed = {path: weight.requires_grad for path, weight in weights.items()}
-    count = 0
+    sequences = run.calibration()
     with torch.enable_grad():
         for weight in weights.values():
             weight.requires_grad_(True)
-        for ids in run.calibration():
+        for ids in sequences:
             ids = ids[None].to(run.device)
             loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
             for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-                total[path] += gradient.float().square()
-            count += 1
+                for need, total in found.items():
+                    total[path] += GRADIENTS[need](gradient.float()) / len(sequences)
     for path, weight in weights.items():
         weight.requires_grad_(needed[path])
-    return {
-        path: (value.T if isinstance(linears[path], Conv1D) else value) / max(count, 1) for path, value in total.items()
-    }
+    for total in found.values():
+        for path, module in linears.items():
+            if isinstance(module, Conv1D):
+                total[path] = total[path].T
+    return found

@@ -12,7 +12,7 @@ through these four and never asks which method it was.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,10 @@ class Replaced(nn.Module):
         """The same container holding `weight` [out, in], rounded to what it can represent."""
         raise NotImplementedError
 
+    def packed(self) -> nn.Module:
+        """The form an artifact stores, taken on at the end of a recipe; by default itself."""
+        return self
+
     def config(self) -> dict[str, Any]:
         """Arguments of `__init__` as plain values, for saving."""
         return {
@@ -84,7 +88,7 @@ class MaskedLinear(Replaced):
         self.register_buffer("mask", torch.zeros(out_features, words, dtype=torch.uint8))
 
     @classmethod
-    def of(cls, weight: Tensor, keep: Tensor, bias: Tensor | None = None) -> MaskedLinear:
+    def of(cls, weight: Tensor, keep: Tensor, bias: Tensor | None = None) -> Self:
         """Hold `weight` [out, in] where `keep` (bool [out, in]) is True and zero elsewhere."""
         out_features, in_features = weight.shape
         module = cls(in_features, out_features, bias is not None).to(weight.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from pathlib import Path
@@ -124,8 +125,8 @@ def _random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
             f"the weights alone need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}"
         )
     torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):  # a copy: methods change the configuration, and the reference is built from it later
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def _free(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from effbench.nn import calibration, fit
 from effbench.nn.blocks import Blocks
 from effbench.nn.data import LONGEST, SEQUENCES, Data, Segments
 from effbench.nn.engine import Engine
-from effbench.nn.linear import stored_as, stored_bytes, stored_tensors
+from effbench.nn.linear import Replaced, stored_as, stored_bytes, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Swapped:
     """A module that a `Swap` put in place and that has not settled yet."""
 
-    path: str
+    module: nn.Module  # not its path: blocks may be dropped before it settles
     method: Swap
     trained: bool = False
 
@@ -71,7 +71,6 @@ class ModelRun(Run):
         self.train = TrainPlan()
         self.infer = InferPlan()
         self.log: dict[str, Any] = {"steps": []}
-        self.grad2: dict[str, Tensor] = {}
         self._reference = reference
         self._shelf: dict[str, Any] = {}
         self._swapped: list[Swapped] = []
@@ -120,8 +119,7 @@ class ModelRun(Run):
 
     def stream(self, method: Weights) -> None:
         self.settle()
-        method.prepare(self)
-        calibration.stream(self, method)
+        calibration.stream(self, method, method.prepare(self))
 
     def swap(self, method: Swap) -> None:
         self.settle()
@@ -133,12 +131,15 @@ class ModelRun(Run):
                 for parameter in new.parameters():
                     parameter.requires_grad_(id(parameter) not in old)
                 calibration.replace(self.model, path, new)
-                self._swapped.append(Swapped(path, method))
+                self._swapped.append(Swapped(new, method))
 
     def settle(self) -> None:
-        for entry in [entry for entry in self._swapped if entry.trained]:
-            settled = entry.method.settle(self.model.get_submodule(entry.path))
-            calibration.replace(self.model, entry.path, settled)
+        trained = [entry for entry in self._swapped if entry.trained]
+        if trained:
+            paths = {module: path for path, module in self.model.named_modules()}
+        for entry in trained:
+            if entry.module in paths:  # its block may be gone
+                calibration.replace(self.model, paths[entry.module], entry.method.settle(entry.module))
             self._swapped.remove(entry)
 
     def select(self, method: Select) -> None:
@@ -193,10 +194,13 @@ class ModelRun(Run):
         method.apply(self)
 
     def finish(self, recipe_is_empty: bool = False) -> None:
-        """Settle what is pending, round dense tensors to what an artifact keeps, and refuse a recipe without effect."""
+        """Settle what is pending, bring everything to its stored form, and refuse a recipe without effect."""
         self.settle()
         self.train.close()
         self.model.eval()
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, Replaced):
+                calibration.replace(self.model, path, module.packed())
         narrow(self.model, self.storage)
         plans = self._changed_otherwise or self.infer.streams or any(self.infer._chains.values())
         if not (recipe_is_empty or plans or self.infer._slots) and _fingerprint(self.model) == self._before:

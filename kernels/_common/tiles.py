@@ -26,6 +26,13 @@ def load_codes(words, rows, start, OUT: tl.constexpr, IN: tl.constexpr, BITS: tl
 
 
 @triton.jit
+def load_places(words, rows, at, inside, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Codes number `at` [BLOCK_K] of `rows` [BLOCK_N] with COUNT codes each, in any order, [BLOCK_N, BLOCK_K]."""
+    WORDS: tl.constexpr = (COUNT * BITS + 31) // 32
+    return _straddling(words + rows[:, None] * WORDS, at[None, :] * BITS, inside, WORDS, 1, BITS)
+
+
+@triton.jit
 def _straddling(words, bit, inside, WORDS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr):
     """Codes that start at `bit` of a sequence of words; words follow each other at STRIDE."""
     word = bit // 32

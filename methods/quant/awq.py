@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
-from effbench.methods.quant._common import WIDTHS, fit_grid, grouped, int_linear
+from effbench.formats.grid import WIDTHS, fit_grid, grouped, int_linear
 from effbench.nn.blocks import Group
 from effbench.nn.calibration import BlockInputs, Layer
 

@@ -30,4 +30,5 @@ class FP8Weight(Weights):
         per_row = self.granularity == "row"
         activations = ("token" if per_row else "tensor") if self.activations else "none"
         # Zero is an E4M3 number, so pruned weights stay zero.
-        return FP8Linear.rounded(layer.weight, per_row=per_row, activations=activations, bias=layer.bias)
+        rounded = FP8Linear.rounded(layer.weight, per_row=per_row, activations=activations, bias=layer.bias)
+        return rounded.holding(layer.kept)

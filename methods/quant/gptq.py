@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
-from effbench.methods.quant._common import WIDTHS, Grid, fit_grid, grouped, int_linear, inverse_factor
+from effbench.formats.compensation import compensate, inverse_factor, without_dead
+from effbench.formats.grid import WIDTHS, Grid, fit_grid, grouped, int_linear
 from effbench.nn.calibration import Layer
 
 
@@ -20,30 +21,24 @@ def solve(
     block: int = 128,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Codes [out, in] (uint8) of `weight` [out, in], rounded input by input in the order of its columns.
+    """Codes [out, in] (uint8) of `weight` [out, in], see `compensate`.
 
-    `factor` [in, in] is upper triangular with U^T U = H^-1. `grid_of(column, rest)` gives the grid of a column, its
-    scale and zero [out]; `rest` [in, out] are the weights as compensated up to the current block. Weights where
-    `kept` [out, in] is False are rounded to zero, and that error is compensated like any other.
+    `grid_of(column, rest)` gives the grid of a column, its scale and zero [out]; `rest` [in, out] are the weights as
+    compensated up to the current block. Weights where `kept` [out, in] is False are rounded to zero, and that error
+    is compensated like any other.
     """
-    rest = weight.T.clone(memory_format=torch.contiguous_format)  # columns become rows, together in memory
-    codes = torch.empty_like(rest, dtype=torch.uint8)
+    codes = torch.empty(weight.shape[::-1], dtype=torch.uint8, device=weight.device)
     pruned = None if kept is None else ~kept.T
-    width = len(rest)
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        work = rest[start:stop].clone()
-        errors = torch.empty_like(work)
-        for column in range(start, stop):
-            i = column - start
-            grid = grid_of(column, rest)
-            code = grid.codes(work[i])
-            if pruned is not None:
-                code = torch.where(pruned[column], grid.zero, code)
-            codes[column] = code
-            error = torch.sub(work[i], grid.decode(code), out=errors[i]).div_(factor[column, column])
-            work[i + 1 :] -= factor[column, column + 1 : stop, None] * error
-        rest[stop:] -= factor[start:stop, stop:].T @ errors
+
+    def settle(column: int, ahead: Tensor, rest: Tensor) -> Tensor:
+        grid = grid_of(column, rest)
+        code = grid.codes(ahead[0])
+        if pruned is not None:
+            code = torch.where(pruned[column], grid.zero, code)
+        codes[column] = code
+        return grid.decode(code)
+
+    compensate(weight, factor, settle, block)
     return codes.T
 
 
@@ -83,15 +78,13 @@ class GPTQ(Weights):
         return self.true_sequential
 
     def compress(self, layer: Layer) -> nn.Module:
-        weight, hessian, kept = layer.weight, layer.inputs.hessian.clone(), layer.kept
+        weight, hessian, kept = layer.weight, layer.inputs.hessian, layer.kept
         size = self.group_size or weight.shape[1]
         grouped(weight, size, layer.name)
         dynamic = self.group_size is not None and not self.static_groups
         # The authors take a grid per row before they clear dead inputs, grids per group after it.
         grids = [self._grid(weight)] if self.group_size is None else []
-        dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
-        weight[:, dead] = 0
+        weight, hessian = without_dead(weight, hessian)
         if self.static_groups:
             grids = [self._grid(part) for part in weight.split(size, 1)]
 

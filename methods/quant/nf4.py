@@ -58,4 +58,5 @@ class NF4(Weights):
             absmax=absmax,
             double_quant=self.double_quant,
             bias=layer.bias,
+            keep=layer.kept,
         )

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from effbench.core.kinds import Weights
-from effbench.methods.quant._common import WIDTHS, GridName, fit_grid, grouped, int_linear
+from effbench.formats.grid import WIDTHS, GridName, fit_grid, grouped, int_linear
 from effbench.nn.calibration import Layer
 
 

@@ -54,4 +54,4 @@ class SqueezeLLM(Weights):
         codes = nearest(dense, lut.float())
         # What the table leaves over at the positions kept apart, so that table and sparse part add up to the weight.
         left = (weight - lut.float().gather(1, codes)) * apart
-        return LutLinear.of(codes, lut, bits=self.bits, outliers=left, bias=layer.bias)
+        return LutLinear.of(codes, lut, bits=self.bits, outliers=left, bias=layer.bias, keep=layer.kept)

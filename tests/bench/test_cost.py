@@ -11,7 +11,8 @@ import torch
 
 from effbench.core.record import Record
 from effbench.executors import Local
-from effbench.methods.quant._common import Grid, fit_grid, inverse_factor
+from effbench.formats.compensation import inverse_factor
+from effbench.formats.grid import Grid, fit_grid
 from effbench.methods.quant.gptq import solve
 from effbench.options import RunOptions
 from effbench.runner import plan, run_cells

@@ -1,4 +1,4 @@
-"""Maths shared by the quantizers: uniform grids, their codes, and the factor of the inverse Hessian."""
+"""Uniform grids: where they lie for given weights, their codes, and the packed linear that holds them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
 from effbench.formats.integer import IntLinear
+from effbench.formats.nm import NMIntLinear, pattern_of
 from effbench.nn.calibration import Layer
 
 GridName = Literal["gptq", "awq"]
@@ -93,33 +94,28 @@ def grouped(weight: Tensor, group_size: int, name: str) -> Tensor:
     """`weight` [out, in] as [out, groups, group_size]; groups run along the input. Raises `Unsupported`."""
     if weight.shape[1] % group_size:
         raise Unsupported(f"{name}: width {weight.shape[1]} is not a multiple of group_size {group_size}")
-    return weight.unflatten(1, (-1, group_size))
+    found: Tensor = weight.unflatten(1, (-1, group_size))
+    return found
 
 
-def int_linear(layer: Layer, codes: Tensor, grid: Grid, symmetric: bool, g_idx: Tensor | None = None) -> nn.Module:
-    """Pack `codes` [out, in]; the grid's scale and zero are [out or 1, groups], `g_idx` [in] names each input's."""
-    return IntLinear.of(
-        codes=codes,
-        scale=grid.scale,
-        zero=None if symmetric else grid.zero,
-        bits=grid.bits,
-        g_idx=g_idx,
-        bias=layer.bias,
-        keep=layer.kept,
-    )
+def int_linear(
+    layer: Layer,
+    codes: Tensor,
+    grid: Grid,
+    symmetric: bool,
+    g_idx: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> nn.Module:
+    """Pack `codes` [out, in]; the grid's scale and zero are [out or 1, groups], `g_idx` [in] names each input's.
 
-
-def inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
-    """U [in, in], upper triangular, with U^T U = (H + damp * mean(diag H) * I)^-1.
-
-    The factorisations are those of the authors, in the precision of `hessian`; where float32 cannot do them
-    float64 does. Raises `Unsupported` if neither can.
+    Codes of pruned weights (`keep`, by default `layer.kept`, is False) must be the zero-point. In an n:m pattern
+    only the others are stored.
     """
-    damped = hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
-    for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
-        lower, failed = torch.linalg.cholesky_ex(damped.to(dtype))
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper.to(hessian.dtype)
-    raise Unsupported(f"{name}: the Hessian is not positive definite at damp={damp}; raise damp")
+    zero = None if symmetric else grid.zero
+    keep = layer.kept if keep is None else keep
+    pattern = pattern_of(keep)
+    if keep is not None and pattern is not None:
+        return NMIntLinear.of(
+            codes, grid.scale, zero, g_idx, bits=grid.bits, keep=keep, pattern=pattern, bias=layer.bias
+        )
+    return IntLinear.of(codes, grid.scale, zero, g_idx, bits=grid.bits, bias=layer.bias, keep=keep)

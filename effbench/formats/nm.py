@@ -1,0 +1,190 @@
+"""n:m sparsity: of every m consecutive inputs of a row only n weights are stored, as floats or as integer codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effbench.formats.integer import IntLinear
+from effbench.formats.packed import Packed
+from effbench.formats.packing import pack, unpack, word_count
+from effbench.kernels._common.nm import columns, index_words, place_bits
+from effbench.kernels.nm_int_linear.cases import OP as INT_OP
+from effbench.kernels.nm_int_linear.reference import dense as int_dense
+from effbench.kernels.nm_linear.cases import OP
+from effbench.kernels.nm_linear.reference import dense
+
+PATTERNS = ((2, 4), (4, 8))  # patterns that hardware and papers know
+
+
+def pattern_of(keep: Tensor | None) -> tuple[int, int] | None:
+    """The pattern (n, m) that a mask [out, in] has exactly, or None."""
+    for n, m in PATTERNS:
+        if keep is not None and keep.shape[1] % m == 0 and bool((keep.unflatten(1, (-1, m)).sum(-1) == n).all()):
+            return n, m
+    return None
+
+
+def places(keep: Tensor, n: int, m: int) -> Tensor:
+    """The n kept places of every m inputs, ascending, int64 [out, in / m * n]; spare ones where fewer are kept.
+
+    ValueError where more are kept or the width does not divide."""
+    if keep.shape[1] % m:
+        raise ValueError(f"{keep.shape[1]} inputs are not a multiple of {m}")
+    groups = keep.unflatten(1, (-1, m))
+    if int(groups.sum(-1).max()) > n:
+        raise ValueError(f"more than {n} of {m} weights are kept")
+    kept_first = groups.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :n]
+    found: Tensor = kept_first.sort(-1).values.flatten(1)
+    return found
+
+
+class _NM(Packed):
+    """What both forms share: the places of the stored weights."""
+
+    maskable = False  # the places say what is kept
+    index: Tensor
+
+    def __init__(self, in_features: int, out_features: int, n: int, m: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        if in_features % m:
+            raise ValueError(f"{in_features} inputs are not a multiple of {m}")
+        self.n, self.m = n, m
+        self.reserve("index", out_features, index_words(in_features, n, m), dtype=torch.int32)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"n": self.n, "m": self.m}
+
+    def columns(self) -> Tensor:
+        """The input of every stored weight, int64 [out, in / m * n]."""
+        return columns(self.index, self.in_features, self.n, self.m)
+
+    def kept(self) -> Tensor:
+        keep = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=self.index.device)
+        return keep.scatter_(1, self.columns(), True)
+
+
+class NMLinear(_NM):
+    """The kept weights as floats, each with its place among its m inputs (2 bits for 2:4)."""
+
+    metadata = frozenset({"index"})
+
+    def __init__(self, in_features: int, out_features: int, n: int = 2, m: int = 4, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, n, m, bias)
+        values = torch.zeros(out_features, in_features // m * n)
+        self.values = nn.Parameter(values, requires_grad=False)
+
+    @classmethod
+    def of(cls, weight: Tensor, keep: Tensor, *, n: int, m: int, bias: Tensor | None = None) -> NMLinear:
+        """Store `weight` [out, in] where `keep` (bool [out, in], at most n of every m) is True."""
+        place = places(keep, n, m)
+        module = cls(weight.shape[1], weight.shape[0], n, m, bias is not None).to(weight.device)
+        module.fill(bias, index=pack(place, place_bits(m)))
+        return module._with(weight * keep)
+
+    def _with(self, weight: Tensor) -> NMLinear:
+        self.values = nn.Parameter(weight.gather(1, self.columns()), requires_grad=False)
+        return self
+
+    def product(self, x: Tensor) -> Tensor:
+        return OP(x, self.values, self.index, self.n, self.m)
+
+    def dense_weight(self) -> Tensor:
+        return dense(self.in_features, self.values, self.index, self.n, self.m)
+
+    def rebuilt(self, weight: Tensor) -> NMLinear:
+        module = NMLinear(**self.config()).to(self.index.device).fill(self.bias, **self.like())
+        return module._with(weight.to(self.values.dtype))
+
+
+class NMIntLinear(_NM):
+    """The kept weights as the integer codes of an `IntLinear`: 3 bits a weight and the scales for 4-bit 2:4."""
+
+    metadata = frozenset({"index", "scale", "zero", "g_idx"})
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    g_idx: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        n: int = 2,
+        m: int = 4,
+        groups: int = 1,
+        per_tensor: bool = False,
+        zeros: bool = False,
+        order: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, n, m, bias)
+        self.bits, self.groups, self.per_tensor = bits, groups, per_tensor
+        rows = 1 if per_tensor else out_features
+        self.reserve("weight", out_features, word_count(in_features // m * n, bits), dtype=torch.int32)
+        self.reserve("scale", rows, groups, dtype=torch.float16)
+        self.absent("zero", "g_idx")
+        if zeros:
+            self.reserve("zero", word_count(rows, bits), groups, dtype=torch.int32)
+        if order:
+            self.reserve("g_idx", in_features, dtype=torch.int32)
+
+    @classmethod
+    def of(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        g_idx: Tensor | None = None,
+        *,
+        bits: int,
+        keep: Tensor,
+        pattern: tuple[int, int],
+        bias: Tensor | None = None,
+    ) -> NMIntLinear:
+        """Store the codes [out, in] that `keep` (bool [out, in], at most n of every m) names; see `IntLinear.of`."""
+        n, m = pattern
+        place = pack(places(keep, n, m), place_bits(m))
+        column = columns(place, codes.shape[1], n, m)
+        whole = IntLinear.of(codes, scale, zero, g_idx, bits=bits)
+        config = whole.config() | {"n": n, "m": m, "bias": bias is not None}
+        stored = whole.like() | {"weight": pack(codes.gather(1, column), bits), "index": place}
+        return cls(**config).fill(bias, **stored)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "bits": self.bits,
+            "groups": self.groups,
+            "per_tensor": self.per_tensor,
+            "zeros": self.zero is not None,
+            "order": self.g_idx is not None,
+        }
+
+    def product(self, x: Tensor) -> Tensor:
+        return INT_OP(x, self.weight, self.index, self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
+
+    def dense_weight(self) -> Tensor:
+        rest = (self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
+        return int_dense(self.in_features, self.weight, self.index, *rest)
+
+    def whole(self) -> IntLinear:
+        """The same matrix with the codes of the pruned weights too."""
+        config = {key: value for key, value in self.config().items() if key not in ("n", "m")}
+        stored = {name: tensor for name, tensor in self.like().items() if name not in ("weight", "index")}
+        empty = IntLinear(**config).to(self.index.device).fill(self.bias, **stored)
+        _, zero = empty.grid()
+        codes = zero.expand(self.out_features, -1).clone()
+        column = self.columns()
+        codes.scatter_(1, column, unpack(self.weight, self.bits, column.shape[1]))
+        return empty.fill(None, weight=pack(codes, self.bits))
+
+    def rebuilt(self, weight: Tensor) -> NMIntLinear:
+        """The same scales, zero-points and places; every stored weight goes to the nearest code."""
+        whole = self.whole().rebuilt(weight * self.kept())
+        column = self.columns()
+        codes = unpack(whole.weight, self.bits, self.in_features).gather(1, column)
+        module = NMIntLinear(**self.config()).to(self.index.device)
+        return module.fill(self.bias, **self.like() | {"weight": pack(codes, self.bits)})

@@ -1,0 +1,102 @@
+"""`nm_int_linear` in Triton: a readable first version, one program per block of output rows."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effbench.kernels._common.launch import launch, matrix, tile
+from effbench.kernels._common.nm import place_bits
+from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_places, load_zeros, store
+
+
+@triton.jit
+def _nm_int_linear(
+    x,
+    weight,
+    index,
+    scale,
+    zero,
+    g_idx,
+    y,
+    M,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    KEEP: tl.constexpr,
+    OF: tl.constexpr,  # of every OF inputs KEEP are stored
+    PLACE_BITS: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,  # of scale: OUT or 1
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    STORED: tl.constexpr = IN // OF * KEEP
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale_row = (rows if ROWS > 1 else rows * 0)[:, None]
+    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    for start in range(0, IN, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = (rows[:, None] < OUT) & (column[None, :] < IN)
+        if g_idx is not None:
+            group = tl.load(g_idx + column, mask=column < IN, other=0).to(tl.int32)[None, :]
+        else:
+            group = (column // (IN // GROUPS))[None, :]
+        origin = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.int32) + (1 << BITS - 1)
+        if zero is not None:
+            origin = load_zeros(zero, scale_row, group, inside, ROWS, GROUPS, BITS)
+        level = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.int32)
+        for i in tl.static_range(KEEP):
+            at = column // OF * KEEP + i
+            here = load_places(index, rows, at, inside, STORED, PLACE_BITS) == column[None, :] % OF
+            level = tl.where(here, load_places(weight, rows, at, inside, STORED, BITS) - origin, level)
+        step = tl.load(scale + scale_row * GROUPS + group, mask=inside, other=0).to(tl.float32)
+        total = add_product(total, x, start, M, step * level.to(tl.float32), IN, BLOCK_M, BLOCK_K)
+    store(y, finished(total, BLOCK_M), rows, M, OUT, BLOCK_M)
+
+
+def nm_int_linear(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    g_idx: Tensor | None,
+    bits: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    """See `reference.nm_int_linear`."""
+    flat = matrix(x)
+    batch, in_features = flat.shape
+    out_features, (rows, groups) = weight.shape[0], scale.shape
+    block_m, block_n, num_warps = tile(batch)
+    block_k = 128 if batch == 1 else 32  # more would not fit in registers
+    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
+    launch(
+        _nm_int_linear,
+        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
+        flat,
+        weight.contiguous(),
+        index.contiguous(),
+        scale.contiguous(),
+        None if zero is None else zero.contiguous(),
+        g_idx,
+        y,
+        batch,
+        IN=in_features,
+        OUT=out_features,
+        KEEP=n,
+        OF=m,
+        PLACE_BITS=place_bits(m),
+        BITS=bits,
+        ROWS=rows,
+        GROUPS=groups,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        numbers=block_n * block_k,
+        num_warps=num_warps,
+    )
+    return y.view(*x.shape[:-1], out_features)
