@@ -1,13 +1,17 @@
-"""Compressed models on disk: safetensors, the configuration, and a list of what replaced which linear.
+"""Compressed models on disk: safetensors, the configuration, and how the model differs from what that describes.
 
-Plain transformers cannot hold packed weights: it would fill replaced linears with fresh random numbers without a
-word. Here a missing or unexpected tensor is fatal.
+A model is saved as the difference from the skeleton that transformers builds from its configuration: modules put in
+place of others, modules given a class of ours, attributes and shapes that are not the configuration's. One that does
+not differ is an ordinary checkpoint. For all others plain transformers would fill what it does not know with fresh
+random numbers without a word; here a missing, unexpected or misshapen tensor is fatal.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +26,32 @@ from effbench.nn.linear import Replaced, stored_as, stored_tensors
 CONFIG = "effbench.json"
 WEIGHTS = "model.safetensors"
 HOMES = ("effbench.formats.", "effbench.nn.", "effbench.methods.")  # where classes may be loaded from
+PLAIN = (bool, int, float)  # attributes of modules that are compared, by type
+
+Described = dict[str, dict[str, Any]]
 
 
 def save(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = None) -> int:
     """Write the model to a new folder, dense tensors in `storage`. Returns the bytes of all tensors.
 
-    Raises `FileExistsError` if the folder holds anything."""
+    Raises `FileExistsError` if the folder holds anything, `Unsupported` if a module could not be built again."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
+    replaced: Described = {}
+    changed: Described = {}
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    _compare("", model, plain, replaced, changed)
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored_tensors(model):  # tied weights come once
         tensors[name] = tensor.detach().to("cpu", stored_as(tensor, storage)).contiguous()
     tied = {name: target for name, target in _tied(model).items() if name not in tensors}
-    replaced = {
-        path: {"class": f"{type(module).__module__}:{type(module).__qualname__}", "config": module.config()}
-        for path, module in _replaced(model)
-    }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    body = {"version": 1, "replaced": replaced, "tied": tied}
+    body = {"version": 1, "replaced": replaced, "changed": changed, "tied": tied}
     (folder / CONFIG).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -53,9 +61,14 @@ def load(folder: Path) -> Any:
     body = json.loads((folder / CONFIG).read_text())
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_config(config)
-    for path, entry in body["replaced"].items():
+    for path, entry in sorted(body["replaced"].items()):  # what holds others comes before them
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _class(entry["class"])(**entry["config"]))
+        module = _class(entry["class"])(**entry["config"])
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(model.dtype)
+        setattr(_module(model, parent, folder), name, module)
+    for path, entry in body["changed"].items():
+        _change(_module(model, path, folder), entry, model.dtype)
     tensors = load_file(folder / WEIGHTS)
     expected = {name for name, _ in stored_tensors(model)} - set(body["tied"])
     for what, names in (("missing", expected - tensors.keys()), ("unexpected", tensors.keys() - expected)):
@@ -72,13 +85,83 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-def _replaced(model: nn.Module, prefix: str = "") -> list[tuple[str, Replaced]]:
-    """Outermost replaced linears; what they hold is theirs to rebuild."""
-    found: list[tuple[str, Replaced]] = []
-    for name, child in model.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        found += [(path, child)] if isinstance(child, Replaced) else _replaced(child, path)
-    return found
+def _compare(path: str, module: nn.Module, plain: nn.Module | None, replaced: Described, changed: Described) -> None:
+    """Describe how `module` differs from `plain`, which the configuration would build in its place."""
+    config = _config(module)
+    if config is not None and (type(plain) is not type(module) or _config(plain) != config):
+        replaced[path] = {"class": _named(module), "config": config}
+        if isinstance(module, Replaced):
+            return  # what it holds is its own to rebuild
+        with torch.device("meta"):
+            plain = type(module)(**config)
+    entry: dict[str, Any] = {}
+    if type(module) is not type(plain):
+        if plain is None or not isinstance(module, type(plain)) or not type(module).__module__.startswith(HOMES):
+            raise Unsupported(f"{path}: {_named(module)} cannot be built again from a configuration, so not saved")
+        entry["class"] = _named(module)
+    attributes = {name: value for name, value in _plain(module) if value != getattr(plain, name, None)}
+    now, before = _shapes(module), _shapes(plain)
+    shapes = {name: now.get(name) for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)}
+    entry |= {"attributes": attributes} if attributes else {}
+    entry |= {"shapes": shapes} if shapes else {}
+    if entry:
+        changed[path] = entry
+    there = dict(plain.named_children())
+    children = dict(module.named_children())
+    if there.keys() - children.keys():
+        gone = sorted(there.keys() - children.keys())[0]
+        raise Unsupported(f"{path}.{gone} is gone, but the configuration still describes it: this cannot be saved")
+    for name, child in children.items():
+        _compare(f"{path}.{name}" if path else name, child, there.get(name), replaced, changed)
+
+
+def _change(module: nn.Module, entry: dict[str, Any], dtype: torch.dtype) -> None:
+    """Make `module` what `entry` describes, with empty tensors."""
+    if "class" in entry:
+        found = _class(entry["class"])
+        if not issubclass(found, type(module)):
+            raise Unsupported(f"{entry['class']} is no {_named(module)}")
+        module.__class__ = found
+    for name, value in entry.get("attributes", {}).items():
+        setattr(module, name, value)
+    for name, shape in entry.get("shapes", {}).items():
+        old = getattr(module, name, None)
+        empty = None if shape is None else torch.zeros(shape, dtype=dtype if old is None else old.dtype)
+        if name in module._buffers:
+            module.register_buffer(name, empty)
+        else:
+            module.register_parameter(name, None if empty is None else nn.Parameter(empty))
+
+
+def _plain(module: nn.Module) -> list[tuple[str, Any]]:
+    """Attributes of `module` itself that are numbers or flags."""
+    found = [(name, value) for name, value in vars(module).items() if type(value) in PLAIN]
+    return [(name, value) for name, value in found if name != "training" and not name.startswith("_")]
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Shapes of the tensors that `module` itself holds and that are stored."""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: list(tensor.shape) for name, tensor in own if name not in module._non_persistent_buffers_set}
+
+
+def _config(module: nn.Module | None) -> dict[str, Any] | None:
+    """Arguments that build an empty `module` again; None where only its place in the model can tell."""
+    if type(module) is nn.Linear:
+        return {
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias": module.bias is not None,
+        }
+    own: Callable[[], dict[str, Any]] | None = getattr(module, "config", None)
+    return own() if type(module).__module__.startswith(HOMES) and callable(own) else None
+
+
+def _module(model: nn.Module, path: str, folder: Path) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise Unsupported(f"{folder.name}: the configuration describes no {path}") from error
 
 
 def _tied(model: Any) -> dict[str, str]:
@@ -89,11 +172,15 @@ def _tied(model: Any) -> dict[str, str]:
     return dict(keys) if isinstance(keys, dict) else dict.fromkeys(keys, "")
 
 
-def _class(name: str) -> type[Replaced]:
+def _named(module: nn.Module) -> str:
+    return f"{type(module).__module__}:{type(module).__qualname__}"
+
+
+def _class(name: str) -> Any:
     module, _, attribute = name.partition(":")
-    if not module.startswith(HOMES):
+    if name != f"{nn.Linear.__module__}:Linear" and not module.startswith(HOMES):
         raise Unsupported(f"{name} is no format of effbench")
     found = getattr(importlib.import_module(module), attribute)
-    if not (isinstance(found, type) and issubclass(found, Replaced)):
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise Unsupported(f"{name} is no format of effbench")
     return found
