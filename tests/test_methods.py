@@ -35,6 +35,14 @@ VARIANTS = [
     "nf4(double_quant=True)",
     "squeezellm(bits=3)",
     "fp8_weight(granularity='tensor', activations=False)",
+    "magnitude(scope='global')",
+    "wanda(pattern='4:8')",
+    "wanda(pattern='block:16x16')",
+    "sparsegpt(pattern='2:4', bits=4)",
+    "gmp(pattern='2:4')",
+    "gmp(pattern='block:16x16')",
+    "movement(pattern='2:4')",
+    "learned_mask(pattern='unstructured')",
 ]
 
 

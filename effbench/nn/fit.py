@@ -42,15 +42,16 @@ def fit(
     weight_decay: float,
     schedule: str,
     max_length: int,
+    start: int = 0,
 ) -> dict[str, Any]:
     """Train what is trainable by the train plan. Raises `Unsupported` when nothing is, `Diverged` on a loss that is
-    not finite. Returns the loss at the start and at the end and the tokens seen."""
+    not finite. Returns the loss at the start and at the end, the steps taken and the tokens seen.
+
+    The first `start` of the `steps` count as taken: the data and the learning rate go on from there.
+    """
     plan = run.train
     model = run.model
     examples = run.data.train
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise Unsupported("fit has nothing to train: every parameter is frozen or packed")
     if not examples:
         raise Unsupported("fit has nothing to train on: the train set is empty")
     losses: list[float] = []
@@ -61,6 +62,9 @@ def fit(
         stack.callback(model.eval)
         for method in plan.chain("context"):
             stack.enter_context(method.context(run))
+        parameters = [p for p in model.parameters() if p.requires_grad]  # contexts may bring some and freeze others
+        if not parameters:
+            raise Unsupported("fit has nothing to train: every parameter is frozen or packed")
         groups: list[dict[str, Any]] = [{"params": parameters, "lr": lr, "weight_decay": weight_decay}]
         for method in plan.chain("param_groups"):
             groups = method.param_groups(groups, run)
@@ -70,7 +74,9 @@ def fit(
             optimizer = wrap(optimizer)
         peak = [group["lr"] for group in optimizer.param_groups]
         held = [(m, m.kept()) for m in model.modules() if isinstance(m, MaskedLinear)]
-        for step in range(steps):
+        for step in range(start):
+            sampler.draw(step, batch_size)
+        for step in range(start, steps):
             for group, top in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = top * rate(step, steps, warmup, schedule)
             indices = sampler.draw(step, batch_size)
@@ -93,7 +99,7 @@ def fit(
                 method.on_step(run, step, steps)
             optimizer.zero_grad(set_to_none=True)
             tokens += int((batch["labels"] != IGNORED).sum())
-    return {"steps": steps, "tokens": tokens, "loss_first": losses[0], "loss_last": losses[-1]}
+    return {"steps": steps - start, "tokens": tokens, "loss_first": losses[0], "loss_last": losses[-1]}
 
 
 def _loss(run: ModelRun, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,120 @@
+"""Learned masks: n:m candidates by Gumbel-softmax (MaskLLM, Fang et al., 2024), or L0 gates (Louizos et al., 2018)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from effbench.core.kinds import Train
+from effbench.core.run import Run
+from effbench.formats.sparse import Pattern
+from effbench.methods.prune._common import check_pattern, grouped, keep_mask
+from effbench.methods.prune._l0 import HardConcreteMask, close, density
+from effbench.methods.prune._training import TrainedMask, frozen, masked, masks_of, own_group
+
+MOST = 70  # candidates of a group: those of 4:8
+
+
+class CandidateMask(TrainedMask):
+    """A soft choice, drawn anew at every step, among all masks that keep n of m weights; one for every m inputs."""
+
+    candidates: Tensor  # [candidates, m], 0 and 1
+
+    def __init__(self, linear: nn.Module, path: str, seed: int, method: LearnedMask) -> None:
+        super().__init__(linear, path, seed)
+        self.method = method
+        weight = self.weight.detach().float()
+        _, n, m = Pattern.of(method.pattern)
+        rows = [[float(i in chosen) for i in range(m)] for chosen in itertools.combinations(range(m), n)]
+        self.register_buffer("candidates", torch.tensor(rows, device=weight.device))
+        groups = len(grouped(weight, method.pattern, "local", path))
+        logits = 0.01 * torch.randn(groups, len(rows), generator=self.generator("start"), device=weight.device)
+        if method.prior == "magnitude":
+            prior = keep_mask(weight.abs(), method.sparsity, method.pattern, name=path).float().view(-1, m)
+            overlap = prior @ self.candidates.T - n * n / m  # 0 on average over the candidates
+            logits += method.prior_strength * logits.std() * overlap
+        self.logits = nn.Parameter(logits)  # [groups, candidates]
+
+    def gate(self) -> Tensor:
+        noise = -torch.empty_like(self.logits).exponential_(generator=self.generator("gate")).log()
+        scale, temperature = (at(ends, self.progress) for ends in (self.method.scale, self.method.temperature))
+        choice = ((self.logits * scale + noise) / temperature).softmax(-1)
+        return (choice @ self.candidates).view(self.weight.shape)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.candidates[self.logits.argmax(-1)].bool().view(self.weight.shape)
+
+
+@dataclass(frozen=True)
+class LearnedMask(Train):
+    """The masks are trained, by a fit whose own learning rate and weight decay they do not share.
+
+    For n:m the weights stay frozen. `prior="magnitude"` starts from the mask of the largest weights, which is the
+    mask of an earlier step that pruned by the same pattern. With pattern="unstructured" the gates are trained
+    together with the weights, and their penalty turns round where the expected density falls below 1 - `sparsity`.
+    """
+
+    paper = "arXiv:2409.17481"
+    settles = True
+
+    pattern: str = "2:4"  # or another "n:m", or "unstructured" for L0 gates (arXiv:1712.01312)
+    sparsity: float = 0.5
+    lr: float | None = None  # peak, of the logits; None: 5e-4 for n:m, 0.1 for unstructured
+    temperature: tuple[float, float] = (4.0, 0.05)  # of the softmax, from the first step to the last
+    scale: tuple[float, float] = (100.0, 500.0)  # of the logits, from the first step to the last
+    prior: Literal["magnitude"] | None = "magnitude"
+    prior_strength: float = 3.0  # in standard deviations of the logits
+    weight_reg: float = 1e-5  # reward for the squared norm of the kept weights, removed linearly over the fit
+    penalty: float = 125.0  # on the expected density of L0 gates, as arXiv:2005.07683 sets it for language models
+
+    def check(self) -> None:
+        check_pattern(self, self.sparsity, self.pattern)
+        kind, n, m = Pattern.of(self.pattern)
+        self.require(kind != "block" and self.sparsity > 0, "pattern is 'n:m' or 'unstructured', sparsity above 0")
+        self.require(math.comb(m, n) <= MOST, f"pattern {self.pattern} has {math.comb(m, n)} masks, more than {MOST}")
+        self.require(self.lr is None or self.lr > 0, "lr must be above 0, or None")
+        self.require(min(*self.temperature, *self.scale) > 0, "temperature and scale must be above 0")
+        factors = (self.prior_strength, self.weight_reg, self.penalty)
+        self.require(min(factors) >= 0, "prior_strength, weight_reg and penalty must not be negative")
+
+    @contextlib.contextmanager
+    def context(self, run: Run) -> Iterator[Any]:
+        if self.pattern == "unstructured":
+            with masked(run, HardConcreteMask, self.pattern) as gates:
+                yield
+                close(gates, self.sparsity)
+        else:
+            others = list(run.model.parameters())
+            with masked(run, partial(CandidateMask, method=self), self.pattern), frozen(others):
+                yield
+
+    def param_groups(self, groups: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
+        if self.pattern == "unstructured":
+            gates = (mask.log_alpha for mask in masks_of(run, HardConcreteMask))
+            return own_group(groups, gates, lr=self.lr or 0.1, weight_decay=0.0)
+        logits = (mask.logits for mask in masks_of(run, CandidateMask))
+        return own_group(groups, logits, lr=self.lr or 5e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-5)
+
+    def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
+        if self.pattern == "unstructured":
+            return {"density": self.penalty * (density(masks_of(run, HardConcreteMask)) - (1 - self.sparsity)).abs()}
+        masks = masks_of(run, CandidateMask)
+        norm = torch.stack([(mask.weight.float() * mask.gate()).square().sum() for mask in masks]).sum()
+        return {"kept_norm": -self.weight_reg * (1 - masks[0].progress) * norm}
+
+    def on_step(self, run: Run, step: int, total: int) -> None:
+        for mask in masks_of(run, TrainedMask):
+            mask.advance(step + 1, total)
+
+
+def at(ends: tuple[float, float], progress: float) -> float:
+    """Value of a linear schedule at a fraction of the fit."""
+    return ends[0] + (ends[1] - ends[0]) * progress

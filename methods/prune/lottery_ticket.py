@@ -1,0 +1,124 @@
+"""Lottery tickets: train, prune the smallest weights, rewind the rest, train again (Frankle & Carbin, 2019)."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from effbench.core.errors import Unsupported
+from effbench.core.method import Method
+from effbench.core.run import Run
+from effbench.formats.sparse import PrunedLinear
+from effbench.methods.prune._common import check_pattern, keep_mask
+from effbench.methods.prune._training import dense_linears
+from effbench.nn.calibration import replace
+from effbench.nn.linear import dense_weight, kept
+
+RATES: dict[str, Any] = {"schedule": "cosine", "warmup": 0.03, "clip": 1.0, "weight_decay": 0.0}
+State = dict[str, Tensor]  # every parameter by its name; weights of linears as [out, in]
+
+
+class Rewind:
+    """Keeps the parameters as they are after `step` optimizer steps."""
+
+    def __init__(self, step: int, run: Run, paths: list[str]) -> None:
+        self.step = step
+        self.paths = paths
+        self.state = state(run.model, paths)
+
+    def on_step(self, run: Run, step: int, total: int) -> None:
+        """Called by the fit after its optimizer step `step`, counted from 0."""
+        if step + 1 == self.step:
+            self.state = state(run.model, self.paths)
+
+
+@dataclass(frozen=True)
+class LotteryTicket(Method):
+    """Iterative magnitude pruning: every round prunes the same fraction of each matrix's surviving weights.
+
+    Fits itself, `rounds` + 1 times. Methods that stand before it are used by the first, dense fit alone.
+    """
+
+    paper = "arXiv:1803.03635"
+    consumes = True
+    settles = True
+    trial = {"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32}
+
+    sparsity: float = 0.5  # after the last round, of every matrix
+    rounds: int = 3
+    rewind: int = 0  # optimizer step whose parameters every round starts from, above 0 as in arXiv:1912.05671
+    control: Literal["none", "reinit"] = "none"  # reinit: the last round trains the same masks from random parameters
+    steps: int = 200  # of a fit; after rewinding, those beyond `rewind`
+    lr: float = 1e-4  # peak, on a cosine
+    batch_size: int = 8
+    max_length: int = 512  # tokens of an example
+
+    def check(self) -> None:
+        check_pattern(self, self.sparsity, "unstructured")
+        self.require(min(self.rounds, self.batch_size) > 0, "rounds and batch_size must be at least 1")
+        self.require(0 <= self.rewind < self.steps, "rewind is a step of the fit, in [0, steps)")
+        self.require(self.lr > 0 and self.max_length > 1, "lr must be above 0 and max_length at least 2")
+
+    def apply(self, run: Run) -> None:
+        linears = dense_linears(run)
+        start = Rewind(self.rewind, run, list(linears))
+        run.train.chain("on_step").append(start)
+        data = {"batch_size": self.batch_size, "max_length": self.max_length}
+        fit = functools.partial(run.fit, steps=self.steps, lr=self.lr, **data, **RATES)
+        fit(start=0)
+        for number in range(1, self.rounds + 1):
+            masks = {path: self._survivors(run.model.get_submodule(path), path, number) for path in linears}
+            again = self.control == "reinit" and number == self.rounds
+            restore(run.model, fresh(run, start.state) if again else start.state, masks)
+            fit(start=self.rewind)
+
+    def _survivors(self, linear: nn.Module, path: str, number: int) -> Tensor:
+        """Bool [out, in]: what is left after round `number`."""
+        score, alive = dense_weight(linear).abs(), kept(linear)
+        if alive is not None:
+            score = score.masked_fill(~alive, -1.0)  # a surviving weight may be 0 as well
+        sparsity = self.sparsity if number == self.rounds else 1 - (1 - self.sparsity) ** (number / self.rounds)
+        keep = keep_mask(score, sparsity, name=path)
+        return keep if alive is None else keep & alive
+
+
+def state(model: nn.Module, paths: list[str]) -> State:
+    """A copy of all parameters; `paths` are those of the linears."""
+    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for path in paths:
+        if isinstance(model.get_submodule(path), Conv1D):
+            found[f"{path}.weight"] = found[f"{path}.weight"].T.contiguous()
+    return found
+
+
+@torch.no_grad()
+def restore(model: nn.Module, values: State, masks: dict[str, Tensor]) -> None:
+    """Set all parameters to `values` and hold the linears at zero where their masks are False."""
+    for path, keep in masks.items():
+        old = model.get_submodule(path)
+        new = PrunedLinear.of(values[f"{path}.weight"], keep, values.get(f"{path}.bias"))
+        for name, parameter in new.named_parameters():
+            parameter.requires_grad_(old.get_parameter(name).requires_grad)
+        replace(model, path, new)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in masks:
+            parameter.copy_(values[name])
+
+
+def fresh(run: Run, like: State) -> State:
+    """Parameters of the architecture's own random initialisation. Raises `Unsupported` if they do not fit `like`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(f"{run.seed}/reinit".encode()))
+        model = type(run.model)(run.model.config)
+    linears = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    found = state(model, linears)
+    for name, value in like.items():
+        if name not in found or found[name].shape != value.shape:
+            raise Unsupported(f"{name}: the architecture initialises no such parameter; leave control='reinit' out")
+    return {name: found[name].to(value) for name, value in like.items()}

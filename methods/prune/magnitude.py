@@ -1,0 +1,22 @@
+"""Magnitude: the smallest weights go (Han et al., 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from effbench.methods.prune._common import Patterned
+from effbench.nn.calibration import Layer
+
+
+@dataclass(frozen=True)
+class Magnitude(Patterned):
+    """Needs no data. The baseline that every calibrated pruner has to beat; one threshold per matrix or per model."""
+
+    paper = "arXiv:1506.02626"
+    weight_update = "none"
+    identity = {"sparsity": 0.0}
+
+    def score(self, layer: Layer) -> Tensor:
+        return layer.weight.abs()
