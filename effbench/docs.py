@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from effbench.core import registry
 from effbench.core.errors import Usage
+from effbench.methods.prune._common import Scope
 from effbench.report import difference, markdown_table
 
 HEADER = """\
@@ -18,6 +20,11 @@ HEADER = """\
 
 One file per method: the file's name is the name used in recipes, its folder the family. The parameters are
 the fields of the class, with their types and defaults. `effbench show NAME` tells more about one of them.
+"""
+PATTERNS = ("unstructured", "2:4", "4:8", "block:16x16")
+SUPPORT = """\
+Patterns of zeros, and the scopes in which each method compares: within a matrix (local), within an output row or row of
+blocks (row), or over the whole model (global). Other combinations are wrong usage.
 """
 COLUMNS = ("key", "kind", "what it does", "paper", "parameters")
 
@@ -43,7 +50,7 @@ def main(options: Mapping[str, Any]) -> int:
 
 
 def index() -> str:
-    """The index of the package's methods, a table per family, read without importing them. Raises `Usage`."""
+    """The index of the package's methods, a table per family, and what patterns of zeros they take. Raises `Usage`."""
     families: dict[str, list[registry.Entry]] = {}
     for entry in registry.catalog().values():
         if not entry.path.is_relative_to(registry.PACKAGE):
@@ -54,7 +61,22 @@ def index() -> str:
     parts = [HEADER]
     for family, entries in sorted(families.items()):
         parts.append(f"## {family}\n\n{markdown_table(COLUMNS, [_cells(entry) for entry in entries], pad=False)}\n")
+        patterned = [entry for entry in entries if "pattern" in entry.parameters]
+        if patterned:
+            rows = [[entry.key, *(_support(entry, pattern) for pattern in PATTERNS)] for entry in patterned]
+            parts.append(f"{SUPPORT}\n{markdown_table(('key', *PATTERNS), rows, pad=False)}\n")
     return "\n".join(parts)
+
+
+def _support(entry: registry.Entry, pattern: str) -> str:
+    """The scopes in which a method prunes in `pattern`, found by asking it for each."""
+    method = registry.load(entry.key)
+    found = []
+    for scope in get_args(Scope) if "scope" in entry.parameters else ("yes",):
+        with contextlib.suppress(Usage):
+            method(pattern=pattern, **({} if scope == "yes" else {"scope": scope}))  # type: ignore[call-arg]
+            found.append(scope)
+    return ", ".join(found) or "-"
 
 
 def _cells(entry: registry.Entry) -> list[str]:

@@ -29,11 +29,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     """The first `n` codes of every row of `words`, int32 [..., n]."""
+    if 32 % bits == 0:  # no code crosses words: shifting whole words is several times faster than gathering
+        shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+        return (words.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)[..., :n]
     start = torch.arange(n, device=words.device, dtype=torch.int32) * bits
     word, shift = start >> 5, start & 31
     in_low = (32 - shift).clamp(max=bits)  # bits of the code in its first word
     codes = words[..., word] >> shift & (1 << in_low) - 1
-    if 32 % bits:
-        high = words[..., (word + 1).clamp(max=words.shape[-1] - 1)]
-        codes |= (high & (1 << bits - in_low) - 1) << in_low
-    return codes
+    high = words[..., (word + 1).clamp(max=words.shape[-1] - 1)]
+    return codes | (high & (1 << bits - in_low) - 1) << in_low

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from effbench.core.record import Record
 from effbench.executors import Local
 from effbench.formats.compensation import inverse_factor
 from effbench.formats.grid import Grid, fit_grid
+from effbench.methods.prune import sparsegpt
+from effbench.methods.prune._common import keep_mask
 from effbench.methods.quant.gptq import solve
 from effbench.options import RunOptions
 from effbench.runner import plan, run_cells
@@ -96,6 +99,56 @@ def test_gptq_of_one_matrix(benchmark, matrix, capsys):
         print(f"\nGPTQ 4096 x 4096, 4 bits, group 128, 2 threads: {best:.2f} s, {beside}")
 
 
+def test_sparsegpt_of_one_matrix(benchmark, matrix, capsys):
+    """Factorisation and solver from a given Hessian at 50 %, beside llm-compressor where it is installed."""
+    weight, hessian = matrix
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    theirs = None
+    try:
+        benchmark.pedantic(
+            lambda: sparsegpt.solve(weight, inverse_factor(hessian, 0.01, "matrix"), 0.5), rounds=3, warmup_rounds=1
+        )
+        with contextlib.suppress(ImportError):
+
+            linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
+            linear.weight.data = weight
+            theirs = min(
+                timed(
+                    lambda: theirs_of(
+                        linear, {linear: hessian.clone()}, 0.5, 0, 0, 128, 0.01, False
+                    )
+                )
+                for _ in range(3)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    best = benchmark.stats["min"]
+    with capsys.disabled():
+        beside = "llm-compressor n/a"
+        if theirs is not None:
+            beside = f"llm-compressor {theirs:.2f} s, ratio {best / theirs:.2f} (target at most 1)"
+        print(f"\nSparseGPT 4096 x 4096, 50 %, 2 threads: {best:.2f} s, {beside}")
+
+
+def test_wanda_mask_beside_a_sort(benchmark, matrix, capsys):
+    """Score and mask of one matrix, beside a plain sort of its scores row by row."""
+    weight, hessian = matrix
+    norm = hessian.diagonal().sqrt()
+    benchmark.pedantic(lambda: keep_mask(weight.abs() * norm, 0.5, scope="row"), rounds=3, warmup_rounds=1)
+    plain = min(timed(lambda: (weight.abs() * norm).sort(dim=1)) for _ in range(3))
+    best = benchmark.stats["min"]
+    with capsys.disabled():
+        print(f"\nWanda mask 4096 x 4096: {best:.2f} s, sorting alone {plain:.2f} s, ratio {best / plain:.2f}")
+
+
+def timed(work) -> float:
+    """Seconds that one call took."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def peer(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, size: int) -> float | None:
     """Best of three of llm-compressor's solver on the same grids, or None where it is not installed."""
     try:
@@ -108,7 +161,5 @@ def peer(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, size: int) -> 
     best = float("inf")
     for _ in range(3):
         batch = (weight[None].clone(), hessian[None].clone(), scale[None], zero[None].to(torch.int8))
-        start = time.perf_counter()
-        quantize_weight(*batch, None, arguments)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, timed(lambda batch=batch: quantize_weight(*batch, None, arguments)))
     return best
