@@ -109,16 +109,13 @@ def test_sparsegpt_of_one_matrix(benchmark, matrix, capsys):
         benchmark.pedantic(
             lambda: sparsegpt.solve(weight, inverse_factor(hessian, 0.01, "matrix"), 0.5), rounds=3, warmup_rounds=1
         )
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError), torch.no_grad():
+            from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight as theirs_of
 
             linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
             linear.weight.data = weight
             theirs = min(
-                timed(
-                    lambda: theirs_of(
-                        linear, {linear: hessian.clone()}, 0.5, 0, 0, 128, 0.01, False
-                    )
-                )
+                timed(lambda: theirs_of(linear, {linear: hessian.clone()}, 0.5, 0, 0, 128, 0.01, False))
                 for _ in range(3)
             )
     finally:
