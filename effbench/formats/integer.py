@@ -13,7 +13,43 @@ from effbench.kernels.int_linear.cases import OP
 from effbench.kernels.int_linear.reference import dense
 
 
-class IntLinear(Packed):
+class Codes(Packed):
+    """Integer codes of some of a row's weights, with scales and zero-points by input."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    g_idx: Tensor | None
+
+    def reserve_codes(self, stored: int, bits: int, groups: int, per_tensor: bool, zeros: bool, order: bool) -> None:
+        """Declare `stored` codes a row and their grid; ValueError for a grid that cannot be."""
+        if bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits={bits}: one of 2, 3, 4, 8")
+        if self.in_features % groups and not order:
+            raise ValueError(f"{self.in_features} inputs do not fall into {groups} equal groups")
+        if per_tensor and groups > 1:
+            raise ValueError("a scale per tensor knows no groups")
+        self.bits, self.groups, self.per_tensor = bits, groups, per_tensor
+        rows = 1 if per_tensor else self.out_features
+        self.reserve("weight", self.out_features, word_count(stored, bits), dtype=torch.int32)
+        self.reserve("scale", rows, groups, dtype=torch.float16)
+        self.absent("zero", "g_idx")
+        if zeros:
+            self.reserve("zero", word_count(rows, bits), groups, dtype=torch.int32)
+        if order:
+            self.reserve("g_idx", self.in_features, dtype=torch.int32)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "bits": self.bits,
+            "groups": self.groups,
+            "per_tensor": self.per_tensor,
+            "zeros": self.zero is not None,
+            "order": self.g_idx is not None,
+        }
+
+
+class IntLinear(Codes):
     """W = scale * (code - zero), codes packed as compressed-tensors packs them (`pack-quantized`).
 
     groups      groups of in / groups consecutive inputs; 1: one scale for a row
@@ -23,10 +59,6 @@ class IntLinear(Packed):
     """
 
     metadata = frozenset({"scale", "zero", "g_idx", "mask"})
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    g_idx: Tensor | None
 
     def __init__(
         self,
@@ -41,21 +73,7 @@ class IntLinear(Packed):
         bias: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, masked)
-        if bits not in (2, 3, 4, 8):
-            raise ValueError(f"bits={bits}: one of 2, 3, 4, 8")
-        if in_features % groups and not order:
-            raise ValueError(f"{in_features} inputs do not fall into {groups} equal groups")
-        if per_tensor and groups > 1:
-            raise ValueError("a scale per tensor knows no groups")
-        self.bits, self.groups, self.per_tensor = bits, groups, per_tensor
-        rows = 1 if per_tensor else out_features
-        self.reserve("weight", out_features, word_count(in_features, bits), dtype=torch.int32)
-        self.reserve("scale", rows, groups, dtype=torch.float16)
-        self.absent("zero", "g_idx")
-        if zeros:
-            self.reserve("zero", word_count(rows, bits), groups, dtype=torch.int32)
-        if order:
-            self.reserve("g_idx", in_features, dtype=torch.int32)
+        self.reserve_codes(in_features, bits, groups, per_tensor, zeros, order)
 
     @classmethod
     def of(
@@ -99,15 +117,6 @@ class IntLinear(Packed):
             g_idx=g_idx,
         )
         return filled.holding(keep)
-
-    def config(self) -> dict[str, Any]:
-        return super().config() | {
-            "bits": self.bits,
-            "groups": self.groups,
-            "per_tensor": self.per_tensor,
-            "zeros": self.zero is not None,
-            "order": self.g_idx is not None,
-        }
 
     def product(self, x: Tensor) -> Tensor:
         return OP(x, self.weight, self.scale, self.zero, self.g_idx, self.bits)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effbench.formats.integer import IntLinear
+from effbench.formats.integer import Codes, IntLinear
 from effbench.formats.packed import Packed
-from effbench.formats.packing import pack, unpack, word_count
+from effbench.formats.packing import pack, unpack
 from effbench.kernels._common.nm import columns, index_words, place_bits
 from effbench.kernels.nm_int_linear.cases import OP as INT_OP
 from effbench.kernels.nm_int_linear.reference import dense as int_dense
@@ -99,14 +99,10 @@ class NMLinear(_NM):
         return module._with(weight.to(self.values.dtype))
 
 
-class NMIntLinear(_NM):
+class NMIntLinear(_NM, Codes):
     """The kept weights as the integer codes of an `IntLinear`: 3 bits a weight and the scales for 4-bit 2:4."""
 
     metadata = frozenset({"index", "scale", "zero", "g_idx"})
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    g_idx: Tensor | None
 
     def __init__(
         self,
@@ -122,15 +118,7 @@ class NMIntLinear(_NM):
         bias: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, n, m, bias)
-        self.bits, self.groups, self.per_tensor = bits, groups, per_tensor
-        rows = 1 if per_tensor else out_features
-        self.reserve("weight", out_features, word_count(in_features // m * n, bits), dtype=torch.int32)
-        self.reserve("scale", rows, groups, dtype=torch.float16)
-        self.absent("zero", "g_idx")
-        if zeros:
-            self.reserve("zero", word_count(rows, bits), groups, dtype=torch.int32)
-        if order:
-            self.reserve("g_idx", in_features, dtype=torch.int32)
+        self.reserve_codes(in_features // m * n, bits, groups, per_tensor, zeros, order)
 
     @classmethod
     def of(
@@ -153,15 +141,6 @@ class NMIntLinear(_NM):
         config = whole.config() | {"n": n, "m": m, "bias": bias is not None}
         stored = whole.like() | {"weight": pack(codes.gather(1, column), bits), "index": place}
         return cls(**config).fill(bias, **stored)
-
-    def config(self) -> dict[str, Any]:
-        return super().config() | {
-            "bits": self.bits,
-            "groups": self.groups,
-            "per_tensor": self.per_tensor,
-            "zeros": self.zero is not None,
-            "order": self.g_idx is not None,
-        }
 
     def product(self, x: Tensor) -> Tensor:
         return INT_OP(x, self.weight, self.index, self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
