@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from effbench.formats.packed import Packed
-from effbench.formats.packing import pack, unpack, word_count
+from effbench.formats.packing import pack, word_count
 from effbench.kernels.int_linear.cases import OP
-from effbench.kernels.int_linear.reference import dense
+from effbench.kernels.int_linear.reference import dense, zero_points
 
 
 class Codes(Packed):
@@ -47,6 +47,41 @@ class Codes(Packed):
             "zeros": self.zero is not None,
             "order": self.g_idx is not None,
         }
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero-point (integer) of every weight, [out or 1, in] each."""
+        zero = zero_points(self.scale, self.zero, self.bits)
+        group = self.g_idx
+        if group is None:
+            group = torch.arange(self.in_features, device=zero.device) // (self.in_features // self.groups)
+        return self.scale.float()[:, group.long()], zero[:, group.long()]
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Codes on this grid of `weight` [out, in], int32."""
+        scale, zero = self.grid()
+        levels = torch.where(scale == 0, 0, weight / scale).round()
+        return (levels + zero).clamp(0, 2**self.bits - 1).to(torch.int32)
+
+
+def described(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
+) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+    """Sizes and form of the `Codes` that hold `codes` [out, in], and their grid as stored; see `IntLinear.of`."""
+    for name, values in (("codes", codes), ("zero", zero)):
+        if values is not None and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
+            raise ValueError(f"{name} do not fit in {bits} bits")
+    out_features, in_features = codes.shape
+    rows, groups = scale.shape
+    config = {
+        "in_features": in_features,
+        "out_features": out_features,
+        "bits": bits,
+        "groups": groups,
+        "per_tensor": rows == 1 < out_features,
+        "zeros": zero is not None,
+        "order": g_idx is not None,
+    }
+    return config, {"scale": scale, "zero": None if zero is None else pack(zero.T, bits).T, "g_idx": g_idx}
 
 
 class IntLinear(Codes):
@@ -94,29 +129,9 @@ class IntLinear(Codes):
         g_idx  integers [in], the group of every input; None: consecutive inputs
         keep   bool [out, in], which weights a pruning method left; the others must hold their zero-point
         """
-        out_features, in_features = codes.shape
-        rows, groups = scale.shape
-        for name, values in (("codes", codes), ("zero", zero)):
-            if values is not None and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
-                raise ValueError(f"{name} do not fit in {bits} bits")
-        module = cls(
-            in_features,
-            out_features,
-            bits,
-            groups,
-            rows == 1 < out_features,
-            zero is not None,
-            g_idx is not None,
-            bias=bias is not None,
-        )
-        filled = module.fill(
-            bias,
-            weight=pack(codes, bits),
-            scale=scale,
-            zero=None if zero is None else pack(zero.T, bits).T,
-            g_idx=g_idx,
-        )
-        return filled.holding(keep)
+        config, grid = described(codes, scale, zero, g_idx, bits)
+        module = cls(**config, bias=bias is not None)
+        return module.fill(bias, weight=pack(codes, bits), **grid).holding(keep)
 
     def product(self, x: Tensor) -> Tensor:
         return OP(x, self.weight, self.scale, self.zero, self.g_idx, self.bits)
@@ -124,21 +139,7 @@ class IntLinear(Codes):
     def dense_weight(self) -> Tensor:
         return dense(self.in_features, self.weight, self.scale, self.zero, self.g_idx, self.bits)
 
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale (float32) and zero-point (integer) of every weight, [out or 1, in] each."""
-        rows = self.scale.shape[0]
-        zero = torch.full_like(self.scale, 2 ** (self.bits - 1), dtype=torch.int32)
-        if self.zero is not None:
-            zero = unpack(self.zero.T, self.bits, rows).T
-        group = self.g_idx
-        if group is None:
-            group = torch.arange(self.in_features, device=zero.device) // (self.in_features // self.groups)
-        return self.scale.float()[:, group.long()], zero[:, group.long()]
-
     def rebuilt(self, weight: Tensor) -> IntLinear:
         """The same scales, zero-points and zeros; every weight goes to the nearest code."""
-        scale, zero = self.grid()
-        levels = torch.where(scale == 0, 0, self.held(weight) / scale).round()
-        codes = (levels + zero).clamp(0, 2**self.bits - 1).to(torch.int32)
-        module = IntLinear(**self.config()).to(self.weight.device)
-        return module.fill(self.bias, **self.like() | {"weight": pack(codes, self.bits)})
+        module = IntLinear(**self.config()).to(self.device)
+        return module.fill(self.bias, **self.like() | {"weight": pack(self.nearest(self.held(weight)), self.bits)})

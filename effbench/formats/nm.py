@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effbench.formats.integer import Codes, IntLinear
+from effbench.formats.integer import Codes, described
 from effbench.formats.packed import Packed
-from effbench.formats.packing import pack, unpack
+from effbench.formats.packing import pack
 from effbench.kernels._common.nm import columns, index_words, place_bits
 from effbench.kernels.nm_int_linear.cases import OP as INT_OP
 from effbench.kernels.nm_int_linear.reference import dense as int_dense
@@ -137,10 +137,9 @@ class NMIntLinear(_NM, Codes):
         n, m = pattern
         place = pack(places(keep, n, m), place_bits(m))
         column = columns(place, codes.shape[1], n, m)
-        whole = IntLinear.of(codes, scale, zero, g_idx, bits=bits)
-        config = whole.config() | {"n": n, "m": m, "bias": bias is not None}
-        stored = whole.like() | {"weight": pack(codes.gather(1, column), bits), "index": place}
-        return cls(**config).fill(bias, **stored)
+        config, grid = described(codes, scale, zero, g_idx, bits)
+        module = cls(**config, n=n, m=m, bias=bias is not None)
+        return module.fill(bias, weight=pack(codes.gather(1, column), bits), index=place, **grid)
 
     def product(self, x: Tensor) -> Tensor:
         return INT_OP(x, self.weight, self.index, self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
@@ -149,21 +148,8 @@ class NMIntLinear(_NM, Codes):
         rest = (self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
         return int_dense(self.in_features, self.weight, self.index, *rest)
 
-    def whole(self) -> IntLinear:
-        """The same matrix with the codes of the pruned weights too."""
-        config = {key: value for key, value in self.config().items() if key not in ("n", "m")}
-        stored = {name: tensor for name, tensor in self.like().items() if name not in ("weight", "index")}
-        empty = IntLinear(**config).to(self.index.device).fill(self.bias, **stored)
-        _, zero = empty.grid()
-        codes = zero.expand(self.out_features, -1).clone()
-        column = self.columns()
-        codes.scatter_(1, column, unpack(self.weight, self.bits, column.shape[1]))
-        return empty.fill(None, weight=pack(codes, self.bits))
-
     def rebuilt(self, weight: Tensor) -> NMIntLinear:
         """The same scales, zero-points and places; every stored weight goes to the nearest code."""
-        whole = self.whole().rebuilt(weight * self.kept())
-        column = self.columns()
-        codes = unpack(whole.weight, self.bits, self.in_features).gather(1, column)
-        module = NMIntLinear(**self.config()).to(self.index.device)
+        codes = self.nearest(weight.float()).gather(1, self.columns())
+        module = NMIntLinear(**self.config()).to(self.device)
         return module.fill(self.bias, **self.like() | {"weight": pack(codes, self.bits)})

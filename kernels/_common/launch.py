@@ -60,6 +60,47 @@ def tile(batch: int) -> Tile:
     return Tile(1, 4, 1) if batch == 1 else Tile(16, 32, 4)
 
 
+def launch_linear(
+    kernel: Any,
+    x: torch.Tensor,
+    out_features: int,
+    *arguments: Any,
+    block_k: int,
+    dtype: torch.dtype | None = None,
+    **constants: Any,
+) -> torch.Tensor:
+    """y [..., out] of a kernel over blocks of rows of x and of the matrix, `kernel(x, *arguments, y, rows of x, ...)`.
+
+    `constants` go with IN, OUT and the BLOCK sizes; y has the dtype of x unless `dtype` says otherwise.
+    """
+    flat = matrix(x)
+    batch, in_features = flat.shape
+    block_m, block_n, num_warps = tile(batch)
+    y = torch.empty(batch, out_features, dtype=dtype or x.dtype, device=x.device)
+    launch(
+        kernel,
+        (-(-out_features // block_n), -(-batch // block_m)),
+        flat,
+        *arguments,
+        y,
+        batch,
+        IN=in_features,
+        OUT=out_features,
+        **constants,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        numbers=block_n * block_k,
+        num_warps=num_warps,
+    )
+    return y.view(*x.shape[:-1], out_features)
+
+
+def rows(x: torch.Tensor) -> int:
+    """Rows of x [..., n] seen as a matrix."""
+    return x.shape[:-1].numel()
+
+
 def matrix(x: torch.Tensor) -> torch.Tensor:
     """x [..., n] as contiguous [rows, n]."""
     return x.reshape(-1, x.shape[-1]).contiguous()

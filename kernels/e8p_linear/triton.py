@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import launch, matrix, tile
+from effbench.kernels._common.launch import launch_linear, rows
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, store
 from effbench.kernels.e8p_linear.codebook import ONE_BIT, PATTERNS
 
@@ -54,9 +54,9 @@ def _e8p_linear(
     residual,
     patterns,
     points,
+    inverse_residual_scale,
     y,
     M,
-    inverse_residual_scale,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -83,29 +83,14 @@ def _e8p_linear(
 
 def e8p_linear(x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None, residual_scale: float) -> Tensor:
     """See `reference.e8p_linear`."""
-    flat = matrix(x)
-    batch, in_features = flat.shape
-    out_features = weight.shape[0]
-    block_m, block_n, num_warps = tile(batch)
-    block_k = 128 if batch == 1 else 64
-    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
-    launch(
+    return launch_linear(
         _e8p_linear,
-        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
-        flat,
+        x,
+        weight.shape[0],
         weight.contiguous(),
         scale,
         None if residual is None else residual.contiguous(),
         *_tables(x.device),
-        y,
-        batch,
         1 / residual_scale,
-        IN=in_features,
-        OUT=out_features,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        numbers=block_n * block_k,
-        num_warps=num_warps,
+        block_k=128 if rows(x) == 1 else 64,
     )
-    return y.view(*x.shape[:-1], out_features)

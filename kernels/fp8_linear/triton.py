@@ -1,11 +1,10 @@
 """`fp8_linear` in Triton: a readable first version that converts to 16 bits (exactly) before it multiplies."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import launch, matrix, tile
+from effbench.kernels._common.launch import launch_linear, matrix
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, store
 from effbench.kernels.fp8_linear.reference import quantize
 
@@ -52,28 +51,16 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str) -> Te
     flat, factor = matrix(x), None
     if activations != "none":
         flat, factor = quantize(flat, activations)
-    batch, in_features = flat.shape
-    out_features = weight.shape[0]
-    block_m, block_n, num_warps = tile(batch)
-    block_k = 128
-    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
-    launch(
+    y = launch_linear(
         _fp8_linear,
-        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
         flat,
+        weight.shape[0],
         weight.contiguous(),
         scale.contiguous(),
         factor,
-        y,
-        batch,
-        IN=in_features,
-        OUT=out_features,
+        block_k=128,
+        dtype=x.dtype,
         PER_ROW=scale.numel() > 1,
         PER_TOKEN=activations == "token",
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        numbers=block_n * block_k,
-        num_warps=num_warps,
     )
-    return y.view(*x.shape[:-1], out_features)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -7,13 +7,19 @@ from effbench.kernels._common.dense import multiply
 from effbench.kernels._common.packing import unpack
 
 
+def zero_points(scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """The zero-points, int32 shaped like `scale`: unpacked, or 2^(bits - 1) where none are stored."""
+    if zero is None:
+        return torch.full_like(scale, 2 ** (bits - 1), dtype=torch.int32)
+    return unpack(zero.T, bits, scale.shape[0]).T
+
+
 def dense(
     in_features: int, weight: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
 ) -> Tensor:
     """The decoded matrix, float32 [out, in]."""
-    rows, groups = scale.shape
-    middle = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.int32)
-    zeros = middle if zero is None else unpack(zero.T, bits, rows).T
+    groups = scale.shape[1]
+    zeros = zero_points(scale, zero, bits)
     codes = unpack(weight, bits, in_features)
     if g_idx is not None:
         return scale.float()[:, g_idx.long()] * (codes - zeros[:, g_idx.long()])

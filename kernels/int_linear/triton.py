@@ -1,11 +1,10 @@
 """`int_linear` in Triton: a readable first version, one program per block of output rows."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import largest_power, launch, matrix, tile
+from effbench.kernels._common.launch import largest_power, launch_linear
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_codes, load_zeros, store
 
 
@@ -57,35 +56,22 @@ def int_linear(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
 ) -> Tensor:
     """See `reference.int_linear`."""
-    flat = matrix(x)
-    batch, in_features = flat.shape
-    out_features, (rows, groups) = weight.shape[0], scale.shape
+    in_features, groups = x.shape[-1], scale.shape[1]
     block_k = 128
     aligned = groups == 1 or (g_idx is None and largest_power(in_features // groups, block_k) >= 32)
     if groups > 1 and aligned:
         block_k = largest_power(in_features // groups, block_k)
-    block_m, block_n, num_warps = tile(batch)
-    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
-    launch(
+    return launch_linear(
         _int_linear,
-        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
-        flat,
+        x,
+        weight.shape[0],
         weight.contiguous(),
         scale.contiguous(),
         None if zero is None else zero.contiguous(),
         g_idx,
-        y,
-        batch,
-        IN=in_features,
-        OUT=out_features,
+        block_k=block_k,
         BITS=bits,
-        ROWS=rows,
+        ROWS=scale.shape[0],
         GROUPS=groups,
         GATHER=not aligned,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        numbers=block_n * block_k,
-        num_warps=num_warps,
     )
-    return y.view(*x.shape[:-1], out_features)

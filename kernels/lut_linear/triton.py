@@ -1,11 +1,10 @@
 """`lut_linear` in Triton: a readable first version; levels are looked up in the cache, outliers added at the end."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import largest_power, launch, matrix, tile
+from effbench.kernels._common.launch import largest_power, launch_linear
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_codes, store
 
 
@@ -71,33 +70,18 @@ def lut_linear(
     block: int,
 ) -> Tensor:
     """See `reference.lut_linear`."""
-    flat = matrix(x)
-    batch, in_features = flat.shape
-    out_features = weight.shape[0]
-    block_m, block_n, num_warps = tile(batch)
-    block_k = max(32, largest_power(block, 128)) if block else 128
-    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
-    launch(
+    return launch_linear(
         _lut_linear,
-        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
-        flat,
+        x,
+        weight.shape[0],
         weight.contiguous(),
         lut.contiguous(),
         absmax,
         crow,
         col,
         values,
-        y,
-        batch,
-        IN=in_features,
-        OUT=out_features,
+        block_k=max(32, largest_power(block, 128)) if block else 128,
         BITS=bits,
         PER_ROW=lut.dim() == 2,
         BLOCK=block,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        numbers=block_n * block_k,
-        num_warps=num_warps,
     )
-    return y.view(*x.shape[:-1], out_features)

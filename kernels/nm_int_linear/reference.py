@@ -1,11 +1,11 @@
 """y = x W^T with an n:m sparse W of integer codes: what is kept of every m inputs is `scale * (code - zero)`."""
 
-import torch
 from torch import Tensor
 
 from effbench.kernels._common.dense import multiply
 from effbench.kernels._common.nm import columns, scattered
 from effbench.kernels._common.packing import unpack
+from effbench.kernels.int_linear.reference import zero_points
 
 
 def dense(
@@ -21,10 +21,8 @@ def dense(
 ) -> Tensor:
     """The decoded matrix, float32 [out, in]."""
     column = columns(index, in_features, n, m)
-    rows, groups = scale.shape
-    middle = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.int32)
-    zeros = middle if zero is None else unpack(zero.T, bits, rows).T
-    group = column // (in_features // groups) if g_idx is None else g_idx.long()[column]
+    zeros = zero_points(scale, zero, bits)
+    group = column // (in_features // scale.shape[1]) if g_idx is None else g_idx.long()[column]
     step, origin = (table.expand(len(column), -1).gather(1, group) for table in (scale.float(), zeros))
     return scattered(step * (unpack(weight, bits, column.shape[1]) - origin), column, in_features)
 

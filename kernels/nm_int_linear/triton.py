@@ -1,11 +1,10 @@
 """`nm_int_linear` in Triton: a readable first version, one program per block of output rows."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import launch, matrix, tile
+from effbench.kernels._common.launch import launch_linear, rows
 from effbench.kernels._common.nm import place_bits
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_places, load_zeros, store
 
@@ -68,35 +67,20 @@ def nm_int_linear(
     m: int,
 ) -> Tensor:
     """See `reference.nm_int_linear`."""
-    flat = matrix(x)
-    batch, in_features = flat.shape
-    out_features, (rows, groups) = weight.shape[0], scale.shape
-    block_m, block_n, num_warps = tile(batch)
-    block_k = 128 if batch == 1 else 32  # more would not fit in registers
-    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
-    launch(
+    return launch_linear(
         _nm_int_linear,
-        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
-        flat,
+        x,
+        weight.shape[0],
         weight.contiguous(),
         index.contiguous(),
         scale.contiguous(),
         None if zero is None else zero.contiguous(),
         g_idx,
-        y,
-        batch,
-        IN=in_features,
-        OUT=out_features,
+        block_k=128 if rows(x) == 1 else 32,  # more would not fit in registers
         KEEP=n,
         OF=m,
         PLACE_BITS=place_bits(m),
         BITS=bits,
-        ROWS=rows,
-        GROUPS=groups,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        numbers=block_n * block_k,
-        num_warps=num_warps,
+        ROWS=scale.shape[0],
+        GROUPS=scale.shape[1],
     )
-    return y.view(*x.shape[:-1], out_features)

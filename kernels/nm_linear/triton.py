@@ -1,11 +1,10 @@
 """`nm_linear` in Triton: a readable first version, one program per block of output rows."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import launch, matrix, tile
+from effbench.kernels._common.launch import launch_linear
 from effbench.kernels._common.nm import place_bits
 from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_places, store
 
@@ -43,29 +42,14 @@ def _nm_linear(
 
 def nm_linear(x: Tensor, values: Tensor, index: Tensor, n: int, m: int) -> Tensor:
     """See `reference.nm_linear`."""
-    flat = matrix(x)
-    batch, in_features = flat.shape
-    out_features = values.shape[0]
-    block_m, block_n, num_warps = tile(batch)
-    block_k = 128
-    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
-    launch(
+    return launch_linear(
         _nm_linear,
-        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
-        flat,
+        x,
+        values.shape[0],
         values.contiguous(),
         index.contiguous(),
-        y,
-        batch,
-        IN=in_features,
-        OUT=out_features,
+        block_k=128,
         KEEP=n,
         OF=m,
         PLACE_BITS=place_bits(m),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        numbers=block_n * block_k,
-        num_warps=num_warps,
     )
-    return y.view(*x.shape[:-1], out_features)
