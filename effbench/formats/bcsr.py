@@ -20,6 +20,13 @@ def blocked(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return matrix.reshape(out_features // rows, rows, in_features // columns, columns).transpose(1, 2)
 
 
+def whole_blocks(keep: Tensor, rows: int, columns: int) -> Tensor | None:
+    """Which blocks `keep` (bool [out, in]) takes, bool [out / rows, in / columns]; None where it cuts one."""
+    parts = blocked(keep, rows, columns)
+    whole = parts.all((2, 3))
+    return whole if torch.equal(whole, parts.any((2, 3))) else None
+
+
 class BCSRLinear(Compressed):
     """The kept blocks of `rows` x `columns` weights of every block row, `number` in all, each with its block column."""
 
@@ -38,9 +45,8 @@ class BCSRLinear(Compressed):
 
         block  rows and columns of a block; ValueError where they do not tile the matrix or `keep` cuts a block
         """
-        parts = blocked(keep, *block)
-        whole = parts.all((2, 3))
-        if not torch.equal(whole, parts.any((2, 3))):
+        whole = whole_blocks(keep, *block)
+        if whole is None:
             raise ValueError(f"some blocks of {block[0]} x {block[1]} are kept only in part")
         values = blocked(weight, *block)[whole]
         module = cls(weight.shape[1], weight.shape[0], *block, len(values), bias is not None)

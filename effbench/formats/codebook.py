@@ -9,6 +9,7 @@ from torch import Tensor
 
 from effbench.formats.packed import Packed
 from effbench.formats.packing import pack, word_count
+from effbench.kernels._common.csr import positions
 from effbench.kernels.lut_linear.cases import OP
 from effbench.kernels.lut_linear.reference import dense
 
@@ -192,9 +193,8 @@ class LutLinear(Packed):
         module = LutLinear(**self.config()).to(self.weight.device)
         if self.crow is None or self.col is None:
             return module.fill(self.bias, **tensors)
-        row = torch.arange(self.out_features, device=weight.device).repeat_interleave(self.crow.diff())
         rounded = dense(self.in_features, tensors["weight"], self.lut, absmax, None, None, None, self.bits, self.block)
-        left = (weight - rounded)[row, self.col.long()]
+        left = (weight - rounded)[positions(self.crow, self.col)]
         return module.fill(self.bias, **tensors | {"values": left})
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
-from effbench.formats.bcsr import BCSRLinear
+from effbench.formats.bcsr import BCSRLinear, whole_blocks
 from effbench.formats.csr import CSRLinear
 from effbench.formats.nm import NMLinear
 from effbench.nn.linear import MaskedLinear
@@ -41,12 +40,6 @@ class Pattern(NamedTuple):
         )
 
 
-def _whole(keep: Tensor, rows: int, columns: int) -> bool:
-    """Whether `keep` [out, in] takes every block as a whole; another mask may have cut into them."""
-    blocks = keep.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-    return torch.equal(blocks.all(3).all(1), blocks.any(3).any(1))
-
-
 class PrunedLinear(MaskedLinear):
     """A masked linear that knows the pattern of its zeros and hence how an artifact stores it."""
 
@@ -72,6 +65,6 @@ class PrunedLinear(MaskedLinear):
         weight, keep = self.weight.detach(), self.kept()
         if kind == "n:m":
             return NMLinear.of(weight, keep, n=first, m=second, bias=self.bias)
-        if kind == "block" and _whole(keep, first, second):
+        if kind == "block" and whole_blocks(keep, first, second) is not None:  # another mask may have cut into them
             return BCSRLinear.of(weight, keep, block=(first, second), bias=self.bias)
         return CSRLinear.of(weight, keep, bias=self.bias)

@@ -304,6 +304,15 @@ def block_inputs(run: ModelRun, view: Blocks) -> tuple[list[Tensor], list[list[d
     return hidden, calls
 
 
+def dense_linears(run: ModelRun) -> dict[str, nn.Module]:
+    """The targeted linears by path. Raises `Unsupported` where one has no dense weights that could take a gradient."""
+    linears = {path: module for path, module in Blocks(run.model).linears() if run.targeted(path)}
+    for path, module in linears.items():
+        if not isinstance(module, (nn.Linear, Conv1D, MaskedLinear)):
+            raise Unsupported(f"{path}: gradients need dense weights; put this step first")
+    return linears
+
+
 def mean_gradients(run: ModelRun, needs: set[str]) -> dict[str, dict[str, Tensor]]:
     """For each need, what `GRADIENTS` says of the gradient of the loss in every targeted linear's weight, [out, in]
     by path, averaged over the calibration sequences.
@@ -313,10 +322,7 @@ def mean_gradients(run: ModelRun, needs: set[str]) -> dict[str, dict[str, Tensor
     """
     if not needs:
         return {}
-    linears = {path: module for path, module in Blocks(run.model).linears() if run.targeted(path)}
-    for path, module in linears.items():
-        if not isinstance(module, (nn.Linear, Conv1D, MaskedLinear)):
-            raise Unsupported(f"{path}: gradients need dense weights; put this step first")
+    linears = dense_linears(run)
     weights: dict[str, nn.Parameter] = {path: module.weight for path, module in linears.items()}  # type: ignore
     found = {
         need: {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in weights.items()}

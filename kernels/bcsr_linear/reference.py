@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from effbench.kernels._common.csr import positions
 from effbench.kernels._common.dense import multiply
-from effbench.kernels.csr_linear.reference import positions
 
 
 def dense(in_features: int, crow: Tensor, col: Tensor, values: Tensor) -> Tensor:

@@ -3,13 +3,8 @@
 import torch
 from torch import Tensor
 
+from effbench.kernels._common.csr import positions
 from effbench.kernels._common.dense import multiply
-
-
-def positions(crow: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every stored entry, int64 [n] each."""
-    rows = torch.arange(len(crow) - 1, device=crow.device)
-    return rows.repeat_interleave(crow.diff(), output_size=len(col)), col.long()
 
 
 def dense(in_features: int, crow: Tensor, col: Tensor, values: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 NF4 has one table and blocks, SqueezeLLM a table per row and outliers.
 """
 
-import torch
 from torch import Tensor
 
+from effbench.kernels._common.csr import positions
 from effbench.kernels._common.dense import multiply
 from effbench.kernels._common.packing import unpack
 
@@ -30,8 +30,7 @@ def dense(
         scale = absmax.repeat_interleave(block)[: decoded.numel()]  # the last block may be short
         decoded *= scale.view_as(decoded)
     if crow is not None and col is not None and values is not None:
-        row = torch.arange(rows, device=crow.device).repeat_interleave(crow.diff(), output_size=len(col))
-        decoded.index_put_((row, col.long()), values.float(), accumulate=True)
+        decoded.index_put_(positions(crow, col), values.float(), accumulate=True)
     return decoded
 
 

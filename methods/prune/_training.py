@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
 from effbench.formats.sparse import PrunedLinear
-from effbench.nn.blocks import Blocks
-from effbench.nn.calibration import replace
-from effbench.nn.linear import MaskedLinear, Replaced, kept, rebuilt
+from effbench.nn.calibration import dense_linears, replace
+from effbench.nn.linear import Replaced, kept, rebuilt
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
+    from effbench.nn.model_run import ModelRun
 
 Groups = list[dict[str, Any]]
 
@@ -78,23 +78,18 @@ class TrainedMask(Replaced):
         if bool(keep.all()):
             return self.linear if torch.equal(weight, self.weight) else rebuilt(self.linear, weight.detach())
         module = PrunedLinear.of(weight.detach().contiguous(), keep, self.bias, pattern)
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(self.linear.get_parameter(name).requires_grad)
-        return module
+        return trained_like(self.linear, module)
 
 
 Masked = TypeVar("Masked", bound=TrainedMask)
 
 
-def dense_linears(run: Run) -> dict[str, nn.Module]:
+def trainable_linears(run: Run) -> dict[str, nn.Module]:
     """The linears that a method may replace, by path.
 
     Raises `Unsupported` where there is none, or where one has no dense weights that could be trained.
     """
-    found = {path: module for path, module in Blocks(run.model).linears() if run.targeted(path)}  # type: ignore[attr-defined]
-    for path, module in found.items():
-        if not isinstance(module, (nn.Linear, Conv1D, MaskedLinear)):
-            raise Unsupported(f"{path}: gradients need dense weights; put this step first")
+    found = dense_linears(cast("ModelRun", run))
     if not found:
         raise Unsupported("every linear is skipped: there is nothing to prune")
     return found
@@ -106,7 +101,7 @@ def masked(run: Run, make: Callable[[nn.Module, str, int], Masked], pattern: str
 
     If the fit raises, the linears themselves are put back. Raises `Unsupported` where one cannot be masked.
     """
-    final = dense_linears(run)
+    final = trainable_linears(run)
     masks = {path: make(linear, path, run.seed) for path, linear in final.items()}
     try:
         for path, module in masks.items():
@@ -116,6 +111,13 @@ def masked(run: Run, make: Callable[[nn.Module, str, int], Masked], pattern: str
     finally:
         for path, linear in final.items():
             replace(run.model, path, linear)
+
+
+def trained_like(old: nn.Module, new: nn.Module) -> nn.Module:
+    """`new`, its parameters trainable where those of the same name in `old` are."""
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(old.get_parameter(name).requires_grad)
+    return new
 
 
 def masks_of(run: Run, kind: type[Masked]) -> list[Masked]:

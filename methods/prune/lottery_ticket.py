@@ -16,7 +16,7 @@ from effbench.core.method import Method
 from effbench.core.run import Run
 from effbench.formats.sparse import PrunedLinear
 from effbench.methods.prune._common import check_pattern, keep_mask
-from effbench.methods.prune._training import dense_linears
+from effbench.methods.prune._training import trainable_linears, trained_like
 from effbench.nn.calibration import replace
 from effbench.nn.linear import dense_weight, kept
 
@@ -66,7 +66,7 @@ class LotteryTicket(Method):
         self.require(self.lr > 0 and self.max_length > 1, "lr must be above 0 and max_length at least 2")
 
     def apply(self, run: Run) -> None:
-        linears = dense_linears(run)
+        linears = trainable_linears(run)
         start = Rewind(self.rewind, run, list(linears))
         run.train.chain("on_step").append(start)
         data = {"batch_size": self.batch_size, "max_length": self.max_length}
@@ -103,9 +103,7 @@ def restore(model: nn.Module, values: State, masks: dict[str, Tensor]) -> None:
     for path, keep in masks.items():
         old = model.get_submodule(path)
         new = PrunedLinear.of(values[f"{path}.weight"], keep, values.get(f"{path}.bias"))
-        for name, parameter in new.named_parameters():
-            parameter.requires_grad_(old.get_parameter(name).requires_grad)
-        replace(model, path, new)
+        replace(model, path, trained_like(old, new))
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in masks:
             parameter.copy_(values[name])
