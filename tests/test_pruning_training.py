@@ -551,6 +551,49 @@ def test_a_planted_mask_is_recovered(prior: Any) -> None:
     assert not start.any() and torch.equal(module.result()[1], best.bool())
 
 
+def test_an_earlier_mask_can_be_a_prior_over_the_dense_weights() -> None:
+    """As MaskLLM starts: the mask of another pruner, and the weights that it had not changed yet."""
+    run = toy_run()
+    dense = {path: dense_weight(module).clone() for path, module in Blocks(run.reference).linears()}
+    run.apply(parse_step("sparsegpt(pattern='2:4')"))
+    earlier = {path: kept(module) for path, module in linears(run).items()}
+    run.apply(LearnedMask(weights="reference", prior_strength=100.0))
+    start: dict[str, Tensor] = {}
+    seen(run, lambda run, *_: start.update({m.path: m.result()[1] for m in masks(run)}) if not start else None)
+    fit(run, steps=1, lr=1e-9)
+    assert len(start) == len(dense) and all(torch.equal(start[path], earlier[path]) for path in dense)
+    for path, module in linears(run).items():
+        assert torch.equal(dense_weight(module), dense[path] * earlier[path])
+    for module in Blocks(run.reference).linears():
+        assert not any(parameter.requires_grad for parameter in module[1].parameters())
+    assert all(parameter.requires_grad for module in linears(run).values() for parameter in module.parameters())
+    run.apply(LearnedMask(weights="reference", lr=10.0, prior=None))
+    fit(run, steps=1)
+    back = [bool((kept(module) & ~earlier[path]).any()) for path, module in linears(run).items()]
+    assert all(back)
+    for path, module in linears(run).items():
+        assert torch.equal(dense_weight(module), dense[path] * kept(module))
+
+
+def masks(run: Any) -> list[CandidateMask]:
+    return [module for module in run.model.modules() if isinstance(module, CandidateMask)]
+
+
+def test_masks_over_weights_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(Usage, match="L0 gates"):
+        LearnedMask(pattern="unstructured", weights="reference")
+    run = toy_run()
+    run.apply(LearnedMask(weights="teacher"))
+    with pytest.raises(Usage, match="no model is called 'teacher'"):
+        fit(run)
+    run = toy_run()
+    run.apply(parse_step("neuron_pruning(sparsity=0.25)"))
+    run.apply(LearnedMask(weights="reference"))
+    with pytest.raises(Unsupported, match=r"mlp.*reference has no linear of this shape"):
+        fit(run)
+    assert all(type(module) is nn.Linear for module in linears(run).values())
+
+
 def test_learning_a_mask_leaves_the_weights_alone() -> None:
     run = toy_run()
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}

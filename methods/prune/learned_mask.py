@@ -7,18 +7,28 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from effbench.core.errors import Unsupported
 from effbench.core.kinds import Train
 from effbench.core.run import Run
 from effbench.formats.sparse import Pattern
 from effbench.methods.prune._common import check_pattern, grouped, keep_mask
 from effbench.methods.prune._l0 import HardConcreteMask, close, density
-from effbench.methods.prune._training import TrainedMask, frozen, masked, masks_of, own_group
+from effbench.methods.prune._training import (
+    TrainedMask,
+    frozen,
+    masked,
+    masks_of,
+    own_group,
+    trainable_linears,
+    trained_like,
+)
+from effbench.nn.blocks import Blocks
+from effbench.nn.linear import dense_weight, rebuilt
 
 MOST = 70  # candidates of a group: those of 4:8
 
@@ -28,8 +38,10 @@ class CandidateMask(TrainedMask):
 
     candidates: Tensor  # [candidates, m], 0 and 1
 
-    def __init__(self, linear: nn.Module, path: str, seed: int, method: LearnedMask) -> None:
-        super().__init__(linear, path, seed)
+    def __init__(
+        self, linear: nn.Module, path: str, seed: int, method: LearnedMask, source: nn.Module | None = None
+    ) -> None:
+        super().__init__(source or linear, path, seed)
         self.method = method
         weight = self.weight.detach().float()
         _, n, m = Pattern.of(method.pattern)
@@ -38,7 +50,8 @@ class CandidateMask(TrainedMask):
         groups = len(grouped(weight, method.pattern, "local", path))
         logits = 0.01 * torch.randn(groups, len(rows), generator=self.generator("start"), device=weight.device)
         if method.prior == "magnitude":
-            prior = keep_mask(weight.abs(), method.sparsity, method.pattern, name=path).float().view(-1, m)
+            found = keep_mask(dense_weight(linear).abs(), method.sparsity, method.pattern, name=path)
+            prior = found.float().view(-1, m)
             overlap = prior @ self.candidates.T - n * n / m  # 0 on average over the candidates
             logits += method.prior_strength * logits.std() * overlap
         self.logits = nn.Parameter(logits)  # [groups, candidates]
@@ -58,8 +71,10 @@ class LearnedMask(Train):
     """The masks are trained, by a fit whose own learning rate and weight decay they do not share.
 
     For n:m the weights stay frozen. `prior="magnitude"` starts from the mask of the largest weights, which is the
-    mask of an earlier step that pruned by the same pattern. With pattern="unstructured" the gates are trained
-    together with the weights, and their penalty turns round where the expected density falls below 1 - `sparsity`.
+    mask of an earlier step that pruned by the same pattern; what that step pruned stays zero unless `weights` brings it
+    back. MaskLLM itself starts so: `sparsegpt(pattern='2:4'), learned_mask(weights='reference'), fit()`.
+    With pattern="unstructured" the gates are trained together with the weights, and their penalty turns round where
+    the expected density falls below 1 - `sparsity`.
     """
 
     paper = "arXiv:2409.17481"
@@ -72,6 +87,7 @@ class LearnedMask(Train):
     scale: tuple[float, float] = (100.0, 500.0)  # of the logits, from the first step to the last
     prior: Literal["magnitude"] | None = "magnitude"
     prior_strength: float = 3.0  # in standard deviations of the logits
+    weights: str = "model"  # what n:m masks choose from: the weights of the model, the reference or a snapshot
     weight_reg: float = 1e-5  # reward for the squared norm of the kept weights, removed linearly over the fit
     penalty: float = 125.0  # on the expected density of L0 gates, as arXiv:2005.07683 sets it for language models
 
@@ -84,6 +100,7 @@ class LearnedMask(Train):
         self.require(min(*self.temperature, *self.scale) > 0, "temperature and scale must be above 0")
         factors = (self.prior_strength, self.weight_reg, self.penalty)
         self.require(min(factors) >= 0, "prior_strength, weight_reg and penalty must not be negative")
+        self.require(kind == "n:m" or self.weights == "model", "L0 gates train the weights of the model itself")
 
     @contextlib.contextmanager
     def context(self, run: Run) -> Iterator[Any]:
@@ -92,9 +109,29 @@ class LearnedMask(Train):
                 yield
                 close(gates, self.sparsity)
         else:
-            others = list(run.model.parameters())
-            with masked(run, partial(CandidateMask, method=self), self.pattern), frozen(others):
+            sources = self._sources(run)
+            still = [parameter for module in (run.model, *sources.values()) for parameter in module.parameters()]
+
+            def choose(linear: nn.Module, path: str, seed: int) -> CandidateMask:
+                return CandidateMask(linear, path, seed, self, sources.get(path))
+
+            with masked(run, choose, self.pattern), frozen(still):
                 yield
+
+    def _sources(self, run: Run) -> dict[str, nn.Module]:
+        """Linears with the weights of another role, by path. Raises `Unsupported` where it has none of that shape."""
+        if self.weights == "model":
+            return {}
+        role = dict(Blocks(run.role(self.weights)).linears())
+        found = {}
+        for path, linear in trainable_linears(run).items():
+            weight = dense_weight(role[path]) if path in role else None
+            if weight is None or weight.shape != dense_weight(linear).shape:
+                raise Unsupported(
+                    f"{path}: {self.weights} has no linear of this shape; leave weights={self.weights!r} out"
+                )
+            found[path] = trained_like(linear, rebuilt(role[path], weight))
+        return found
 
     def param_groups(self, groups: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
         if self.pattern == "unstructured":
