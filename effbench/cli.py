@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from effbench import __version__
 from effbench.core import registry
-from effbench.core.errors import Usage
+from effbench.core.errors import Outcome, Usage
 from effbench.core.record import FAILED, Record
+from effbench.export import ExportOptions
 from effbench.options import RunOptions, parse
 
 if TYPE_CHECKING:
@@ -410,6 +411,17 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return int(bool(broken))
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from effbench.export import export
+
+    try:
+        print(export(parse(ExportOptions, arguments.options)))
+    except Outcome as error:
+        print(f"effbench: {error.name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 JSON = {"--json": "for machines"}
 COMMANDS: dict[str, Command] = {
     "list": Command(
@@ -443,6 +455,7 @@ COMMANDS: dict[str, Command] = {
         {"a": "name of a recipe, or a record's file", "b": "the other"},
         CompareOptions,
     ),
+    "export": Command(_export, "run a recipe and write its model to a folder", options=ExportOptions),
     "docs": Command(_docs, "write the generated pages", flags={"--check": "1 if they are not up to date"}),
     "doctor": Command(_doctor, "describe this machine and check every method", flags=JSON),
 }

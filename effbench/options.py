@@ -90,7 +90,7 @@ def place(options: RunOptions) -> Placement:
     """Resolve device, threads, jobs and tier. Raises `Usage` for a device that is not there."""
     from effbench.probes.environment import describe
 
-    device = _device(options.device)
+    device = visible_device(options.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_cpu = device == "cpu"
     threads = options.threads or (1 if on_cpu else cores)
@@ -103,7 +103,8 @@ def place(options: RunOptions) -> Placement:
     )
 
 
-def _device(wanted: str | None) -> str:
+def visible_device(wanted: str | None) -> str:
+    """`cpu` or `cuda:N` for what `device=` says. Raises `Usage` for a device that is not there."""
     if wanted == "cpu":
         return "cpu"
     kind, _, index = (wanted or "cuda").partition(":")

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.checks import toy, toy_run
 from effbench.core.errors import Unsupported
-from effbench.core.recipe import parse_step
+from effbench.core.recipe import parse, parse_step
 from effbench.nn import artifact
 from effbench.nn.blocks import Blocks
-from effbench.nn.linear import MaskedLinear, rebuilt, stored_bytes
+from effbench.nn.linear import MaskedLinear, dense_weight, kept, rebuilt, stored_bytes
 from effbench.nn.model_run import narrow
 
 IDS = torch.arange(40).view(2, 20) * 7 % 94 + 1
@@ -288,3 +288,39 @@ def test_what_does_not_fit_is_fatal(tmp_path: Path) -> None:
         (tmp_path / artifact.CONFIG).write_text(text)
         with pytest.raises(Unsupported):
             artifact.load(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("steps", ["magnitude(pattern='2:4')", "magnitude(sparsity=0.6), rtn(group_size=32)", "nf4()"])
+def test_a_dense_export_is_read_by_plain_transformers(architecture: str, steps: str, tmp_path: Path) -> None:
+    run = toy_run(architecture)
+    for step in parse(steps).steps:
+        run.apply(step)
+    run.finish()
+    linears = dict(Blocks(run.model).linears())
+    weights = {path: dense_weight(module) for path, module in linears.items()}
+    masks = {path: kept(module) for path, module in linears.items()}
+    artifact.save_dense(run.model, tmp_path, torch.bfloat16)
+    assert not (tmp_path / artifact.CONFIG).exists()
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not any(info.values())
+    for path, module in Blocks(plain).linears():
+        assert type(module) in (nn.Linear, Conv1D)
+        assert torch.equal(dense_weight(module), weights[path].bfloat16().float())
+    if "magnitude" in steps:
+        stored = load_file(tmp_path / artifact.MASKS)
+        assert stored.keys() == masks.keys()
+        for path, keep in stored.items():
+            assert keep.dtype == torch.bool and torch.equal(keep, masks[path])
+            assert not dense_weight(plain.get_submodule(path))[~keep].any()
+    else:
+        assert not (tmp_path / artifact.MASKS).exists()
+
+
+def test_shapes_that_plain_transformers_does_not_know_have_no_dense_export(tmp_path: Path) -> None:
+    run = toy_run()
+    run.apply(parse_step("slicegpt(slicing=0.25)"))
+    run.finish()
+    with pytest.raises(Unsupported, match="plain transformers"):
+        artifact.save_dense(run.model, tmp_path / "out", torch.bfloat16)
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from effbench import cli, executors, runner, sources
+from effbench.nn.load import open_model
 from effbench.options import RunOptions
 from effbench.store import Store
 
@@ -434,3 +435,45 @@ def test_output_cut_short(here):
         f"{shlex.quote(sys.executable)} -m effbench list methods | head -1", shell=True, capture_output=True, text=True
     )
     assert done.stderr == "" and done.stdout
+
+
+# ---- export ----
+
+
+def test_an_exported_model_is_measured_like_any_other(here, capsys):
+    assert cli.main(["export", "recipe=magnitude(pattern='2:4')", "to=packed", "device=cpu"]) == 0
+    assert "MB of tensors, format effbench" in capsys.readouterr().out
+    assert cli.main(["export", "recipe=magnitude(pattern='2:4')", "to=dense", "format=dense", "device=cpu"]) == 0
+    assert (here / "dense" / "masks.safetensors").is_file()
+    sizes = [(here / name / "model.safetensors").stat().st_size for name in ("packed", "dense")]
+    assert sizes[0] < 0.75 * sizes[1]
+    ids = torch.arange(12)[None]
+    models = [open_model(sources.model(name), None, torch.device("cpu"), torch.float32) for name in ("packed", "dense")]
+    with torch.no_grad():
+        packed, dense = (model(ids).logits for model in models)
+    torch.testing.assert_close(packed, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "recipe= is missing"),
+        (["recipe=rtn()"], "to= is missing"),
+        (["recipe=rtn()", "to=full"], "to=full: is there already and not empty"),
+        (["recipe=rtn()", "to=new", "format=gguf"], "unknown format 'gguf'"),
+        (["recipe=rtm()", "to=new"], "did you mean 'rtn'?"),
+        (["recipe=rtn()", "to=new", "device=tpu"], "must be cpu, cuda or cuda:N"),
+    ],
+)
+def test_wrong_exports(arguments, words, here, capsys):
+    (here / "full").mkdir()
+    (here / "full" / "file").touch()
+    assert cli.main(["export", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (here / "new").exists()
+
+
+def test_what_cannot_be_exported_is_an_outcome(here, capsys):
+    assert cli.main(["export", "recipe=rtn(group_size=96)", "to=new", "device=cpu"]) == 1
+    assert "effbench: unsupported:" in capsys.readouterr().err
+    assert not (here / "new").exists()

@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
-from effbench.nn.linear import Replaced, stored_as, stored_tensors
+from effbench.nn.linear import Replaced, stored_as, stored_tensors, top_linears
 
 CONFIG = "effbench.json"
 WEIGHTS = "model.safetensors"
+MASKS = "masks.safetensors"
 HOMES = ("effbench.formats.", "effbench.nn.", "effbench.methods.")  # where classes may be loaded from
 PLAIN = (bool, int, float)  # attributes of modules that are compared, by type
 
@@ -35,25 +37,83 @@ def save(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = None) 
     """Write the model to a new folder, dense tensors in `storage`. Returns the bytes of all tensors.
 
     Raises `FileExistsError` if the folder holds anything, `Unsupported` if a module could not be built again."""
+    replaced, changed = _differences(model, _skeleton(model))
+    written, tied = _write(model, folder, storage, tokenizer)
+    body = {"version": 1, "replaced": replaced, "changed": changed, "tied": tied}
+    (folder / CONFIG).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    return written
+
+
+def save_dense(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = None) -> int:
+    """Write a checkpoint that plain transformers reads: every matrix dense, pruned weights as zeros, and where there
+    are any, `masks.safetensors` with the bool [out, in] of each pruned linear by its path. Returns the bytes of all
+    tensors of the checkpoint.
+
+    The linears of `model` become dense ones. Raises `FileExistsError` if the folder holds anything, `Unsupported` if
+    the configuration does not describe the shapes.
+    """
+    plain = _skeleton(model)
+    masks: dict[str, Tensor] = {}
+    for path, module in list(top_linears(model)):
+        if isinstance(module, Replaced):
+            keep = module.kept()
+            if keep is not None:
+                masks[path] = keep.to("cpu")
+            model.set_submodule(path, _dense(module, isinstance(_module(plain, path, folder), Conv1D)))
+    replaced, changed = _differences(model, plain)
+    if replaced or changed:
+        first = min([*replaced, *changed])
+        raise Unsupported(f"{first}: its shape is not that of the configuration, which plain transformers goes by")
+    written, _ = _write(model, folder, storage, tokenizer)
+    if masks:
+        save_file(masks, folder / MASKS, metadata={"format": "pt"})
+    return written
+
+
+def _dense(module: Replaced, transposed: bool) -> nn.Module:
+    """The linear that multiplies by the same matrix, as a `Conv1D` where weights lie transposed."""
+    weight = module.dense_weight()
+    out_features, in_features = weight.shape
+    if transposed:
+        linear: nn.Module = Conv1D(out_features, in_features)
+        linear.weight = nn.Parameter(weight.T.contiguous())
+    else:
+        linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.contiguous())
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.detach().clone())
+    return linear
+
+
+def _skeleton(model: Any) -> nn.Module:
+    """The model that transformers builds from the configuration, without memory."""
+    with torch.device("meta"):
+        skeleton: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    return skeleton
+
+
+def _differences(model: nn.Module, plain: nn.Module) -> tuple[Described, Described]:
+    """Modules that stand in place of others, and modules changed in class, attributes or shapes, by path."""
+    replaced: Described = {}
+    changed: Described = {}
+    _compare("", model, plain, replaced, changed)
+    return replaced, changed
+
+
+def _write(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any) -> tuple[int, dict[str, str]]:
+    """Tensors, configuration and tokenizer into a new folder; the bytes of all tensors, and names of tied ones."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
-    replaced: Described = {}
-    changed: Described = {}
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
-    _compare("", model, plain, replaced, changed)
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored_tensors(model):  # tied weights come once
         tensors[name] = tensor.detach().to("cpu", stored_as(tensor, storage)).contiguous()
-    tied = {name: target for name, target in _tied(model).items() if name not in tensors}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    body = {"version": 1, "replaced": replaced, "changed": changed, "tied": tied}
-    (folder / CONFIG).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    tied = {name: target for name, target in _tied(model).items() if name not in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), tied
 
 
 def load(folder: Path) -> Any:
