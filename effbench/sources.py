@@ -21,7 +21,8 @@ from effbench.shapes import SHAPES
 
 TINY = PACKAGE / "tiny"
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_FILES = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
 
 
@@ -34,6 +35,12 @@ class Source:
     path: Path | None = None  # of tiny and folders
     tokenizer: str | None = None  # tiny, a folder or a Hub id, where it is not the model's own
     digest: str = UNRESOLVED
+    revision: str | None = None  # branch, tag or commit on the Hub
+
+    @property
+    def location(self) -> Path | str:
+        """The folder, or the name on the Hub."""
+        return TINY / "model" if self.kind == "tiny" else self.path or self.name.partition("@")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +65,14 @@ def model(name: str, tokenizer: str | None = None) -> Source:
         if not (folder / "config.json").is_file():
             raise Usage(f"model={name}: the folder has no config.json")
         source = Source(folder.resolve().name, "folder", folder.resolve(), tokenizer, _digest(_model_files(folder)))
-    elif HUB_NAME.fullmatch(name) and not name.startswith("."):
-        source = Source(name, "hub", None, tokenizer)
+    elif (found := HUB_NAME.fullmatch(name)) and not name.startswith("."):
+        fixed = found[2] is not None and COMMIT.fullmatch(found[2])
+        source = Source(name, "hub", None, tokenizer, name if fixed else UNRESOLVED, found[2])
     else:
-        raise Usage(f"model={name}: no such folder; a model is tiny, a folder, org/name on the Hub or shape:NAME")
+        raise Usage(
+            f"model={name}: no such folder; a model is tiny, a folder, org/name or org/name@REVISION on the Hub, or "
+            "shape:NAME"
+        )
     if tokenizer is None:
         return source
     folder = TINY / "model" if tokenizer == "tiny" else Path(tokenizer)

@@ -54,7 +54,7 @@ def open_run(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
             "they do not belong together"
         )
-    return ModelRun(
+    run = ModelRun(
         source,
         model,
         build,
@@ -67,19 +67,22 @@ def open_run(
         length=settings.get("calibration_length"),
         skip=tuple(settings.get("skip") or ()),
     )
+    if source.kind == "hub":
+        run.log["commit"] = config._commit_hash
+    return run
 
 
 def open_model(source: Source, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The original model of a source, in `dtype` on `device`."""
     if source.kind == "shape":
         return _random(config, device, dtype)
-    folder: Path | str = tiny.MODEL if source.kind == "tiny" else source.path or source.name
+    folder = source.location
     if isinstance(folder, Path) and (folder / artifact.CONFIG).is_file():
         return artifact.load(folder).to(device, dtype)
-    return read(folder, dtype).to(device)
+    return read(folder, dtype, source.revision).to(device)
 
 
-def read(folder: Path | str, dtype: torch.dtype) -> Any:
+def read(folder: Path | str, dtype: torch.dtype, revision: str | None = None) -> Any:
     """A transformers checkpoint in safetensors. Pickles, damaged files, absent tensors and NaN are outcomes."""
     if isinstance(folder, Path) and not list(folder.glob("*.safetensors")):
         pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
@@ -90,6 +93,7 @@ def read(folder: Path | str, dtype: torch.dtype) -> Any:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                revision=revision or "main",
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -141,9 +145,14 @@ def _config(source: Source) -> Any:
     if source.kind == "shape":
         body = dict(SHAPES[source.name.partition(":")[2]])
         return AutoConfig.for_model(body.pop("model_type"), **body)
-    folder: Path | str = tiny.MODEL if source.kind == "tiny" else source.path or source.name
+    folder = source.location
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=isinstance(folder, Path))
+        config = AutoConfig.from_pretrained(
+            folder,
+            revision=source.revision or "main",
+            trust_remote_code=False,
+            local_files_only=isinstance(folder, Path),
+        )
     except Exception as error:
         raise Unsupported(f"{_name(folder)}: config.json cannot be read: {str(error).splitlines()[0]}") from error
     if config.model_type not in ARCHITECTURES:
@@ -164,13 +173,16 @@ def _tokenizer(source: Source) -> Any:
     if source.kind == "shape":
         return None
     named = str(tiny.MODEL) if source.tokenizer == "tiny" else source.tokenizer
-    folder = named or (tiny.MODEL if source.kind == "tiny" else source.path or source.name)
+    folder = named or source.location
     if named is None and isinstance(folder, Path) and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*")):
         return None
     with _quiet():
         try:
             return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=Path(folder).is_dir()
+                folder,
+                revision="main" if named else source.revision or "main",
+                trust_remote_code=False,
+                local_files_only=Path(folder).is_dir(),
             )
         except Exception as error:
             raise Unsupported(
