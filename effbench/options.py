@@ -33,7 +33,7 @@ class RunOptions:
 
     suite: str | None = None  # name of a suite
     recipe: str | None = None  # or the steps of one recipe
-    model: str = "tiny"  # tiny, a local folder, a Hub id org/name, or shape:NAME (random weights)
+    model: str = "tiny"  # tiny, a local folder, a Hub id org/name[@REVISION], or shape:NAME (random weights)
     data: str | None = None  # tiny, text:FOLDER or hub:NAME; by default what belongs to the model
     tokenizer: str | None = None  # folder or Hub id, for a model that comes without one
     device: str | None = None  # cpu, cuda or cuda:N; by default the first GPU, else the processor
