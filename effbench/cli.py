@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from effbench import __version__
 from effbench.core import registry
-from effbench.core.errors import Outcome, Usage
+from effbench.core.errors import Usage
 from effbench.core.record import FAILED, Record
 from effbench.export import ExportOptions
 from effbench.options import RunOptions, parse
@@ -412,12 +412,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from effbench.diagnosis import diagnose
     from effbench.export import export
 
+    options = parse(ExportOptions, arguments.options)
     try:
-        print(export(parse(ExportOptions, arguments.options)))
-    except Outcome as error:
-        print(f"effbench: {error.name}: {error}", file=sys.stderr)
+        print(export(options))
+    except Usage:
+        raise
+    except Exception as error:
+        failure = diagnose(error)
+        if failure.traceback:
+            raise
+        print(f"effbench: {failure.outcome}: {failure.reason}", file=sys.stderr)
         return 1
     return 0
 

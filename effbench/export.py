@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from effbench import sources
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse
-from effbench.options import DTYPES, one_of, visible_device
+from effbench.options import DTYPES, chosen_devices, one_of
 
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
@@ -50,12 +50,12 @@ def export(options: ExportOptions) -> str:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Usage(f"to={options.to}: is there already and not empty; name a new folder")
     source, data = sources.model(options.model, options.tokenizer), sources.data(options.data)
-    device = visible_device(options.device)
+    devices, _ = chosen_devices(options.device)
 
     from effbench.nn import artifact
     from effbench.nn.load import open_run
 
-    run: ModelRun = open_run(source, data, device, options.dtype, options.seed)
+    run: ModelRun = open_run(source, data, devices[0].name, options.dtype, options.seed)
     try:
         for step in recipe.steps:
             run.apply(step)
