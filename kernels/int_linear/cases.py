@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from effbench.core.op import Case, Op
+from effbench.core.op import TOLERANCE, Case, Goal, Op, Peer
 from effbench.kernels._common.dense import activations, adjoint, scales, words
 from effbench.kernels._common.packing import word_count
+from effbench.kernels._common.shapes import LINEARS, timed
 from effbench.kernels.int_linear.reference import dense, int_linear
 
 
@@ -49,4 +50,24 @@ OP = Op(
         _case(17, 64, 5, 8, 1, per_tensor=True),
     ],
     backends={"triton": "effbench.kernels.int_linear.triton:int_linear"},
+    timed=[
+        *timed(lambda inputs, _: {"bits": 4, "groups": inputs // 128, "zero": True}, LINEARS, (1, 16, 64)),
+        *(_case(1, 8192, 28672, bits, 64, zero=True) for bits in (2, 3, 8)),
+    ],
+    peers={
+        name: Peer(f"effbench.kernels.int_linear.peers:{name}", package, TOLERANCE | {"bfloat16": 3.2e-2}, note)
+        for name, package, note in (
+            ("tinygemm", "torch", "scales and shifts in the type of x"),
+            ("gemlite", "gemlite", "scales and zeros in the type of x"),
+        )
+    },
+    goals=[
+        Goal(
+            device="H200",
+            batch=1,
+            least_bytes=120_000_000,
+            must={"dense_speedup": 2.4, "copy_percent": 65},
+            target={"dense_speedup": 3.5, "copy_percent": 90},
+        )
+    ],
 )

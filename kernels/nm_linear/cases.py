@@ -7,6 +7,7 @@ import torch
 from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint
 from effbench.kernels._common.nm import random_index
+from effbench.kernels._common.shapes import timed
 from effbench.kernels.nm_linear.reference import dense, nm_linear
 
 
@@ -42,4 +43,5 @@ OP = Op(
         _case(17, 160, 40, 5, 16),
     ],
     backends={"triton": "effbench.kernels.nm_linear.triton:nm_linear"},
+    timed=timed(lambda *_: {"n": 2, "m": 4}),
 )
