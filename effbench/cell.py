@@ -205,7 +205,7 @@ def _apply(recipe: Recipe, run: ModelRun, found: Findings) -> None:
         with PeakMemory(run.device) as peak:
             run.apply(step)
         seconds = time.perf_counter() - begin
-        run.log["steps"].append({"step": str(step), "seconds": seconds, "peak_bytes": peak.value})
+        run.log["steps"].append({"step": str(step), "seconds": seconds, "peaks": peak.bytes})
     found.enter("finish")
     run.finish(recipe_is_empty=not recipe.steps)
 

@@ -47,6 +47,7 @@ from effbench.probes import (
     quality,
     speed,
 )
+from effbench.probes.clock import Span
 
 TEXT = " ".join(
     f"The {a} of {b} gave {c} to the {d}."
@@ -441,7 +442,7 @@ def test_a_planted_allocation_is_read():
         "for mib in (100, 100, 25):\n"
         "    with PeakMemory(torch.device('cpu')) as peak:\n"
         "        torch.ones(mib * 2**18)\n"
-        "    found.append(peak.value / 2**20)\n"
+        "    found.append(peak.bytes['rss'] / 2**20)\n"
         "print(*found)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -453,7 +454,7 @@ def test_where_the_mark_cannot_be_reset_nothing_is_read(monkeypatch):
     monkeypatch.setattr(peak, "_CLEAR", Path("/nowhere/clear_refs"))
     with peak.PeakMemory(torch.device("cpu")) as found:
         pass
-    assert found.bytes == {} and found.value is None
+    assert found.bytes == {}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -530,11 +531,11 @@ def test_same_against_same_is_one():
     def trial() -> speed.Paired:
         now = 0.0
 
-        def call() -> float:
+        def call() -> Span:
             nonlocal now
             took = 0.01 * (1 + 0.2 * now) * rng.lognormvariate(0, 0.1) * (3 if rng.random() < 0.05 else 1)
             now += took
-            return took
+            return Span(took, took)
 
         return speed.paired(call, call, 1.0, clock=lambda: now)
 
@@ -547,10 +548,10 @@ def test_timing_stops_when_narrow_and_gives_up_when_slow():
     now = 0.0
 
     def call(seconds: float):
-        def work() -> float:
+        def work() -> Span:
             nonlocal now
             now += seconds
-            return seconds
+            return Span(seconds, seconds)
 
         return work
 
@@ -563,9 +564,9 @@ def test_timing_stops_when_narrow_and_gives_up_when_slow():
 def test_warm_up_lasts_until_calls_stop_getting_faster():
     times = [1.0, 0.5, 0.25, 0.12, 0.1, *[0.1] * 100]
     calls = iter(times)
-    found = speed.paired(lambda: next(calls), lambda: 0.1, 100.0, clock=lambda: 0.0)
+    found = speed.paired(lambda: Span(next(calls), 9), lambda: Span(0.1, 9), 100.0, clock=lambda: 0.0)
     assert found.note.startswith("6+2 warm-up calls")
-    assert set(found.model) == {0.1}
+    assert set(found.seconds()) == {0.1}
 
 
 def test_tables_of_the_input_are_not_read_by_decoding():
@@ -577,11 +578,6 @@ def test_tables_of_the_input_are_not_read_by_decoding():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=96, n_embd=64, n_layer=1, n_head=4))
     stored = sum(parameter.numel() for parameter in gpt2.parameters())
     assert speed.decode_weight_bytes(gpt2) == 4 * (stored - 96 * 64)
-
-
-def test_bandwidth_is_plausible():
-    rate = speed.bandwidth(torch.device("cpu"))
-    assert 1e9 < rate < 1e13 and speed.bandwidth(torch.device("cpu")) == rate
 
 
 # FLOPs, energy, cost, environment
@@ -635,8 +631,8 @@ def test_cost_is_read_from_the_log(run):
     assert metrics["apply_seconds"].value == 0 and "apply_peak_rss_bytes" not in metrics
     run.log = {
         "steps": [
-            {"step": "gptq(bits=4)", "seconds": 2.5, "peak_bytes": 7_000},
-            {"step": "fit(steps=1)", "seconds": 1.0, "peak_bytes": 9_000},
+            {"step": "gptq(bits=4)", "seconds": 2.5, "peaks": {"rss": 7_000}},
+            {"step": "fit(steps=1)", "seconds": 1.0, "peaks": {"rss": 9_000}},
         ],
         "calibration_tokens": 4096,
     }

@@ -89,13 +89,22 @@ def owned(model: Any, plan: InferPlan) -> Iterator[None]:
     """Route the model's attention through `attend` with `plan`, and restore it."""
     view = Blocks(model)
     modules = [block.get_submodule(view.names.attention) for block in view.blocks]
-    before = model.config._attn_implementation
     for module in modules:
         setattr(module, _PLAN, plan)
-    model.set_attn_implementation(NAME)
+    try:
+        with routed(model, NAME):
+            yield
+    finally:
+        for module in modules:
+            delattr(module, _PLAN)
+
+
+@contextlib.contextmanager
+def routed(model: Any, name: str) -> Iterator[None]:
+    """Route the model's attention through the function registered as `name`, and restore it."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
-        for module in modules:
-            delattr(module, _PLAN)

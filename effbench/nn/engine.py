@@ -106,10 +106,10 @@ class Engine:
     def _stream(self, context: list[int], continuation: list[int], block: int) -> Scored:
         ids = torch.tensor([context + continuation], device=self.device)
         cache = self._cache()
-        logits = [self._forward(ids[:, : len(context)], cache).logits[0, -1:]]
+        logits = [self.forward(ids[:, : len(context)], cache).logits[0, -1:]]
         for start in range(len(context), ids.shape[1] - 1, block):
             part = ids[:, start : min(start + block, ids.shape[1] - 1)]
-            logits.append(self._forward(part, cache).logits[0])
+            logits.append(self.forward(part, cache).logits[0])
         return _scored(torch.cat(logits).float(), ids[0, len(context) :])
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:
@@ -138,7 +138,7 @@ class Engine:
     def prefill(self, ids: Tensor, padding: Tensor | None = None) -> State:
         """Feed prompts [B, T]; the state's `ids` are the most likely next tokens."""
         cache = self._cache()
-        out = self._forward(ids.to(self.device), cache, padding, last=True)
+        out = self.forward(ids.to(self.device), cache, padding, last=True)
         return State(cache, out.logits[:, -1].argmax(-1), ids.shape[1], padding)
 
     def decode(self, state: State) -> State:
@@ -146,7 +146,7 @@ class Engine:
         padding = None
         if state.padding is not None:
             padding = torch.cat([state.padding, state.padding.new_ones(len(state.ids), 1)], 1)
-        out = self._forward(state.ids[:, None], state.cache, padding, last=True)
+        out = self.forward(state.ids[:, None], state.cache, padding, last=True)
         return State(state.cache, out.logits[:, -1].argmax(-1), state.length + 1, padding)
 
     def verify(self) -> None:
@@ -154,7 +154,8 @@ class Engine:
         if self.plan.chain("cache_keep") and self.shrunk is False:
             raise Refused("the cache was to evict and never did: every text is shorter than the budget")
 
-    def _forward(self, ids: Tensor, cache: Any, padding: Tensor | None = None, last: bool = False) -> Any:
+    def forward(self, ids: Tensor, cache: Any, padding: Tensor | None = None, last: bool = False) -> Any:
+        """One pass over tokens [B, T] that extends `cache`; logits of all of them or of the `last` alone."""
         slots = cache if isinstance(cache, SlotCache) else None
         if slots is not None:
             slots.expect(None if padding is None else padding[:, -ids.shape[1] :])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from effbench.probes import Reading
-from effbench.probes.peak import kind
+from effbench.probes.peak import SCOPES
 
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
@@ -15,15 +15,15 @@ VERSION = 1
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """`apply_seconds`, `apply_peak_rss_bytes` or `apply_peak_allocated_bytes`, `calibration_tokens`."""
+    """`apply_seconds`, `apply_peak_<kind>_bytes` for every kind of peak that was seen, `calibration_tokens`."""
     steps = run.log.get("steps", [])
     reading = Reading(samples={"apply_seconds": [step["seconds"] for step in steps]})
     each = ", ".join(str(step["step"]) for step in steps) or "no steps"
     reading.add("apply_seconds", sum(step["seconds"] for step in steps), f"wall clock, summed over {each}")
-    peaks = [step["peak_bytes"] for step in steps if step.get("peak_bytes") is not None]
-    if peaks:
-        name = f"apply_peak_{kind(run.device)}_bytes"
-        reading.add(name, max(peaks), f"high-water mark minus start, the highest of {each}")
+    for kind in dict.fromkeys(kind for step in steps for kind in step["peaks"]):
+        high = max(step["peaks"][kind] for step in steps if kind in step["peaks"])
+        how = f"high-water mark minus start, {SCOPES[kind]}, the highest of {each}"
+        reading.add(f"apply_peak_{kind}_bytes", high, how)
     tokens = run.log.get("calibration_tokens", 0)
     reading.add("calibration_tokens", tokens, "tokens that statistics were taken from")
     return reading

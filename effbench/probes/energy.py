@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from effbench.nn.graphs import Decoder, StaticDecoder, decoders
 from effbench.probes import Reading, nvml
 from effbench.probes.speed import new_tokens, points, prompts
+from effbench.probes.watch import Watch
 
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
@@ -26,36 +29,57 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading = Reading()
     counter = nvml.energy_joules(run.device)
     if counter is None:
+        if run.device.type == "cuda":
+            run.log["energy"] = "not measured: the device has no NVML energy counter of its own"
         return reading
     seconds = max(SECONDS, settings.get("energy_seconds") or SECONDS)
     new = new_tokens(run, settings)
     engine = run.engine()
-
-    def wait() -> None:
-        torch.cuda.synchronize(run.device)
-
+    measure = functools.partial(window, counter, wait=lambda: torch.cuda.synchronize(run.device), seconds=seconds)
     name = torch.cuda.get_device_name(run.device)
     how = f"NVML total energy of {name} over at least {seconds:g} s, idle included"
-    joules, spent, _ = window(counter, lambda: time.sleep(0.1), wait, seconds)
+    joules, spent, _ = measure(lambda: time.sleep(0.1))
     reading.add("idle_power_w", joules / spent, f"{how}; the model resident, nothing running")
     with torch.inference_mode():
         for point in points(run, settings):
             ids = prompts(run, point, new, engine.max_length)
-            joules, _, calls = window(counter, functools.partial(engine.prefill, ids), wait, seconds)
-            each = joules / (calls * ids.numel())
-            reading.add(f"prefill_energy_j_per_token_{point}", each, f"{how}; {calls} prefills")
+            watch = Watch(run.device)
+            joules, _, calls = measure(functools.partial(engine.prefill, ids))
             prefill = joules / calls
-
-            def decode(ids: torch.Tensor = ids) -> None:
-                state = engine.prefill(ids)
-                for _ in range(new):
-                    state = engine.decode(state)
-
-            joules, _, calls = window(counter, decode, wait, seconds)
-            each = (joules / calls - prefill) / (point.batch * new)
-            what = f"{how}; {calls} x {new} tokens, less the energy of the prefills"
-            reading.add(f"decode_energy_j_per_token_{point}", each, what)
+            watch.look()
+            (decoder,), kind = decoders([engine], ids, new)
+            spent_on_decoding, what = decoding(decoder, ids, new, measure, prefill)
+            watch.look()
+            if watch.rows:
+                reading.samples[f"energy_state_{point}"] = [*watch.rows]
+            seen = f"{how}{watch.note()}"
+            each = prefill / ids.numel()
+            reading.add(f"prefill_energy_j_per_token_{point}", each, f"{seen}; {calls} prefills")
+            each = spent_on_decoding / (point.batch * new)
+            reading.add(f"decode_energy_j_per_token_{point}", each, f"{seen}; decode: {kind}; {what}")
     return reading
+
+
+def decoding(
+    decoder: Decoder, ids: Tensor, new: int, measure: Callable[..., tuple[float, float, int]], prefill: float
+) -> tuple[float, str]:
+    """Joules of decoding `new` tokens after prompts [B, T], and how they were had.
+
+    A static cache is rewound, so that nothing but decoding runs. A growing one has to be filled anew each time, and the
+    `prefill`'s joules are taken off again: a small difference of large numbers where contexts are long.
+    """
+    state = decoder.prefill(ids)
+
+    def decode() -> None:
+        nonlocal state
+        state = decoder.rewind(ids.shape[1]) if isinstance(decoder, StaticDecoder) else decoder.prefill(ids)
+        for _ in range(new):
+            state = decoder.decode(state)
+
+    joules, _, calls = measure(decode)
+    if isinstance(decoder, StaticDecoder):
+        return joules / calls, f"{calls} x {new} tokens, the cache rewound in between"
+    return joules / calls - prefill, f"{calls} x {new} tokens, less the energy of the prefills"
 
 
 def window(
@@ -69,9 +93,8 @@ def window(
     work()
     wait()
     begin, before, calls = clock(), counter(), 0
-    while True:
+    while clock() - begin < seconds:
         work()
+        wait()  # every time: graphs are launched much faster than they run, and would queue up for minutes
         calls += 1
-        if clock() - begin >= seconds:  # ahead of the device by what is queued, so look again when it is done
-            wait()
-            return counter() - before, clock() - begin, calls
+    return counter() - before, clock() - begin, calls

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effbench.nn.linear import Bytes, Replaced, stored_as, stored_bytes, stored_tensors, top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
-from effbench.probes.peak import PeakMemory
+from effbench.probes.peak import SCOPES, PeakMemory
 
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
@@ -119,4 +119,4 @@ def _peaks(run: ModelRun, settings: Mapping[str, Any], reading: Reading) -> None
         ("generate", generating, f"{new} tokens generated, {shape}"),
     ):
         for kind, value in peak.bytes.items():
-            reading.add(f"{verb}_peak_{kind}_bytes", value, what)
+            reading.add(f"{verb}_peak_{kind}_bytes", value, f"{what}; {SCOPES[kind]}")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pynvml
 import torch
+
+MIB = 2**20
 
 
 @functools.cache
@@ -20,24 +24,59 @@ def available() -> bool:
     return True
 
 
+@functools.cache
 def handle(device: torch.device) -> Any | None:
     """NVML's handle of a CUDA device; None on other devices or without the library."""
     if device.type != "cuda" or not available():
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    for form in (uuid, f"GPU-{uuid}"):
+    for form in (f"GPU-{uuid}", f"MIG-{uuid}", uuid):
         found = asked(pynvml.nvmlDeviceGetHandleByUUID, form)
         if found is not None:
             return found
     return None
 
 
+def whole(gpu: Any) -> bool:
+    """Whether a handle means a whole GPU. What is counted for the GPU says nothing about one of its MIG instances."""
+    mode = asked(pynvml.nvmlDeviceGetMigMode, gpu)
+    return not (_is_instance(gpu) or (mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE))
+
+
 def energy_joules(device: torch.device) -> Callable[[], float] | None:
-    """The device's energy counter (joules since the driver was loaded), or None where it has none."""
+    """The device's energy counter (joules since the driver was loaded), or None where it has none of its own."""
     gpu = handle(device)
-    if gpu is None or asked(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu) is None:
+    if gpu is None or not whole(gpu) or asked(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu) is None:
         return None
     return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1000
+
+
+def state(device: torch.device) -> dict[str, Any]:
+    """What the device is doing now: clocks in MHz, power in W, temperature in C, why clocks are held back; and who else
+    is there. What cannot be had is absent; empty on a processor."""
+    gpu = handle(device)
+    if gpu is None:
+        return {}
+    return (_physical(gpu) if whole(gpu) else {}) | _company(gpu, device)
+
+
+def process_bytes(device: torch.device) -> int | None:
+    """Device memory of this whole process, CUDA's context and all libraries included; None where it cannot be seen."""
+    gpu = handle(device)
+    return None if gpu is None else processes(gpu).get(os.getpid())
+
+
+def processes(gpu: Any) -> dict[int, int | None]:
+    """Processes with a context on the device, or on our MIG instance of it: process id to bytes, None where hidden.
+
+    In a container the ids may be those of the host, or all of them be hidden.
+    """
+    for part in _parts(gpu):
+        listed = asked(pynvml.nvmlDeviceGetComputeRunningProcesses, part) or ()
+        found = {process.pid: process.usedGpuMemory for process in listed}
+        if part is gpu or os.getpid() in found:
+            return found
+    return {}
 
 
 def describe() -> dict[str, Any]:
@@ -72,5 +111,63 @@ def asked(question: Callable[..., Any], *args: Any) -> Any | None:
     """The answer, or None where this device or driver has none."""
     try:
         return question(*args)
-    except pynvml.NVMLError:
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):
         return None
+
+
+def _physical(gpu: Any) -> dict[str, Any]:
+    power = asked(pynvml.nvmlDeviceGetPowerUsage, gpu)
+    # drivers before 535 know the reasons by their older name only
+    bits = asked(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu)
+    if bits is None:
+        bits = asked(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu)
+    facts = {
+        "sm_mhz": asked(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM),
+        "memory_mhz": asked(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_MEM),
+        "power_w": round(power / 1000, 1) if power is not None else None,
+        "temperature_c": asked(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "clocks_held_by": None if bits is None else [name for bit, name in _reasons().items() if bits & bit],
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+@functools.cache
+def _reasons() -> dict[int, str]:
+    """Why clocks are not at their highest, by bit, in the library's own words: `sw_power_cap`, `hw_slowdown`."""
+    found: dict[int, str] = {}
+    for name, bit in vars(pynvml).items():
+        match = re.fullmatch("nvmlClocks(?:Event|Throttle)Reason([A-Z][A-Za-z]+)", name)
+        if match and bit and bit & (bit - 1) == 0:  # not the union of all
+            found.setdefault(bit, re.sub("(?<!^)(?=[A-Z])", "_", match[1]).lower())
+    return found
+
+
+def _company(gpu: Any, device: torch.device) -> dict[str, Any]:
+    """Other processes on the device and what they hold, and memory in use that torch did not take."""
+    # the second version leaves out what the driver keeps for itself
+    memory = asked(pynvml.nvmlDeviceGetMemoryInfo, gpu, pynvml.nvmlMemory_v2) if _parts(gpu) == [gpu] else None
+    found = processes(gpu)
+    ours = os.getpid() in found
+    others = {pid: held for pid, held in found.items() if pid != os.getpid()}
+    known = [held for held in others.values() if held is not None]
+    facts = {
+        # where our own process goes by another id, one of those listed is us
+        "other_processes": len(others) if ours else len(others) - 1 if others else None,
+        "other_processes_mib": sum(known) // MIB if ours and known else None,
+        "outside_torch_mib": (memory.used - torch.cuda.memory_reserved(device)) // MIB if memory is not None else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _is_instance(gpu: Any) -> bool:
+    found = asked(pynvml.nvmlDeviceIsMigDeviceHandle, gpu)
+    return bool(getattr(found, "value", found))
+
+
+def _parts(gpu: Any) -> list[Any]:
+    """The device itself, or the MIG instances of a GPU that is divided."""
+    if whole(gpu) or _is_instance(gpu):
+        return [gpu]
+    indices = range(asked(pynvml.nvmlDeviceGetMaxMigDeviceCount, gpu) or 0)
+    found = [asked(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, gpu, index) for index in indices]
+    return [part for part in found if part is not None]

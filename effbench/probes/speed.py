@@ -2,6 +2,7 @@
 
 Both models live in one process and are timed in the order model, reference, reference, model, so that
 what drifts (clocks, heat, neighbours) meets both alike; a speed-up is the median ratio of neighbouring calls.
+On CUDA both decode by graphs, or neither does; what the device was doing is looked up between the calls.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
+from effbench.nn.graphs import Decoder, decoders
+from effbench.nn.linear import top_linears
 from effbench.probes import Reading, intervals
+from effbench.probes.ceilings import Ceilings, ceilings, described
+from effbench.probes.clock import Span, timed
 from effbench.probes.inputs import random_ids, slow
-from effbench.probes.memory import tensors
+from effbench.probes.memory import elements, tensors
+from effbench.probes.watch import Watch
 
 if TYPE_CHECKING:
-    from effbench.nn.engine import Engine
     from effbench.nn.model_run import ModelRun
 
 VERSION = 1
@@ -33,7 +38,6 @@ NARROW = 0.02  # width of the ratio's interval at which timing stops
 LEAST = 10  # rounds before a narrow interval is believed
 PATIENCE = 3  # times the cap, to reach the rounds that an interval needs
 STEADY = 0.95  # warm is a call that takes at least this much of the best before it
-COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes of the buffer that bandwidth is measured with
 
 
 class Point(NamedTuple):
@@ -47,47 +51,55 @@ class Point(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Seconds of the calls, round by round, and why there are no more of them."""
+    """Times of the calls, round by round, and why there are no more of them."""
 
-    model: list[float]
-    reference: list[float]
+    model: list[Span]
+    reference: list[Span]
     note: str
 
     def ratios(self) -> list[float]:
         """How many times faster the model was, one per round."""
-        return [theirs / ours for ours, theirs in zip(self.model, self.reference, strict=True)]
+        return [theirs.device / ours.device for ours, theirs in zip(self.model, self.reference, strict=True)]
+
+    def seconds(self) -> list[float]:
+        """The model's, by the device's clock."""
+        return [span.device for span in self.model]
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """Tokens/s, milliseconds per token and speed-ups for every point.
+    """Tokens/s, milliseconds per token and speed-ups for every point, and the ceilings of the device.
 
     Settings: `speed_points` (pairs of batch and context), `speed_new_tokens`, `speed_seconds` (per point).
     """
-    engines = run.engine(), run.engine(run.reference)
     new = new_tokens(run, settings)
     seconds = settings.get("speed_seconds") or SECONDS.get(run.device.type, SECONDS["cpu"])
-    rate, weights = bandwidth(run.device), decode_weight_bytes(run.model)
-    reading = Reading()
-    measured = f"largest of copying and summing {COPIED[_kind(run.device)] >> 20} MiB, best of five"
-    reading.add("memory_bandwidth_bytes_per_s", rate, measured)
+    found, reading = ceilings(run.device), Reading()
+    _report_ceilings(reading, found, run.device)
     reading.add(
         "decode_weight_bytes",
-        weights,
+        decode_weight_bytes(run.model),
         "resident, read by one decoding step: all but tables that only the input uses",
     )
     for point in points(run, settings):
-        ids = prompts(run, point, new, engines[0].max_length)
-        ours, theirs = (functools.partial(prefill_seconds, each, ids, run.device) for each in engines)
-        prefill = paired(ours, theirs, seconds / 2)
-        ours, theirs = (functools.partial(decode_seconds, each, ids, new, run.device) for each in engines)
-        decode = paired(ours, theirs, seconds / 2)
-        _report(reading, run, point, new, prefill, decode)
-        step = intervals.median(decode.model).value
-        floor = weights / rate
-        what = "decode_weight_bytes over memory_bandwidth_bytes_per_s, keys and values not counted"
-        reading.add(f"decode_floor_ms_per_token_{point}", 1000 * floor, what)
-        reading.add(f"decode_percent_of_bandwidth_{point}", 100 * floor / step, f"{what}, over the step")
+        _take_point(reading, run, point, new, seconds, found)
     return reading
+
+
+def _take_point(reading: Reading, run: ModelRun, point: Point, new: int, seconds: float, found: Ceilings) -> None:
+    """Time one point; its caches and graphs are gone when it is done."""
+    engines = run.engine(), run.engine(run.reference)
+    ids = prompts(run, point, new, engines[0].max_length)
+    watch = Watch(run.device)
+    ours, theirs = (functools.partial(prefill_seconds, each, ids, run.device) for each in engines)
+    prefill = paired(ours, theirs, seconds / 2, between=watch.glance)
+    kinds, how = decoders(engines, ids, new)
+    ours, theirs = (functools.partial(decode_seconds, each, ids, new, run.device) for each in kinds)
+    decode = paired(ours, theirs, seconds / 2, between=watch.glance)
+    watch.look()
+    if watch.rows:
+        reading.samples[f"speed_state_{point}"] = [*watch.rows]
+    _report(reading, run, point, new, prefill, decode, how, watch.note())
+    _report_percent(reading, run, point, prefill, decode, found)
 
 
 def points(run: ModelRun, settings: Mapping[str, Any]) -> list[Point]:
@@ -111,48 +123,33 @@ def prompts(run: ModelRun, point: Point, new: int, positions: int) -> Tensor:
     return random_ids(run, point.batch, point.context)
 
 
-def prefill_seconds(engine: Engine, ids: Tensor, device: torch.device) -> float:
-    """Seconds of one prefill."""
+def prefill_seconds(decoder: Decoder, ids: Tensor, device: torch.device) -> Span:
+    """Time of one prefill."""
     with torch.inference_mode():
-        return timed(lambda: engine.prefill(ids), device)
+        return timed(lambda: decoder.prefill(ids), device)
 
 
-def decode_seconds(engine: Engine, ids: Tensor, new: int, device: torch.device) -> float:
-    """Seconds per decoding step, over `new` steps after an untimed prefill."""
+def decode_seconds(decoder: Decoder, ids: Tensor, new: int, device: torch.device) -> Span:
+    """Time per decoding step, over `new` steps after an untimed prefill."""
     with torch.inference_mode():
-        state = engine.prefill(ids)
+        state = decoder.prefill(ids)
 
         def decode() -> None:
             nonlocal state
             for _ in range(new):
-                state = engine.decode(state)
+                state = decoder.decode(state)
 
-        return timed(decode, device) / new
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `work` took: by events on CUDA, by the clock elsewhere."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        work()
-        return time.perf_counter() - begin
-    with torch.cuda.device(device):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begun.record()
-        work()
-        ended.record()
-        torch.cuda.synchronize()
-        return float(begun.elapsed_time(ended)) / 1000
+        return timed(decode, device).per(new)
 
 
 def paired(
-    model: Callable[[], float],
-    reference: Callable[[], float],
+    model: Callable[[], Span],
+    reference: Callable[[], Span],
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    between: Callable[[], None] = lambda: None,
 ) -> Paired:
-    """Call both in turns until the interval of the ratio is narrow or `seconds` are over.
+    """Call both in turns, and `between` the rounds, until the ratio's interval is narrow or `seconds` are over.
 
     The cap gives way, up to `PATIENCE` times, to the rounds that an interval needs; calls too slow even for
     that leave a median without one.
@@ -165,6 +162,7 @@ def paired(
             first = len(kept.model) % 2 == 0
             for ours in (first, not first):
                 (kept.model if ours else kept.reference).append(model() if ours else reference())
+            between()
         rounds, spent = len(kept.model), clock() - begin
         width = intervals.width(intervals.median(kept.ratios()))
         narrow = rounds >= LEAST and width <= NARROW
@@ -176,10 +174,10 @@ def paired(
     return kept._replace(note=note)
 
 
-def _warm_up(call: Callable[[], float], seconds: float, clock: Callable[[], float]) -> int:
+def _warm_up(call: Callable[[], Span], seconds: float, clock: Callable[[], float]) -> int:
     best, calls, begin = math.inf, 0, clock()
     while True:
-        took = call()
+        took = call().device
         calls += 1
         steady = calls > 1 and took >= STEADY * best
         best = min(best, took)
@@ -187,23 +185,64 @@ def _warm_up(call: Callable[[], float], seconds: float, clock: Callable[[], floa
             return calls
 
 
-def _report(reading: Reading, run: ModelRun, point: Point, new: int, prefill: Paired, decode: Paired) -> None:
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    where = f"{device}, {torch.get_num_threads()} threads, random tokens, model and reference in turns (ABBA)"
+def _report(
+    reading: Reading, run: ModelRun, point: Point, new: int, prefill: Paired, decode: Paired, kind: str, seen: str
+) -> None:
+    cuda = run.device.type == "cuda"
+    device = torch.cuda.get_device_name(run.device) if cuda else "CPU"
+    where = f"{device}, {torch.get_num_threads()} threads, random tokens, model and reference in turns (ABBA){seen}"
     tokens = point.batch * point.context
     how = f"batch {point.batch}, context {point.context}, one forward, {where}; {prefill.note}; median"
-    rate = intervals.median(prefill.model, lambda s: tokens / s)
+    rate = intervals.median(prefill.seconds(), lambda s: tokens / s)
     reading.add(f"prefill_tok_per_s_{point}", rate, how)
     reading.add(f"prefill_speedup_{point}", intervals.median(prefill.ratios()), f"{how} of per-round ratios")
-    how = f"batch {point.batch}, {new} tokens after context {point.context}, {where}; {decode.note}; median"
-    rate = intervals.median(decode.model, lambda s: point.batch / s)
+    steps = f"{new} tokens after context {point.context}, decode: {kind}"
+    how = f"batch {point.batch}, {steps}, {where}; {decode.note}; median"
+    rate = intervals.median(decode.seconds(), lambda s: point.batch / s)
     reading.add(f"decode_tok_per_s_{point}", rate, how)
-    step = intervals.median(decode.model, lambda s: 1000 * s)
+    step = intervals.median(decode.seconds(), lambda s: 1000 * s)
     reading.add(f"decode_ms_per_token_{point}", step, f"{how} step")
     reading.add(f"decode_speedup_{point}", intervals.median(decode.ratios()), f"{how} of per-round ratios")
-    for phase, timings in (("prefill", prefill), ("decode", decode)):
-        reading.samples[f"{phase}_seconds_{point}"] = list(timings.model)
-        reading.samples[f"{phase}_reference_seconds_{point}"] = list(timings.reference)
+    for phase, timings, unit in (("prefill", prefill, "ms"), ("decode", decode, "ms_per_token")):
+        for role, spans in (("", timings.model), ("reference_", timings.reference)):
+            reading.samples[f"{phase}_{role}seconds_{point}"] = [span.device for span in spans]
+            if cuda:
+                reading.samples[f"{phase}_{role}wall_seconds_{point}"] = [span.wall for span in spans]
+        if cuda:
+            gap = intervals.median([1000 * (span.wall - span.device) for span in timings.model])
+            what = "synchronised wall clock less the span between CUDA events, median"
+            reading.add(f"{phase}_launch_overhead_{unit}_{point}", gap, what)
+
+
+def _report_ceilings(reading: Reading, found: Ceilings, device: torch.device) -> None:
+    measured = described(device)
+    reading.add("memory_bandwidth_bytes_per_s", found.bandwidth, f"the larger of copying and reading, {measured}")
+    reading.add("memory_copy_bytes_per_s", found.copy_bytes_per_s, f"read and written, {measured}")
+    reading.add("memory_read_bytes_per_s", found.read_bytes_per_s, f"summed, {measured}")
+    reading.add("matmul_flop_per_s", found.matmul_flop_per_s, f"square {found.matmul_dtype} matrices of random numbers")
+    if found.graph_node_s is not None:
+        reading.add("graph_node_us", 1e6 * found.graph_node_s, "one addition of one number within a CUDA graph")
+
+
+def _report_percent(
+    reading: Reading, run: ModelRun, point: Point, prefill: Paired, decode: Paired, found: Ceilings
+) -> None:
+    """What was attained of what this device attains at most."""
+    step = intervals.median(decode.seconds()).value
+    floor = decode_weight_bytes(run.model) / found.bandwidth
+    what = "decode_weight_bytes over memory_bandwidth_bytes_per_s, keys and values not counted"
+    reading.add(f"decode_floor_ms_per_token_{point}", 1000 * floor, what)
+    reading.add(f"decode_percent_of_bandwidth_{point}", 100 * floor / step, f"{what}, over the step")
+    rate = prefill_flops(run.model, point) / intervals.median(prefill.seconds()).value
+    what = f"2 x entries of all linears as if dense, the head for last tokens alone, over {found.matmul_dtype} matmul"
+    reading.add(f"prefill_percent_of_matmul_{point}", 100 * rate / found.matmul_flop_per_s, what)
+
+
+def prefill_flops(model: nn.Module, point: Point) -> int:
+    """Operations of the linears in one prefill, by the 2d rule; only last tokens pass through the head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    body = sum(elements(module) for _, module in top_linears(model) if module is not head)
+    return 2 * point.batch * (body * point.context + elements(head))
 
 
 def decode_weight_bytes(model: nn.Module) -> int:
@@ -215,19 +254,3 @@ def decode_weight_bytes(model: nn.Module) -> int:
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     return sum(sizes.values()) - sum(sizes[table] for table in tables - {id(tensor) for tensor in tensors(head)})
-
-
-@functools.cache
-def bandwidth(device: torch.device) -> float:
-    """Attainable bytes/s of this device's memory: the ceiling of a step that reads every weight once."""
-    source = torch.ones(COPIED[_kind(device)] // 4, device=device)
-    target = torch.empty_like(source)
-    size = source.numel() * 4
-    best = 0.0
-    for moved, work in ((2 * size, lambda: target.copy_(source)), (size, lambda: source.sum())):
-        best = max([best, *(moved / timed(work, device) for _ in range(5))])
-    return best
-
-
-def _kind(device: torch.device) -> str:
-    return device.type if device.type in COPIED else "cpu"
