@@ -70,10 +70,8 @@ def main(options: Mapping[str, Any]) -> int:
     elif seconds is not None and not seconds > 0:
         raise Usage(f"seconds={seconds}: must be above 0")
     one_of("dtype", options["dtype"], DTYPES)
-    # With several devices, the first.
-    device = torch.device(
-        "cpu" if options["compile"] else place(RunOptions(device=options["device"])).device.split(",")[0]
-    )
+    placed = "cpu" if options["compile"] else place(RunOptions(device=options["device"])).device
+    device = torch.device(placed.split(",")[0])  # of several, the first
     facts = describe(str(device))
     path = _target(options["out"], str(facts["machine"]))
     if options["compile"]:

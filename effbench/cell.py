@@ -9,22 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import errno
 import fcntl
 import math
 import os
 import random
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effbench.core.errors import Outcome, Usage
+from effbench import devices
 from effbench.core.kinds import kind_of
 from effbench.core.op import ran
 from effbench.core.recipe import Recipe, parse
 from effbench.core.record import Cell, Metric, OutcomeName, Record
+from effbench.diagnosis import Failure, broken, diagnose
 from effbench.sources import DataSource, Source
 
 if TYPE_CHECKING:
@@ -35,7 +34,22 @@ Tell = Callable[..., None]  # news for whoever waits: phase=..., waiting=True, e
 
 # Of several failures in one cell the one furthest right names the outcome.
 SEVERITY: tuple[OutcomeName, ...] = ("refused", "unsupported", "diverged", "oom", "crashed")
-NO_MEMORY = ("can't allocate memory", "not enough memory")  # what torch's allocator on a processor says
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A device to run cells on, with the lock file that all cells there share."""
+
+    device: str  # cpu or cuda:N
+    gate: Path
+    visible: str = ""  # CUDA_VISIBLE_DEVICES of a process that sees this device alone
+
+    def entered(self) -> Place:
+        """This place for a process that works nowhere else and has not started CUDA: its first device, and the only."""
+        if not self.visible:
+            return self
+        os.environ[devices.VISIBLE] = self.visible
+        return dataclasses.replace(self, device="cuda:0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +59,18 @@ class Job:
     cell: Cell
     source: Source
     data: DataSource
-    device: str  # cpu or cuda:N
-    gate: Path  # lock file shared by all cells on the device
+    places: tuple[Place, ...]  # alike, any of them will do; one once the job has started
     attempt: int = 1
+
+    def at(self, place: Place) -> Job:
+        """This job with its place decided."""
+        return dataclasses.replace(self, places=(place,))
+
+    @property
+    def place(self) -> Place:
+        """Where the job runs."""
+        (place,) = self.places
+        return place
 
 
 class Gate:
@@ -89,12 +112,15 @@ class Gate:
 class Findings:
     """What a cell has found so far: readings, failures, and the phase it is in."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Tell, device: str) -> None:
         self.metrics: dict[str, Metric] = {}
         self.samples: dict[str, list[Any]] = {}
         self.protocols: dict[str, str] = {}
         self.seconds: dict[str, float] = {}  # by phase
+        self.shortfall: dict[str, Any] = {}  # of the first lack of memory: its phase and the bytes
+        self.over = False  # whether nothing more can be computed in this process
         self._tell = tell
+        self._device = device
         self._phase = ""
         self._since = time.monotonic()
         self._reasons: dict[tuple[OutcomeName, str], list[str]] = {}  # (outcome, reason): phases
@@ -115,12 +141,20 @@ class Findings:
         try:
             yield
         except (Exception, SystemExit) as error:
-            self.fail(*_diagnose(error))
+            failure, why = diagnose(error), broken(self._device)
+            if why:
+                self.over = True
+                told = failure.reason if why in failure.reason else f"{failure.reason}; {why}"
+                reason = f"{told}: after this the process can compute nothing more on {self._device}"
+                failure = dataclasses.replace(failure, outcome="crashed", reason=reason)
+            self.fail(failure)
 
-    def fail(self, outcome: OutcomeName, reason: str, trace: str = "") -> None:
+    def fail(self, failure: Failure) -> None:
         """Note a failure of the current phase."""
-        self._reasons.setdefault((outcome, reason), []).append(self._phase)
-        self._tracebacks += [trace] if trace else []
+        self._reasons.setdefault((failure.outcome, failure.reason), []).append(self._phase)
+        self._tracebacks += [failure.traceback] if failure.traceback else []
+        if failure.outcome == "oom" and not self.shortfall:
+            self.shortfall = {"phase": self._phase, **failure.shortfall}
 
     def add(self, reading: Reading) -> None:
         """Take in a reading; a number that is not finite is a failure instead."""
@@ -128,7 +162,7 @@ class Findings:
             if math.isfinite(metric.value):
                 self.metrics[name] = metric
             else:
-                self.fail("diverged", f"{name} is not finite")
+                self.fail(Failure("diverged", f"{name} is not finite"))
         self.samples |= reading.samples
         self.protocols |= reading.protocols
 
@@ -152,22 +186,24 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     """Run a cell in this process and give its record; `tell` is called with news while it goes on."""
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
     recipe = parse(job.cell.steps, job.cell.recipe)
-    found = Findings(tell)
+    device = job.place.device
+    found = Findings(tell, device)
     environment: dict[str, Any] = {}
     log: dict[str, Any] = {}
     simulated = False
-    gate = Gate(job.gate, tell)
+    gate = Gate(job.place.gate, tell)
     found.enter("wait")
     with gate.shared(), found.guard():
         found.enter("open")
         from effbench.nn.load import open_run
         from effbench.probes.environment import describe
 
-        _pin(job.cell.settings["threads"], job.cell.seed)
-        environment = describe(job.device)
+        devices.check_room(device)
+        _pin(device, job.cell.settings["threads"], job.cell.seed)
+        environment = describe(device)
         tell(environment=environment)
         settings = job.cell.settings
-        run = open_run(job.source, job.data, job.device, settings["dtype"], job.cell.seed, settings)
+        run = open_run(job.source, job.data, device, settings["dtype"], job.cell.seed, settings)
         log = run.log
         try:
             _apply(recipe, run, found)
@@ -188,7 +224,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         protocols=found.protocols,
         kernels=ran(),
         facts=facts(recipe, job.cell.settings),
-        log=log | {"phases": found.seconds},
+        log=log | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {}),
         environment=environment,
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - begin - found.seconds["wait"], 3),
@@ -216,13 +252,15 @@ def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, found: Finding
 
     def take(names: list[str]) -> None:
         for name in names:
+            if found.over:
+                return
             found.enter(name)
             with found.guard():
                 found.add(probes.take(name, run, settings))
 
     take([name for name in settings["probes"] if name not in probes.EXCLUSIVE])
     timing = [name for name in settings["probes"] if name in probes.EXCLUSIVE]
-    if timing:
+    if timing and not found.over:
         found.enter("wait")
         with gate.alone():
             take(timing)
@@ -242,34 +280,14 @@ def facts(recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: ", ".join(dict.fromkeys(values)) for name, values in found.items() if values}
 
 
-def _pin(threads: int, seed: int) -> None:
-    """Make arithmetic and chance the same whatever else the machine does."""
+def _pin(device: str, threads: int, seed: int) -> None:
+    """Make arithmetic and chance the same whatever else the machine does, and `device` the one meant by default."""
     import numpy
     import torch
 
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     torch.set_num_threads(threads)
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _diagnose(error: BaseException) -> tuple[OutcomeName, str, str]:
-    """Outcome, reason and traceback (of crashes only) of an exception."""
-    message = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, Outcome):
-        return error.name, str(error), ""  # type: ignore[return-value]
-    if isinstance(error, Usage):  # seen only with the model in hand
-        return "refused", str(error), ""
-    if isinstance(error, FloatingPointError):
-        return "diverged", message or "a number is not finite", ""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "oom", message or "out of memory", ""
-    if isinstance(error, RuntimeError) and any(words in message for words in NO_MEMORY):
-        return "oom", message, ""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = "no space left on the disk"
-    return (
-        "crashed",
-        f"{type(error).__name__}: {message}".removesuffix(": "),
-        "".join(traceback.format_exception(error)),
-    )

@@ -18,15 +18,16 @@ import signal
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
-from effbench.cell import Job, facts
+from effbench.cell import Job, Place, facts
 from effbench.core.recipe import parse
 from effbench.core.record import OutcomeName, Record
+from effbench.devices import Device
 
 EXECUTE = "effbench.cell:execute"  # what a cell does; tests name other functions
 # Leaves, because the packages themselves import lazily and every cell would pay for it.
@@ -61,7 +62,10 @@ class Event:
 
 
 class Local:
-    """Jobs on this machine, at most `jobs` at a time, each for at most `timeout` seconds of its own time."""
+    """Jobs on this machine, at most `jobs` at a time, each for at most `timeout` seconds of its own time.
+
+    They are spread over the places that they name, so that none has two while another has none.
+    """
 
     def __init__(
         self,
@@ -85,8 +89,8 @@ class Local:
         with tempfile.TemporaryDirectory(prefix="effbench-", ignore_cleanup_errors=True) as folder:
             try:
                 while (waiting or running) and not stop.is_set():
-                    while waiting and len(running) < self.jobs and idle(waiting[0].gate):
-                        running.append(self._start(waiting.popleft(), Path(folder)))
+                    while waiting and (place := self._vacancy(waiting[0], running)) is not None:
+                        running.append(self._start(waiting.popleft().at(place), Path(folder)))
                     connection.wait([source for worker in running for source in worker.sources], TICK)
                     for worker in running:
                         yield from worker.news(self.timeout)
@@ -94,6 +98,14 @@ class Local:
             finally:
                 for worker in running:
                     worker.kill()
+
+    def _vacancy(self, job: Job, running: Sequence[Worker]) -> Place | None:
+        """The place for another job now: idle, and the emptiest that has not its share of them yet."""
+        if len(running) >= self.jobs:
+            return None
+        taken, share = Counter(worker.job.place for worker in running), -(-self.jobs // len(job.places))
+        vacant = [place for place in job.places if taken[place] < share and idle(place.gate)]
+        return min(vacant, key=taken.__getitem__, default=None)
 
     def _start(self, job: Job, folder: Path, tries: int = 10) -> Worker:
         start_server(self.preload, self.threads)  # again, should it have died
@@ -215,6 +227,7 @@ def start_server(preload: Sequence[str], threads: int) -> None:
     """Start the fork-server, unless it runs. Its libraries see the thread count before they are loaded."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+    variables["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # an import that asks for CUDA must not start it: forks could not
     # A killed worker leaves semaphores behind; that they are cleaned up afterwards is nobody's concern.
     variables["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
     before = {name: os.environ.get(name) for name in variables}
@@ -242,12 +255,9 @@ def idle(gate: Path) -> bool:
         return True
 
 
-def gate_file(device: str) -> Path:
-    """The lock file of a device, the same for every program on this machine."""
-    name = device.replace(":", "-")
-    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
-    if device.startswith("cuda:") and visible:
-        name = f"cuda-{visible[int(device.partition(':')[2])]}"  # what it is called outside this process
+def gate_file(device: Device) -> Path:
+    """The lock file of a device, the same for every program on this machine, whatever it sees and calls it."""
+    name = device.uuid or (f"cuda-{device.visible}" if device.visible else device.name)
     path = Path(tempfile.gettempdir()) / f"effbench-{name}.lock"
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o644))  # locking needs no right to write
@@ -267,6 +277,7 @@ def _work(news: connection.Connection, execute: str, job: Job, output: Path) -> 
     os.setsid()  # a group of its own: killed together with its children, untouched by Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    job = job.at(job.place.entered())
     gc.freeze()  # what the fork-server imported stays: no use in looking through it again and again
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)

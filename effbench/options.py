@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from effbench.core.errors import Usage
 from effbench.core.registry import nearest
+from effbench.devices import CPU, VISIBLE, Device, visible
 
 T = TypeVar("T")
 TIERS = ("quick", "full")
@@ -33,17 +34,17 @@ class RunOptions:
 
     suite: str | None = None  # name of a suite
     recipe: str | None = None  # or the steps of one recipe
-    model: str = "tiny"  # tiny, a local folder, a Hub id org/name, or shape:NAME (random weights)
+    model: str | None = None  # tiny, a folder, a Hub id org/name, or shape:NAME (random weights); else the suite's own
     data: str | None = None  # tiny, text:FOLDER or hub:NAME; by default what belongs to the model
     tokenizer: str | None = None  # folder or Hub id, for a model that comes without one
-    device: str | None = None  # cpu, cuda or cuda:N; by default the first GPU, else the processor
+    device: str | None = None  # cpu, cuda (all GPUs like the first) or cuda:N; by default the first GPU, else the cpu
     dtype: str | None = None  # float32, bfloat16, float16; by default float32 on a processor, else as stored
     tier: str | None = None  # quick or full; by default full with a GPU, else quick
     recipes: str | None = None  # only these rows of the suite: names or patterns, separated by commas
     seeds: list[int] | None = None  # by default those of the tier
     limit: int | None = None  # items per task; by default that of the tier
-    threads: int | None = None  # per cell; by default 1 on a processor, else all cores
-    jobs: int | None = None  # cells at a time; by default cores / threads on a processor, else 1
+    threads: int | None = None  # per cell; by default 1 on a processor, else cores / jobs
+    jobs: int | None = None  # cells at a time; by default cores / threads on a processor, else one per GPU
     timeout: float = 3600.0  # seconds for one cell, waiting for the machine not counted
     executor: str = "local"  # what runs the cells
     results: str = "results"  # folder of records and tables
@@ -77,46 +78,68 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where cells run: the device, what it is, and how the machine is shared."""
+    """Where cells run: the devices, what they are, and how the machine is shared."""
 
-    device: str  # cpu or cuda:N
-    machine: str  # what it is, such as amd-epyc-2core
+    devices: tuple[Device, ...]  # of one model
+    machine: str  # what they are, such as amd-epyc-2core
     threads: int
     jobs: int
     tier: str
+    notes: tuple[str, ...] = ()  # what the user may not expect of this
+
+    @property
+    def device(self) -> str:
+        """The devices by name."""
+        return ", ".join(device.name for device in self.devices)
 
 
 def place(options: RunOptions) -> Placement:
-    """Resolve device, threads, jobs and tier. Raises `Usage` for a device that is not there."""
-    from effbench.probes.environment import describe
+    """Resolve devices, threads, jobs and tier. Raises `Usage` for a device that is not there."""
+    from effbench.probes.environment import describe, slug
 
-    device = _device(options.device)
+    devices, notes = _devices(options.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    on_cpu = device == "cpu"
-    threads = options.threads or (1 if on_cpu else cores)
-    return Placement(
-        device=device,
-        machine=str(describe(device)["machine"]),
-        threads=threads,
-        jobs=options.jobs or (max(1, cores // threads) if on_cpu else 1),
-        tier=options.tier or ("quick" if on_cpu else "full"),
-    )
+    if devices == (CPU,):
+        threads = options.threads or 1
+        jobs = options.jobs or max(1, cores // threads)
+        return Placement(devices, str(describe("cpu")["machine"]), threads, jobs, options.tier or "quick")
+    jobs = options.jobs or len(devices)
+    if jobs > len(devices):
+        gpus = f"{len(devices)} GPU{'s' * (len(devices) > 1)}"
+        notes = (*notes, f"jobs={jobs} on {gpus}: cells share memory, and the time that their methods take")
+    threads = options.threads or max(1, cores // jobs)
+    return Placement(devices, slug(devices[0].model), threads, jobs, options.tier or "full", notes)
 
 
-def _device(wanted: str | None) -> str:
+def _devices(wanted: str | None) -> tuple[tuple[Device, ...], tuple[str, ...]]:
+    """The devices that `device=` names, and what is to be said about them."""
     if wanted == "cpu":
-        return "cpu"
-    kind, _, index = (wanted or "cuda").partition(":")
+        return (CPU,), ()
+    kind, _, index = (wanted or "cuda:0").partition(":")
     if kind != "cuda" or not (index or "0").isdigit():
         raise Usage(f"device={wanted}: must be cpu, cuda or cuda:N")
+    found = visible()
+    built = not found or _cuda_is_built()
+    if built and int(index or 0) < len(found):
+        if index:
+            return (found[int(index)],), ()
+        # One table is of one machine, so GPUs of another model wait for a run of their own.
+        alike = tuple(device for device in found if device.model == found[0].model)
+        others = f"device=cuda: {len(alike)} of {len(found)} GPUs are used, those like the first ({found[0].model})"
+        return alike, (others,) if len(alike) < len(found) else ()
+    if wanted is None:
+        return (CPU,), ()
+    if not built:
+        raise Usage(f"device={wanted}: the installed torch is built without CUDA")
+    count = f"{len(found)} CUDA device{'s' * (len(found) > 1)}" if found else "no CUDA device"
+    shown = f" that CUDA_VISIBLE_DEVICES={os.environ[VISIBLE]} shows" if VISIBLE in os.environ else ""
+    raise Usage(f"device={wanted}: this machine has {count}{shown}")
+
+
+def _cuda_is_built() -> bool:
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) < count:
-        return f"cuda:{int(index or 0)}"
-    if wanted is None:
-        return "cpu"
-    raise Usage(f"device={wanted}: this machine has {f'{count} CUDA devices' if count else 'no CUDA device'}")
+    return torch.backends.cuda.is_built()
 
 
 def one_of(name: str, value: str | None, choices: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench import probes, sources, suite
-from effbench.cell import Job
+from effbench.cell import Job, Place
 from effbench.core.errors import Usage
 from effbench.core.recipe import Recipe
 from effbench.core.record import RETRIED, Cell, Record
@@ -45,7 +45,7 @@ class Run:
     budget_minutes: float | None
     placement: Placement
     cells: tuple[Planned, ...]
-    notes: tuple[str, ...]  # files in the results folder that were skipped
+    notes: tuple[str, ...]  # of the placement, and files in the results folder that were skipped
 
     @property
     def todo(self) -> list[Job]:
@@ -62,41 +62,44 @@ def plan(options: RunOptions) -> Run:
     """What the options ask for, checked as far as can be without opening model or data. Raises `Usage`."""
     options.check()
     chosen = suite.load(options.suite) if options.suite is not None else suite.adhoc(options.recipe or "")
-    source, data = sources.model(options.model, options.tokenizer), sources.data(options.data)
+    data = sources.data(options.data)
     store = Store(options.folder)
     store.check()
     placement = place(options)
     tier = chosen.plan(placement.tier, options.recipes)
+    models = [options.model] if options.model is not None else tier.models
+    kind = placement.devices[0].name.partition(":")[0]
     settings = tier.settings | {
-        "device": placement.device.partition(":")[0],
+        "device": kind,  # which of several that are alike does not matter
         "machine": placement.machine,
         "threads": placement.threads,
-        "dtype": options.dtype or ("float32" if placement.device == "cpu" else None),
+        "dtype": options.dtype or ("float32" if kind == "cpu" else None),
     }
     if options.limit is not None:
         settings["limit"] = options.limit
     records, notes = store.read(chosen.name, chosen.version)
     standing = latest(records)
-    gate = gate_file(placement.device)
+    places = tuple(Place(device.name, gate_file(device), device.visible) for device in placement.devices)
     seeds = options.seeds or tier.seeds
     cells: list[Planned] = []
-    for recipe in tier.recipes:
-        for seed in seeds if seeded(recipe) else seeds[:1]:
-            cell = Cell(
-                suite=chosen.name,
-                suite_version=chosen.version,
-                tier=placement.tier,
-                recipe=recipe.name,
-                steps=str(recipe),
-                resolved=tuple(recipe.resolved()),
-                model=source.name,
-                data=data.name,
-                seed=seed,
-                settings=settings,
-                digests=digests(recipe, settings["probes"], source.digest, data.digest),
-            )
-            cells.append(_planned(Job(cell, source, data, placement.device, gate), standing))
-    return Run(chosen, placement.tier, tier.budget_minutes, placement, tuple(cells), tuple(notes))
+    for source in [sources.model(name, options.tokenizer) for name in models]:
+        for recipe in tier.recipes:
+            for seed in seeds if seeded(recipe) else seeds[:1]:
+                cell = Cell(
+                    suite=chosen.name,
+                    suite_version=chosen.version,
+                    tier=placement.tier,
+                    recipe=recipe.name,
+                    steps=str(recipe),
+                    resolved=tuple(recipe.resolved()),
+                    model=source.name,
+                    data=data.name,
+                    seed=seed,
+                    settings=settings,
+                    digests=digests(recipe, settings["probes"], source.digest, data.digest),
+                )
+                cells.append(_planned(Job(cell, source, data, places), standing))
+    return Run(chosen, placement.tier, tier.budget_minutes, placement, tuple(cells), (*placement.notes, *notes))
 
 
 def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict[str, str]:

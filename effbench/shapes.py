@@ -28,6 +28,7 @@ def _rope(theta: float) -> dict[str, Any]:
 
 
 _QWEN3 = {"model_type": "qwen3", "head_dim": 128, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}
+_LLAMA_70B = _llama(8192, 80, 64, 8, 28672, 128256, **_rope(5e5))
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(4096, 32, 32, 32, 11008, 32000, max_position_embeddings=4096),
@@ -35,12 +36,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True, **_rope(5e5)),
     "llama-3.2-3b": _llama(3072, 28, 24, 8, 8192, 128256, head_dim=128, tie_word_embeddings=True, **_rope(5e5)),
     "llama-3.1-8b": _llama(4096, 32, 32, 8, 14336, 128256, **_rope(5e5)),
-    "llama-3.1-70b": _llama(8192, 80, 64, 8, 28672, 128256, **_rope(5e5)),
+    "llama-3.1-70b": _LLAMA_70B,
+    "llama-3.3-70b": _LLAMA_70B,
     "mistral-7b": _llama(4096, 32, 32, 8, 14336, 32768, **_rope(1e6))
     | {"model_type": "mistral", "sliding_window": None},
     "qwen3-0.6b": _llama(1024, 28, 16, 8, 3072, 151936, tie_word_embeddings=True, **_rope(1e6)) | _QWEN3,
     "qwen3-1.7b": _llama(2048, 28, 16, 8, 6144, 151936, tie_word_embeddings=True, **_rope(1e6)) | _QWEN3,
+    "qwen3-4b": _llama(2560, 36, 32, 8, 9728, 151936, tie_word_embeddings=True, **_rope(1e6)) | _QWEN3,
     "qwen3-8b": _llama(4096, 36, 32, 8, 12288, 151936, **_rope(1e6)) | _QWEN3,
+    "qwen3-14b": _llama(5120, 40, 40, 8, 17408, 151936, **_rope(1e6)) | _QWEN3,
+    "qwen3-32b": _llama(5120, 64, 64, 8, 25600, 151936, **_rope(1e6)) | _QWEN3,
     "opt-125m": {
         "model_type": "opt",
         "hidden_size": 768,

@@ -1,4 +1,4 @@
-"""Suites: which recipes to run, with which seeds and settings, written as YAML in `suites/<name>.yaml`.
+"""Suites: which recipes to run, on which models, with which seeds and settings, as YAML in `suites/<name>.yaml`.
 
 Everything is checked when a suite is loaded, every step parsed, so that a mistake in the last row shows
 before the first one runs. Mistakes are `Usage` that names the file and the key.
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from effbench import probes
+from effbench import probes, sources
 from effbench.core.errors import Usage
 from effbench.core.kinds import Weights
 from effbench.core.recipe import Recipe, parse, unique
@@ -64,6 +64,7 @@ class Stage:
 
     recipes: list[str] = dataclasses.field(default_factory=lambda: ["*"])  # names or patterns
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
+    models: list[str] = dataclasses.field(default_factory=lambda: ["tiny"])  # unless model= names another
     budget_minutes: float | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -87,6 +88,7 @@ class Plan:
 
     recipes: tuple[Recipe, ...]  # baseline first
     seeds: tuple[int, ...]
+    models: tuple[str, ...]
     settings: dict[str, Any]
     budget_minutes: float | None = None
 
@@ -202,9 +204,14 @@ def _recipes(row: Row) -> Iterator[Recipe]:
 
 
 def _plan(tier: str, stage: Stage, recipes: list[Recipe], settings: dict[str, Any]) -> Plan:
-    for name, value in (("recipes", stage.recipes), ("seeds", stage.seeds)):
+    for name, value in (("recipes", stage.recipes), ("seeds", stage.seeds), ("models", stage.models)):
         if not value:
             raise Usage(f"tiers.{tier}.{name}: is empty")
+    for model in stage.models:
+        try:
+            sources.model(model)
+        except Usage as error:
+            raise Usage(f"tiers.{tier}.models: {error}") from None
     chosen = {BASELINE}
     for pattern in stage.recipes:
         found = _matching(pattern, recipes)
@@ -220,7 +227,7 @@ def _plan(tier: str, stage: Stage, recipes: list[Recipe], settings: dict[str, An
         one_of("probe", probe, probes.names())
     given = {name: value for name, value in dataclasses.asdict(resolved).items() if value is not None}
     rows = tuple(recipe for recipe in recipes if recipe.name in chosen)
-    return Plan(rows, tuple(stage.seeds), given, stage.budget_minutes)
+    return Plan(rows, tuple(stage.seeds), tuple(stage.models), given, stage.budget_minutes)
 
 
 def _matching(pattern: str, recipes: Iterable[Recipe]) -> list[Recipe]:

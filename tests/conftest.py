@@ -12,7 +12,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side on few cores would wait for each other
 
-from effbench.cell import Job
+from effbench.cell import Job, Place
 from effbench.core.record import Cell
 from effbench.sources import DataSource, Source
 from effbench.store import Store
@@ -52,6 +52,6 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
             settings={"threads": 1, "dtype": None, "probes": [], **settings},
             digests={"model": recipe},
         )
-        return Job(cell, Source("tiny", "tiny"), DataSource("tiny", "tiny"), "cpu", gate)
+        return Job(cell, Source("tiny", "tiny"), DataSource("tiny", "tiny"), (Place("cpu", gate),))
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -42,7 +43,7 @@ def unluckily(job: Job, tell: Tell) -> Record:
 def timing(job: Job, tell: Tell) -> Record:
     """A cell that works for a while, then times something alone; notes when it did what in `seen`."""
     seen = Path(job.cell.settings["seen"])
-    gate = Gate(job.gate, tell)
+    gate = Gate(job.place.gate, tell)
     with gate.shared():
         begin = time.monotonic()
         time.sleep(random.Random(job.cell.recipe).uniform(0.05, 0.4))
@@ -55,6 +56,23 @@ def timing(job: Job, tell: Tell) -> Record:
     return Record(job.cell, "ok")
 
 
+def placed(job: Job, tell: Tell) -> Record:
+    """A cell that times something while `beside` cells do so, and says where; one called a victim is killed at it."""
+    seen = Path(job.cell.settings["seen"])
+    gate = Gate(job.place.gate, tell)
+    with gate.shared(), gate.alone():
+        if job.cell.recipe.startswith("victim"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        (seen / job.cell.recipe).touch()
+        end = time.monotonic() + 20
+        while len(list(seen.iterdir())) < job.cell.settings.get("beside", 1):
+            if time.monotonic() > end:
+                raise TimeoutError("the others never came")
+            time.sleep(0.01)
+    where = {"device": job.place.device, "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    return Record(job.cell, "ok", log=where)
+
+
 def threads(job: Job, tell: Tell) -> Record:
     """A cell that says how many threads its libraries were told to use, and what runs beside it."""
     counts = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -63,8 +81,13 @@ def threads(job: Job, tell: Tell) -> Record:
 
 def with_fake_model(job: Job, tell: Tell) -> Record:
     """The real cell around a model that is not there and probes that say what `settings` tells them to."""
-    os.environ["EFFBENCH_METHODS"] = str(HERE / "methods_for_tests")
     install_fakes()
+    return with_faults(job, tell)
+
+
+def with_faults(job: Job, tell: Tell) -> Record:
+    """The real cell, which knows the methods that misbehave."""
+    os.environ["EFFBENCH_METHODS"] = str(HERE / "methods_for_tests")
     from effbench.cell import execute
 
     return execute(job, tell)

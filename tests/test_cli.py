@@ -94,6 +94,8 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "executor=slurm"], "executor=slurm: needs an extra that is not installed"),
         (["run", "suite=quant", "executor=cloud"], "unknown executor 'cloud'"),
         (["run", "suite=quant", "device=gpu"], "device=gpu: must be cpu, cuda or cuda:N"),
+        (["run", "suite=quant", "device=tpu"], "device=tpu: must be cpu, cuda or cuda:N"),
+        (["run", "suite=quant", "device=cuda:77"], "device=cuda:77: this machine has"),
         (["run", "suite=quant", "device=cuda:x"], "device=cuda:x: must be cpu, cuda or cuda:N"),
         pytest.param(
             ["run", "suite=quant", "device=cuda"], "device=cuda: this machine has no CUDA device", marks=needs_no_gpu
@@ -361,6 +363,18 @@ def test_any_change_of_an_input_changes_the_identity(name, here, monkeypatch):
     changed = MUTATIONS[name](here, monkeypatch) or {}
     after = identities(**base | changed)["gptq-4b"]
     assert after.identity != before.identity
+
+
+def test_a_suite_names_its_models_and_model_another(here):
+    path = suite_file(here, tiers={"quick": {"models": ["shape:gpt2", "tiny"]}, "full": {}})
+
+    def models(**options):
+        cells = runner.plan(RunOptions(suite=path, device="cpu", **options)).cells
+        return [planned.job.cell.model for planned in cells]
+
+    assert models() == ["shape:gpt2"] * 2 + ["tiny"] * 2
+    assert models(model="shape:opt-125m") == ["shape:opt-125m"] * 2
+    assert models(tier="full") == ["tiny"] * 2
 
 
 def test_a_renamed_row_is_the_same_cell(here):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from effbench import sources, tiny
 from effbench.checks import TOYS, toy
-from effbench.core.errors import Outcome, OutOfMemory, Refused, Unsupported
+from effbench.core.errors import Outcome, Refused, Unsupported
 from effbench.nn.data import read_folder
 from effbench.nn.load import open_run
 
@@ -157,11 +157,6 @@ def test_random_weights_have_no_quality(monkeypatch):
     assert len(run.calibration()) == 2
     with pytest.raises(Refused, match="random"):
         run.data.heldout_ids()
-
-
-def test_a_shape_that_cannot_fit_is_refused_before_it_is_built():
-    with pytest.raises(OutOfMemory, match=r"need \d+\.\d GiB"):
-        opened("shape:llama-3.1-70b", tokenizer=None)
 
 
 def test_all_shapes_are_of_known_architectures():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import fake_cells
@@ -21,9 +23,10 @@ import psutil
 import pytest
 
 from effbench import cell as cells
+from effbench.cell import Place
 from effbench.core.errors import Diverged, OutOfMemory, Refused, Unsupported, Usage
 from effbench.core.record import RETRIED, Record
-from effbench.executors import Local, gate_file
+from effbench.executors import Local
 from effbench.runner import run_cells
 from effbench.store import Store, latest
 
@@ -81,6 +84,7 @@ def test_at_most_jobs_at_once(store, make_job):
         ("vanishes()", "crashed", "exit code 3 while in vanishes()"),
         ("killed()", "crashed", "killed by signal 9"),
         ("oom()", "oom", "oom(): tried to allocate 2.00 GiB"),
+        ("device_oom()", "oom", "device_oom(): tried to allocate 20.00 GiB; 10.50 GiB of 79.11 GiB were free"),
         ("diverge()", "diverged", "the loss is nan"),
         ("full_disk()", "crashed", "no space left on the disk"),
         ("hang()", "timeout", "took more than 3 s, the last of it in hang()"),
@@ -196,13 +200,89 @@ def test_waiting_does_not_count_against_the_timeout(store, make_job, tmp_path):
     assert set(outcomes(records).values()) == {"ok"}
 
 
-def test_two_programs_share_the_gate(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    assert gate_file("cpu") == gate_file("cpu") == tmp_path / "effbench-cpu.lock"
-    assert gate_file("cuda:1").name == "effbench-cuda-1.lock"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert gate_file("cuda:1").name == "effbench-cuda-6.lock"  # what it is called outside
+# ---- several devices ----
+
+
+@pytest.fixture
+def gpus(tmp_path):
+    """Two places that are to be seen as "4" and as "GPU-6", each with its lock."""
+
+    def place(visible):
+        gate = tmp_path / f"{visible}.lock"
+        gate.touch()
+        return Place("cuda:7", gate, visible)
+
+    return place("4"), place("GPU-6")
+
+
+@pytest.fixture
+def spread(make_job, gpus, tmp_path):
+    """Jobs that run on either of two devices and note in one folder when they are timing."""
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
+    def jobs(*recipes, **settings):
+        made = [make_job(recipe, seen=str(seen), **settings) for recipe in recipes]
+        return [dataclasses.replace(job, places=gpus) for job in made]
+
+    return jobs
+
+
+def test_cells_time_at_once_on_their_own_devices(store, spread):
+    """Neither would end if the gate of one device kept the other waiting."""
+    records, _ = run_cells(spread("a", "b", beside=2), store, local("placed"))
+    assert [record.outcome for record in records] == ["ok", "ok"]
+    assert {record.log["visible"] for record in records} == {"4", "GPU-6"}
+    assert {record.log["device"] for record in records} == {"cuda:0"}, "a process sees its own device alone"
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == SEEN
+
+
+SEEN = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_a_device_has_one_cell_at_a_time(store, spread):
+    working: set[Place] = set()
+    used: set[Place] = set()
+
+    def watch(event):
+        place = event.job.place
+        if event.record is not None:
+            working.discard(place)
+        else:
+            assert place not in working
+            working.add(place)
+            used.add(place)
+
+    records, _ = run_cells(spread(*"abcdefg", seconds=0.2), store, local("quick"), watch)
+    assert len(records) == 7 and len(used) == 2
+
+
+def test_a_device_that_is_being_timed_on_gets_no_cell(store, spread, gpus):
+    """Another program holds the first device; its share does not go to the second, which serves all alone."""
+    with gpus[0].gate.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        records, _ = run_cells(spread(*"abc"), store, local("placed"))
+    assert outcomes(records) == {"a": "ok", "b": "ok", "c": "ok"}
+    assert {record.log["visible"] for record in records} == {"GPU-6"}
+
+
+def test_more_jobs_than_devices_share_them_evenly(store, spread):
+    working: Counter[Place] = Counter()
+    most: Counter[Place] = Counter()
+
+    def watch(event):
+        working[event.job.place] += 1 if event.record is None else -1
+        most[event.job.place] = max(most[event.job.place], working[event.job.place])
+
+    run_cells(spread(*"abcdefgh", seconds=0.5), store, local("quick", jobs=4), watch)
+    assert list(most.values()) == [2, 2]
+
+
+def test_a_killed_cell_frees_its_device(store, spread):
+    """It dies while it alone may use the device."""
+    records, _ = run_cells(spread("victim1", "victim2", "a", "b", beside=2), store, local("placed"))
+    assert outcomes(records) == {"victim1": "crashed", "victim2": "crashed", "a": "ok", "b": "ok"}
+    assert {record.log["visible"] for record in records if record.outcome == "ok"} == {"4", "GPU-6"}
 
 
 # ---- interrupted and killed ----
@@ -211,7 +291,7 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, {here!r})
 from pathlib import Path
-from effbench.cell import Job
+from effbench.cell import Job, Place
 from effbench.core.record import Cell, RETRIED, FAILED
 from effbench.executors import Local
 from effbench.runner import run_cells
@@ -231,7 +311,7 @@ for i in range(count):
     old = before.get(cell.identity)
     if old is None or old.outcome in RETRIED:
         attempt = old.attempt + 1 if old else 1
-        jobs.append(Job(cell, Source("tiny", "tiny"), DataSource("tiny", "tiny"), "cpu", gate, attempt))
+        jobs.append(Job(cell, Source("tiny", "tiny"), DataSource("tiny", "tiny"), (Place("cpu", gate),), attempt))
 executor = Local(2, 60.0, execute="fake_cells:quick", preload=["effbench.executors"])
 print("ready", len(jobs), flush=True)
 records, interrupted = run_cells(jobs, store, executor, lambda event: print("event", flush=True))
@@ -404,6 +484,127 @@ def test_torch_s_own_out_of_memory(fake, make_job):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     record = fake(make_job("row", open=error))
     assert (record.outcome, record.reason) == ("oom", f"open: {error}")
+
+
+def test_a_lack_of_memory_names_its_phase_and_what_was_wanting(fake, make_job, faults):
+    record = fake(make_job("row", "device_oom()", probes=["memory"]))
+    wanting = {"asked_bytes": 20 * 2**30, "free_bytes": round(10.5 * 2**30), "total_bytes": round(79.11 * 2**30)}
+    assert record.log["shortfall"] == {"phase": "device_oom()", **wanting}
+    readings = {"memory": OutOfMemory("no room", asked_bytes=3), "speed": MemoryError()}
+    record = fake(make_job("row", probes=list(readings), readings=readings))
+    assert record.log["shortfall"] == {"phase": "memory", "asked_bytes": 3}
+    assert "shortfall" not in fake(make_job("row")).log
+
+
+def test_a_full_device_is_found_before_anything_is_opened(fake, make_job, monkeypatch):
+    error = OutOfMemory("cuda:0 is full", asked_bytes=5, free_bytes=1, total_bytes=9)
+
+    def full(device):
+        raise error
+
+    monkeypatch.setattr("effbench.devices.check_room", full)
+    record = fake(make_job("row"))
+    assert (record.outcome, record.reason) == ("oom", "open: cuda:0 is full")
+    assert fake_cells.runs == []
+
+
+@pytest.fixture
+def cuda(make_job, monkeypatch):
+    """Jobs on a GPU that is not there, and what its driver says when asked whether all is well (None: it is)."""
+    import torch
+
+    state: dict[str, str | None] = {"error": None}
+
+    def synchronize(device):
+        if state["error"]:
+            raise RuntimeError(f"{state['error']}\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 80 * 2**30))
+    monkeypatch.setattr("effbench.devices.check_room", lambda device: None)
+
+    def make(recipe, steps="", **settings):
+        job = make_job(recipe, steps, **settings)
+        return job.at(Place("cuda:0", job.place.gate))
+
+    return state, make
+
+
+ASSERTED = "CUDA error: device-side assert triggered"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(f"{ASSERTED}\nmore"), f"quality: RuntimeError: {ASSERTED}: after this"),
+        (Unsupported("no head"), f"quality: no head; {ASSERTED}: after this"),
+    ],
+)
+def test_after_a_spoiled_context_nothing_more_is_tried(fake, cuda, error, reason):
+    state, make = cuda
+    state["error"] = ASSERTED
+    record = fake(make("row", probes=["memory", "quality", "perplexity", "speed"], readings={"quality": error}))
+    assert record.outcome == "crashed" and record.reason.startswith(reason)
+    assert fake_cells.runs[0].taken == ["memory", "quality"] and fake_cells.runs[0].closed
+    assert set(record.metrics) == {"memory"}
+
+
+def test_other_failures_leave_a_device_at_work(fake, cuda):
+    _, make = cuda
+    record = fake(make("row", probes=["quality", "memory", "speed"], readings={"quality": KeyError("a")}))
+    assert set(record.metrics) == {"memory", "speed"}
+
+
+@pytest.mark.parametrize(
+    ("message", "outcome"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously", "oom"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "oom"),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "oom"),
+        ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`", "oom"),
+        ("CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling `cusparseCreate(handle)`", "oom"),
+        ("Triton Error [CUDA]: out of memory", "oom"),
+        ("out of resource: shared memory, Required: 300000, Hardware limit: 232448.", "crashed"),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", "crashed"),
+        ("CUDA error: no kernel image is available for execution on the device", "crashed"),
+    ],
+)
+def test_what_cuda_and_its_libraries_say(fake, cuda, message, outcome):
+    _, make = cuda
+    record = fake(make("row", probes=["memory"], readings={"memory": RuntimeError(message)}))
+    assert record.outcome == outcome
+    assert message.splitlines()[0] in record.reason
+    if outcome == "oom":
+        assert record.reason.endswith("; 3.00 GiB of 80.00 GiB were free")
+        assert record.log["shortfall"] == {"phase": "memory", "free_bytes": 3 * 2**30, "total_bytes": 80 * 2**30}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("steps", "outcome", "words"),
+    [("device_oom()", "oom", "tried to allocate"), ("spoiled()", "crashed", "device-side assert triggered")],
+)
+def test_faults_of_a_real_device_cost_one_cell(store, make_job, tmp_path, steps, outcome, words):
+    from effbench import devices, sources
+
+    places = tuple(Place(gpu.name, tmp_path / "gate.lock", gpu.visible) for gpu in devices.visible()[:1])
+    jobs = [
+        dataclasses.replace(
+            make_job(recipe, text, probes=["memory", "flops"]),
+            places=places,
+            source=sources.model("tiny"),
+            data=sources.data(None),
+        )
+        for recipe, text in (("before", ""), ("fault", steps), ("after", ""))
+    ]
+    records, _ = run_cells(jobs, store, local("with_faults", jobs=1, timeout=300.0))
+    assert outcomes(records) == {"before": "ok", "fault": outcome, "after": "ok"}
+    assert words in records[1].reason
+    if outcome == "oom":
+        shortfall = records[1].log["shortfall"]
+        assert shortfall["asked_bytes"] > shortfall["total_bytes"] > shortfall["free_bytes"] > 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

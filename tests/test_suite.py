@@ -42,6 +42,7 @@ def test_a_suite_of_one_s_own(write):
     assert quick.settings["window"] == full.settings["window"] == 128
     assert "limit" not in quick.settings and full.settings["limit"] == 7
     assert quick.settings["probes"] == list(probes.names())
+    assert quick.models == ("tiny",)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,9 @@ def test_a_suite_of_one_s_own(write):
         ({"tiers": {"quick": {"recipes": ["gptq*"]}}}, "tiers.quick.recipes: no row matches 'gptq*'"),
         ({"tiers": {"quick": {"seeds": []}}}, "tiers.quick.seeds: is empty"),
         ({"tiers": {"quick": {"seeds": ["x"]}}}, "seeds[0]"),
+        ({"tiers": {"quick": {"models": []}}}, "tiers.quick.models: is empty"),
+        ({"tiers": {"quick": {"models": ["shape:gpt3"]}}}, "tiers.quick.models: unknown shape 'gpt3'; did you mean"),
+        ({"tiers": {"quick": {"models": ["nowhere"]}}}, "tiers.quick.models: model=nowhere: no such folder"),
         ({"settings": {"windows": 3}}, "windows: unknown key; did you mean 'window'?"),
         ({"settings": {"window": "wide"}}, "window: Value 'wide'"),
         ({"settings": {"probes": ["spead"]}}, "unknown probe 'spead'; did you mean 'speed'?"),

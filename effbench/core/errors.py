@@ -45,3 +45,7 @@ class OutOfMemory(Outcome):
     """The device, or a limit set by the user, had no room."""
 
     name = "oom"
+
+    def __init__(self, message: str, **shortfall: int) -> None:
+        super().__init__(message)
+        self.shortfall = shortfall  # asked_bytes, free_bytes, total_bytes, as far as they are known

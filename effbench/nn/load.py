@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -14,13 +14,16 @@ from transformers.utils import logging as transformers_logging
 
 from effbench import tiny
 from effbench.core.errors import OutOfMemory, Refused, Unsupported
+from effbench.devices import gib
 from effbench.nn import artifact
-from effbench.nn.blocks import ARCHITECTURES
+from effbench.nn.blocks import ARCHITECTURES, Blocks
 from effbench.nn.data import Data, RandomTokens, open_data
 from effbench.nn.model_run import ModelRun
 from effbench.shapes import SHAPES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from effbench.sources import DataSource, Source
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -47,6 +50,8 @@ def open_run(
     compute = getattr(torch, dtype) if dtype else torch.float32 if place.type == "cpu" else storage
     build = functools.partial(open_model, source, config, place, compute)
     tokenizer = _tokenizer(source)
+    if source.kind == "shape":
+        _check_shape(config, place, compute)
     model = build()
     found: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
@@ -57,7 +62,7 @@ def open_run(
     return ModelRun(
         source,
         model,
-        build,
+        functools.partial(_beside, build, config, place, compute) if source.kind == "shape" else build,
         tokenizer,
         found,
         device=place,
@@ -116,25 +121,69 @@ def _name(folder: Path | str) -> str:
 
 
 def _random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Random weights in the shape of a real model, built on the device, refused where they cannot fit."""
-    with torch.device("meta"):
-        needed = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
-    free = _free(device)
-    if needed > free:
-        raise OutOfMemory(
-            f"the weights alone need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}"
-        )
-    torch.manual_seed(0)
-    with torch.device(device):  # a copy: methods change the configuration, and the reference is built from it later
+    """Random weights in the shape of a real model, built on the device; the same whenever they are built."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        # A copy: methods change the configuration, and the reference is built from it later.
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
-def _free(device: torch.device) -> int:
+class Needs(NamedTuple):
+    """Bytes that a model takes up, found without building it."""
+
+    weights: int
+    work: int  # float32 copy of the largest matrix in its blocks: the least that a method works with
+
+
+def needs(config: Any, dtype: torch.dtype) -> Needs:
+    """What a model of this configuration takes up in `dtype`; tied weights count once."""
+    model = _random(config, torch.device("meta"), dtype)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    work = max(linear.get_parameter("weight").numel() for _, linear in Blocks(model).linears())
+    return Needs(weights, work * torch.float32.itemsize)
+
+
+def _check_shape(config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `OutOfMemory` before anything is allocated for a shape that cannot fit."""
+    weights, work = needs(config, dtype)
+    free, total, _ = _memory(device)
+    if weights + work > free:
+        raise OutOfMemory(
+            f"the weights take {gib(weights)}, a method's work at least {gib(work)} more and the unchanged model that "
+            f"speed is compared with as much again; {gib(free)} of {gib(total)} are free on {device}",
+            asked_bytes=weights + work,
+            free_bytes=free,
+            total_bytes=total,
+        )
+
+
+def _beside(build: Callable[[], Any], config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The unchanged model beside the one at work.
+
+    Raises `Unsupported` where the device is too small for both, `OutOfMemory` where something else is in the way.
+    """
+    weights = needs(config, dtype).weights
+    free, total, held = _memory(device)
+    if weights > free:
+        message = (
+            f"the unchanged model takes {gib(weights)} beside the {gib(held)} in use by this cell; "
+            f"{gib(free)} of {gib(total)} are free on {device}"
+        )
+        if weights + held > total:
+            raise Unsupported(message)
+        raise OutOfMemory(message, asked_bytes=weights, free_bytes=free, total_bytes=total)
+    return build()
+
+
+def _memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes of a device that are free, that there are, and that this process holds."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        torch.cuda.empty_cache()
+        return (*torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device))
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total, psutil.Process().memory_info().rss
 
 
 def _config(source: Source) -> Any:

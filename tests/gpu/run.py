@@ -96,9 +96,8 @@ def perform(step: Step, seconds: float, results: Path, log: Path) -> tuple[bool,
     environment = os.environ | OFFLINE
     paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    words = [
-        word.replace("{results}", str(results)).replace("{seconds}", f"{0.8 * seconds:.0f}") for word in step.command
-    ]
+    words = [word.replace("{results}", str(results)) for word in step.command]
+    words = [word.replace("{seconds}", f"{0.8 * seconds:.0f}") for word in words]
     begin = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -117,13 +116,10 @@ def perform(step: Step, seconds: float, results: Path, log: Path) -> tuple[bool,
                 process.wait()
     took = time.monotonic() - begin
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    # pytest ends with 5 where it found no test
     fine = process.returncode == 0 and not late
     verdict = "ok" if fine else f"FAILED ({process.returncode}{late})"
-    return (
-        fine,
-        f"{step.name:<10} {verdict}, {took:.0f} s of {seconds:.0f} s: {lines[-1].strip() if lines else '(silent)'}",
-    )
+    last = lines[-1].strip() if lines else "(silent)"
+    return fine, f"{step.name:<10} {verdict}, {took:.0f} s of {seconds:.0f} s: {last}"
 
 
 def pack(work: Path, out: Path, summary: list[str]) -> None:
