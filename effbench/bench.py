@@ -9,6 +9,7 @@ ratio of the two is the control, which says how far the others can be believed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -103,7 +104,9 @@ def measure(
         if seconds is not None and time.monotonic() - begin > seconds:
             left.append(f"{op.name} {label(case)}")
             continue
-        rows += (fresh := measured(op, case, device, dtype, found))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            fresh = measured(op, case, device, dtype, found)
+        rows += fresh
         watch(fresh)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
