@@ -511,28 +511,30 @@ def test_the_one_command_in_a_dry_run(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_steps_fail_without_ending_the_rest(gpu_run: types.ModuleType, tmp_path: Path) -> None:
+def test_steps_fail_without_ending_the_rest(gpu_run: types.ModuleType, tmp_path: Path, capsys: Any) -> None:
     wait = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('kept what there was')"
     save = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / 'a.json').write_text('1')"
     todo = [
         gpu_run.Step("saves", 10, ("-c", save, "{results}")),
         gpu_run.Step("fails", 10, ("-c", "print('because'); raise SystemExit(3)")),
-        gpu_run.Step("sleeps", 10, ("-c", wait)),
-        gpu_run.Step("finds", 1, ("-c", "import effbench, os; print(os.environ['HF_HUB_OFFLINE'], effbench.__file__)")),
-        gpu_run.Step("starves", 0, ("-c", "")),
+        gpu_run.Step("sleeps", 5, ("-c", wait)),
+        gpu_run.Step(
+            "finds", 45, ("-c", "import effbench, os; print(os.environ['HF_HUB_OFFLINE'], effbench.__file__)")
+        ),
     ]
-    assert not gpu_run.carry_out(todo, 30, tmp_path)
+    assert not gpu_run.carry_out(todo, 60, tmp_path)
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert lines[0].startswith("saves      ok, ") and lines[1].startswith("fails      FAILED (3), ")
     assert lines[1].endswith(": because")
     assert "interrupted after" in lines[2] and lines[2].endswith("kept what there was")
     assert " ok, " in lines[3] and lines[3].endswith(str(Path("effbench") / "__init__.py"))
-    assert lines[4] == "starves    SKIPPED, no time is left"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.tar.gz", "summary.txt"]
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         names = {name.removeprefix("./") for name in archive.getnames()}
     assert {"summary.txt", "results/a.json", "logs/1-fails.log", "logs/3-finds.log"} <= names
-    assert gpu_run.carry_out(todo[:1], 30, None)
+    assert gpu_run.carry_out(todo[:1], 60, None)
+    assert not gpu_run.carry_out(todo[:1], 1, None)
+    assert capsys.readouterr().out.splitlines()[-1] == "saves      SKIPPED, no time is left"
 
 
 def test_the_one_command_told_wrongly(
