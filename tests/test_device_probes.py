@@ -158,7 +158,12 @@ def test_on_a_mig_instance_nothing_of_the_whole_gpu_is_ours(library):
     library.processes(gpu={ME: 800 * MIB, 7: 90 * MIB})
     assert not nvml.whole("gpu") and nvml.energy_joules(CUDA) is None
     assert nvml.process_bytes(CUDA) == 800 * MIB
-    assert nvml.state(CUDA) == {"other_processes": 1, "other_processes_mib": 90, "outside_torch_mib": 100}
+    shared = {"other_processes": 1, "other_processes_mib": 90, "outside_torch_mib": 100}
+    assert nvml.state(CUDA) == {"mig_instance": True} | shared
+    assert Watch(CUDA).note() == (
+        ", on one MIG instance, whose clocks and power NVML does not tell, "
+        "beside 1 other process on the device, holding 90 MiB"
+    )
 
 
 def test_where_cuda_names_the_divided_gpu_our_instance_is_the_one_with_our_process(library):
@@ -171,9 +176,9 @@ def test_where_cuda_names_the_divided_gpu_our_instance_is_the_one_with_our_proce
     library.processes(part0={5: 10 * MIB, 6: 10 * MIB}, part2={ME: 800 * MIB, 7: 90 * MIB}, gpu={ME: 1})
     assert nvml.energy_joules(CUDA) is None
     assert nvml.process_bytes(CUDA) == 800 * MIB
-    assert nvml.state(CUDA) == {"other_processes": 1, "other_processes_mib": 90}
+    assert nvml.state(CUDA) == {"mig_instance": True, "other_processes": 1, "other_processes_mib": 90}
     library.processes(part0={5: 10 * MIB})
-    assert nvml.process_bytes(CUDA) is None and nvml.state(CUDA) == {}
+    assert nvml.process_bytes(CUDA) is None and nvml.state(CUDA) == {"mig_instance": True}
 
 
 # Peaks
@@ -437,10 +442,17 @@ def test_decoding_is_charged_for_its_steps_alone(run, graphed, request, monkeypa
     assert ("rewound" in protocol and "cuda graph" in protocol) if graphed else "less the energy of the" in protocol
 
 
-def test_a_device_without_a_counter_of_its_own_is_noted_in_the_log(run, library):
+def test_why_energy_is_absent_is_in_the_log(run, library):
     run.device = CUDA
     assert energy.take(run, {}).metrics == {}
-    assert "no NVML energy counter of its own" in run.log["energy"]
+    assert run.log["energy"] == "not measured: the device has no energy counter"
+    library.plant(**PHYSICAL, GetMigMode=lambda gpu: [1, 1])
+    assert energy.take(run, {}).metrics == {}
+    assert run.log["energy"] == "not measured: the counter is the whole GPU's, not a MIG instance's"
+    nvml.handle.cache_clear()
+    library.known_as("another")
+    assert energy.take(run, {}).metrics == {}
+    assert run.log["energy"] == "not measured: NVML does not know the device"
 
 
 # The device itself

@@ -259,6 +259,28 @@ def test_a_step_that_waits_is_found_before_capture(monkeypatch):
     assert fake.mode == 0 and "begin" not in fake.log
 
 
+GROUPED = [
+    pytest.param("cpu", torch.float32, 1e-5),
+    pytest.param("cuda", torch.float32, 1e-4, marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), GROUPED)
+def test_grouped_attention_is_attention_over_the_tokens_held(device, dtype, tolerance, groups):
+    torch.manual_seed(0)
+    query = torch.randn(3, 2 * groups, 1, 64, device=device, dtype=dtype)
+    key, value = torch.randn(2, 3, 2, 48, 64, device=device, dtype=dtype)
+    for held in (1, 17, 48):
+        mask = torch.zeros(1, 1, 1, 48, device=device, dtype=dtype)
+        mask[..., held:] = float("-inf")
+        out, _ = graphs.grouped(None, query, key, value, mask, scaling=0.3)
+        ours, theirs = (t[:, :, :held].double().repeat_interleave(groups, 1) for t in (key, value))
+        weights = (query.double() @ ours.transpose(2, 3) * 0.3).softmax(-1)
+        torch.testing.assert_close(out.double(), (weights @ theirs).transpose(1, 2), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CONFIGS)
 def test_graphs_decode_the_same_tokens_on_the_device(name):

@@ -49,7 +49,7 @@ class StaticDecoder:
         self._room = ids.shape[1] + new
         size = -(-self._room // ALIGNED) * ALIGNED
         # Layers of full length for every block: masks, not layers, would cut a window.
-        self._layers = [StaticLayer(max_cache_len=size) for _ in range(len(Blocks(engine.model)))]
+        self._layers: list[Any] = [StaticLayer(max_cache_len=size) for _ in range(len(Blocks(engine.model)))]
         self._cache = Cache(layers=[*self._layers])
         self._places = torch.arange(size, device=engine.device)[None, None, None]
         self._ids = ids[:, -1].to(engine.device, copy=True)

@@ -30,7 +30,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     counter = nvml.energy_joules(run.device)
     if counter is None:
         if run.device.type == "cuda":
-            run.log["energy"] = "not measured: the device has no NVML energy counter of its own"
+            run.log["energy"] = f"not measured: {_why_not(run.device)}"
         return reading
     seconds = max(SECONDS, settings.get("energy_seconds") or SECONDS)
     new = new_tokens(run, settings)
@@ -80,6 +80,15 @@ def decoding(
     if isinstance(decoder, StaticDecoder):
         return joules / calls, f"{calls} x {new} tokens, the cache rewound in between"
     return joules / calls - prefill, f"{calls} x {new} tokens, less the energy of the prefills"
+
+
+def _why_not(device: torch.device) -> str:
+    gpu = nvml.handle(device)
+    if gpu is None:
+        return "NVML does not know the device"
+    if nvml.whole(gpu):
+        return "the device has no energy counter"
+    return "the counter is the whole GPU's, not a MIG instance's"
 
 
 def window(

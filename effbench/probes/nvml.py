@@ -57,7 +57,7 @@ def state(device: torch.device) -> dict[str, Any]:
     gpu = handle(device)
     if gpu is None:
         return {}
-    return (_physical(gpu) if whole(gpu) else {}) | _company(gpu, device)
+    return (_physical(gpu) if whole(gpu) else {"mig_instance": True}) | _company(gpu, device)
 
 
 def process_bytes(device: torch.device) -> int | None:

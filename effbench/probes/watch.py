@@ -45,6 +45,8 @@ class Watch:
         held = [name for name in reasons if name not in USUAL]
         others = max((row.get("other_processes", 0) for row in self.rows), default=0)
         said = [f"clocks held back by {', '.join(held)}"] if held else []
+        if any(row.get("mig_instance") for row in self.rows):
+            said.append("on one MIG instance, whose clocks and power NVML does not tell")
         if others:
             held_mib = max(row.get("other_processes_mib", 0) for row in self.rows)
             holding = f", holding {held_mib} MiB" if held_mib else ""
