@@ -47,6 +47,8 @@ def visible() -> tuple[Device, ...]:
 
 def check_room(name: str) -> None:
     """Raise `OutOfMemory` if the device of that name is so full that CUDA could not start there."""
+    if name == CPU.name:
+        return
     device = next((device for device in visible() if device.name == name), None)
     memory = _memory(device) if device is not None else None
     if device is None or memory is None:

@@ -139,7 +139,7 @@ def _devices(wanted: str | None) -> tuple[tuple[Device, ...], tuple[str, ...]]:
 def _cuda_is_built() -> bool:
     import torch
 
-    return torch.backends.cuda.is_built()
+    return bool(torch.backends.cuda.is_built())
 
 
 def one_of(name: str, value: str | None, choices: Iterable[str]) -> None:

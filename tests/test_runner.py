@@ -202,6 +202,27 @@ def test_waiting_does_not_count_against_the_timeout(store, make_job, tmp_path):
 
 # ---- several devices ----
 
+IMPORTS = """
+import ctypes, importlib, sys, torch
+asked = []
+for name in ("is_available", "device_count", "_lazy_init"):
+    setattr(torch.cuda, name, lambda *_, name=name, call=getattr(torch.cuda, name): asked.append(name) or call(*_))
+from effbench.executors import PRELOAD
+for name in PRELOAD:
+    importlib.import_module(name)
+"""
+ASKED = "sys.exit(' '.join(asked) or 0)"
+STARTED = (
+    "sys.exit(0 if ctypes.CDLL('libcuda.so.1').cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 3 else 'started')"
+)
+
+
+@pytest.mark.parametrize("check", [ASKED, pytest.param(STARTED, marks=pytest.mark.gpu)])
+def test_imports_of_the_fork_server_leave_cuda_alone(check):
+    """A process that has started CUDA cannot be forked: its children could not use a device."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS + check], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
 
 @pytest.fixture
 def gpus(tmp_path):

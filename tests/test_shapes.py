@@ -55,7 +55,7 @@ def test_a_shape_is_built_as_a_checkpoint_would_be(small):
     assert model.config.dtype == original.config.dtype == torch.bfloat16 and run.storage == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(map(torch.equal, model.parameters(), original.parameters()))
-    assert float(model.lm_head.weight.float().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(model.lm_head.weight.detach().float().std()) == pytest.approx(0.02, rel=0.05)
     assert opened(None).model.dtype == torch.float32, "on a processor arithmetic is float32"
 
 
@@ -224,11 +224,10 @@ def test_a_shape_is_built_on_the_device_in_16_bit_and_in_seconds():
 
 @pytest.mark.gpu
 def test_a_shape_that_cannot_fit_touches_nothing():
-    before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-    total = torch.cuda.mem_get_info(0)[1]
-    hold = torch.empty(max(0, torch.cuda.mem_get_info(0)[0] - 2 * GIB), dtype=torch.uint8, device="cuda:0")
-    held = torch.cuda.memory_allocated()
+    free, total = torch.cuda.mem_get_info(0)
+    taken = torch.empty(max(0, free - 2 * GIB), dtype=torch.uint8, device="cuda:0")
+    torch.cuda.reset_peak_memory_stats(0)
     with pytest.raises(OutOfMemory, match="the weights take") as error:
         opened(None, "cuda:0", "shape:llama-3.1-8b")
-    assert torch.cuda.memory_allocated() == held == before + len(hold)
+    assert torch.cuda.max_memory_allocated(0) == torch.cuda.memory_allocated(0) >= len(taken)
     assert error.value.shortfall["total_bytes"] == total
