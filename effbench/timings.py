@@ -16,7 +16,18 @@ NOISE = 0.02  # how far from 1 the control may be
 HEADER = (
     "batch×in→out", "what", "error", "graph, µs", "call, µs", "× dense", "copy, %", "read, %", "matmul, %", "remarks",
 )  # fmt: skip
-COMPILED = ("batch×in→out", "backend", "kernel", "registers", "spills, B", "shared, B", "matrix", "lane", "remarks")
+COMPILED = (
+    "batch×in→out",
+    "backend",
+    "kernel",
+    "registers",
+    "spills, B",
+    "shared, B",
+    "matrix",
+    "wide, %",
+    "lane",
+    "remarks",
+)
 LEGEND = (
     "Error: largest, relative to the largest output of the float64 reference; what exceeds its tolerance has no speed. "
     "Graph: in a CUDA graph over weights that are not in the cache; call: launched from Python. Median, and quartiles "
@@ -24,7 +35,7 @@ LEGEND = (
     "over those that a copy, or reading alone, moves; operations over those of a large matrix product."
 )
 COMPILED_LEGEND = (
-    "Compiled for sm_90, not run. Matrix: tensor-core instructions in the code; lane: instructions of all lanes per "
+    "Compiled for sm_90, not run. Matrix: tensor-core instructions in the code; wide: loads of 16 bytes a lane among those of global memory; lane: instructions of all lanes per "
     "weight in the longest loop, the whole code where there is none."
 )
 
@@ -71,6 +82,7 @@ def compiled_page(document: Mapping[str, Any]) -> str:
                 row["name"],
                 markdown(row.get("kernel", DASH)),
                 *(str(row.get(key, DASH)) for key in ("registers", "spills", "shared", "matrix_products")),
+                _number(100 * row["wide_loads"] if "wide_loads" in row else None),
                 _number(row.get("lane_instructions")),
                 markdown(row.get("failed") or row.get("absent") or ""),
             ]
