@@ -35,8 +35,9 @@ LEGEND = (
     "over those that a copy, or reading alone, moves; operations over those of a large matrix product."
 )
 COMPILED_LEGEND = (
-    "Compiled for sm_90, not run. Matrix: tensor-core instructions in the code; wide: loads of 16 bytes a lane among those of global memory; lane: instructions of all lanes per "
-    "weight in the longest loop, the whole code where there is none."
+    "Compiled for sm_90, not run. Matrix: tensor-core instructions in the code; wide: loads of 16 bytes a lane among "
+    "those of global memory; lane: instructions of all lanes per weight in the longest loop, the whole code where "
+    "there is none."
 )
 
 Row = Mapping[str, Any]
