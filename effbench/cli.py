@@ -103,6 +103,17 @@ class ShowOptions:
     results: str = "results"  # folder of records
 
 
+@dataclasses.dataclass
+class BenchOptions:
+    """What `effbench bench` can be told."""
+
+    op: str | None = None  # only this op
+    device: str | None = None  # cpu, cuda or cuda:N; by default the first GPU, else the processor
+    dtype: str | None = None  # float32, bfloat16, float16; by default float32 on a processor, else bfloat16
+    seconds: float | None = None  # after which no case is begun any more; what is left out is named
+    out: str | None = None  # JSON file to write, or a folder for one named after the machine
+
+
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -383,6 +394,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     return compare.main(options | {"a": arguments.a, "b": arguments.b})
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    options = dataclasses.asdict(parse(BenchOptions, arguments.options))
+    from effbench import bench
+
+    return bench.main(options | {"compile": arguments.compile, "json": arguments.json})
+
+
 def _docs(arguments: argparse.Namespace) -> int:
     from effbench import docs
 
@@ -463,6 +481,12 @@ COMMANDS: dict[str, Command] = {
         CompareOptions,
     ),
     "export": Command(_export, "run a recipe and write its model to a folder", options=ExportOptions),
+    "bench": Command(
+        _bench,
+        "compare kernels at the sizes of real models: correct first, then timed",
+        options=BenchOptions,
+        flags={"--compile": "compile them for sm_90 instead, which needs no GPU", "--json": "for machines"},
+    ),
     "docs": Command(_docs, "write the generated pages", flags={"--check": "1 if they are not up to date"}),
     "doctor": Command(_doctor, "describe this machine and check every method", flags=JSON),
 }

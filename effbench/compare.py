@@ -14,21 +14,19 @@ from effbench.core.record import Unreadable, from_json
 from effbench.core.registry import nearest
 from effbench.report import (
     ACCURACY,
-    DASH,
     LEVEL,
     PPL,
     Row,
     groups,
     items,
     load,
-    markdown_table,
     natural,
     paired,
     places,
-    rounded,
     tasks,
 )
 from effbench.stats import Estimate, holm
+from effbench.text import DASH, markdown_table, rounded
 
 LEGEND = (
     "Paired by item. Accuracies in %, a change of perplexity in %. p: McNemar's exact test for one seed\n"

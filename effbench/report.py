@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from effbench import timings
 from effbench.core.errors import Usage
 from effbench.core.record import OUTCOMES, Record
 from effbench.core.registry import nearest
 from effbench.stats import Estimate, Floats, holm, mcnemar, mean_interval, over_seeds
 from effbench.store import Store, latest
+from effbench.text import DASH, bytes_text, markdown, markdown_table, numeric_column, rounded
 
 FORMATS = ("md", "csv", "tex", "rich")
 WRITTEN = ("md", "csv", "tex")
@@ -43,7 +45,6 @@ SPEED = re.compile(r"(prefill|decode)_speedup_b(\d+)_c(\d+)")
 COMPUTE = re.compile(r"_flops_per_token_|^flops_2d$|_energy_j_per_token_")
 LEVEL = 0.05
 
-DASH = "–"
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -108,7 +109,7 @@ def check(results: Path, suite: str | None = None) -> int:
 
 
 def pages(results: Path, suite: str | None = None) -> dict[Path, str]:
-    """Every generated file with the text it should have: tables of the suite, or of all, and the README.
+    """Every generated file with the text it should have: tables of the suite, or of all and of kernels, and the README.
 
     Raises `Usage` without records.
     """
@@ -123,6 +124,8 @@ def pages(results: Path, suite: str | None = None) -> dict[Path, str]:
         for name, tables in found.items()
         for style in WRITTEN
     }
+    if suite is None:
+        wanted |= timings.tables(results)
     readme = results.resolve().parent / "README.md"
     if readme.is_file():
 
@@ -531,16 +534,6 @@ def _legend(group: Group) -> str:
 # ---- numbers as text -----------------------------------------------------------------------------
 
 
-def rounded(value: float, digits: int = 3) -> str:
-    """A number to so many significant digits, without an exponent between 0.001 and 100,000."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    if -3 <= int(exponent) < 5:
-        return f"{value:.{max(0, digits - 1 - int(exponent))}f}"
-    return f"{mantissa}e{int(exponent)}"
-
-
 def with_interval(found: Estimate | None, scale: float = 1, digits: int = 3) -> str:
     """A value to at least so many digits, and its uncertainty; `ˢ` tells that of seeds. A dash for None."""
     if found is None:
@@ -566,14 +559,6 @@ def places(reach: float) -> int:
     """
     mantissa, exponent = f"{reach:.1e}".split("e")
     return max(0, (mantissa < "3") - int(exponent))
-
-
-def bytes_text(size: float) -> str:
-    """Bytes in decimal units."""
-    if size < 1000:
-        return f"{size:.0f} B"
-    power = min(4, int(math.log10(size)) // 3)
-    return f"{rounded(size / 1000**power)} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def _line(value: Any) -> str:
@@ -641,29 +626,6 @@ def _csv(tables: Sequence[Group]) -> str:
     return out.getvalue()
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], pad: bool = True) -> str:
-    """A table of cells that are Markdown already; padded, it reads well in a terminal too."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    numeric = [_numeric(column) for column in zip(*rows, strict=True)]
-    widths = [max(3, *map(len, column)) if pad else 3 for column in zip(*lines, strict=True)]
-    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
-    aligned = [
-        [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric, strict=True)]
-        for line in (lines[0], rule, *lines[1:])
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
-
-
-def _numeric(column: Iterable[str]) -> bool:
-    """Whether the cells of a column are numbers, to be set flush right (letters of units: e, k, capitals)."""
-    return all(re.fullmatch(r"[-+.\d][^a-df-jl-z]*", cell) or cell == DASH for cell in column)
-
-
-def markdown(text: str) -> str:
-    """Plain text so that Markdown shows it as it is; pipes are the table's business."""
-    return re.sub(r"([\\`*<&$~]|\[(?=[^\]]*\]\()|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
-
-
 def _markdown_sheet(sheet: Sheet) -> str:
     parts = [f"**{markdown(sheet.title)}.** {markdown(sheet.caption)}"]
     for grid in sheet.grids:
@@ -691,7 +653,7 @@ def tex(text: str) -> str:
 def _tex_sheet(sheet: Sheet) -> str:
     tables = []
     for grid in sheet.grids:
-        align = "".join("r" if _numeric(column) else "l" for column in zip(*grid.rows, strict=True))
+        align = "".join("r" if numeric_column(column) else "l" for column in zip(*grid.rows, strict=True))
         header, *body = (" & ".join(map(tex, line)) + r" \\" for line in (grid.header, *grid.rows))
         first = grid is sheet.grids[0]
         caption = f"{sheet.title}: {grid.title}." + (f" {sheet.caption}" if first else "")
@@ -718,7 +680,7 @@ def _rich(sheets: Sequence[Sheet]) -> str:
         for grid in sheet.grids:
             table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
             for header, column in zip(grid.header, zip(*grid.rows, strict=True), strict=True):
-                table.add_column(Text(header), justify="right" if _numeric(column) else "left")
+                table.add_column(Text(header), justify="right" if numeric_column(column) else "left")
             for row in grid.rows:
                 table.add_row(*map(Text, row))
             console.print(table)

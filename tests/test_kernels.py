@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from torch.sparse import _semi_structured_conversions as conversions
 from torch.utils.flop_counter import FlopCounterMode
 
 from effbench.core import op as core
@@ -23,6 +26,8 @@ from effbench.kernels._common.compiled import compiled
 from effbench.kernels._common.dense import activations, multiply
 from effbench.kernels._common.launch import recording
 from effbench.kernels.hadamard.matrices import base, factors
+from effbench.kernels.int_linear import triton_w4
+from effbench.kernels.nm_linear import cusparselt
 
 OPS = {name: load(name) for name in ops()}
 CASES = [pytest.param(op, case, id=f"{name}-{i}") for name, op in OPS.items() for i, case in enumerate(op.cases)]
@@ -227,16 +232,38 @@ def test_fp8_rounding_saturates_and_shows_what_is_not_finite() -> None:
 
 INTERPRETED = """
 import json, sys, torch
-from effbench.core.op import load, ops, ran
+from effbench.core.op import Declined, load, ops
 rows = []
 for name in ops():
     op = load(name)
-    for number, case in enumerate(op.cases):
-        # bfloat16 is silently wrong in the interpreter
-        for dtype in (torch.float32, torch.float16):
-            rows.append([f"{name}-{number}", str(dtype), *op.check(case, "triton", dtype=dtype)])
-print(json.dumps([rows, ran()]))
+    for backend in op.backends:
+        for number, case in enumerate(op.cases if backend.startswith("triton") else ()):
+            # bfloat16 is silently wrong in the interpreter
+            for dtype in (torch.float32, torch.float16):
+                try:
+                    outcome = op.check(case, backend, dtype=dtype)
+                except Declined:
+                    outcome = None
+                rows.append([name, backend, number, str(dtype).removeprefix("torch."), outcome])
+print(json.dumps(rows))
 """
+
+
+def _taken(name: str, backend: str, case: Case, dtype: str) -> bool:
+    """Whether a backend in Triton is there for `case`: the first one of an op is for all."""
+    if backend == "triton":
+        return True
+    assert (name, backend) == ("int_linear", "triton_w4")
+    rows = case["batch"] if isinstance(case["batch"], int) else math.prod(case["batch"])
+    group = case["in_features"] // case["groups"]
+    return (
+        case["bits"] == 4
+        and dtype != "float32"
+        and rows <= 64
+        and (case["groups"] == 1 or group % 32 == 0)
+        and not case.get("g_idx")
+        and not case.get("per_tensor")
+    )
 
 
 def test_triton_in_the_interpreter() -> None:
@@ -244,15 +271,35 @@ def test_triton_in_the_interpreter() -> None:
     command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows, tally = json.loads(done.stdout.splitlines()[-1])
-    assert [row for row in rows if not row[3]] == []
-    assert tally == {name: {"triton": 2 * len(op.cases)} for name, op in OPS.items()}
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert [row for row in rows if row[4] is not None and not row[4][1]] == []
+    taken = [(name, backend, number, dtype) for name, backend, number, dtype, outcome in rows if outcome]
+    assert taken == [
+        (name, backend, number, dtype)
+        for name, op in OPS.items()
+        for backend in op.backends
+        if backend.startswith("triton")
+        for number, case in enumerate(op.cases)
+        for dtype in ("float32", "float16")
+        if _taken(name, backend, case, dtype)
+    ]
+    assert {(name, backend) for name, backend, *_ in taken} >= {("int_linear", "triton_w4"), ("int_linear", "triton")}
 
 
 def _shape(batch: int, **fields: Any) -> dict[str, Any]:
     return dict(batch=batch, in_features=4096, out_features=4096) | fields
 
 
+W4_SHAPES = [
+    dict(in_features=14336, out_features=4096, groups=112),
+    dict(in_features=8192, out_features=28672, groups=64),
+]
+W4 = [
+    (_shape(batch, bits=4, zero=True, dtype=dtype) | shape, *ceilings)
+    for batch, *ceilings in [(1, 2.57, 2.55), (8, 2.72, 2.71), (16, 3.0, 3.0), (32, 3.75, 3.73), (64, 3.69, 3.67)]
+    for shape in W4_SHAPES
+    for dtype in (torch.bfloat16, torch.float16)
+]
 # What each kernel was compiled to when it was written: lane-instructions per weight, in the loop over the inputs;
 # hadamard: per number, of the whole code or, for sizes with an odd factor, of one step of its loop. Lower
 # a ceiling when a kernel gets better; a rise needs a reason. One column for each version of Triton in use.
@@ -263,6 +310,7 @@ CEILINGS = [
     ("int_linear", _shape(1, bits=4, groups=32, zero=True), 12.9, 13.0),
     ("int_linear", _shape(1, bits=8, groups=1), 9.5, 9.5),
     ("int_linear", _shape(16, bits=4, groups=32, zero=True), 21.3, 16.6),
+    *(("int_linear:triton_w4", case, *ceilings) for case, *ceilings in W4),
     ("lut_linear", _shape(1, bits=4, block=64), 13.4, 13.2),
     ("lut_linear", _shape(1, bits=3, per_row=1, outliers=18), 19.9, 19.2),
     ("lut_linear", _shape(16, bits=4, block=64), 10.2, 11.3),
@@ -295,16 +343,172 @@ CEILINGS = [
     ids=[f"{name}-{'-'.join(f'{k}={v}' for k, v in case.items())}" for name, case, *_ in CEILINGS],
 )
 def test_compiled_for_hopper(name: str, case: Case, ceilings: list[float]) -> None:
+    name, _, backend = name.partition(":")
     with recording() as launches:
-        OPS[name].run("triton", **OPS[name].arguments(case, dtype=torch.bfloat16))
-    (launch,) = launches
-    result = compiled(launch)
-    print(result)
-    assert result.spills == 0
-    assert result.shared <= 227 * 1024
-    assert result.lane_instructions <= ceilings[VERSIONS.index(triton.__version__[:3])]
+        OPS[name].run(backend or "triton", **OPS[name].arguments(case, dtype=case.get("dtype", torch.bfloat16)))
+    results = [compiled(launch) for launch in launches]
+    print(*results, sep="\n")
+    assert all(result.spills == 0 and result.shared <= 227 * 1024 for result in results)
+    assert results[0].lane_instructions <= ceilings[VERSIONS.index(triton.__version__[:3])]
+    if backend:
+        assert results[0].matrix_products > 0 and results[0].wide_loads > 0.5
+    else:
+        assert len(results) == 1
     if case["batch"] > 1 and name != "hadamard":
-        assert result.matrix_products > 0
+        assert results[0].matrix_products > 0
+
+
+W4_CASES = [case for case in OPS["int_linear"].cases if _taken("int_linear", "triton_w4", case, "bfloat16")]
+
+
+@pytest.mark.parametrize("case", W4_CASES, ids=str)
+def test_w4_compiles_for_every_kind_of_case(case: Case) -> None:
+    for dtype, capability in ((torch.bfloat16, 80), (torch.float16, 90)):
+        with recording() as launches:
+            OPS["int_linear"].run("triton_w4", **OPS["int_linear"].arguments(case, dtype=dtype))
+        assert all(compiled(launch, capability).spills == 0 for launch in launches)
+
+
+def test_w4_splits_the_input_until_there_are_programs_enough() -> None:
+    grids = {}
+    for batch, out in ((1, 4096), (1, 28672), (64, 4096)):
+        arguments = OPS["int_linear"].arguments(dict(batch=batch, in_features=8192, out_features=8, bits=4, groups=64))
+        arguments["x"] = arguments["x"].bfloat16()
+        for name in ("weight", "scale"):
+            arguments[name] = arguments[name][:1].expand(out, -1)
+        with recording() as launches:
+            OPS["int_linear"].run("triton_w4", **arguments)
+        assert launches[0].constants["TILES"] * launches[0].grid[1] == 64  # each of 128 inputs
+        assert [launch.kernel.fn.__name__ for launch in launches] == ["_w4_linear", "_sum_splits"]
+        grids[batch, out] = launches[0].grid
+    assert all(math.prod(grid) >= 1.5 * 132 for grid in grids.values())
+    assert grids[1, 4096][1] > grids[1, 28672][1] > 1
+
+
+def test_w4_without_splits_needs_no_second_launch() -> None:
+    case = dict(batch=16, in_features=256, out_features=64, bits=4, groups=2)
+    with recording() as launches:
+        OPS["int_linear"].run("triton_w4", **OPS["int_linear"].arguments(case, dtype=torch.float16))
+    (launch,) = launches
+    assert launch.grid == (1, 1, 1) and launch.arguments[4].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("change", "backend"),
+    [
+        ({}, "triton_w4"),
+        ({"groups": 1}, "triton_w4"),
+        ({"groups": 4}, "triton_w4"),
+        ({"batch": 64}, "triton_w4"),
+        ({"batch": [4, 8]}, "triton_w4"),
+        ({"batch": 65}, "triton"),
+        ({"batch": 0}, "triton"),
+        ({"bits": 3}, "triton"),
+        ({"bits": 8}, "triton"),
+        ({"groups": 8}, "triton"),
+        ({"g_idx": True}, "triton"),
+        ({"groups": 1, "per_tensor": True}, "triton"),
+        ({"dtype": torch.float32}, "triton"),
+    ],
+    ids=str,
+)
+def test_which_kernel_multiplies_by_integers(change: Case, backend: str) -> None:
+    op = OPS["int_linear"]
+    case = dict(batch=1, in_features=128, out_features=40, bits=4, groups=2, zero=True) | change
+    arguments = op.arguments(case, dtype=case.get("dtype", torch.bfloat16))
+    chosen = []
+    for name in op.backends:
+        with recording() as launches:
+            try:
+                op.run(name, **arguments)
+            except Declined:
+                assert launches == []  # before it computes
+                continue
+        chosen.append(name)
+    assert chosen[0] == backend and chosen[-1] == "triton"
+
+
+def _sparse(rows: int = 20, **change: Any) -> dict[str, Any]:
+    case = dict(batch=rows, in_features=128, out_features=64, n=2, m=4) | change
+    return OPS["nm_linear"].arguments(case, dtype=case.get("dtype", torch.float16))
+
+
+@pytest.fixture
+def vendor(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch's own conversions in place of the library, with the calls that were made."""
+    calls = []
+
+    def compress(dense: torch.Tensor) -> torch.Tensor:
+        calls.append("compress")
+        sparse, meta = conversions.sparse_semi_structured_from_dense_cutlass(dense)
+        return torch.cat([sparse.view(torch.int16), meta], dim=1)
+
+    def multiply(packed: torch.Tensor, dense: torch.Tensor, transpose_result: bool) -> torch.Tensor:
+        calls.append("multiply")
+        assert transpose_result and dense.shape[1] % 8 == 0
+        split = dense.shape[0] // 2
+        sparse = packed[:, :split].contiguous().view(dense.dtype)
+        meta = packed[:, split:].contiguous()
+        return (conversions.sparse_semi_structured_to_dense_cutlass(sparse, meta).float() @ dense.float()).T.to(dense)
+
+    monkeypatch.setattr(cusparselt, "_has_cusparselt", lambda device: True)
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cusparselt_gets_the_matrix_and_padded_rows(vendor: list[str], dtype: torch.dtype) -> None:
+    for batch in (20, [2, 9], 32):
+        error, fine = OPS["nm_linear"].check(
+            dict(batch=batch, in_features=128, out_features=64, n=2, m=4), "cusparselt", dtype=dtype
+        )
+        assert fine, error
+    assert vendor == ["compress", "multiply"] * 3
+
+
+def test_cusparselt_compresses_once_and_again_after_a_change(vendor: list[str]) -> None:
+    inputs, op = _sparse(), OPS["nm_linear"]
+    first = op.run("cusparselt", **inputs)
+    assert torch.equal(op.run("cusparselt", **inputs), first)
+    assert vendor == ["compress", "multiply", "multiply"]
+    inputs["values"].mul_(2)
+    assert torch.equal(op.run("cusparselt", **inputs), 2 * first)
+    op.run("cusparselt", **inputs | {"index": inputs["index"].clone()})
+    assert vendor.count("compress") == 3
+    held = len(cusparselt._known)
+    del inputs
+    gc.collect()
+    assert len(cusparselt._known) == held - 1
+
+
+def test_cusparselt_does_not_compress_inside_a_capture(vendor: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, op = _sparse(), OPS["nm_linear"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(Declined, match="capture"):
+        op.run("cusparselt", **inputs)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    op.run("cusparselt", **inputs)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    op.run("cusparselt", **inputs)
+    assert vendor == ["compress", "multiply", "multiply"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": 15}, {"n": 1}, {"n": 4, "m": 8}, {"dtype": torch.float32}, {"out_features": 33}, {"in_features": 120}],
+    ids=str,
+)
+def test_cusparselt_declines(vendor: list[str], change: dict[str, Any]) -> None:
+    with pytest.raises(Declined):
+        OPS["nm_linear"].run("cusparselt", **_sparse(**change))
+    assert vendor == []
+
+
+def test_cusparselt_declines_where_it_is_not() -> None:
+    with pytest.raises(Declined, match="no cuSPARSELt"):
+        OPS["nm_linear"].run("cusparselt", **_sparse())
 
 
 @pytest.mark.gpu
@@ -325,7 +529,7 @@ def test_dispatch_and_graphs_on_the_device(op: Op) -> None:
     inputs = op.arguments(op.cases[0], device="cuda", dtype=torch.bfloat16)
     reset_ran()
     op(**inputs)
-    assert ran() == {op.name: {"triton": 1}}
+    assert ran() == {op.name: {"triton": 1}}  # the first cases are not for special backends
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = op(**inputs)
@@ -333,3 +537,37 @@ def test_dispatch_and_graphs_on_the_device(op: Op) -> None:
         inputs["x"].copy_(op.arguments(op.cases[0], device="cuda", dtype=torch.bfloat16, seed=seed)["x"])
         graph.replay()
         assert torch.equal(out, op(**inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*W4_CASES, *(case for case, *_ in W4)], ids=str)
+def test_w4_decodes_alike_with_and_without_ptx_on_the_device(case: Case, dtype: torch.dtype) -> None:
+    op = OPS["int_linear"]
+    arguments = op.arguments(case, device="cuda", dtype=dtype)
+    assert torch.equal(*(triton_w4.int_linear(**arguments, ptx=ptx) for ptx in (True, False)))
+    error, fine = op.check(case, "triton_w4", device="cuda", dtype=dtype)
+    assert fine, error
+
+
+@pytest.mark.gpu
+def test_kernels_of_real_layers_are_captured_on_the_device() -> None:
+    cases = {
+        "int_linear": (_shape(1, bits=4, groups=32, zero=True), "triton_w4"),
+        "nm_linear": (_shape(64, n=2, m=4), "cusparselt"),
+    }
+    for name, (case, backend) in cases.items():
+        op = OPS[name]
+        inputs = op.arguments(case, device="cuda", dtype=torch.bfloat16)
+        if backend == "cusparselt" and not cusparselt._has_cusparselt(inputs["x"].device):
+            continue
+        reset_ran()
+        op(**inputs)
+        assert ran() == {name: {backend: 1}}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = op(**inputs)
+        inputs["x"].mul_(2)
+        graph.replay()
+        assert torch.equal(out, op(**inputs))
+        assert ran() == {name: {backend: 3}}

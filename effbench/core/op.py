@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from effbench.core.errors import Usage
 
@@ -27,13 +28,36 @@ if TYPE_CHECKING:
 Case = Mapping[str, Any]
 
 # Largest error relative to the largest output. 16-bit types: the output and decoded weights are rounded.
-TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 _ran: dict[str, Counter[str]] = {}
 
 
 class Declined(Exception):
-    """Raised by a backend, before it computes, for inputs it does not take; the next one is tried."""
+    """Raised by a backend or peer, before it computes, for inputs it does not take; the next one is tried."""
+
+
+class Peer(NamedTuple):
+    """Somebody else's kernel for the same product, to be timed beside the backends; never dispatched to."""
+
+    function: str  # "module:function", of an op's arguments: converts them and returns the call to be timed
+    package: str  # the distribution it comes with; it need not be installed
+    tolerance: Mapping[str, float] = TOLERANCE
+    note: str = ""  # what its format rounds that ours does not
+
+
+class Goal(NamedTuple):
+    """What a backend is to reach on a class of devices, as least values of the figures of its timing.
+
+    Figures: `dense_speedup`, how many times faster than torch's dense linear of 16 bits; `copy_percent`, bytes
+    that must move a second over those that a copy moves.
+    """
+
+    device: str  # part of the device's name
+    batch: int
+    least_bytes: int  # that a case must move, for the goal to hold for it
+    must: Mapping[str, float]
+    target: Mapping[str, float]
 
 
 def ran() -> dict[str, dict[str, int]]:
@@ -76,6 +100,7 @@ class Op:
     out_features  `(x, <all other arguments>) -> size of the output's last dimension`
     inputs        `(case, device, dtype, generator) -> arguments`; reads no values (it also runs on fakes)
     backends      name -> "module:function", in the order they are tried on an accelerator
+    timed         cases of real sizes, and small ones for a processor, to compare speeds at
     """
 
     name: str
@@ -88,6 +113,9 @@ class Op:
     tolerance: Mapping[str, float] = field(default_factory=lambda: TOLERANCE)
     shape_flops: Callable[[Sequence[int], Sequence[int]], int] = dense_flops
     grads: tuple[str, ...] = ("x",)
+    timed: Sequence[Case] = ()
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    goals: Sequence[Goal] = ()
 
     def __post_init__(self) -> None:
         first, *others = inspect.signature(self.reference).parameters.values()
@@ -158,14 +186,16 @@ class Op:
 
     def run(self, backend: str, **inputs: Any) -> Tensor:
         """Run one backend by name, "reference" included; `Declined` when it does not take these inputs."""
-        if backend == "reference":
-            function = self.reference
-        else:
-            module, _, attribute = self.backends[backend].partition(":")
-            function = getattr(importlib.import_module(module), attribute)
-        output = function(**inputs)
+        function = self.reference if backend == "reference" else _imported(self.backends[backend])
+        output: Tensor = function(**inputs)
         _ran.setdefault(self.name, Counter())[backend] += 1
         return output
+
+    def prepared(self, name: str, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+        """The call of a backend, "reference" or a peer on `inputs`; a peer has converted them, or `Declined`."""
+        if name in self.peers:
+            return cast("Callable[[], Tensor]", _imported(self.peers[name].function)(**inputs))
+        return lambda: self.run(name, **inputs)
 
     def arguments(self, case: Case, device: Any = "cpu", dtype: Any = None, seed: int = 0) -> dict[str, Any]:
         """Arguments for `case`, the same for the same seed."""
@@ -175,24 +205,34 @@ class Op:
         generator = torch.Generator(device).manual_seed(seed)
         return self.inputs(case, device, dtype or torch.float32, generator)
 
+    def described(self, case: Case, dtype: Any = None) -> dict[str, Any]:
+        """Arguments for `case` without values or memory: its tensors are on torch's meta device."""
+        import torch
+
+        return {
+            name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in self._shapes(case, dtype)[0].items()
+        }
+
     def check(
         self, case: Case, backend: str, device: Any = "cpu", dtype: Any = None, seed: int = 0
     ) -> tuple[float, bool]:
-        """Largest error relative to the largest output of the float64 reference, and whether it is tolerable.
-
-        Memory handed out during the run is filled with NaN; a NaN or a wrong shape is never tolerable.
-        """
-        import torch
-
-        dtype = dtype or torch.float32
+        """`verify` a backend or peer on fresh arguments for `case`."""
         inputs = self.arguments(case, device, dtype, seed)
-        exact = self.reference(**inputs | {"x": inputs["x"].double()})
-        with poisoned():
-            found = self.run(backend, **inputs)
-        if found.shape != exact.shape or found.dtype != dtype:
-            return math.inf, False
-        error = float((found.double() - exact).abs().max() / exact.abs().max())
-        return error, error <= self.tolerance[str(dtype).removeprefix("torch.")]
+        return self.verify(backend, inputs, self.exact(inputs))
+
+    def exact(self, inputs: Mapping[str, Any]) -> Tensor:
+        """What the reference computes in float64."""
+        return self.reference(**{**inputs, "x": inputs["x"].double()})
+
+    def verify(self, name: str, inputs: Mapping[str, Any], exact: Tensor) -> tuple[float, bool]:
+        """The `deviation` of a backend, "reference" or a peer on `inputs`, and whether it is tolerable."""
+        dtype = inputs["x"].dtype
+        error = deviation(self.prepared(name, inputs), exact, dtype)
+        tolerance = self.peers[name].tolerance if name in self.peers else self.tolerance
+        return error, error <= tolerance[str(dtype).removeprefix("torch.")]
 
     def flops(self, case: Case) -> int:
         """Floating point operations of the dense equivalent of `case`."""
@@ -215,6 +255,19 @@ class Op:
             return inputs, self(**inputs)
 
 
+def deviation(call: Callable[[], Tensor], exact: Tensor, dtype: torch.dtype) -> float:
+    """Largest error of what `call` computes, relative to the largest number of `exact`.
+
+    Memory handed out during the call is filled with NaN, so that the error is NaN where some was left unwritten; it
+    is infinite for another shape or type.
+    """
+    with poisoned():
+        found = call()
+    if found.shape != exact.shape or found.dtype != dtype:
+        return math.inf
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Uninitialised memory holds NaN (integers: their maximum) inside this context."""
@@ -222,8 +275,18 @@ def poisoned() -> Iterator[None]:
 
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills memory only in this mode
+    # torch fills memory only in this mode. Warn, and say nothing: matrix products on CUDA would raise for want of a
+    # setting of the environment.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    """The function named "module:function"."""
+    module, _, attribute = path.partition(":")
+    return cast("Callable[..., Any]", getattr(importlib.import_module(module), attribute))

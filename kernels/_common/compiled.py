@@ -21,6 +21,7 @@ class Compiled(NamedTuple):
     spills: int  # bytes of registers that did not fit and live in local memory
     shared: int  # bytes of shared memory
     matrix_products: int  # tensor-core instructions in the code
+    wide_loads: float  # share of the loads of global memory that bring 16 bytes to a lane at once
     lane_instructions: float  # instructions of all lanes per number, in the longest loop
 
 
@@ -44,12 +45,14 @@ def compiled(launch: Launch, capability: int = 90) -> Compiled:
     result = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
     lines = [line.split(";")[0] for line in result.asm["sass"].splitlines()]
     usage = _resources(result.asm["cubin"])
+    loads = [line for line in lines if re.search(r"\b(LDG|LDGSTS)\.", line)]  # to registers, to shared memory
     return Compiled(
         name=result.metadata.name,
         registers=usage["REG"],
         spills=usage["LOCAL"] + usage["STACK"],
         shared=result.metadata.shared,
         matrix_products=sum("HGMMA" in line or "HMMA" in line for line in lines),
+        wide_loads=sum(".128" in line for line in loads) / max(1, len(loads)),
         lane_instructions=_longest_loop(lines) * launch.num_warps * 32 / launch.numbers,
     )
 

@@ -6,6 +6,7 @@ import torch
 
 from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint
+from effbench.kernels._common.shapes import timed
 from effbench.kernels.bcsr_linear.reference import bcsr_linear, dense
 from effbench.kernels.csr_linear.cases import scattered
 
@@ -46,4 +47,5 @@ OP = Op(
         _case(17, 36, 60, (20, 12), 4),
     ],
     backends={"triton": "effbench.kernels.bcsr_linear.triton:bcsr_linear"},
+    timed=timed(lambda inputs, outputs: {"block": (16, 16), "number": inputs * outputs // 512}),
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint
+from effbench.kernels._common.shapes import timed
 from effbench.kernels.csr_linear.reference import csr_linear, dense
 
 
@@ -53,4 +54,5 @@ OP = Op(
         _case([2, 3], 45, 7, 100, uneven=True),
     ],
     backends={"triton": "effbench.kernels.csr_linear.triton:csr_linear"},
+    timed=timed(lambda inputs, outputs: {"number": inputs * outputs // 2}),
 )

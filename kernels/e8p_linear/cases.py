@@ -6,6 +6,7 @@ import torch
 
 from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint
+from effbench.kernels._common.shapes import timed
 from effbench.kernels.e8p_linear.reference import dense, e8p_linear
 
 # Factors of the residual stage, by bits per weight in all: the authors' (QuIP#, appendix on RVQ).
@@ -47,4 +48,5 @@ OP = Op(
         )
     ],
     backends={"triton": "effbench.kernels.e8p_linear.triton:e8p_linear"},
+    timed=timed(lambda *_: {"bits": 2}),
 )

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from effbench.core.op import Case, Op
+from effbench.core.op import Case, Op, Peer
 from effbench.kernels._common.dense import activations, adjoint, scales
+from effbench.kernels._common.shapes import timed
 from effbench.kernels.fp8_linear.reference import dense, fp8_linear
 
 
@@ -42,5 +43,12 @@ OP = Op(
     backends={
         "scaled_mm": "effbench.kernels.fp8_linear.scaled_mm:fp8_linear",
         "triton": "effbench.kernels.fp8_linear.triton:fp8_linear",
+    },
+    timed=[
+        *timed(lambda *_: {"activations": "none"}, batches=(1,)),
+        *timed(lambda *_: {"activations": "token"}, batches=(16, 64)),
+    ],
+    peers={
+        "torch._scaled_mm": Peer("effbench.kernels.fp8_linear.peers:scaled_mm", "torch", note="output rounded once"),
     },
 )

@@ -43,4 +43,5 @@ OP = Op(
     ],
     shape_flops=_flops,
     backends={"triton": "effbench.kernels.hadamard.triton:hadamard"},
+    timed=[dict(batch=batch, in_features=n) for n in (1024, 4096, 14336) for batch in (1, 16)],
 )

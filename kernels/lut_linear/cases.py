@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from effbench.core.op import Case, Op
+from effbench.core.op import Case, Op, Peer
 from effbench.kernels._common.dense import activations, adjoint, scales, words
 from effbench.kernels._common.packing import word_count
+from effbench.kernels._common.shapes import timed
 from effbench.kernels.lut_linear.reference import dense, lut_linear
 
 
@@ -61,4 +62,8 @@ OP = Op(
         _case(17, 96, 40, 3, per_row=1),
     ],
     backends={"triton": "effbench.kernels.lut_linear.triton:lut_linear"},
+    timed=timed(lambda *_: {"bits": 4, "block": 64}),
+    peers={
+        "bitsandbytes": Peer("effbench.kernels.lut_linear.peers:bitsandbytes", "bitsandbytes", note="table in 16 bits")
+    },
 )

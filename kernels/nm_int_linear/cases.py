@@ -8,6 +8,7 @@ from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint, scales, words
 from effbench.kernels._common.nm import random_index
 from effbench.kernels._common.packing import word_count
+from effbench.kernels._common.shapes import timed
 from effbench.kernels.nm_int_linear.reference import dense, nm_int_linear
 
 
@@ -53,4 +54,5 @@ OP = Op(
         _case(17, 64, 5, 2, 4, 8, 1, per_tensor=True),
     ],
     backends={"triton": "effbench.kernels.nm_int_linear.triton:nm_int_linear"},
+    timed=timed(lambda inputs, _: {"n": 2, "m": 4, "bits": 4, "groups": inputs // 128, "zero": True}),
 )

@@ -7,6 +7,7 @@ import torch
 from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint
 from effbench.kernels._common.nm import random_index
+from effbench.kernels._common.shapes import timed
 from effbench.kernels.nm_linear.reference import dense, nm_linear
 
 
@@ -40,6 +41,11 @@ OP = Op(
         _case(1, 48, 7, 1, 4),
         _case([2, 3], 45, 7, 1, 3),
         _case(17, 160, 40, 5, 16),
+        _case([2, 9], 128, 64, 2, 4),
     ],
-    backends={"triton": "effbench.kernels.nm_linear.triton:nm_linear"},
+    backends={
+        "cusparselt": "effbench.kernels.nm_linear.cusparselt:nm_linear",
+        "triton": "effbench.kernels.nm_linear.triton:nm_linear",
+    },
+    timed=timed(lambda *_: {"n": 2, "m": 4}),
 )
