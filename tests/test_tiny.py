@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from effbench.tiny import MODEL, TASKS, Split, build, card, documents, world
+from effbench.tiny.train import Trainer
 
 CHOICES = ("cloze", "facts", "multihop", "arithmetic", "copy", "needle_256", "needle_1024")
 
@@ -151,3 +152,22 @@ def test_perplexity_is_that_of_the_card(model: LlamaForCausalLM, tokenizer) -> N
     told = json.loads((card.HERE / "card.json").read_text())
     assert card.perplexity(model, tokenizer, documents("heldout", 20)) < 1.02 * told["perplexity_of_20"]
     assert card.table(told) in (card.HERE / "README.md").read_text()
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr("effbench.tiny.train.BATCH_TOKENS", 256)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "tokenizer")
+
+    def trained(steps: int, workers: int, resume: bool) -> Trainer:
+        trainer = Trainer(tmp_path, "cpu", workers)
+        if resume:
+            trainer.load()
+        trainer.run(steps * 256, lambda step, _: 1e-3 / (step + 1), saving=True)
+        assert trainer.step == steps
+        return trainer
+
+    whole = trained(4, 0, resume=False).model.state_dict()
+    trained(2, 0, resume=False)
+    again = trained(4, 1, resume=True).model.state_dict()  # another process writes the text: the same text
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())

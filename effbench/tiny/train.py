@@ -22,6 +22,7 @@ from random import Random
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from effbench.tiny import tokenizer as bpe
@@ -90,10 +91,24 @@ def held_out_losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
     return losses
 
 
-class Trainer:
-    """Model, optimizer and position, saved and restored as one."""
+class Batches(Dataset[Tensor]):
+    """The rows of every step by its number: the same whoever makes them, in whatever order."""
 
-    def __init__(self, out: Path, device: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __getitem__(self, step: int) -> Tensor:
+        return batch(self.tokenizer, window_at(step * BATCH_TOKENS), step)
+
+
+class Trainer:
+    """Model, optimizer and position, saved and restored as one.
+
+    With `workers` processes beside it that write the text ahead: one alone gives a GPU too little to do.
+    """
+
+    def __init__(self, out: Path, device: str, workers: int = 0) -> None:
+        self.workers = workers
         self.checkpoint = out / "checkpoint.pt"
         self.log = out / "log.jsonl"
         self.tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
@@ -108,9 +123,14 @@ class Trainer:
             betas=(0.9, 0.98),
             fused=True,
         )
-        self.step = self.tokens = 0
+        self.step = 0
         self.stopping = False
         self.loss = torch.compile(self._loss, dynamic=False)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self.step * BATCH_TOKENS
 
     def _loss(self, rows: Tensor) -> Tensor:
         logits = self.model(input_ids=rows[:, :-1], use_cache=False).logits
@@ -120,12 +140,12 @@ class Trainer:
         state = torch.load(self.checkpoint, map_location=self.model.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step = state["step"]
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state | {"step": self.step, "tokens": self.tokens}, partial)
+        torch.save(state | {"step": self.step}, partial)
         os.replace(partial, self.checkpoint)
 
     def report(self, **record: object) -> None:
@@ -140,9 +160,11 @@ class Trainer:
         device = self.model.device.type
         began = saved = time.monotonic()
         losses: list[Tensor] = []
-        while self.tokens < until and not self.stopping:
-            window = window_at(self.tokens)
-            rows = batch(self.tokenizer, window, self.step).to(device)
+        steps = range(self.step, -(-until // BATCH_TOKENS))
+        for rows in DataLoader(Batches(self.tokenizer), None, sampler=steps, num_workers=self.workers):
+            if self.stopping:
+                break
+            window, rows = rows.shape[1] - 1, rows.to(device, non_blocking=True)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate(self.step, self.tokens)
             with torch.autocast(device, torch.bfloat16):
@@ -152,7 +174,6 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
-            self.tokens += rows.shape[0] * window
             losses.append(loss.detach())
             if self.step % LOG_STEPS == 0:
                 speed = len(losses) * BATCH_TOKENS / (time.monotonic() - began)
@@ -192,6 +213,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000_000, help="stop after so many tokens")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--workers", type=int, help="processes that write text; default 0, with a GPU all cores but 2"
+    )
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="anneal the checkpoint, write it here")
     parser.add_argument("--decay", type=int, default=3_000_000, help="tokens to anneal over when exporting")
     args = parser.parse_args()
@@ -201,7 +225,8 @@ def main() -> None:
         if (args.out / "checkpoint.pt").exists():
             parser.error(f"{args.out} has a checkpoint already: --resume, or another --out")
         bpe.save(args.out / "tokenizer")
-    trainer = Trainer(args.out, args.device)
+    spare = max(1, (os.cpu_count() or 1) - 2) if args.device.startswith("cuda") else 0
+    trainer = Trainer(args.out, args.device, spare if args.workers is None else args.workers)
     if args.resume or args.export:
         trainer.load()
     if args.export:
