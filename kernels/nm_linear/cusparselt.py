@@ -1,8 +1,8 @@
 """`nm_linear` of 2:4 matrices by the vendor's sparse matrix product.
 
 It has a layout of its own, so every matrix is compressed a second time when it is first used, and that copy lives as
-long as the matrix: memory is paid for speed where there are many rows of x. Without a GPU only the way to the library and back
-has been tested.
+long as the matrix: memory is paid for speed where there are many rows of x. Without a GPU only the way
+to the library and back has been tested.
 """
 
 import weakref
