@@ -9,6 +9,9 @@ float32, and the scale comes once per group.
 Nothing is packed anew: a product may add up its inputs in any order if both operands agree on it, and the order
 here is the one in which a lane of the tensor cores multiplies the words that it has loaded 16 bytes at a time.
 Where a tile of inputs has several groups, each gets columns of its own, in which x is zero elsewhere.
+
+So far the arithmetic has run in the interpreter only, the inline PTX has been compiled only, and tile sizes and splits
+follow from instruction and register counts, not from times.
 """
 
 import torch

@@ -1,11 +1,13 @@
 """`nm_linear` of 2:4 matrices by the vendor's sparse matrix product.
 
 It has a layout of its own, so every matrix is compressed a second time when it is first used, and that copy lives as
-long as the matrix: memory is paid for speed where there are many rows of x.
+long as the matrix: memory is paid for speed where there are many rows of x. Without a GPU only the way
+to the library and back has been tested.
 """
 
 import weakref
-from typing import NamedTuple
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,15 +21,16 @@ from effbench.kernels._common.nm import columns, scattered
 FEWEST_ROWS = 16  # of x; with fewer, the product is one with padding, and reading the stored form once is cheaper
 
 
-class _Compressed(NamedTuple):
+@dataclass(frozen=True)
+class _Compressed:
     """The vendor's form of a matrix, and what it was made from."""
 
     packed: Tensor
-    index: "weakref.ref[Tensor]"
+    index: weakref.ref[Tensor]
     versions: tuple[int, int]
 
 
-_known = WeakTensorKeyDictionary()  # values -> _Compressed
+_known: MutableMapping[Tensor, _Compressed] = WeakTensorKeyDictionary()  # by values
 
 
 def nm_linear(x: Tensor, values: Tensor, index: Tensor, n: int, m: int) -> Tensor:
