@@ -43,6 +43,7 @@ class RunOptions:
     recipes: str | None = None  # only these rows of the suite: names or patterns, separated by commas
     seeds: list[int] | None = None  # by default those of the tier
     limit: int | None = None  # items per task; by default that of the tier
+    probes: str | None = None  # only these instruments, separated by commas; by default those of the tier
     threads: int | None = None  # per cell; by default 1 on a processor, else cores / jobs
     jobs: int | None = None  # cells at a time; by default cores / threads on a processor, else one per GPU
     timeout: float = 3600.0  # seconds for one cell, waiting for the machine not counted

@@ -22,7 +22,7 @@ from effbench.core.recipe import Recipe
 from effbench.core.record import RETRIED, Cell, Record
 from effbench.core.registry import source_digest
 from effbench.executors import STOPPING, Event, Local, gate_file
-from effbench.options import Placement, RunOptions, place
+from effbench.options import Placement, RunOptions, one_of, place
 from effbench.store import Store, latest
 from effbench.suite import Suite, seeded
 
@@ -77,6 +77,11 @@ def plan(options: RunOptions) -> Run:
     }
     if options.limit is not None:
         settings["limit"] = options.limit
+    if options.probes is not None:
+        wanted = [name.strip() for name in options.probes.split(",")]
+        for name in wanted:
+            one_of("probe", name, probes.names())
+        settings["probes"] = [name for name in probes.names() if name in wanted]
     records, notes = store.read(chosen.name, chosen.version)
     standing = latest(records)
     places = tuple(Place(device.name, gate_file(device), device.visible) for device in placement.devices)

@@ -110,6 +110,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "tokenizer=nowhere"], "tokenizer=nowhere: no such folder"),
         (["run", "suite=quant", "data=text:nowhere"], "data=text:nowhere: no such folder"),
         (["run", "suite=quant", "data=text:folder"], "data=text:folder: the folder holds no files"),
+        (["run", "suite=quant", "probes=speed,enrgy"], "unknown probe 'enrgy'; did you mean 'energy'?"),
         (["run", "suite=quant", "data=wiki"], "data=wiki: must be tiny, text:FOLDER or hub:NAME"),
         (["run", "suite=quant", "results=twice.yaml/results"], "cannot write there"),
         (["run", "suite=quant", "results=/proc/results"], "cannot write there"),
@@ -342,6 +343,7 @@ MUTATIONS = {
     "data's content": lambda at, patch: source(patch, "data", "other"),
     "another model": lambda at, patch: {"model": "shape:gpt2"},
     "another data set": lambda at, patch: {"data": "hub:wikitext"},
+    "other probes": lambda at, patch: {"probes": "memory, cost"},
     "another tokenizer": lambda at, patch: {"tokenizer": "org/name"},
     "tasks' content": lambda at, patch: patch.setattr(sources, "task_digest", lambda: "other"),
     "a probe's version": lambda at, patch: patch.setattr(

@@ -213,9 +213,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000_000, help="stop after so many tokens")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--workers", type=int, help="processes that write text; default 0, with a GPU all cores but 2"
-    )
+    parser.add_argument("--workers", type=int, help="processes that write text; default 0, with a GPU all cores but 2")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="anneal the checkpoint, write it here")
     parser.add_argument("--decay", type=int, default=3_000_000, help="tokens to anneal over when exporting")
     args = parser.parse_args()

@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]  # neither is installed
 
 from wheels import closure, installed, project
 
+from effbench import probes
 from effbench.core.errors import Usage
 from effbench.options import parse
 
@@ -65,6 +66,7 @@ def steps() -> list[Step]:
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
     parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # most of it compiles, on the processor
     run = ("-m", "effbench", "run", "device=cuda", "tier=quick", "results={results}")
+    brief = ",".join(name for name in probes.names() if name != "energy")  # which takes windows of five seconds
     return [
         Step("machine", 25, ("-c", MACHINE, "cuda:0")),
         Step("kernels", 70, (*pytest, *parallel, "tests/test_kernels.py")),
@@ -72,7 +74,7 @@ def steps() -> list[Step]:
         Step("bench", 100, ("-m", "effbench", "bench", "device=cuda", "seconds={seconds}", "out={results}/bench")),
         Step("gpu-smoke", 105, (*run, "suite=gpu-smoke")),
         # The embedded model is small: cells share the GPU but for what is timed.
-        Step("quant", 115, (*run, "suite=quant", "jobs=6")),
+        Step("quant", 115, (*run, "suite=quant", "jobs=6", f"probes={brief}")),
         Step("report", 10, ("-m", "effbench", "report", "results={results}", "--write")),
     ]
 
