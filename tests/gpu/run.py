@@ -94,6 +94,11 @@ def missing() -> list[str]:
     return sorted(name for name in closure(project()[""]) if installed(name) is None)
 
 
+def interruptible() -> None:
+    """Have SIGINT end this process: what a shell starts in the background ignores it, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def perform(step: Step, seconds: float, results: Path, log: Path) -> tuple[bool, str]:
     """Run a step for so many seconds at most; whether it went well, and what is to be said of it."""
     environment = os.environ | OFFLINE
@@ -104,7 +109,13 @@ def perform(step: Step, seconds: float, results: Path, log: Path) -> tuple[bool,
     begin = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=interruptible,
         )
         try:
             process.wait(seconds)
