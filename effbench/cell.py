@@ -186,7 +186,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     """Run a cell in this process and give its record; `tell` is called with news while it goes on."""
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
     recipe = parse(job.cell.steps, job.cell.recipe)
-    device = job.place.device
+    device, settings = job.place.device, job.cell.settings
     found = Findings(tell, device)
     environment: dict[str, Any] = {}
     log: dict[str, Any] = {}
@@ -199,10 +199,9 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         from effbench.probes.environment import describe
 
         devices.check_room(device)
-        _pin(device, job.cell.settings["threads"], job.cell.seed)
+        _pin(device, settings["threads"], job.cell.seed)
         environment = describe(device)
         tell(environment=environment)
-        settings = job.cell.settings
         run = open_run(job.source, job.data, device, settings["dtype"], job.cell.seed, settings)
         log = run.log
         try:
@@ -223,7 +222,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         samples=found.samples,
         protocols=found.protocols,
         kernels=ran(),
-        facts=facts(recipe, job.cell.settings),
+        facts=facts(recipe, log.get("calibration_sequences", settings.get("calibration_sequences"))),
         log=log | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {}),
         environment=environment,
         started=started.isoformat(timespec="seconds"),
@@ -266,16 +265,15 @@ def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, found: Finding
             take(timing)
 
 
-def facts(recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the methods of a recipe declare of themselves, for the comparison table."""
+def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
+    """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`."""
     found: dict[str, list[str]] = {"type": [], "calibration_data": [], "weight_update": []}
     for step in recipe.steps:
         found["type"].append(getattr(step, "type", kind_of(type(step))))
         if hasattr(step, "weight_update"):
-            sequences = f"{settings.get('calibration_sequences')} sequences"
             needs: set[str] = getattr(step, "needs", set())
             gradients = " with gradients" if any(need.startswith("grad") for need in needs) else ""
-            found["calibration_data"].append(sequences + gradients if needs else "none")
+            found["calibration_data"].append(f"{sequences} sequences{gradients}" if needs else "none")
             found["weight_update"].append(step.weight_update)
     return {name: ", ".join(dict.fromkeys(values)) for name, values in found.items() if values}
 

@@ -205,7 +205,7 @@ class Worker:
                 outcome=outcome,
                 reason=reason,
                 attempt=self.job.attempt,
-                facts=facts(parse(self.job.cell.steps), self.job.cell.settings),
+                facts=facts(parse(self.job.cell.steps), self.job.cell.settings.get("calibration_sequences")),
                 environment=self._told.get("environment", {}),
                 started=self._date,
                 seconds=round(self.seconds, 3),

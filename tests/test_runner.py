@@ -662,15 +662,17 @@ def test_steps_and_phases_are_timed(fake, make_job):
 def test_facts_of_the_methods():
     from effbench.core.recipe import parse
 
-    settings = {"calibration_sequences": 128}
-    assert cells.facts(parse(""), settings) == {}
-    assert cells.facts(parse("rtn(bits=4)"), settings) == {
+    assert cells.facts(parse(""), 128) == {}
+    assert cells.facts(parse("rtn(bits=4)"), 128) == {
         "type": "PTQ",
         "calibration_data": "none",
         "weight_update": "none",
     }
-    found = cells.facts(parse("rtn(bits=8), gptq(bits=4)"), settings)
+    found = cells.facts(parse("rtn(bits=8), gptq(bits=4)"), 128)
     assert found["calibration_data"] == "none, 128 sequences"
+    found = cells.facts(parse("layer_pruning(), head_pruning(), neuron_pruning(score='magnitude'), fit()"), 2)
+    assert found["calibration_data"] == "2 sequences, 2 sequences with gradients, none"
+    assert found["type"] == "post-training, fine-tuning"
 
 
 def test_records_of_attempts(store, make_job):

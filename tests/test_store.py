@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from effbench.core.errors import Usage
-from effbench.core.record import SCHEMA, Metric, Record
+from effbench.core.record import SCHEMA, Metric, Record, from_json
 from effbench.store import Store, latest
 
 
@@ -26,6 +26,15 @@ def test_round_trip(store, record):
     (path,) = store.folder("fakes", 1).iterdir()
     assert path.name == record.name
     assert path.stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(4096, "32 sequences"), (0, "none")])
+def test_an_older_record_is_upgraded(record, tokens, told):
+    cell = dataclasses.replace(record.cell, settings={"calibration_sequences": 32})
+    facts = {"calibration_data": "none", "weight_update": "none"}
+    new = dataclasses.replace(record, cell=cell, facts=facts, log={"calibration_tokens": tokens})
+    old = json.loads(new.to_json()) | {"schema": 1}
+    assert from_json(json.dumps(old)) == dataclasses.replace(new, facts=facts | {"calibration_data": told})
 
 
 def test_reading_by_suite_and_version(store, record):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-SCHEMA = 1
+SCHEMA = 2
 
 OutcomeName = Literal["ok", "oom", "unsupported", "refused", "diverged", "timeout", "crashed"]
 OUTCOMES: tuple[OutcomeName, ...] = get_args(OutcomeName)
@@ -122,7 +122,16 @@ def from_json(text: str) -> Record:
     return record
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}  # schema k: a function to schema k + 1
+def _calibrated(body: dict[str, Any]) -> dict[str, Any]:
+    """To schema 2: methods of kind `apply` were said to take no calibration data, whatever they took."""
+    facts, log = body.get("facts", {}), body.get("log", {})
+    if facts.get("calibration_data") == "none" and log.get("calibration_tokens"):
+        facts["calibration_data"] = f"{body['cell']['settings']['calibration_sequences']} sequences"
+    return body | {"schema": 2}
+
+
+# schema k: a function to schema k + 1
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _calibrated}
 
 
 def _finite(value: Any) -> Any:

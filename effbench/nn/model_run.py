@@ -106,7 +106,7 @@ class ModelRun(Run):
         """[sequences, length] calibration tokens of this run's seed."""
         sequences, length = self._calibration
         ids = self.data.calibration(sequences, length, self.seed)
-        self.log["calibration_tokens"] = ids.numel()
+        self.log["calibration_sequences"], self.log["calibration_tokens"] = len(ids), ids.numel()
         return ids
 
     def rewrite(self, segments: Segments) -> Segments:

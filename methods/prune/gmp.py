@@ -45,6 +45,7 @@ class GMP(Train):
     """
 
     paper = "arXiv:1710.01878"
+    type = "sparse training"
     settles = True
 
     sparsity: float = 0.5  # at the end, of every matrix

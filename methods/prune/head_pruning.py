@@ -66,6 +66,7 @@ class HeadPruning(Method):
     paper = "arXiv:1905.10650"
     type = "post-training"
     weight_update = "none"
+    needs = {"grad"}
     settles = True
     identity = {"sparsity": 0.0}
     trial = {"sparsity": 0.25}  # the default is less than one of the few key-value heads of a toy

@@ -68,6 +68,7 @@ class LayerPruning(Method):
     paper = "arXiv:2403.03853"
     type = "post-training"
     weight_update = "none"
+    needs = {"raw"}
     settles = True
     identity = {"fraction": 0.0}
 

@@ -78,6 +78,7 @@ class LearnedMask(Train):
     """
 
     paper = "arXiv:2409.17481"
+    type = "sparse training"
     settles = True
 
     pattern: str = "2:4"  # or another "n:m", or "unstructured" for L0 gates (arXiv:1712.01312)

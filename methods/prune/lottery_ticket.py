@@ -46,6 +46,7 @@ class LotteryTicket(Method):
     """
 
     paper = "arXiv:1803.03635"
+    type = "sparse training"
     consumes = True
     settles = True
     trial = {"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32}

@@ -47,6 +47,7 @@ class Movement(Train):
     """Hard movement pruning: the mask is the top of the scores of each matrix, renewed at every step."""
 
     paper = "arXiv:2005.07683"
+    type = "sparse training"
     settles = True
 
     sparsity: float = 0.5  # at the end, of every matrix

@@ -46,6 +46,11 @@ class NeuronPruning(Method):
     scope: Literal["local", "global"] = "local"  # compare within each block, or over the whole model
     multiple: int = 1  # widths are rounded up to a multiple, as group-wise quantization or tensor cores may want
 
+    @property
+    def needs(self) -> set[str]:
+        """Statistics that the score takes."""
+        return NEEDS[self.score]
+
     def check(self) -> None:
         self.require(0 <= self.sparsity < 1, "sparsity must be in [0, 1)")
         self.require(self.multiple > 0, "multiple must be at least 1")
@@ -74,7 +79,7 @@ class NeuronPruning(Method):
         """[width] of each chosen block; the lower, the sooner a neuron goes."""
         scores = {index: torch.zeros(neurons(view, index), device=run.device) for index in chosen}
         place = {view.path(index, name): index for index in chosen for name in (*view.names.up, view.names.down)}
-        for layer in survey(run, NEEDS[self.score]):
+        for layer in survey(run, self.needs):
             if layer.name in place:
                 scores[place[layer.name]] += self._part(layer, down=layer.name.endswith(view.names.down))
         for index, score in scores.items():

@@ -54,6 +54,7 @@ class SliceGPT(Method):
     settles = True
     type: ClassVar[str] = "PTQ"
     weight_update: ClassVar[str] = "rotation and slicing"
+    needs: ClassVar[set[str]] = {"raw"}
 
     slicing: float = 0.25  # fraction of the width that is removed
     multiple: int = 8  # the new width is rounded down to a multiple of this

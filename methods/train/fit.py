@@ -12,6 +12,7 @@ class Fit(Method):
     """Uses the train plan up: what stands before it prepares, what stands after acts on the trained weights."""
 
     paper = "arXiv:1711.05101"
+    type = "fine-tuning"
     consumes = True
     trial = {"steps": 2, "max_length": 32}
     steps: int = 200
