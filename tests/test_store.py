@@ -28,9 +28,11 @@ def test_round_trip(store, record):
     assert path.stat().st_mode & 0o444 == 0o444
 
 
-@pytest.mark.parametrize(("tokens", "told"), [(4096, "32 sequences"), (0, "none")])
-def test_an_older_record_is_upgraded(record, tokens, told):
-    cell = dataclasses.replace(record.cell, settings={"calibration_sequences": 32})
+@pytest.mark.parametrize(
+    ("tokens", "length", "told"), [(4096, 128, "32 sequences"), (4096, None, "4,096 tokens"), (0, 128, "none")]
+)
+def test_an_older_record_is_upgraded(record, tokens, length, told):
+    cell = dataclasses.replace(record.cell, settings={"calibration_length": length})
     facts = {"calibration_data": "none", "weight_update": "none"}
     new = dataclasses.replace(record, cell=cell, facts=facts, log={"calibration_tokens": tokens})
     old = json.loads(new.to_json()) | {"schema": 1}

@@ -124,9 +124,10 @@ def from_json(text: str) -> Record:
 
 def _calibrated(body: dict[str, Any]) -> dict[str, Any]:
     """To schema 2: methods of kind `apply` were said to take no calibration data, whatever they took."""
-    facts, log = body.get("facts", {}), body.get("log", {})
-    if facts.get("calibration_data") == "none" and log.get("calibration_tokens"):
-        facts["calibration_data"] = f"{body['cell']['settings']['calibration_sequences']} sequences"
+    facts, tokens = body.get("facts", {}), body.get("log", {}).get("calibration_tokens")
+    if facts.get("calibration_data") == "none" and tokens:
+        length = body["cell"]["settings"].get("calibration_length")
+        facts["calibration_data"] = f"{tokens // length} sequences" if length else f"{tokens:,} tokens"
     return body | {"schema": 2}
 
 
