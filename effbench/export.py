@@ -14,10 +14,7 @@ from effbench.options import DTYPES, chosen_devices, one_of
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
 
-FORMATS = {
-    "effbench": "as measured: packed tensors and effbench.json, read by model=DIR",
-    "dense": "a transformers checkpoint of dense 16-bit matrices, and masks.safetensors: bool [out, in] by linear",
-}
+FORMATS = ("effbench", "dense")
 
 
 @dataclasses.dataclass
@@ -26,8 +23,8 @@ class ExportOptions:
 
     recipe: str | None = None  # the steps whose model is wanted
     to: str | None = None  # folder to be made
-    format: str = "effbench"  # effbench (packed, as measured) or dense (plain transformers, masks beside it)
-    model: str = "tiny"  # tiny, a local folder, a Hub id org/name, or shape:NAME (random weights)
+    format: str = "effbench"  # effbench (packed, read by model=FOLDER) or dense (plain transformers, masks beside it)
+    model: str = "tiny"  # tiny, a local folder, a Hub id org/name[@REVISION], or shape:NAME (random weights)
     data: str | None = None  # tiny, text:FOLDER or hub:NAME; by default what belongs to the model
     tokenizer: str | None = None  # folder or Hub id, for a model that comes without one
     device: str | None = None  # cpu, cuda or cuda:N; by default the first GPU, else the processor
