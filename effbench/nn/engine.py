@@ -98,8 +98,10 @@ class Engine:
         real = place < torch.tensor([[len(row)] for row in rows], device=self.device)
         # The head is the dearest part of a small model: apply it only where a continuation is predicted.
         wanted = real & (place >= torch.tensor([[length - 1] for length in contexts], device=self.device))
+        # Padding stands on the right, where no causal query looks: without a mask attention takes its fast path.
+        padding = self._padded(real) if attention.wanted(self.plan) else {}
         with self._running():
-            hidden = self.model.base_model(ids, use_cache=False, **self._padded(real))
+            hidden = self.model.base_model(ids, use_cache=False, **padding)
             logits: Tensor = self.model.get_output_embeddings()(hidden.last_hidden_state[wanted]).float()
         return list(logits.split(wanted.sum(1).tolist()))
 

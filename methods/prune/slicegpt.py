@@ -78,7 +78,7 @@ class SliceGPT(Method):
             raise Unsupported("transformer.ln_f: GPT-2 needs one width from embeddings to head; use slice_head=True")
         fuse_norms(view)
         basis: Tensor | None = None
-        for inputs in walk(model_run, {"raw"}):
+        for inputs in walk(model_run, self.needs):
             last = inputs.index == len(view) - 1
             path, after = (view.path(inputs.index + step, view.names.norms[0]) for step in (0, 1))
             if basis is None:
