@@ -127,6 +127,7 @@ def make_run(tokenizer, model=None, reference=None, engine=Engine):
         storage=torch.bfloat16,
         original=Original(sum(stored_bytes(reference, torch.bfloat16)), sum(p.numel() for p in reference.parameters())),
         log={"steps": []},
+        noted={},
         source=SimpleNamespace(kind="folder"),
         infer=InferPlan(),
     )
@@ -268,6 +269,17 @@ def test_distance_of_a_planted_shift_is_its_closed_form(run):
     truth = -math.log(320) - float(bias.double().log_softmax(0).mean())
     assert reading.metrics["kl_nats_per_token"].value == pytest.approx(truth, rel=1e-5)
     assert reading.metrics["flips"].value == 1.0  # from the first to the last token of the vocabulary
+
+
+def test_perplexity_after_distance_is_the_same_without_another_pass(run, monkeypatch):
+    settings = {"window": 32, "limit": 20}
+    alone = perplexity.take(run, settings).samples
+    run.noted.clear()
+    distance.take(run, settings)
+    monkeypatch.setattr(Engine, "logits", None)
+    assert perplexity.take(run, settings).samples == alone
+    with pytest.raises(TypeError):  # other windows are other numbers
+        perplexity.take(run, settings | {"window": 16})
 
 
 def test_comparison_is_the_same_in_chunks_and_with_impossible_tokens(monkeypatch):

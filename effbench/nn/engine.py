@@ -87,8 +87,8 @@ class Engine:
             for row, logits in zip(batch, self._score_batch(batch, shortest), strict=True):
                 for i in rows[row]:
                     target = torch.tensor(pairs[i][1], device=self.device)
-                    found[i] = _scored(logits[len(logits) - len(target) :], target)
-        return [scored for scored in found if scored is not None]
+                    found[i] = scored(logits[len(logits) - len(target) :], target)
+        return [entry for entry in found if entry is not None]
 
     def _score_batch(self, rows: list[tuple[int, ...]], contexts: list[int]) -> list[Tensor]:
         """Logits of every row from its last context token on."""
@@ -112,7 +112,7 @@ class Engine:
         for start in range(len(context), ids.shape[1] - 1, block):
             part = ids[:, start : min(start + block, ids.shape[1] - 1)]
             logits.append(self.forward(part, cache).logits[0])
-        return _scored(torch.cat(logits).float(), ids[0, len(context) :])
+        return scored(torch.cat(logits).float(), ids[0, len(context) :])
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:
         """Greedy continuations of the prompts, each ending before its first stop token."""
@@ -198,7 +198,7 @@ class Engine:
             yield
 
 
-def _scored(logits: Tensor, targets: Tensor) -> Scored:
-    """Logits [N, V] of N targets."""
+def scored(logits: Tensor, targets: Tensor) -> Scored:
+    """What the logits [N, V] say of N targets."""
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     return Scored(float(logprobs.double().sum()), bool((logits.argmax(-1) == targets).all()), logprobs.tolist())

@@ -71,6 +71,7 @@ class ModelRun(Run):
         self.train = TrainPlan()
         self.infer = InferPlan()
         self.log: dict[str, Any] = {"steps": []}
+        self.noted: dict[Any, Any] = {}  # what one probe found on its way to its own numbers and another needs
         self._reference = reference
         self._shelf: dict[str, Any] = {}
         self._swapped: list[Swapped] = []

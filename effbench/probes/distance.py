@@ -15,14 +15,13 @@ from torch import Tensor
 from effbench.core.errors import Diverged, Refused
 from effbench.core.record import Metric
 from effbench.probes import Reading, intervals
-from effbench.probes.inputs import vocabulary, windows
+from effbench.probes.inputs import logits, predictions, windows
 
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
 
 VERSION = 1
 
-LOGITS = 2**24  # elements of one batch of logits
 SOFTMAX = 2**22  # elements of one float32 log-softmax
 
 
@@ -31,17 +30,14 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     if run.infer.streams:
         raise Refused("KL is taken in one block, in which a cache that evicts or encodes is never read")
     text = windows(run, settings)
-    engine, reference = run.engine(), run.engine(run.reference)
-    ids = text.ids.to(run.device)
     divergence: list[float] = []
     flipped: list[float] = []
-    batch = max(1, LOGITS // (ids.shape[1] * vocabulary(run)))
     with torch.inference_mode():
-        for part in torch.split(ids, batch):
-            for ours, theirs in zip(engine.logits(part), reference.logits(part), strict=True):
-                kl, flips = compare(theirs[:-1], ours[:-1])
-                divergence.append(float(kl.mean()))
-                flipped.append(float(flips.double().mean()))
+        references = logits(run.engine(run.reference), text.ids)
+        for ours, theirs in zip(predictions(run, text), references, strict=True):
+            kl, flips = compare(theirs[:-1], ours[:-1])
+            divergence.append(float(kl.mean()))
+            flipped.append(float(flips.double().mean()))
     lost = sum(not math.isfinite(value) for value in divergence)
     if lost:
         raise Diverged(f"the KL divergence is not finite in {lost} of {len(divergence)} windows")

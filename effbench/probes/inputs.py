@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from effbench.core.errors import Refused, Unsupported
+from effbench.nn.engine import Engine, scored
 
 if TYPE_CHECKING:
     from effbench.nn.model_run import ModelRun
 
+LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one batch of logits
 TEXT_TOKENS = 16384  # of held-out text, where the settings do not say
 
 
@@ -54,6 +56,32 @@ def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
         raise Unsupported(f"text has {len(ids)} tokens, the window is {width}: give more text or window=")
     cut = f"token.window{width}.stride{width}.windows{count}.first-of-window-unscored"
     return Windows(ids[: count * width].view(count, width), cut, run.data.protocol)
+
+
+def logits(engine: Engine, ids: Tensor) -> Iterator[Tensor]:
+    """float32 [T, V] of every window of `ids` [windows, T], each in one block."""
+    size = ids.shape[1] * engine.model.config.vocab_size
+    for part in ids.split(max(1, LOGITS[engine.device.type] // size)):
+        yield from engine.logits(part)
+
+
+def predictions(run: ModelRun, text: Windows) -> Iterator[Tensor]:
+    """The model's `logits` of every window; when all were taken, their likelihoods are known to `nll`."""
+    found = []
+    for ids, window in zip(text.ids.to(run.device), logits(run.engine(), text.ids), strict=True):
+        likelihood = scored(window[:-1], ids[1:])
+        found.append(-likelihood.logprob / len(likelihood.token_logprobs))
+        yield window
+    run.noted[text.cut, text.text] = found
+
+
+def nll(run: ModelRun, text: Windows) -> list[float]:
+    """Mean negative log-likelihood of every window in one block, in nats per token."""
+    if (text.cut, text.text) not in run.noted:
+        for _ in predictions(run, text):
+            pass
+    found: list[float] = run.noted[text.cut, text.text]
+    return found
 
 
 def score_block(run: ModelRun, settings: Mapping[str, Any]) -> tuple[int | None, str]:

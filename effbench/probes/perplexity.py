@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.core.errors import Diverged
 from effbench.probes import Reading, intervals
-from effbench.probes.inputs import score_block, windows
+from effbench.probes.inputs import Windows, nll, score_block, windows
 
 if TYPE_CHECKING:
+    from effbench.nn.engine import Engine
     from effbench.nn.model_run import ModelRun
 
 VERSION = 1
@@ -20,13 +21,17 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`token_ppl`, with the mean negative log-likelihood of every window (nats per token) in the samples."""
     text = windows(run, settings)
     block, spelled = score_block(run, settings)
-    engine = run.engine()
-    pairs = [(window[:1], window[1:]) for window in text.ids.tolist()]
-    nll = [-scored.logprob / len(scored.token_logprobs) for scored in engine.score(pairs, block=block)]
-    engine.verify()
-    lost = sum(not math.isfinite(value) for value in nll)
+    values = nll(run, text) if block is None else _streamed(run.engine(), text, block)
+    lost = sum(not math.isfinite(value) for value in values)
     if lost:
-        raise Diverged(f"the log-likelihood is not finite in {lost} of {len(nll)} windows")
-    reading = Reading(samples={"token_ppl_window_nll": nll})
-    reading.add("token_ppl", intervals.mean(nll, intervals.exp), text.protocol("ppl", spelled))
+        raise Diverged(f"the log-likelihood is not finite in {lost} of {len(values)} windows")
+    reading = Reading(samples={"token_ppl_window_nll": values})
+    reading.add("token_ppl", intervals.mean(values, intervals.exp), text.protocol("ppl", spelled))
     return reading
+
+
+def _streamed(engine: Engine, text: Windows, block: int) -> list[float]:
+    pairs = [(window[:1], window[1:]) for window in text.ids.tolist()]
+    found = [-scored.logprob / len(scored.token_logprobs) for scored in engine.score(pairs, block=block)]
+    engine.verify()
+    return found
