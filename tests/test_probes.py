@@ -489,7 +489,7 @@ def test_metadata_is_told_apart(run, tmp_path):
     for layer in run.model.model.layers:
         weight = layer.mlp.up_proj.weight.detach()
         layer.mlp.up_proj = MaskedLinear.of(weight, weight > 0)
-    stored, plain = (memory.model_bytes(model, torch.bfloat16) for model in (run.model, run.reference))
+    stored, plain = (stored_bytes(model, torch.bfloat16) for model in (run.model, run.reference))
     assert stored.weights == plain.weights
     assert stored.metadata == 2 * 128 * 64 // 8
     assert memory.bits_per_weight(run.model, torch.bfloat16) == (17.0, "the 2 compressed linears")

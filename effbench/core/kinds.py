@@ -6,6 +6,7 @@ A rare method overrides `apply(run)` itself and is then of kind `apply`.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effbench.core.method import Method
@@ -79,7 +80,13 @@ class Weights(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Swap(Method):
-    """Replaces modules by trainable ones; `settle` turns them into their final form once, after training."""
+    """Replaces linears by trainable ones; `settle` turns them into their final form once, after training."""
+
+    def wants(self, path: str) -> bool:
+        """Whether the linear at `path` is to be replaced: by its name, where a method has the field `targets`."""
+        targets: Literal["all"] | tuple[str, ...] = getattr(self, "targets", "all")
+        name = path.rpartition(".")[2]
+        return targets == "all" or any(fnmatch.fnmatchcase(name, target) for target in targets)
 
     def replace(self, module: nn.Module) -> nn.Module:
         """The module that takes the place of `module` and may hold it."""

@@ -150,8 +150,6 @@ def _compare(path: str, module: nn.Module, plain: nn.Module | None, replaced: De
     config = _config(module)
     if config is not None and (type(plain) is not type(module) or _config(plain) != config):
         replaced[path] = {"class": _named(module), "config": config}
-        if isinstance(module, Replaced):
-            return  # what it holds is its own to rebuild
         with torch.device("meta"):
             plain = type(module)(**config)
     entry: dict[str, Any] = {}

@@ -126,15 +126,16 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def stored_bytes(module: nn.Module, dtype: torch.dtype) -> Bytes:
-    """Bytes of `module` in a saved artifact whose dense tensors are kept in `dtype`."""
-    metadata = module.metadata if isinstance(module, Replaced) else frozenset()
+    """Bytes of `module` in a saved artifact whose dense tensors are kept in `dtype`; what is shared counts once."""
     weights = described = 0
     for name, tensor in stored_tensors(module):
-        width = dtype.itemsize if stored_as(tensor, dtype) is dtype else tensor.element_size()
-        if name.rpartition(".")[2] in metadata:
-            described += tensor.numel() * width
+        size = tensor.numel() * stored_as(tensor, dtype).itemsize
+        path, _, last = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if isinstance(owner, Replaced) and last in owner.metadata:
+            described += size
         else:
-            weights += tensor.numel() * width
+            weights += size
     return Bytes(weights, described)
 
 

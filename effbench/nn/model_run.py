@@ -18,7 +18,7 @@ from effbench.nn import calibration, fit
 from effbench.nn.blocks import Blocks
 from effbench.nn.data import LONGEST, SEQUENCES, Data, Segments
 from effbench.nn.engine import Engine
-from effbench.nn.linear import Replaced, stored_as, stored_bytes, stored_tensors
+from effbench.nn.linear import Replaced, kept, stored_as, stored_bytes, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +33,7 @@ class Swapped:
 
     module: nn.Module  # not its path: blocks may be dropped before it settles
     method: Swap
+    held: bool  # whether zeros of the linear that stood there were held
     trained: bool = False
 
 
@@ -125,14 +126,18 @@ class ModelRun(Run):
     def swap(self, method: Swap) -> None:
         self.settle()
         self.model.requires_grad_(False)
-        for path, module in list(Blocks(self.model).linears()):
-            if self.targeted(path):
-                old = {id(parameter) for parameter in module.parameters()}
-                new = method.replace(module).to(self.device)
-                for parameter in new.parameters():
-                    parameter.requires_grad_(id(parameter) not in old)
+        linears = {path: module for path, module in Blocks(self.model).linears() if self.targeted(path)}
+        chosen = [path for path in linears if method.wants(path)]
+        if not chosen:
+            names = sorted({path.rpartition(".")[2] for path in linears})
+            raise Unsupported(f"{method}: none of the linears is a target; they are called {', '.join(names)}")
+        with torch.random.fork_rng(devices=[]):  # new parameters depend on the seed alone, not on what was drawn before
+            torch.manual_seed(self.seed)
+            for path in chosen:
+                held = kept(linears[path]) is not None
+                new = method.replace(linears[path]).to(self.device)
                 calibration.replace(self.model, path, new)
-                self._swapped.append(Swapped(new, method))
+                self._swapped.append(Swapped(new, method, held))
 
     def settle(self) -> None:
         trained = [entry for entry in self._swapped if entry.trained]
@@ -140,7 +145,11 @@ class ModelRun(Run):
             paths = {module: path for path, module in self.model.named_modules()}
         for entry in trained:
             if entry.module in paths:  # its block may be gone
-                calibration.replace(self.model, paths[entry.module], entry.method.settle(entry.module))
+                path, final = paths[entry.module], entry.method.settle(entry.module)
+                if entry.held and final is not entry.module and kept(final) is None:
+                    self.log.setdefault("densified", []).append(path)
+                dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
+                calibration.replace(self.model, path, final.to(dtype))
             self._swapped.remove(entry)
 
     def select(self, method: Select) -> None:

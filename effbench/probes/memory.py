@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effbench.nn.linear import Bytes, Replaced, stored_as, stored_bytes, stored_tensors, top_linears
+from effbench.nn.linear import Replaced, stored_as, stored_bytes, top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
 from effbench.probes.peak import SCOPES, PeakMemory
@@ -24,7 +24,7 @@ BATCH, CONTEXT, NEW_TOKENS = 4, 256, 16  # where the settings do not say
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """Stored bytes by kind, effective bits per weight, resident bytes, and peaks over what was resident."""
     reading = Reading()
-    stored = model_bytes(run.model, run.storage)
+    stored = stored_bytes(run.model, run.storage)
     kept_in = f"as saved, dense tensors in {str(run.storage).removeprefix('torch.')}, tied tensors once"
     total, original = sum(stored), run.original.stored_bytes
     reading.add("weight_bytes", stored.weights, kept_in)
@@ -40,23 +40,6 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading.add("resident_bytes", resident_bytes(run.model), "all tensors of the model as held for computing")
     _peaks(run, settings, reading)
     return reading
-
-
-def model_bytes(model: nn.Module, dtype: torch.dtype) -> Bytes:
-    """Stored bytes of a whole model; a tensor that several modules share counts once."""
-    linears = [module for _, module in top_linears(model)]
-    seen: set[int] = set()
-    weights = metadata = 0
-    for module in linears:
-        described = module.metadata if isinstance(module, Replaced) else frozenset[str]()
-        for name, tensor in stored_tensors(module):
-            size = _new_bytes(tensor, dtype, seen)
-            if name.rpartition(".")[2] in described:
-                metadata += size
-            else:
-                weights += size
-    weights += sum(_new_bytes(tensor, dtype, seen) for _, tensor in stored_tensors(model))
-    return Bytes(weights, metadata)
 
 
 def bits_per_weight(model: nn.Module, dtype: torch.dtype) -> tuple[float, str]:
@@ -87,13 +70,6 @@ def tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, the ones that are not saved among them."""
     yield from model.parameters()
     yield from model.buffers()
-
-
-def _new_bytes(tensor: Tensor, dtype: torch.dtype, seen: set[int]) -> int:
-    if id(tensor) in seen:
-        return 0
-    seen.add(id(tensor))
-    return tensor.numel() * stored_as(tensor, dtype).itemsize
 
 
 def _bias_bytes(module: nn.Module, dtype: torch.dtype) -> int:
