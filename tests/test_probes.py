@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from effbench.nn.engine import Engine
 from effbench.nn.linear import MaskedLinear, stored_bytes
 from effbench.nn.model_run import Original
 from effbench.probes import (
+    clock,
     distance,
     energy,
     environment,
@@ -500,28 +502,42 @@ def test_metadata_is_told_apart(run, tmp_path):
 
 
 class Sleepy(Engine):
-    """An engine that takes as long as it says; the reference takes twice that."""
+    """An engine that takes as long as it says, by a planted clock; the reference takes twice that."""
+
+    now: ClassVar[float] = 0.0
 
     def prefill(self, ids, padding=None):
-        time.sleep(0.03 if self.model.training else 0.06)
+        Sleepy.now += 0.03 if self.model.training else 0.06
         return SimpleNamespace(ids=ids[:, -1], length=ids.shape[1])
 
     def decode(self, state):
-        time.sleep(0.01 if self.model.training else 0.02)
+        Sleepy.now += 0.01 if self.model.training else 0.02
         return state
 
+    @classmethod
+    def timed(cls, work, device):
+        begin = cls.now
+        work()
+        return Span(cls.now - begin, cls.now - begin)
 
-def test_planted_delays_are_read(tokenizer):
+
+def test_the_clock_measures_the_work_it_is_given():
+    span = clock.timed(lambda: time.sleep(0.02), torch.device("cpu"))
+    assert span.device == span.wall >= 0.02 and span.per(4).wall == span.wall / 4
+
+
+def test_planted_delays_are_read(tokenizer, monkeypatch):
+    monkeypatch.setattr(speed, "timed", Sleepy.timed)
     run = make_run(tokenizer, engine=Sleepy)
     run.model.train()  # only to tell the two apart
     settings = {"speed_points": [[2, 16]], "speed_new_tokens": 3, "speed_seconds": 1.6}
     reading = speed.take(run, settings)
     values = {name: metric.value for name, metric in reading.metrics.items()}
-    assert values["prefill_tok_per_s_b2_c16"] == pytest.approx(32 / 0.03, rel=0.1)
-    assert values["decode_tok_per_s_b2_c16"] == pytest.approx(2 / 0.01, rel=0.1)
-    assert values["decode_ms_per_token_b2_c16"] == pytest.approx(10, rel=0.1)
-    assert values["prefill_speedup_b2_c16"] == pytest.approx(2, rel=0.1)
-    assert values["decode_speedup_b2_c16"] == pytest.approx(2, rel=0.1)
+    assert values["prefill_tok_per_s_b2_c16"] == pytest.approx(32 / 0.03)
+    assert values["decode_tok_per_s_b2_c16"] == pytest.approx(2 / 0.01)
+    assert values["decode_ms_per_token_b2_c16"] == pytest.approx(10)
+    assert values["prefill_speedup_b2_c16"] == pytest.approx(2)
+    assert values["decode_speedup_b2_c16"] == pytest.approx(2)
     rounds = len(reading.samples["prefill_seconds_b2_c16"])
     assert rounds == len(reading.samples["prefill_reference_seconds_b2_c16"]) >= 6
     assert f"{rounds} rounds" in reading.protocols["prefill_speedup_b2_c16"]
