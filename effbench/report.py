@@ -182,6 +182,11 @@ class Row:
         return any(record.simulated for record in self.records)
 
     @property
+    def densified(self) -> bool:
+        """Whether a merge gave up zeros that pruning had made."""
+        return any("densified" in record.log for record in self.records)
+
+    @property
     def worst(self) -> Record:
         """The record whose outcome the row shows: last in the order of OUTCOMES, so `ok` only if all are."""
         return max(self.records, key=lambda record: OUTCOMES.index(record.outcome))
@@ -476,7 +481,7 @@ def _header(metric: str) -> str:
 
 def _name(row: Row, footnotes: dict[str, int]) -> str:
     """The recipe and, where it is not simply `ok`, what became of it, with a footnote for the reason."""
-    name = f"{row.recipe} (simulated)" if row.simulated else row.recipe
+    name = row.recipe + " (simulated)" * row.simulated + " (densified)" * row.densified
     worst = row.worst
     if worst.outcome == "ok":
         return name
@@ -528,6 +533,8 @@ def _legend(group: Group) -> str:
         parts.append(f"Speed: the baseline of the same run is 1; b: batch, c: context, {first} unless named.")
     if any(row.simulated for row in group.rows):
         parts.append("Simulated: computes like the compressed form without being stored as it, so it has no speed.")
+    if any(row.densified for row in group.rows):
+        parts.append("Densified: a merge filled the zeros that pruning had made.")
     return " ".join(parts)
 
 

@@ -151,6 +151,13 @@ def test_simulated_rows_have_no_speed():
     assert speeds["rtn(bits=8)"]["decode b8 c128"] == "0.970 ±0.020"
 
 
+def test_a_merge_that_gave_up_zeros_says_so():
+    dense = make("wanda(), lora(merge='dense')", worse=0.1, log={"densified": ["model.layers.0.mlp.up_proj"]})
+    text = render([make(), dense], "quant")
+    assert "wanda(), lora(merge='dense') (densified)" in table(text)
+    assert "Densified: a merge filled the zeros" in text and "Densified" not in render(RECORDS, "quant")
+
+
 def test_outcome_and_reason_are_shown():
     text = render(RECORDS, "quant")
     assert set(table(text)["squeezellm(bits=3): oom¹"].values()) == {"squeezellm(bits=3): oom¹", "–"}
