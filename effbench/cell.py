@@ -270,10 +270,11 @@ def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
     found: dict[str, list[str]] = {"type": [], "calibration_data": [], "weight_update": []}
     for step in recipe.steps:
         found["type"].append(getattr(step, "type", kind_of(type(step))))
-        if hasattr(step, "weight_update"):
-            needs: set[str] = getattr(step, "needs", set())
+        if hasattr(step, "needs"):
+            needs: set[str] = step.needs
             gradients = " with gradients" if any(need.startswith("grad") for need in needs) else ""
             found["calibration_data"].append(f"{sequences} sequences{gradients}" if needs else "none")
+        if hasattr(step, "weight_update"):
             found["weight_update"].append(step.weight_update)
     return {name: ", ".join(dict.fromkeys(values)) for name, values in found.items() if values}
 

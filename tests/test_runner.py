@@ -673,6 +673,11 @@ def test_facts_of_the_methods():
     found = cells.facts(parse("layer_pruning(), head_pruning(), neuron_pruning(score='magnitude'), fit()"), 2)
     assert found["calibration_data"] == "2 sequences, 2 sequences with gradients, none"
     assert found["type"] == "post-training, fine-tuning"
+    assert cells.facts(parse("wanda(), lora(), fit()"), 8) == {
+        "type": "post-training, PEFT, fine-tuning",
+        "calibration_data": "8 sequences",
+        "weight_update": "none, low rank",
+    }
 
 
 def test_records_of_attempts(store, make_job):

@@ -52,7 +52,7 @@ class SliceGPT(Method):
 
     paper = "arXiv:2401.15024"
     settles = True
-    type: ClassVar[str] = "PTQ"
+    type: ClassVar[str] = "post-training"
     weight_update: ClassVar[str] = "rotation and slicing"
     needs: ClassVar[set[str]] = {"raw"}
 
