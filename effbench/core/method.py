@@ -142,5 +142,16 @@ def _cast(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif type(value) is hint:
         return value
-    name = getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
-    raise Usage(f"{where}={value!r}: must be {name if origin is None else hint}, not {type(value).__name__}")
+    raise Usage(f"{where}={value!r}: must be {_spelled(hint)}, not {type(value).__name__}")
+
+
+def _spelled(hint: Any) -> str:
+    """A type as its author wrote it."""
+    origin, arms = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_spelled, arms))
+    if origin is Literal:
+        return " | ".join(map(repr, arms))
+    if hint is type(None):
+        return "None"
+    return str(hint) if origin else str(hint.__name__)

@@ -130,7 +130,7 @@ class ModelRun(Run):
         chosen = [path for path in linears if method.wants(path)]
         if not chosen:
             names = sorted({path.rpartition(".")[2] for path in linears})
-            raise Unsupported(f"{method}: none of the linears is a target; they are called {', '.join(names)}")
+            raise Unsupported(f"none of the linears is a target; they are called {', '.join(names)}")
         with torch.random.fork_rng(devices=[]):  # new parameters depend on the seed alone, not on what was drawn before
             torch.manual_seed(self.seed)
             for path in chosen:
