@@ -31,6 +31,11 @@ class Scored:
     greedy: bool  # whether every token is the most likely one
     token_logprobs: list[float]
 
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, in nats per token."""
+        return -self.logprob / len(self.token_logprobs)
+
 
 @dataclasses.dataclass
 class State:

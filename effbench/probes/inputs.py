@@ -60,7 +60,7 @@ def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
 
 def logits(engine: Engine, ids: Tensor) -> Iterator[Tensor]:
     """float32 [T, V] of every window of `ids` [windows, T], each in one block."""
-    size = ids.shape[1] * engine.model.config.vocab_size
+    size = ids.shape[1] * vocabulary(engine.model)
     for part in ids.split(max(1, LOGITS[engine.device.type] // size)):
         yield from engine.logits(part)
 
@@ -69,8 +69,7 @@ def predictions(run: ModelRun, text: Windows) -> Iterator[Tensor]:
     """The model's `logits` of every window; when all were taken, their likelihoods are known to `nll`."""
     found = []
     for ids, window in zip(text.ids.to(run.device), logits(run.engine(), text.ids), strict=True):
-        likelihood = scored(window[:-1], ids[1:])
-        found.append(-likelihood.logprob / len(likelihood.token_logprobs))
+        found.append(scored(window[:-1], ids[1:]).nll)
         yield window
     run.noted[text.cut, text.text] = found
 
@@ -96,10 +95,9 @@ def score_block(run: ModelRun, settings: Mapping[str, Any]) -> tuple[int | None,
 def random_ids(run: ModelRun, batch: int, length: int) -> Tensor:
     """[batch, length] tokens drawn by the run's seed: zeros would be faster than life."""
     generator = torch.Generator().manual_seed(run.seed)
-    return torch.randint(vocabulary(run), (batch, length), generator=generator).to(run.device)
+    return torch.randint(vocabulary(run.model), (batch, length), generator=generator).to(run.device)
 
 
-def vocabulary(run: ModelRun) -> int:
+def vocabulary(model: Any) -> int:
     """Rows of the embedding table."""
-    size: int = run.model.config.vocab_size  # type: ignore[union-attr, assignment]
-    return size
+    return int(model.config.vocab_size)

@@ -51,14 +51,13 @@ class LoRALinear(Replaced):
         module.bias, base.bias = base.bias, None  # type: ignore[assignment]
         return module
 
-    def product(self) -> Tensor:
-        """What is added to the weight, [out, in]."""
+    def product(self, mask: Tensor | None) -> Tensor:
+        """What is added to the weight, [out, in], where `mask` (all of it if None) is True."""
         delta = self.scaling * (self.b @ self.a)
-        mask = kept(self.base) if self.masked else None
         return delta if mask is None else delta * mask
 
     def dense_weight(self) -> Tensor:
-        return dense_weight(self.base) + self.product().detach()
+        return dense_weight(self.base) + self.product(self.kept()).detach()
 
     def kept(self) -> Tensor | None:
         return kept(self.base) if self.masked else None
@@ -86,10 +85,11 @@ class LoRALinear(Replaced):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         dropped = nn.functional.dropout(x.to(self.a.dtype), self.dropout, self.training)
-        if self.kept() is None:  # two thin products instead of a whole matrix
+        mask = self.kept()
+        if mask is None:  # two thin products instead of a whole matrix
             delta = self.scaling * nn.functional.linear(nn.functional.linear(dropped, self.a), self.b)
         else:
-            delta = nn.functional.linear(dropped, self.product())
+            delta = nn.functional.linear(dropped, self.product(mask))
         y = y + delta.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
