@@ -1,6 +1,6 @@
 """`python -m effbench`."""
 
-from effbench.cli import main
+from effbench.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from effbench.core.kinds import Cache, Prompt, Select, Swap, Train, Weights
 from effbench.core.method import Method
 from effbench.core.recipe import parse_step
-from effbench.nn import artifact
 from effbench.nn.data import Data, Example
-from effbench.nn.linear import Replaced, dense_weight, stored_bytes, top_linears
-from effbench.nn.model_run import ModelRun, narrow
+from effbench.nn.files import artifact
+from effbench.nn.model.linear import Replaced, dense_weight, stored_bytes, top_linears
+from effbench.nn.run import ModelRun, narrow
 from effbench.sources import Source
 
 Check = Callable[[Method], None]

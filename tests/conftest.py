@@ -12,10 +12,10 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side on few cores would wait for each other
 
-from effbench.cell import Job, Place
-from effbench.core.record import Cell
+from effbench.cells.job import Job, Place
+from effbench.records.record import Cell
+from effbench.records.store import Store
 from effbench.sources import DataSource, Source
-from effbench.store import Store
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # worker processes inherit the path and find `fake_cells`

@@ -12,8 +12,9 @@ import types
 from pathlib import Path
 from typing import Any
 
-from effbench.cell import Gate, Job, Tell
-from effbench.core.record import Metric, Record
+from effbench.cells.job import Job
+from effbench.machine.gate import Gate, Tell
+from effbench.records.record import Metric, Record
 
 HERE = Path(__file__).parent
 
@@ -88,7 +89,7 @@ def with_fake_model(job: Job, tell: Tell) -> Record:
 def with_faults(job: Job, tell: Tell) -> Record:
     """The real cell, which knows the methods that misbehave."""
     os.environ["EFFBENCH_METHODS"] = str(HERE / "methods_for_tests")
-    from effbench.cell import execute
+    from effbench.cells.execute import execute
 
     return execute(job, tell)
 
@@ -97,12 +98,12 @@ def install_fakes() -> None:
     """Put a model and probes in place of the real ones, in this process."""
     import effbench.probes as probes
 
-    load: Any = types.ModuleType("effbench.nn.load")
+    load: Any = types.ModuleType("effbench.nn.files.load")
     load.open_run = lambda source, data, device, dtype, seed, settings: FakeRun(settings)
-    sys.modules["effbench.nn.load"] = load
-    environment: Any = types.ModuleType("effbench.probes.environment")
+    sys.modules["effbench.nn.files.load"] = load
+    environment: Any = types.ModuleType("effbench.machine.environment")
     environment.describe = lambda device="cpu": {"machine": "fake"}
-    sys.modules["effbench.probes.environment"] = environment
+    sys.modules["effbench.machine.environment"] = environment
     probes.take = take  # type: ignore[assignment]
     probes.EXCLUSIVE = frozenset({"speed"})
 

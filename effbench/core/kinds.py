@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from effbench.core.run import Run
-    from effbench.nn.blocks import Group
-    from effbench.nn.cache import Slots
     from effbench.nn.calibration import BlockInputs, Layer
     from effbench.nn.data import Example, Segments
+    from effbench.nn.infer.cache import Slots
+    from effbench.nn.model.blocks import Group
 
 Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
 

@@ -84,7 +84,7 @@ class Method:
         if any(self.overrides(hook) for hook in HOOKS):
             run.attach(self)
 
-    # Hooks of the next fit; see `effbench.nn.fit` for the loop with every hook in its place.
+    # Hooks of the next fit; see `effbench.nn.train.fit` for the loop with every hook in its place.
 
     def batch(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Transform a batch before the forward pass."""

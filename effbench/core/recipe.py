@@ -14,6 +14,7 @@ from effbench.core import registry
 from effbench.core.errors import Conflict, Usage
 from effbench.core.method import Method
 from effbench.core.run import conflict
+from effbench.core.usage import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _step(call: ast.Call, text: str) -> Method:
         if keyword.arg in given:
             raise Usage(f"{shown}: {keyword.arg} is given twice")
         if keyword.arg not in fields:
-            raise Usage(f"{shown}: no parameter {keyword.arg!r}{registry.nearest(keyword.arg, fields)}")
+            raise Usage(f"{shown}: no parameter {keyword.arg!r}{nearest(keyword.arg, fields)}")
         try:
             given[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib
@@ -16,7 +15,6 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,9 +24,8 @@ import yaml
 from effbench.core.errors import Usage
 from effbench.core.kinds import KINDS
 from effbench.core.method import Method
-
-PACKAGE = Path(__file__).resolve().parent.parent
-SUITES = PACKAGE / "suites"
+from effbench.core.paths import PACKAGE, SUITES
+from effbench.core.usage import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,15 +184,6 @@ def presets() -> dict[str, str]:
     """Named step strings of `suites/presets.yaml`."""
     found = yaml.safe_load((SUITES / "presets.yaml").read_text()) or {}
     return {str(name): str(steps) for name, steps in found.items()}
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x' or 'y'?` for the nearest choices, or the list of them."""
-    choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
-    if close:
-        return f"; did you mean {' or '.join(map(repr, close))}?"
-    return f"; there is {', '.join(sorted(choices)) or 'none'}"
 
 
 @functools.cache

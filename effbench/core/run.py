@@ -1,6 +1,6 @@
 """A run: what a recipe changes, and the services that kinds ask of it.
 
-`Run` is the contract between methods and the machinery; `effbench.nn.model_run.ModelRun` implements it with torch.
+`Run` is the contract between methods and the machinery; `effbench.nn.run.ModelRun` implements it with torch.
 """
 
 from __future__ import annotations

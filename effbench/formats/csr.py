@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from effbench.core.op import Op
 from effbench.formats.packed import Packed
 from effbench.kernels.csr_linear.cases import OP
 from effbench.kernels.csr_linear.reference import dense
+from effbench.ops import Op
 
 
 class Compressed(Packed):

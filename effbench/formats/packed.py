@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effbench.formats.packing import pack, unpack, word_count
-from effbench.nn.linear import Replaced
+from effbench.nn.model.linear import Replaced
 
 
 class Packed(Replaced):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effbench.formats.bcsr import BCSRLinear, whole_blocks
 from effbench.formats.csr import CSRLinear
 from effbench.formats.nm import NMLinear
-from effbench.nn.linear import MaskedLinear
+from effbench.nn.model.linear import MaskedLinear
 
 
 class Pattern(NamedTuple):

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Diverged, Refused, Unsupported
-from effbench.nn.blocks import Blocks, Group
-from effbench.nn.linear import MaskedLinear, dense_weight, kept
+from effbench.nn.model.blocks import Blocks, Group
+from effbench.nn.model.linear import MaskedLinear, dense_weight, kept
 
 if TYPE_CHECKING:
     from effbench.core.kinds import Weights
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 RAW_TOKENS = 4096  # tokens kept verbatim for methods that need them
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {  # what is averaged over sequences, by need

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effbench.core.errors import Usage
-from effbench.core.record import Metric
-from effbench.core.registry import nearest
+from effbench.core.usage import nearest
+from effbench.records.record import Metric
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 
 @dataclasses.dataclass

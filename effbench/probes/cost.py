@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from effbench.machine.peak import SCOPES
 from effbench.probes import Reading
-from effbench.probes.peak import SCOPES
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 VERSION = 1
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from effbench.core.errors import Diverged, Refused
-from effbench.core.record import Metric
-from effbench.probes import Reading, intervals
+from effbench.probes import Reading
 from effbench.probes.inputs import logits, predictions, windows
+from effbench.records.record import Metric
+from effbench.stats import intervals
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 VERSION = 1
 

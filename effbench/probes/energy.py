@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from effbench.nn.graphs import Decoder, StaticDecoder, decoders
-from effbench.probes import Reading, nvml
+from effbench.machine import nvml
+from effbench.machine.watch import Watch
+from effbench.nn.infer.graphs import Decoder, StaticDecoder, decoders
+from effbench.probes import Reading
 from effbench.probes.speed import new_tokens, points, prompts
-from effbench.probes.watch import Watch
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 VERSION = 1
 EXCLUSIVE = True

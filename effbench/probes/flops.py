@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from effbench.core.errors import Unsupported
-from effbench.nn.linear import top_linears
+from effbench.nn.model.linear import top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids
 from effbench.probes.memory import elements
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 VERSION = 1
 

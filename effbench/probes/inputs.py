@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from effbench.core.errors import Refused, Unsupported
-from effbench.nn.engine import Engine, scored
+from effbench.nn.infer.engine import Engine, scored
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one batch of logits
 TEXT_TOKENS = 16384  # of held-out text, where the settings do not say

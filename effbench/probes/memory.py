@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effbench.nn.linear import Replaced, stored_as, stored_bytes, top_linears
+from effbench.machine.peak import SCOPES, PeakMemory
+from effbench.nn.model.linear import Replaced, stored_as, stored_bytes, top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
-from effbench.probes.peak import SCOPES, PeakMemory
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 VERSION = 1
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from effbench.core.errors import Diverged
-from effbench.probes import Reading, intervals
+from effbench.probes import Reading
 from effbench.probes.inputs import Windows, nll, score_block, windows
+from effbench.stats import intervals
 
 if TYPE_CHECKING:
-    from effbench.nn.engine import Engine
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.infer.engine import Engine
+    from effbench.nn.run import ModelRun
 
 VERSION = 1
 

@@ -23,15 +23,16 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from effbench.core.errors import Diverged, Refused, Unsupported
-from effbench.core.record import Metric
-from effbench.core.registry import nearest
+from effbench.core.usage import nearest
 from effbench.nn.data import Segments
-from effbench.probes import Reading, intervals
+from effbench.probes import Reading
 from effbench.probes.inputs import require_quality, score_block
+from effbench.records.record import Metric
+from effbench.stats import intervals
 
 if TYPE_CHECKING:
-    from effbench.nn.engine import Engine
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.infer.engine import Engine
+    from effbench.nn.run import ModelRun
 
 VERSION = 1
 

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
-from effbench.nn.graphs import Decoder, decoders
-from effbench.nn.linear import top_linears
-from effbench.probes import Reading, intervals
-from effbench.probes.ceilings import Ceilings, ceilings, described
-from effbench.probes.clock import Span, timed
+from effbench.machine.ceilings import Ceilings, ceilings, described
+from effbench.machine.clock import Span, timed
+from effbench.machine.watch import Watch
+from effbench.nn.infer.graphs import Decoder, decoders
+from effbench.nn.model.linear import top_linears
+from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
 from effbench.probes.memory import elements, tensors
-from effbench.probes.watch import Watch
+from effbench.stats import intervals
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 VERSION = 1
 EXCLUSIVE = True

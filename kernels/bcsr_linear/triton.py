@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.core.op import Declined
 from effbench.kernels._common.launch import covering_power, launch, matrix
 from effbench.kernels._common.tiles import store
+from effbench.ops import Declined
 
 
 @triton.jit

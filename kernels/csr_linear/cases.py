@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint
 from effbench.kernels._common.shapes import timed
 from effbench.kernels.csr_linear.reference import csr_linear, dense
+from effbench.ops import Case, Op
 
 
 def scattered(case: Case, rows: int, columns: int, device: torch.device, generator: torch.Generator) -> list[Tensor]:

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint
 from effbench.kernels._common.shapes import timed
 from effbench.kernels.e8p_linear.reference import dense, e8p_linear
+from effbench.ops import Case, Op
 
 # Factors of the residual stage, by bits per weight in all: the authors' (QuIP#, appendix on RVQ).
 RESIDUAL_SCALE = {2: 1.0, 3: 2.04, 4: 3.45}

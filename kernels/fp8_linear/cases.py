@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from effbench.core.op import Case, Op, Peer
 from effbench.kernels._common.dense import activations, adjoint, scales
 from effbench.kernels._common.shapes import timed
 from effbench.kernels.fp8_linear.reference import dense, fp8_linear
+from effbench.ops import Case, Op, Peer
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

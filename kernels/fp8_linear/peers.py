@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effbench.core.op import Declined
 from effbench.kernels._common.launch import matrix
 from effbench.kernels.fp8_linear.reference import quantize
+from effbench.ops import Declined
 
 
 def scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, activations: str) -> Callable[[], Tensor]:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from effbench.core.op import Declined
 from effbench.kernels._common.launch import matrix
 from effbench.kernels.fp8_linear.reference import quantize
+from effbench.ops import Declined
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str) -> Tensor:

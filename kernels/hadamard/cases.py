@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations
 from effbench.kernels.hadamard.matrices import factors
 from effbench.kernels.hadamard.reference import hadamard
+from effbench.ops import Case, Op
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

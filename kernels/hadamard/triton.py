@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.core.op import Declined
 from effbench.kernels._common.launch import covering_power, launch, matrix
 from effbench.kernels.hadamard.matrices import base, factors
+from effbench.ops import Declined
 
 LARGEST = 1 << 14  # numbers of one program: 64 registers each for 256 threads
 

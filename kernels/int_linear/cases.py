@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from effbench.core.op import TOLERANCE, Case, Goal, Op, Peer
 from effbench.kernels._common.dense import activations, adjoint, scales, words
 from effbench.kernels._common.packing import word_count
 from effbench.kernels._common.shapes import LINEARS, timed
 from effbench.kernels.int_linear.reference import dense, int_linear
+from effbench.ops import TOLERANCE, Case, Goal, Op, Peer
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effbench.core.op import Declined
 from effbench.kernels._common.launch import matrix
 from effbench.kernels._common.packing import unpack
 from effbench.kernels.int_linear.reference import zero_points
+from effbench.ops import Declined
 
 INNER_TILES = 8  # tiles of 16 inputs that tinygemm keeps together
 

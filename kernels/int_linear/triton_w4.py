@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.core.op import Declined
 from effbench.kernels._common.launch import covering_power, largest_power, launch, matrix
 from effbench.kernels._common.tiles import load_zeros
+from effbench.ops import Declined
 
 BATCH = 64  # the most rows of x that are taken
 BLOCK_K = 128

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from effbench.core.op import Case, Op, Peer
 from effbench.kernels._common.dense import activations, adjoint, scales, words
 from effbench.kernels._common.packing import word_count
 from effbench.kernels._common.shapes import timed
 from effbench.kernels.lut_linear.reference import dense, lut_linear
+from effbench.ops import Case, Op, Peer
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effbench.core.op import Declined
 from effbench.kernels._common.packing import unpack
+from effbench.ops import Declined
 
 
 def bitsandbytes(

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from effbench.core.op import Case, Op
 from effbench.kernels._common.dense import activations, adjoint
 from effbench.kernels._common.nm import random_index
 from effbench.kernels._common.shapes import timed
 from effbench.kernels.nm_linear.reference import dense, nm_linear
+from effbench.ops import Case, Op
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

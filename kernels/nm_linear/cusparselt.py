@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from effbench.core.op import Declined
 from effbench.kernels._common.launch import matrix
 from effbench.kernels._common.nm import columns, scattered
+from effbench.ops import Declined
 
 FEWEST_ROWS = 16  # of x; with fewer, the product is one with padding, and reading the stored form once is cheaper
 

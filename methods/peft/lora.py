@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.kinds import Swap
-from effbench.nn.linear import Replaced, dense_weight, kept, rebuilt
+from effbench.nn.model.linear import Replaced, dense_weight, kept, rebuilt
 
 
 class LoRALinear(Replaced):

@@ -14,11 +14,11 @@ from effbench.core.method import Method
 from effbench.formats.packed import Packed
 from effbench.formats.sparse import Pattern, PrunedLinear
 from effbench.nn.calibration import Layer, survey
-from effbench.nn.linear import dense_weight
+from effbench.nn.model.linear import dense_weight
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 Scope = Literal["local", "row", "global"]
 

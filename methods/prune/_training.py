@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from effbench.core.errors import Unsupported
 from effbench.formats.sparse import PrunedLinear
 from effbench.nn.calibration import dense_linears, replace
-from effbench.nn.linear import Replaced, kept, rebuilt
+from effbench.nn.model.linear import Replaced, kept, rebuilt
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 Groups = list[dict[str, Any]]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from effbench.core.errors import Diverged, Unsupported
 from effbench.core.method import Method
 from effbench.core.run import Run
-from effbench.nn.blocks import Blocks
-from effbench.nn.structure import cuttable, heads, keep_groups
+from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.structure import cuttable, heads, keep_groups
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 
 @torch.enable_grad()

@@ -12,13 +12,13 @@ from torch import Tensor
 from effbench.core.errors import Diverged, Unsupported
 from effbench.core.method import Method
 from effbench.core.run import Run
-from effbench.nn.blocks import Blocks
 from effbench.nn.calibration import walk
-from effbench.nn.linear import top_linears
-from effbench.nn.structure import keep_blocks
+from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.linear import top_linears
+from effbench.nn.model.structure import keep_blocks
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from effbench.methods.prune._training import (
     trainable_linears,
     trained_like,
 )
-from effbench.nn.blocks import Blocks
-from effbench.nn.linear import dense_weight, rebuilt
+from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.linear import dense_weight, rebuilt
 
 MOST = 70  # candidates of a group: those of 4:8
 

@@ -18,7 +18,7 @@ from effbench.formats.sparse import PrunedLinear
 from effbench.methods.prune._common import check_pattern, keep_mask
 from effbench.methods.prune._training import trainable_linears, trained_like
 from effbench.nn.calibration import replace
-from effbench.nn.linear import dense_weight, kept
+from effbench.nn.model.linear import dense_weight, kept
 
 RATES: dict[str, Any] = {"schedule": "cosine", "warmup": 0.03, "clip": 1.0, "weight_decay": 0.0}
 State = dict[str, Tensor]  # every parameter by its name; weights of linears as [out, in]

@@ -11,12 +11,12 @@ from torch import Tensor
 from effbench.core.errors import Diverged, Unsupported
 from effbench.core.method import Method
 from effbench.core.run import Run
-from effbench.nn.blocks import Blocks
 from effbench.nn.calibration import Layer, survey
-from effbench.nn.structure import cuttable, keep_neurons, neurons, settle_width
+from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.structure import cuttable, keep_neurons, neurons, settle_width
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 NEEDS = {"taylor": {"grad"}, "taylor_vector": {"grad"}, "magnitude": set(), "activation": {"norm"}}
 

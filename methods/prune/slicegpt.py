@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from effbench.core.errors import Diverged, Unsupported
 from effbench.core.method import Method
 from effbench.core.run import Run
-from effbench.nn.blocks import Blocks
 from effbench.nn.calibration import BlockInputs, walk
-from effbench.nn.sliced import Sliced, fuse_norms, slice_block, turn_embeddings, turn_inputs, turn_outputs
+from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.sliced import Sliced, fuse_norms, slice_block, turn_embeddings, turn_inputs, turn_outputs
 
 if TYPE_CHECKING:
-    from effbench.nn.model_run import ModelRun
+    from effbench.nn.run import ModelRun
 
 DAMP = 0.01  # of the mean energy, added to every direction: the factorisation of a singular matrix stays accurate
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
 from effbench.formats.grid import WIDTHS, fit_grid, grouped, int_linear
-from effbench.nn.blocks import Group
 from effbench.nn.calibration import BlockInputs, Layer
+from effbench.nn.model.blocks import Group
 
 
 @dataclass(frozen=True)

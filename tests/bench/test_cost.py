@@ -10,16 +10,17 @@ import time
 import pytest
 import torch
 
-from effbench.core.record import Record
-from effbench.executors import Local
+from effbench.cells.local import Local
+from effbench.cells.options import RunOptions
+from effbench.cells.plan import plan
+from effbench.cells.run import run_cells
 from effbench.formats.compensation import inverse_factor
 from effbench.formats.grid import Grid, fit_grid
 from effbench.methods.prune import sparsegpt
 from effbench.methods.prune._common import keep_mask
 from effbench.methods.quant.gptq import solve
-from effbench.options import RunOptions
-from effbench.runner import plan, run_cells
-from effbench.store import Store
+from effbench.records.record import Record
+from effbench.records.store import Store
 
 pytestmark = pytest.mark.slow
 

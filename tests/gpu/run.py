@@ -28,20 +28,20 @@ from wheels import closure, installed, project
 
 from effbench import probes
 from effbench.core.errors import Usage
-from effbench.options import parse
+from effbench.core.usage import parse
 
 GRACE = 15.0  # seconds that a step has to end after it was interrupted
 LEAST = 5.0  # seconds with which it is worth beginning a step
 OFFLINE = {name: "1" for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")}
 MACHINE = """
 import dataclasses, json, sys, torch
-from effbench.probes.ceilings import ceilings
-from effbench.probes.environment import describe
+from effbench.machine.ceilings import ceilings
+from effbench.machine.environment import describe
 device = torch.device(sys.argv[1])
 found = {"environment": describe(str(device)), "ceilings": dataclasses.asdict(ceilings(device))}
 print(json.dumps(found, indent=1))
 """
-IMPORTS = "from effbench.core.op import load, ops; print(*[load(name).name for name in ops()])"
+IMPORTS = "from effbench.ops import load, ops; print(*[load(name).name for name in ops()])"
 
 
 @dataclasses.dataclass
@@ -69,8 +69,8 @@ def steps() -> list[Step]:
     brief = ",".join(name for name in probes.names() if name != "energy")  # which takes windows of five seconds
     return [
         Step("machine", 25, ("-c", MACHINE, "cuda:0")),
-        Step("kernels", 70, (*pytest, *parallel, "tests/test_kernels.py")),
-        Step("tests", 50, (*pytest, "--ignore=tests/test_kernels.py", "tests")),
+        Step("kernels", 70, (*pytest, *parallel, "tests/kernels/test_kernels.py")),
+        Step("tests", 50, (*pytest, "--ignore=tests/kernels/test_kernels.py", "tests")),
         Step("bench", 100, ("-m", "effbench", "bench", "device=cuda", "seconds={seconds}", "out={results}/bench")),
         Step("gpu-smoke", 105, (*run, "suite=gpu-smoke")),
         # The embedded model is small: cells share the GPU but for what is timed.

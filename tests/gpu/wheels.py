@@ -26,8 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from effbench.core.errors import Usage
-from effbench.core.registry import nearest
-from effbench.options import parse
+from effbench.core.usage import nearest, parse
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

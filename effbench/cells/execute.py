@@ -1,0 +1,134 @@
+"""One cell: open a model, apply a recipe, take the probes. Runs in a process of its own.
+
+Whatever happens becomes a record. A probe that fails costs its own readings only; the record then says what
+failed and keeps what the others measured.
+"""
+
+from __future__ import annotations
+
+import datetime
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+from effbench.cells.findings import Findings
+from effbench.cells.job import Job
+from effbench.core.kinds import kind_of
+from effbench.core.recipe import Recipe, parse
+from effbench.machine import devices
+from effbench.machine.gate import Gate, Tell
+from effbench.ops import ran
+from effbench.records.record import Record
+
+if TYPE_CHECKING:
+    from effbench.nn.run import ModelRun
+
+
+def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
+    """Run a cell in this process and give its record; `tell` is called with news while it goes on."""
+    started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
+    recipe = parse(job.cell.steps, job.cell.recipe)
+    device, settings = job.place.device, job.cell.settings
+    found = Findings(tell, device)
+    environment: dict[str, Any] = {}
+    log: dict[str, Any] = {}
+    simulated = False
+    gate = Gate(job.place.gate, tell)
+    found.enter("wait")
+    with gate.shared(), found.guard():
+        found.enter("open")
+        from effbench.machine.environment import describe
+        from effbench.nn.files.load import open_run
+
+        devices.check_room(device)
+        _pin(device, settings["threads"], job.cell.seed)
+        environment = describe(device)
+        tell(environment=environment)
+        run = open_run(job.source, job.data, device, settings["dtype"], job.cell.seed, settings)
+        log = run.log
+        try:
+            _apply(recipe, run, found)
+            simulated = any(getattr(module, "simulated", False) for module in run.model.modules())
+            _measure(run, settings, gate, found)
+        finally:
+            run.close()
+    found.enter("")
+    return Record(
+        cell=job.cell,
+        outcome=found.outcome,
+        reason=found.reason,
+        traceback=found.traceback,
+        attempt=job.attempt,
+        simulated=simulated,
+        metrics=found.metrics,
+        samples=found.samples,
+        protocols=found.protocols,
+        kernels=ran(),
+        facts=facts(recipe, log.get("calibration_sequences", settings.get("calibration_sequences"))),
+        log=log | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {}),
+        environment=environment,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - begin - found.seconds["wait"], 3),
+    )
+
+
+def _apply(recipe: Recipe, run: ModelRun, found: Findings) -> None:
+    """The steps in order, each with its time and the most memory it held."""
+    from effbench.machine.peak import PeakMemory
+
+    for step in recipe.steps:
+        found.enter(str(step))
+        begin = time.perf_counter()
+        with PeakMemory(run.device) as peak:
+            run.apply(step)
+        seconds = time.perf_counter() - begin
+        run.log["steps"].append({"step": str(step), "seconds": seconds, "peaks": peak.bytes})
+    found.enter("finish")
+    run.finish(recipe_is_empty=not recipe.steps)
+
+
+def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, found: Findings) -> None:
+    """Take the probes, those that need an idle device last."""
+    from effbench import probes
+
+    def take(names: list[str]) -> None:
+        for name in names:
+            if found.over:
+                return
+            found.enter(name)
+            with found.guard():
+                found.add(probes.take(name, run, settings))
+
+    take([name for name in settings["probes"] if name not in probes.EXCLUSIVE])
+    timing = [name for name in settings["probes"] if name in probes.EXCLUSIVE]
+    if timing and not found.over:
+        found.enter("wait")
+        with gate.alone():
+            take(timing)
+
+
+def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
+    """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`."""
+    found: dict[str, list[str]] = {"type": [], "calibration_data": [], "weight_update": []}
+    for step in recipe.steps:
+        found["type"].append(getattr(step, "type", kind_of(type(step))))
+        if hasattr(step, "needs"):
+            needs: set[str] = step.needs
+            gradients = " with gradients" if any(need.startswith("grad") for need in needs) else ""
+            found["calibration_data"].append(f"{sequences} sequences{gradients}" if needs else "none")
+        if hasattr(step, "weight_update"):
+            found["weight_update"].append(step.weight_update)
+    return {name: ", ".join(dict.fromkeys(values)) for name, values in found.items() if values}
+
+
+def _pin(device: str, threads: int, seed: int) -> None:
+    """Make arithmetic and chance the same whatever else the machine does, and `device` the one meant by default."""
+    import numpy
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    torch.set_num_threads(threads)
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,102 @@
+"""What an exception means for a cell: its outcome, the reason, and how much memory was wanting."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import re
+import sys
+import traceback
+
+from effbench.core.errors import Outcome, OutOfMemory, Usage
+from effbench.machine.devices import gib
+from effbench.records.record import OutcomeName
+
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory"  # torch's allocator on a processor
+    r"|CUDA error: out of memory|\[CUDA\]: out of memory"  # the driver, by way of torch and of Triton
+    r"|_STATUS_(\w+_)?ALLOC(ATION)?_FAILED|CUSPARSE_STATUS_INSUFFICIENT_RESOURCES"  # CUDA's libraries
+)
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+AMOUNT = rf"([\d.]+) ?({'|'.join(UNITS)})"
+AMOUNTS = {  # how torch and numpy word them
+    "asked_bytes": re.compile(rf"(?:ried|nable) to allocate {AMOUNT}"),
+    "free_bytes": re.compile(rf"of which {AMOUNT} is free"),
+    "total_bytes": re.compile(rf"total capacity of {AMOUNT}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """How a cell, or a part of one, failed."""
+
+    outcome: OutcomeName
+    reason: str
+    traceback: str = ""  # of crashes only
+    shortfall: dict[str, int] = dataclasses.field(default_factory=dict)  # of oom: asked, free and total bytes, if known
+
+
+def diagnose(error: BaseException) -> Failure:
+    """The failure that an exception stands for."""
+    message = _first_line(error)
+    if isinstance(error, OutOfMemory):
+        return Failure("oom", str(error), shortfall=error.shortfall)
+    if isinstance(error, Outcome):
+        return Failure(error.name, str(error))  # type: ignore[arg-type]
+    if isinstance(error, Usage):  # seen only with the model in hand
+        return Failure("refused", str(error))
+    if isinstance(error, FloatingPointError):
+        return Failure("diverged", message or "a number is not finite")
+    no_memory = isinstance(error, RuntimeError) and NO_MEMORY.search(message)
+    if no_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _out_of_memory(message or "out of memory")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = "no space left on the disk"
+    return Failure(
+        "crashed",
+        f"{type(error).__name__}: {message}".removesuffix(": "),
+        "".join(traceback.format_exception(error)),
+    )
+
+
+def broken(device: str) -> str:
+    """Why nothing can be computed any more on a CUDA device by this process; empty if it can.
+
+    A failed assertion or an illegal access in a kernel spoils the context: from then on CUDA gives the same
+    error to whatever is asked of it.
+    """
+    torch = sys.modules.get("torch")
+    if not device.startswith("cuda") or torch is None or not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return _first_line(error)
+    return ""
+
+
+def _out_of_memory(message: str) -> Failure:
+    found = {name: pattern.search(message) for name, pattern in AMOUNTS.items()}
+    sizes = {name: round(float(match[1]) * UNITS[match[2]]) for name, match in found.items() if match is not None}
+    if "free_bytes" not in sizes:
+        sizes |= _left()
+    if "free_bytes" not in sizes or "total_bytes" not in sizes:
+        return Failure("oom", message, shortfall=sizes)
+    what = f"tried to allocate {gib(sizes['asked_bytes'])}" if "asked_bytes" in sizes else message
+    left = f"{gib(sizes['free_bytes'])} of {gib(sizes['total_bytes'])} were free"
+    return Failure("oom", f"{what}; {left}", shortfall=sizes)
+
+
+def _left() -> dict[str, int]:
+    """Free and all memory of the CUDA device in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            free, total = torch.cuda.mem_get_info()
+            return {"free_bytes": free, "total_bytes": total}
+    return {}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -1,0 +1,93 @@
+"""What a cell has found so far: readings, failures, and the phase it is in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from effbench.cells.failures import Failure, broken, diagnose
+from effbench.machine.gate import Tell
+from effbench.records.record import Metric, OutcomeName
+
+if TYPE_CHECKING:
+    from effbench.probes import Reading
+
+# Of several failures in one cell the one furthest right names the outcome.
+SEVERITY: tuple[OutcomeName, ...] = ("refused", "unsupported", "diverged", "oom", "crashed")
+
+
+class Findings:
+    """What a cell has found so far: readings, failures, and the phase it is in."""
+
+    def __init__(self, tell: Tell, device: str) -> None:
+        self.metrics: dict[str, Metric] = {}
+        self.samples: dict[str, list[Any]] = {}
+        self.protocols: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}  # by phase
+        self.shortfall: dict[str, Any] = {}  # of the first lack of memory: its phase and the bytes
+        self.over = False  # whether nothing more can be computed in this process
+        self._tell = tell
+        self._device = device
+        self._phase = ""
+        self._since = time.monotonic()
+        self._reasons: dict[tuple[OutcomeName, str], list[str]] = {}  # (outcome, reason): phases
+        self._tracebacks: list[str] = []
+
+    def enter(self, phase: str) -> None:
+        """Close the phase before and open another; an empty name opens none."""
+        now = time.monotonic()
+        if self._phase:
+            self.seconds[self._phase] = round(self.seconds.get(self._phase, 0.0) + now - self._since, 3)
+        self._phase, self._since = phase, now
+        if phase:
+            self._tell(phase=phase)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn an exception into a failure of the current phase."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            failure, why = diagnose(error), broken(self._device)
+            if why:
+                self.over = True
+                told = failure.reason if why in failure.reason else f"{failure.reason}; {why}"
+                reason = f"{told}: after this the process can compute nothing more on {self._device}"
+                failure = dataclasses.replace(failure, outcome="crashed", reason=reason)
+            self.fail(failure)
+
+    def fail(self, failure: Failure) -> None:
+        """Note a failure of the current phase."""
+        self._reasons.setdefault((failure.outcome, failure.reason), []).append(self._phase)
+        self._tracebacks += [failure.traceback] if failure.traceback else []
+        if failure.outcome == "oom" and not self.shortfall:
+            self.shortfall = {"phase": self._phase, **failure.shortfall}
+
+    def add(self, reading: Reading) -> None:
+        """Take in a reading; a number that is not finite is a failure instead."""
+        for name, metric in reading.metrics.items():
+            if math.isfinite(metric.value):
+                self.metrics[name] = metric
+            else:
+                self.fail(Failure("diverged", f"{name} is not finite"))
+        self.samples |= reading.samples
+        self.protocols |= reading.protocols
+
+    @property
+    def outcome(self) -> OutcomeName:
+        """`ok`, or the worst failure."""
+        return max((outcome for outcome, _ in self._reasons), key=SEVERITY.index, default="ok")
+
+    @property
+    def reason(self) -> str:
+        """Every failure with the phases it happened in."""
+        return "; ".join(f"{', '.join(phases)}: {reason}" for (_, reason), phases in self._reasons.items())
+
+    @property
+    def traceback(self) -> str:
+        """Tracebacks of crashes."""
+        return "\n".join(self._tracebacks)

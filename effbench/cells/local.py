@@ -1,0 +1,290 @@
+"""Running jobs: each in a process of its own, which costs one cell whatever happens to it.
+
+Processes come from a fork-server that has imported what cells need and never computes anything (a process
+that has computed with threads cannot be forked safely), so a cell starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import importlib
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection, forkserver, resource_tracker
+from pathlib import Path
+from typing import Any
+
+from effbench.cells.execute import facts
+from effbench.cells.job import Job, Place
+from effbench.core.recipe import parse
+from effbench.machine.gate import idle
+from effbench.records.record import OutcomeName, Record
+
+EXECUTE = "effbench.cells.execute:execute"  # what a cell does; tests name other functions
+
+
+# Leaves, because the packages themselves import lazily and every cell would pay for it.
+PRELOAD = (
+    "effbench.cells.local",
+    "effbench.nn.files.load",
+    "effbench.probes.quality",
+    "effbench.machine.environment",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "lm_eval.evaluator",
+    "lm_eval.tasks",
+    "datasets",
+    "pandas",
+)
+
+
+QUIET = "ignore:resource_tracker:UserWarning"
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # ask the runner to end
+
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+TICK = 0.2  # seconds between looks at clocks and at whether to stop
+
+
+GRACE = 5.0  # seconds for a process to end once its record is here
+
+
+TAIL = 4000  # characters of a failed cell's output that are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """News of a job: the phase it entered, or its record."""
+
+    job: Job
+    phase: str = ""
+    record: Record | None = None
+
+
+class Local:
+    """Jobs on this machine, at most `jobs` at a time, each for at most `timeout` seconds of its own time.
+
+    They are spread over the places that they name, so that none has two while another has none.
+    """
+
+    def __init__(
+        self,
+        jobs: int,
+        timeout: float,
+        threads: int = 1,
+        execute: str = EXECUTE,
+        preload: Sequence[str] = PRELOAD,
+    ) -> None:
+        self.jobs = jobs
+        self.timeout = timeout
+        self.threads = threads
+        self.execute = execute
+        self.preload = list(preload)
+
+    def run(self, jobs: Sequence[Job], stop: threading.Event) -> Iterator[Event]:
+        """Run the jobs in order and give news of them. Once `stop` is set, running ones are killed."""
+        waiting, running = deque(jobs), list[Worker]()
+        if not waiting:
+            return
+        with tempfile.TemporaryDirectory(prefix="effbench-", ignore_cleanup_errors=True) as folder:
+            try:
+                while (waiting or running) and not stop.is_set():
+                    while waiting and (place := self._vacancy(waiting[0], running)) is not None:
+                        running.append(self._start(waiting.popleft().at(place), Path(folder)))
+                    connection.wait([source for worker in running for source in worker.sources], TICK)
+                    for worker in running:
+                        yield from worker.news(self.timeout)
+                    running = [worker for worker in running if not worker.ended]
+            finally:
+                for worker in running:
+                    worker.kill()
+
+    def _vacancy(self, job: Job, running: Sequence[Worker]) -> Place | None:
+        """The place for another job now: idle, and the emptiest that has not its share of them yet."""
+        if len(running) >= self.jobs:
+            return None
+        taken, share = Counter(worker.job.place for worker in running), -(-self.jobs // len(job.places))
+        vacant = [place for place in job.places if taken[place] < share and idle(place.gate)]
+        return min(vacant, key=taken.__getitem__, default=None)
+
+    def _start(self, job: Job, folder: Path, tries: int = 10) -> Worker:
+        start_server(self.preload, self.threads)  # again, should it have died
+        try:
+            return Worker(job, self.execute, folder)
+        except (EOFError, ConnectionError):  # it is dying at this moment
+            if tries == 1:
+                raise
+            time.sleep(TICK)
+            return self._start(job, folder, tries - 1)
+
+
+class Worker:
+    """A process at work on one job, seen from outside."""
+
+    def __init__(self, job: Job, execute: str, folder: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self.job = job
+        self.ended = False
+        self._output = folder / f"{job.cell.identity}.txt"
+        self._output.touch()
+        self._told: dict[str, Any] = {}
+        self._date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._started = time.monotonic()
+        self._waited = 0.0
+        self._waiting_since: float | None = None
+        self._connection, child = context.Pipe(duplex=False)
+        self._process = context.Process(target=_work, args=(child, execute, job, self._output), daemon=False)
+        self._process.start()
+        child.close()
+
+    @property
+    def sources(self) -> list[Any]:
+        """What becomes readable when there is news."""
+        return [self._process.sentinel] if self._connection.closed else [self._connection, self._process.sentinel]
+
+    def news(self, timeout: float) -> Iterator[Event]:
+        """What happened since the last call; ends with the record."""
+        dead = not self._process.is_alive()  # asked before reading: what a dead worker said is all there
+        if dead:
+            self.kill()
+        yield from self._messages()
+        if self.ended:
+            return
+        if dead:
+            reason = _exit_reason(self._process.exitcode)
+            yield self._lost("crashed", f"{reason} while in {self._told.get('phase', 'start')}")
+        elif self.seconds > timeout:
+            self.kill()
+            reason = f"took more than {timeout:g} s, the last of it in {self._told.get('phase', 'start')}"
+            yield self._lost("timeout", reason)
+
+    @property
+    def seconds(self) -> float:
+        """Time the job has had, waiting for the device not counted."""
+        now = time.monotonic()
+        waiting = now - self._waiting_since if self._waiting_since is not None else 0.0
+        return now - self._started - self._waited - waiting
+
+    def kill(self) -> None:
+        """End the process and its children, if any is left."""
+        assert self._process.pid is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
+
+    def _messages(self) -> Iterator[Event]:
+        while not self.ended and not self._connection.closed and self._connection.poll():
+            try:
+                message = self._connection.recv()
+            except (EOFError, OSError):
+                self._connection.close()
+                return
+            if isinstance(message, Record):
+                yield self._end(message)
+            else:
+                yield from self._note(message)
+
+    def _note(self, message: dict[str, Any]) -> Iterator[Event]:
+        waiting = message.pop("waiting", None)
+        now = time.monotonic()
+        if waiting:
+            self._waiting_since = now
+        elif waiting is False and self._waiting_since is not None:
+            self._waited += now - self._waiting_since
+            self._waiting_since = None
+        self._told |= message
+        if "phase" in message:
+            yield Event(self.job, message["phase"])
+
+    def _lost(self, outcome: OutcomeName, reason: str) -> Event:
+        """The record of a job whose process could not give one."""
+        return self._end(
+            Record(
+                cell=self.job.cell,
+                outcome=outcome,
+                reason=reason,
+                attempt=self.job.attempt,
+                facts=facts(parse(self.job.cell.steps), self.job.cell.settings.get("calibration_sequences")),
+                environment=self._told.get("environment", {}),
+                started=self._date,
+                seconds=round(self.seconds, 3),
+            )
+        )
+
+    def _end(self, record: Record) -> Event:
+        self.ended = True
+        self._connection.close()
+        self._process.join(GRACE)
+        self.kill()
+        if record.outcome in ("crashed", "timeout"):
+            output = self._output.read_text(errors="replace")[-TAIL:].strip()
+            record = dataclasses.replace(record, log=record.log | {"output": output})
+        return Event(self.job, record=record)
+
+
+def start_server(preload: Sequence[str], threads: int) -> None:
+    """Start the fork-server, unless it runs. Its libraries see the thread count before they are loaded."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+    variables["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # an import that asks for CUDA must not start it: forks could not
+    # A killed worker leaves semaphores behind; that they are cleaned up afterwards is nobody's concern.
+    variables["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    resource_tracker.ensure_running()  # by itself first: starting it unblocks signals
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a signal to the whole group is for the runner alone
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _exit_reason(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"the process ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else "unknown"
+    hint = "; the system does this when memory runs out" if -code == signal.SIGKILL else ""
+    return f"killed by signal {-code} ({name}{hint})"
+
+
+def _work(news: connection.Connection, execute: str, job: Job, output: Path) -> None:
+    """What a worker process does."""
+    os.setsid()  # a group of its own: killed together with its children, untouched by Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    job = job.at(job.place.entered())
+    gc.freeze()  # what the fork-server imported stays: no use in looking through it again and again
+    with output.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    module, _, name = execute.partition(":")
+    record: Record = getattr(importlib.import_module(module), name)(job, lambda **message: news.send(message))
+    news.send(record)
+
+
+def _follow_parent() -> None:
+    """A worker whose runner was killed ends too, and opens the gate for others."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,72 @@
+"""What a command is: what it does, how it is written, and the function that takes its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from effbench.core.errors import Usage
+
+if TYPE_CHECKING:
+    pass
+
+
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `Usage`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Usage(f"{message}; see {self.prog} --help")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: what it does, how it is written, and the function that takes its arguments."""
+
+    act: Callable[[argparse.Namespace], int]
+    summary: str
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)  # arguments by position, [optional], and help
+    options: type | None = None  # the class of its key=value options
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def parser(self, name: str) -> Parser:
+        """The parser of this command's arguments."""
+        parser = Parser(
+            prog=f"effbench {name}",
+            description=self.summary,
+            allow_abbrev=False,
+            epilog=document_options(self.options) if self.options else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for word, text in self.words.items():
+            parser.add_argument(word.strip("[]"), nargs="?" if word.startswith("[") else None, help=text)
+        if self.options:
+            parser.add_argument("options", nargs="*", metavar="key=value", help="options, listed below")
+        for flag, text in self.flags.items():
+            parser.add_argument(flag, action="store_true", help=text)
+        return parser
+
+
+def document_options(cls: type) -> str:
+    """Help on the fields of an options class, from the comments beside them."""
+    fields = re.findall(r"^    (\w+): .*? = (.*?)  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+    lines = [
+        f"  {name + '=':<11}{text}" + ("" if default == "None" else f" [{default}]") for name, default, text in fields
+    ]
+    return "\n".join(["options:", *lines])
+
+
+def print_columns(rows: Iterable[Sequence[str]]) -> None:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
+
+
+JSON = {"--json": "for machines"}

@@ -1,0 +1,130 @@
+"""What a person sees while cells run: a bar and a live table on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from effbench.cells.local import Event
+from effbench.records.record import OUTCOMES, Record
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from effbench.cells.plan import Run
+
+
+def opening(run: Run) -> str:
+    """One line that says what is about to run, and where."""
+    placement, todo = run.placement, len(run.todo)
+    budget = f", budget {run.budget_minutes:g} min" if run.budget_minutes else ""
+    return (
+        f"suite {run.suite.name} v{run.suite.version}, tier {run.tier}{budget}, on {placement.device} "
+        f"({placement.machine}): {len(run.cells)} cells, {len(run.cells) - todo} done, {todo} to run, "
+        f"{placement.jobs} at a time"
+    )
+
+
+def closing(records: list[Record], seconds: float) -> str:
+    """One line that counts the outcomes."""
+    count = Counter(record.outcome for record in records)
+    outcomes = ", ".join(f"{count[outcome]} {outcome}" for outcome in OUTCOMES if count[outcome])
+    return f"{len(records)} cells in {_duration(seconds)}: {outcomes or 'nothing to do'}"
+
+
+def line(record: Record) -> str:
+    """One line for a cell that ended."""
+    reason = f": {record.reason.splitlines()[0]}" if record.reason else ""
+    took = _duration(record.seconds)
+    return f"{record.cell.recipe} seed {record.cell.seed}: {record.outcome} in {took}{reason}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+class Lines:
+    """One plain line for each cell that ends."""
+
+    def __init__(self, total: int, out: TextIO) -> None:
+        self._total = total
+        self._out = out
+        self._ended = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def watch(self, event: Event) -> None:
+        """Take in news of a job."""
+        if event.record is not None:
+            self._ended += 1
+            print(f"[{self._ended}/{self._total}] {line(event.record)}", file=self._out, flush=True)
+
+
+class Live(Lines):
+    """A bar with the time that is left, and a table of the cells at work."""
+
+    def __init__(self, total: int, out: TextIO) -> None:
+        super().__init__(total, out)
+        from rich.console import Console
+        from rich.live import Live as RichLive
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = Console(file=out)
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            "left",
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("cells", total=total)
+        self._working: dict[str, tuple[Event, float, float]] = {}  # identity: last news, start of cell and of phase
+        self._live = RichLive(get_renderable=self._render, console=self._console, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def watch(self, event: Event) -> None:
+        identity, now = event.job.cell.identity, time.monotonic()
+        if event.record is None:
+            _, since, _ = self._working.get(identity, (event, now, now))
+            self._working[identity] = (event, since, now)
+            return
+        with contextlib.suppress(KeyError):
+            del self._working[identity]
+        self._console.print(line(event.record), style=None if event.record.outcome == "ok" else "yellow", markup=False)
+        self._bar.advance(self._task)
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("cell", "seed", "doing", "for", "in all", box=None, padding=(0, 2, 0, 0))
+        now = time.monotonic()
+        for event, since, entered in list(self._working.values()):
+            cell = event.job.cell
+            times = f"{now - entered:.0f} s", f"{now - since:.0f} s"
+            table.add_row(cell.recipe, str(cell.seed), event.phase, *times)
+        return Group(table, self._bar)

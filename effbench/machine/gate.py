@@ -1,0 +1,70 @@
+"""The gate of a device: cells work side by side, and one that times something has the device to itself."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from effbench.machine.devices import Device
+
+
+def idle(gate: Path) -> bool:
+    """Whether no cell is timing on the device: starting a process now disturbs nobody."""
+    with gate.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def gate_file(device: Device) -> Path:
+    """The lock file of a device, the same for every program on this machine, whatever it sees and calls it."""
+    name = device.uuid or (f"cuda-{device.visible}" if device.visible else device.name)
+    path = Path(tempfile.gettempdir()) / f"effbench-{name}.lock"
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o644))  # locking needs no right to write
+    return path
+
+
+Tell = Callable[..., None]  # news for whoever waits: phase=..., waiting=True, environment={...}
+
+
+class Gate:
+    """Cells work side by side; a probe that times something has the device to itself.
+
+    A lock on one file per device: shared while working, exclusive while timing. Any number of programs on one
+    machine may use it, and it opens when a process dies.
+    """
+
+    def __init__(self, path: Path, tell: Tell) -> None:
+        self._path = path
+        self._tell = tell
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Work beside other cells, once none of them is timing."""
+        self._file = os.open(self._path, os.O_RDONLY)
+        try:
+            self._lock(fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(self._file)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside `shared`, at its end: wait until no other cell works, and keep them all waiting."""
+        self._lock(fcntl.LOCK_EX)
+        yield
+
+    def _lock(self, mode: int) -> None:
+        try:
+            fcntl.flock(self._file, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._tell(waiting=True)
+            fcntl.flock(self._file, mode)
+            self._tell(waiting=False)

@@ -1,0 +1,251 @@
+"""Models: from a local folder, the hub, a public shape with random weights, or the one that ships with effbench."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from effbench import tiny
+from effbench.core.errors import OutOfMemory, Refused, Unsupported
+from effbench.machine.devices import gib
+from effbench.nn.data import Data, RandomTokens, open_data
+from effbench.nn.files import artifact
+from effbench.nn.model.blocks import ARCHITECTURES, Blocks
+from effbench.nn.run import ModelRun
+from effbench.sources.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from effbench.sources import DataSource, Source
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def open_run(
+    source: Source,
+    data: DataSource,
+    device: str,
+    dtype: str | None,
+    seed: int,
+    settings: dict[str, Any] | None = None,
+) -> ModelRun:
+    """The model and data of one cell, ready for its recipe.
+
+    `dtype` is that of the arithmetic: float32 on a processor and as stored on a GPU by default. `settings` may hold
+    `calibration_sequences`, `calibration_length` (tokens) and `skip` (patterns of linears to leave alone).
+    Raises `Unsupported`, `Refused` or `OutOfMemory` for a model that cannot be used.
+    """
+    settings = settings or {}
+    place = torch.device(device)
+    config = _config(source)
+    storage = _storage(config)
+    compute = getattr(torch, dtype) if dtype else torch.float32 if place.type == "cpu" else storage
+    build = functools.partial(open_model, source, config, place, compute)
+    tokenizer = _tokenizer(source)
+    if source.kind == "shape":
+        _check_shape(config, place, compute)
+    model = build()
+    found: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise Unsupported(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
+            "they do not belong together"
+        )
+    run = ModelRun(
+        source,
+        model,
+        functools.partial(_beside, build, config, place, compute) if source.kind == "shape" else build,
+        tokenizer,
+        found,
+        device=place,
+        storage=storage,
+        seed=seed,
+        sequences=int(settings.get("calibration_sequences") or 128),
+        length=settings.get("calibration_length"),
+        skip=tuple(settings.get("skip") or ()),
+    )
+    if source.kind == "hub":
+        run.log["commit"] = config._commit_hash
+    return run
+
+
+def open_model(source: Source, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The original model of a source, in `dtype` on `device`."""
+    if source.kind == "shape":
+        return _random(config, device, dtype)
+    folder = source.location
+    if isinstance(folder, Path) and (folder / artifact.CONFIG).is_file():
+        return artifact.load(folder).to(device, dtype)
+    return read(folder, dtype, source.revision).to(device)
+
+
+def read(folder: Path | str, dtype: torch.dtype, revision: str | None = None) -> Any:
+    """A transformers checkpoint in safetensors. Pickles, damaged files, absent tensors and NaN are outcomes."""
+    if isinstance(folder, Path) and not list(folder.glob("*.safetensors")):
+        pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+        if pickles:
+            raise Refused(f"{pickles[0]} is a pickle, which can run code when read: save it as safetensors")
+        raise Unsupported(f"{folder.name} holds no *.safetensors")
+    with _quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                revision=revision or "main",
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=isinstance(folder, Path),
+                output_loading_info=True,
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever safetensors and transformers raise on damaged or foreign files
+            raise Unsupported(f"{_name(folder)} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    model, info = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            first = sorted(map(str, info[what]))[0]
+            raise Unsupported(f"{_name(folder)}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise Refused(f"{_name(folder)}: {name} holds NaN or infinity")
+    return model
+
+
+def _name(folder: Path | str) -> str:
+    return folder.name if isinstance(folder, Path) else folder
+
+
+def _random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Random weights in the shape of a real model, built on the device; the same whenever they are built."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        # A copy: methods change the configuration, and the reference is built from it later.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+class Needs(NamedTuple):
+    """Bytes that a model takes up, found without building it."""
+
+    weights: int
+    work: int  # float32 copy of the largest matrix in its blocks: the least that a method works with
+
+
+def needs(config: Any, dtype: torch.dtype) -> Needs:
+    """What a model of this configuration takes up in `dtype`; tied weights count once."""
+    model = _random(config, torch.device("meta"), dtype)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    work = max(linear.get_parameter("weight").numel() for _, linear in Blocks(model).linears())
+    return Needs(weights, work * torch.float32.itemsize)
+
+
+def _check_shape(config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `OutOfMemory` before anything is allocated for a shape that cannot fit."""
+    weights, work = needs(config, dtype)
+    free, total, _ = _memory(device)
+    if weights + work > free:
+        raise OutOfMemory(
+            f"the weights take {gib(weights)}, a method's work at least {gib(work)} more and the unchanged model that "
+            f"speed is compared with as much again; {gib(free)} of {gib(total)} are free on {device}",
+            asked_bytes=weights + work,
+            free_bytes=free,
+            total_bytes=total,
+        )
+
+
+def _beside(build: Callable[[], Any], config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The unchanged model beside the one at work.
+
+    Raises `Unsupported` where the device is too small for both, `OutOfMemory` where something else is in the way.
+    """
+    weights = needs(config, dtype).weights
+    free, total, held = _memory(device)
+    if weights > free:
+        message = (
+            f"the unchanged model takes {gib(weights)} beside the {gib(held)} in use by this cell; "
+            f"{gib(free)} of {gib(total)} are free on {device}"
+        )
+        if weights + held > total:
+            raise Unsupported(message)
+        raise OutOfMemory(message, asked_bytes=weights, free_bytes=free, total_bytes=total)
+    return build()
+
+
+def _memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes of a device that are free, that there are, and that this process holds."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return (*torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device))
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total, psutil.Process().memory_info().rss
+
+
+def _config(source: Source) -> Any:
+    if source.kind == "shape":
+        body = dict(SHAPES[source.name.partition(":")[2]])
+        return AutoConfig.for_model(body.pop("model_type"), **body)
+    folder = source.location
+    try:
+        config = AutoConfig.from_pretrained(
+            folder,
+            revision=source.revision or "main",
+            trust_remote_code=False,
+            local_files_only=isinstance(folder, Path),
+        )
+    except Exception as error:
+        raise Unsupported(f"{_name(folder)}: config.json cannot be read: {str(error).splitlines()[0]}") from error
+    if config.model_type not in ARCHITECTURES:
+        raise Unsupported(f"architecture {config.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+    return config
+
+
+def _storage(config: Any) -> torch.dtype:
+    """The 16-bit type that dense tensors are kept in: the checkpoint's, or bfloat16 for a wider one."""
+    found = getattr(config, "dtype", None)
+    if isinstance(found, str):
+        found = getattr(torch, found, None)
+    return found if found in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _tokenizer(source: Source) -> Any:
+    """The tokenizer named, or the one beside the model; None where there is none."""
+    if source.kind == "shape":
+        return None
+    named = str(tiny.MODEL) if source.tokenizer == "tiny" else source.tokenizer
+    folder = named or source.location
+    if named is None and isinstance(folder, Path) and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*")):
+        return None
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder,
+                revision="main" if named else source.revision or "main",
+                trust_remote_code=False,
+                local_files_only=Path(folder).is_dir(),
+            )
+        except Exception as error:
+            raise Unsupported(
+                f"the tokenizer of {_name(folder)} cannot be read: {str(error).splitlines()[0]}"
+            ) from error
+
+
+class _quiet:
+    """Silence transformers while a checkpoint is read: what matters comes back as an outcome."""
+
+    def __enter__(self) -> None:
+        self._level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity(logging.CRITICAL)
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self._level)

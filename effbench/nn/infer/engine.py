@@ -1,0 +1,209 @@
+"""Scoring and generation through the inference plan: probes measure what a method really leaves behind.
+
+Without cache methods a continuation is scored in one forward pass. With them the context is prefilled, the cache
+evicts and encodes, and the continuation follows `block` tokens at a time, because in one block an evicting cache
+is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from effbench.core.errors import Refused
+from effbench.core.run import InferPlan
+from effbench.nn.infer import attention
+from effbench.nn.infer.cache import SlotCache
+from effbench.nn.model.blocks import Blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A scored continuation."""
+
+    logprob: float  # natural logarithm, summed
+    greedy: bool  # whether every token is the most likely one
+    token_logprobs: list[float]
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, in nats per token."""
+        return -self.logprob / len(self.token_logprobs)
+
+
+@dataclasses.dataclass
+class State:
+    """A batch in the middle of generation."""
+
+    cache: Any
+    ids: Tensor  # [B] the token to be fed next
+    length: int  # tokens in the cache
+    padding: Tensor | None = None  # bool [B, length], True where real; None when nothing is padded
+
+
+class Engine:
+    """Runs `model` under `plan`."""
+
+    def __init__(self, model: Any, plan: InferPlan, pad: int = 0) -> None:
+        self.model = model
+        self.plan = plan
+        self.pad = pad
+        self.device = next(model.parameters()).device
+        self.shrunk: bool | None = None  # whether a cache ever held less than it had seen; None: nothing streamed
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model has."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2048))
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, T, V] float32 logits of tokens [B, T], `mask` True where real (padding on the right or the left)."""
+        with self._running():
+            out = self.model(ids.to(self.device), use_cache=False, **self._padded(mask))
+        logits: Tensor = out.logits.float()
+        return logits
+
+    def score(
+        self, pairs: list[tuple[list[int], list[int]]], block: int | None = None, batch_tokens: int = 8192
+    ) -> list[Scored]:
+        """Log-likelihood of each continuation given its context (at least one token), in the order given.
+
+        `block` is the number of tokens per forward pass after the context; None is all of them, or 1 under a plan
+        that evicts or encodes.
+        """
+        if self.plan.streams or block is not None:
+            return [self._stream(context, continuation, block or 1) for context, continuation in pairs]
+        # The last token is never fed, so the one-token choices of a question share one row.
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, continuation) in enumerate(pairs):
+            rows.setdefault((*context, *continuation[:-1]), []).append(i)
+        found: list[Scored | None] = [None] * len(pairs)
+        order = sorted(rows, key=len, reverse=True)
+        while order:
+            size = max(1, batch_tokens // len(order[0]))
+            batch, order = order[:size], order[size:]
+            shortest = [min(len(pairs[i][0]) for i in rows[row]) for row in batch]
+            for row, logits in zip(batch, self._score_batch(batch, shortest), strict=True):
+                for i in rows[row]:
+                    target = torch.tensor(pairs[i][1], device=self.device)
+                    found[i] = scored(logits[len(logits) - len(target) :], target)
+        return [entry for entry in found if entry is not None]
+
+    def _score_batch(self, rows: list[tuple[int, ...]], contexts: list[int]) -> list[Tensor]:
+        """Logits of every row from its last context token on."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows], device=self.device)
+        place = torch.arange(width, device=self.device)
+        real = place < torch.tensor([[len(row)] for row in rows], device=self.device)
+        # The head is the dearest part of a small model: apply it only where a continuation is predicted.
+        wanted = real & (place >= torch.tensor([[length - 1] for length in contexts], device=self.device))
+        # Padding stands on the right, where no causal query looks: without a mask attention takes its fast path.
+        padding = self._padded(real) if attention.wanted(self.plan) else {}
+        with self._running():
+            hidden = self.model.base_model(ids, use_cache=False, **padding)
+            logits: Tensor = self.model.get_output_embeddings()(hidden.last_hidden_state[wanted]).float()
+        return list(logits.split(wanted.sum(1).tolist()))
+
+    def _stream(self, context: list[int], continuation: list[int], block: int) -> Scored:
+        ids = torch.tensor([context + continuation], device=self.device)
+        cache = self._cache()
+        logits = [self.forward(ids[:, : len(context)], cache).logits[0, -1:]]
+        for start in range(len(context), ids.shape[1] - 1, block):
+            part = ids[:, start : min(start + block, ids.shape[1] - 1)]
+            logits.append(self.forward(part, cache).logits[0])
+        return scored(torch.cat(logits).float(), ids[0, len(context) :])
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:
+        """Greedy continuations of the prompts, each ending before its first stop token."""
+        if not prompts:
+            return []
+        width = max(map(len, prompts))
+        rows = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
+        ids = torch.tensor(rows, device=self.device)
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device).bool()
+        state = self.prefill(ids, None if real.all() else real)
+        found: list[list[int]] = [[] for _ in prompts]
+        live = set(range(len(prompts)))
+        for step in range(max_new_tokens):
+            for i in sorted(live):
+                token = int(state.ids[i])
+                if token in stop_ids:
+                    live.discard(i)
+                else:
+                    found[i].append(token)
+            if not live or step == max_new_tokens - 1:
+                break
+            state = self.decode(state)
+        return found
+
+    def prefill(self, ids: Tensor, padding: Tensor | None = None) -> State:
+        """Feed prompts [B, T]; the state's `ids` are the most likely next tokens."""
+        cache = self._cache()
+        out = self.forward(ids.to(self.device), cache, padding, last=True)
+        return State(cache, out.logits[:, -1].argmax(-1), ids.shape[1], padding)
+
+    def decode(self, state: State) -> State:
+        """Feed one token per sequence."""
+        padding = None
+        if state.padding is not None:
+            padding = torch.cat([state.padding, state.padding.new_ones(len(state.ids), 1)], 1)
+        out = self.forward(state.ids[:, None], state.cache, padding, last=True)
+        return State(state.cache, out.logits[:, -1].argmax(-1), state.length + 1, padding)
+
+    def verify(self) -> None:
+        """Raise `Refused` if the plan should have evicted and no cache ever shrank."""
+        if self.plan.chain("cache_keep") and self.shrunk is False:
+            raise Refused("the cache was to evict and never did: every text is shorter than the budget")
+
+    def forward(self, ids: Tensor, cache: Any, padding: Tensor | None = None, last: bool = False) -> Any:
+        """One pass over tokens [B, T] that extends `cache`; logits of all of them or of the `last` alone."""
+        slots = cache if isinstance(cache, SlotCache) else None
+        if slots is not None:
+            slots.expect(None if padding is None else padding[:, -ids.shape[1] :])
+        keywords = self._padded(padding, ids.shape[1])
+        if slots is not None:
+            keywords.pop("attention_mask", None)  # evicted slots have no column in it; `SlotCache.mask` knows them
+        with self._running(slots):
+            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=int(last) * 1, **keywords)
+        if slots is not None:
+            slots.settle()
+            self.shrunk = bool(self.shrunk) or slots.shrunk
+        return out
+
+    def _cache(self) -> Any:
+        if self.plan.streams:
+            return SlotCache(len(Blocks(self.model)), self.plan)
+        return DynamicCache(config=self.model.config)
+
+    @staticmethod
+    def _padded(mask: Tensor | None, last: int | None = None) -> dict[str, Tensor]:
+        """Arguments that tell the model which tokens [B, T] are padding; positions count real tokens only."""
+        if mask is None or bool(mask.all()):
+            return {}
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return {"attention_mask": mask.long(), "position_ids": positions[:, -(last or mask.shape[1]) :]}
+
+    @contextlib.contextmanager
+    def _running(self, cache: SlotCache | None = None) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if cache is not None:
+                # The cache's own links come first and live as long as the forward pass.
+                for chain, link in (("attend_mask", cache.mask), ("attend_observe", cache.observe)):
+                    self.plan.chain(chain).insert(0, link)
+                    stack.callback(self.plan.chain(chain).remove, link)
+            if attention.wanted(self.plan):
+                stack.enter_context(attention.owned(self.model, self.plan))
+            yield
+
+
+def scored(logits: Tensor, targets: Tensor) -> Scored:
+    """What the logits [N, V] say of N targets."""
+    logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return Scored(float(logprobs.double().sum()), bool((logits.argmax(-1) == targets).all()), logprobs.tolist())

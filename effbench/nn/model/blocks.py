@@ -1,0 +1,189 @@
+"""One view over the decoder architectures of transformers: Llama family, OPT, GPT-2 and GPT-NeoX.
+
+Whatever is not in the table below ends as `Unsupported`, never as a wrong number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from torch import nn
+
+from effbench.core.errors import Unsupported
+from effbench.nn.model.linear import top_linears
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Where an architecture keeps its parts; paths inside a block unless said otherwise."""
+
+    embedding: str  # path in the model
+    blocks: str  # path in the model
+    norm: str  # last norm, path in the model
+    attention: str
+    qkv: tuple[str, ...]  # three projections, or one fused
+    out: str
+    mlp: str
+    up: tuple[str, ...]  # (gate, up), or the one first projection
+    down: str
+    norms: tuple[str, str]  # before attention, before the MLP
+    linear_between: bool  # a scale on the output of `up[-1]` passes unchanged into `down`
+    width: str = "intermediate_size"  # where the configuration keeps the inner width of the MLPs
+    interleaved: bool = False  # a fused projection holds q, k, v head by head, not all q, all k, all v
+
+
+_LLAMA = Names(
+    embedding="model.embed_tokens",
+    blocks="model.layers",
+    norm="model.norm",
+    attention="self_attn",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    mlp="mlp",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    linear_between=True,
+)
+_OPT = Names(
+    embedding="model.decoder.embed_tokens",
+    blocks="model.decoder.layers",
+    norm="model.decoder.final_layer_norm",
+    attention="self_attn",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.out_proj",
+    mlp="",
+    up=("fc1",),
+    down="fc2",
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    linear_between=True,  # ReLU is positively homogeneous
+    width="ffn_dim",
+)
+_GPT2 = Names(
+    embedding="transformer.wte",
+    blocks="transformer.h",
+    norm="transformer.ln_f",
+    attention="attn",
+    qkv=("attn.c_attn",),
+    out="attn.c_proj",
+    mlp="mlp",
+    up=("mlp.c_fc",),
+    down="mlp.c_proj",
+    norms=("ln_1", "ln_2"),
+    linear_between=False,
+    width="n_inner",
+)
+_NEOX = Names(
+    embedding="gpt_neox.embed_in",
+    blocks="gpt_neox.layers",
+    norm="gpt_neox.final_layer_norm",
+    attention="attention",
+    qkv=("attention.query_key_value",),
+    out="attention.dense",
+    mlp="mlp",
+    up=("mlp.dense_h_to_4h",),
+    down="mlp.dense_4h_to_h",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    linear_between=False,
+    interleaved=True,
+)
+ARCHITECTURES: dict[str, Names] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "opt": _OPT,
+    "gpt2": _GPT2,
+    "gpt_neox": _NEOX,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Linears of a block that share an input."""
+
+    names: tuple[str, ...]  # paths inside the block
+    previous: nn.Module | None  # what produces the input and can absorb a scale per channel, if anything can
+    inspect: nn.Module  # module on whose output the group is judged
+
+
+class Blocks:
+    """The parts of a causal language model by their role. Raises `Unsupported` for an unknown architecture."""
+
+    def __init__(self, model: nn.Module) -> None:
+        kind = str(model.config.model_type)  # type: ignore[union-attr]
+        if kind not in ARCHITECTURES:
+            raise Unsupported(f"architecture {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+        self.model = model
+        self.names = ARCHITECTURES[kind]
+        self.embedding = model.get_submodule(self.names.embedding)
+        self.blocks: nn.ModuleList = model.get_submodule(self.names.blocks)  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output embedding, hidden to vocabulary."""
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        return head
+
+    def linears(self) -> Iterator[tuple[str, nn.Module]]:
+        """Top-most linears of all blocks, with their paths in the model."""
+        for index, block in enumerate(self.blocks):
+            yield from top_linears(block, f"{self.names.blocks}.{index}")
+
+    def path(self, block: int, name: str) -> str:
+        """Path in the model of a module inside a block."""
+        return f"{self.names.blocks}.{block}.{name}"
+
+    def groups(self, block: nn.Module) -> list[Group]:
+        """The block's linears in order of use, those with one input together."""
+        names = self.names
+        before_attention, before_mlp = (block.get_submodule(name) for name in names.norms)
+        config = self.model.config
+        if not getattr(config, "do_layer_norm_before", True):  # OPT-350m norms the sum, so nothing absorbs a scale
+            before_attention = before_mlp = None  # type: ignore[assignment]
+        value = _weighted(block.get_submodule(names.qkv[-1])) if len(names.qkv) == 3 else None
+        out = block.get_submodule(names.out)
+        whole = not names.mlp or len(names.up) == 1
+        return [
+            Group(names.qkv, _scalable(before_attention), block.get_submodule(names.attention)),
+            Group((names.out,), value if value is not None and _width(value) == _inputs(out) else None, out),
+            Group(names.up, _scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
+            Group(
+                (names.down,),
+                _weighted(block.get_submodule(names.up[-1])) if names.linear_between else None,
+                block.get_submodule(names.down),
+            ),
+        ]
+
+    def renumber(self) -> None:
+        """Make `layer_idx` and the configuration follow from the order of the blocks."""
+        for index, block in enumerate(self.blocks):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = index  # type: ignore[assignment]
+        config = self.model.config
+        for name in ("num_hidden_layers", "n_layer"):
+            if name in config.to_dict():  # type: ignore[union-attr, operator]
+                setattr(config, name, len(self.blocks))
+
+
+def _scalable(norm: nn.Module | None) -> nn.Module | None:
+    """The norm if it has a weight that can absorb a scale per channel."""
+    return norm if getattr(norm, "weight", None) is not None else None
+
+
+def _weighted(module: nn.Module) -> nn.Module | None:
+    """The module if its weight is a plain matrix that can be rescaled in place."""
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _width(module: nn.Module) -> int:
+    return int(module.out_features)  # type: ignore[arg-type]
+
+
+def _inputs(module: nn.Module) -> int:
+    return int(module.in_features) if hasattr(module, "in_features") else int(module.weight.shape[0])  # type: ignore

@@ -1,0 +1,142 @@
+"""What `model=`, `data=` and `tokenizer=` name: found and digested, not opened.
+
+Names that cannot be right are `Usage`. What is wrong with the content (a pickle, a missing key, no text) shows
+when a cell opens it, and is that cell's outcome.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from effbench.core.errors import Usage
+from effbench.core.paths import PACKAGE
+from effbench.core.usage import nearest
+from effbench.sources.shapes import SHAPES
+
+TINY = PACKAGE / "tiny"
+UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
+COMMIT = re.compile(r"[0-9a-f]{40}")
+MODEL_FILES = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model: `tiny`, a local folder, a Hub id, or the shape of a public model with random weights."""
+
+    name: str
+    kind: Literal["tiny", "folder", "hub", "shape"]
+    path: Path | None = None  # of tiny and folders
+    tokenizer: str | None = None  # tiny, a folder or a Hub id, where it is not the model's own
+    digest: str = UNRESOLVED
+    revision: str | None = None  # branch, tag or commit on the Hub
+
+    @property
+    def location(self) -> Path | str:
+        """The folder, or the name on the Hub."""
+        return TINY / "model" if self.kind == "tiny" else self.path or self.name.partition("@")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """Text to train on, calibrate on and measure on."""
+
+    name: str
+    kind: Literal["tiny", "text", "hub"]
+    path: Path | None = None  # of a text folder
+    digest: str = UNRESOLVED
+
+
+def model(name: str, tokenizer: str | None = None) -> Source:
+    """The model that `model=` names. Raises `Usage`."""
+    if tokenizer not in (None, "tiny") and not Path(tokenizer).is_dir() and not HUB_NAME.fullmatch(tokenizer):
+        raise Usage(f"tokenizer={tokenizer}: no such folder; it is tiny, a folder, or org/name on the Hub")
+    if name == "tiny":
+        source = Source("tiny", "tiny", TINY / "model", tokenizer, _digest(_model_files(TINY / "model")))
+    elif name.startswith("shape:"):
+        source = Source(name, "shape", None, tokenizer, _shape_digest(name.removeprefix("shape:")))
+    elif (folder := Path(name).expanduser()).is_dir():
+        if not (folder / "config.json").is_file():
+            raise Usage(f"model={name}: the folder has no config.json")
+        source = Source(folder.resolve().name, "folder", folder.resolve(), tokenizer, _digest(_model_files(folder)))
+    elif (found := HUB_NAME.fullmatch(name)) and not name.startswith("."):
+        fixed = found[2] is not None and COMMIT.fullmatch(found[2])
+        source = Source(name, "hub", None, tokenizer, name if fixed else UNRESOLVED, found[2])
+    else:
+        raise Usage(
+            f"model={name}: no such folder; a model is tiny, a folder, org/name or org/name@REVISION on the Hub, or "
+            "shape:NAME"
+        )
+    if tokenizer is None:
+        return source
+    folder = TINY / "model" if tokenizer == "tiny" else Path(tokenizer)
+    digest = _digest(_model_files(folder)) if folder.is_dir() else tokenizer
+    return dataclasses.replace(source, digest=_joined([source.digest, digest]))
+
+
+def data(name: str | None) -> DataSource:
+    """The data that `data=` names; without it the generated world of the tiny model. Raises `Usage`."""
+    kind, _, rest = (name or "tiny").partition(":")
+    if kind == "tiny" and not rest:
+        return DataSource("tiny", "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
+    if kind == "text" and rest:
+        folder = Path(rest).expanduser()
+        if not folder.is_dir():
+            raise Usage(f"data={name}: no such folder")
+        files = _files(folder, ("**/*",))
+        if not files:
+            raise Usage(f"data={name}: the folder holds no files")
+        return DataSource(f"text:{folder.resolve().name}", "text", folder.resolve(), _digest(files))
+    if kind == "hub" and rest:
+        return DataSource(f"hub:{rest}", "hub")
+    raise Usage(f"data={name}: must be tiny, text:FOLDER or hub:NAME")
+
+
+def task_digest() -> str:
+    """Digest of the tasks: our own files, and the version of lm-eval that brings the others."""
+    from importlib.metadata import version
+
+    return _joined([_digest(_files(TINY, ("tasks/*", "data/*"))), version("lm-eval")])
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of one file, remembered while its size and time of change stay the same. Raises `OSError`."""
+    status = path.stat()
+    return _file_digest(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Digest of file names and contents, without the folders they are in."""
+    return _joined(f"{path.name} {file_digest(path)}" for path in sorted(files))
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return [path for path in _files(folder, ("*",)) if path.suffix in MODEL_FILES]
+
+
+def _shape_digest(name: str) -> str:
+    if name not in SHAPES:
+        raise Usage(f"unknown shape {name!r}{nearest(name, SHAPES)}")
+    return _joined([json.dumps(SHAPES[name], sort_keys=True)])

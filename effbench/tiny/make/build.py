@@ -1,0 +1,162 @@
+"""Write the items of the lm-eval tasks: ``python -m effbench.tiny.make.build`` regenerates ``data/`` exactly.
+
+A multiple-choice item has ``instruction``, ``context`` and ``question``, which joined by spaces are the
+prompt, and four ``choices`` in an order that puts ``gold`` at each place equally often.
+"""
+
+import json
+from collections.abc import Callable
+from itertools import count
+from random import Random
+from typing import Any
+
+from effbench.tiny import MODEL, documents, world
+
+DATA = MODEL.parent / "data"
+Item = dict[str, Any]
+
+
+def item(i: int, kind: str, prompt: tuple[str, str, str], answer: str, others: list[str]) -> Item:
+    """The ``i``-th item of a task, with the answer at place ``i % 4`` among the three others."""
+    choices = [*others]
+    choices.insert(i % 4, answer)
+    instruction, context, question = prompt
+    return {
+        "kind": kind,
+        "instruction": instruction,
+        "context": context,
+        "question": question,
+        "choices": choices,
+        "gold": i % 4,
+    }
+
+
+def others(rng: Random, answer: str, pool: list[str]) -> list[str]:
+    """Three different wrong answers."""
+    return rng.sample(sorted(set(pool) - {answer}), 3)
+
+
+def before(sentence: str, answer: str) -> str:
+    """A sentence up to its answer, which is its end."""
+    return sentence.removesuffix(f" {answer}.")
+
+
+def fact_item(rng: Random, i: int) -> Item:
+    """A fact in the phrasing that training text never uses for it; others are values of the same relation."""
+    w = world.world()
+    person, relation = rng.choice(w.people), world.RELATIONS[i % len(world.RELATIONS)]
+    answer = w.facts[relation][person]
+    question = before(world.fact(rng, person, relation, held_out=True), answer)
+    pool = list(w.facts[relation].values())
+    return item(i, relation, ("Facts:", "", question), answer, others(rng, answer, pool))
+
+
+def multihop_item(rng: Random, i: int) -> Item:
+    """A two-hop fact of a person whose two-hop facts training text never tells."""
+    w = world.world()
+    path = list(world.HOPS)[i % len(world.HOPS)]
+    person = rng.choice([p for p in w.people if w.hops_withheld(p)])
+    answer = w.hop(person, path)
+    question = before(world.HOPS[path].format(p=person, v=answer), answer)
+    pool = world.LANDS if path[1] == "land" else list(w.facts[path[1]].values())
+    return item(i, " of ".join(reversed(path)), ("Links:", "", question), answer, others(rng, answer, pool))
+
+
+def arithmetic_item(rng: Random, i: int) -> Item:
+    """A sum or difference that training text never shows; the others are near."""
+    a, b, sign = world.operands(rng, held_out=True)
+    answer = a + b if sign == "+" else a - b
+    near = [answer + d for d in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11) if answer + d >= 0]
+    wrong = [str(n) for n in rng.sample(near, 3)]
+    kind = "addition" if sign == "+" else "subtraction"
+    return item(i, kind, ("Sums:", "", f"{a} {sign} {b} ="), str(answer), wrong)
+
+
+def copy_item(rng: Random, i: int) -> Item:
+    """A sequence of random words, said again up to some word; the others are words of the sequence."""
+    words = rng.sample(world.KEYS + world.VALUES + world.OBJECTS, rng.randint(8, 40))
+    place = rng.randint(2, len(words) - 1)
+    question = " ".join(["Again:", *words[:place]])
+    context = f"Say: {' '.join(words)}."
+    return item(i, "words", ("Copies:", context, question), words[place], others(rng, words[place], words))
+
+
+def cloze_item(rng: Random, i: int) -> Item:
+    """The last word of a passage of daily life, or of a question about the state of a story."""
+    if i // 4 % 2:
+        return story_item(rng, i)
+    pools = [[row[column] for row in world.TRADES] for column in range(1, 4)]
+    pools.append([food for _, food in world.ANIMALS])
+    context = " ".join(world.prose_sentence(rng) for _ in range(2))
+    while True:
+        sentence = world.prose_sentence(rng)
+        answer = sentence.split()[-1].removesuffix(".")
+        for pool in pools:
+            if answer in pool:
+                prompt = ("Prose:", context, before(sentence, answer))
+                return item(i, "prose", prompt, answer, others(rng, answer, pool))
+
+
+def story_item(rng: Random, i: int) -> Item:
+    """Where someone is, or who has something, after a story; wrong answers come from the story if it can."""
+    story = world.Story(rng)
+    context = " ".join(story.line() for _ in range(rng.randint(5, 12)))
+    while not story.questions():
+        context += f" {story.event()}"
+    question, answer, inside = rng.choice(story.questions())
+    pool = world.ROOMS if answer in world.ROOMS else world.FIRST
+    inside = inside[:3]
+    outside = rng.sample([word for word in pool if word not in (*inside, answer)], 3 - len(inside))
+    return item(i, "story", ("Story:", context, question), answer, inside + outside)
+
+
+def needle_item(rng: Random, i: int, tokens: int) -> Item:
+    """One of four codes noted in prose; the others are the codes of the other three."""
+    text, codes = world.needle_parts(rng, tokens - 12, 4)
+    instruction, context = text.split(" ", 1)
+    key = rng.choice(sorted(codes))
+    answer = codes.pop(key)
+    question = before(world.NOTE.format(k=key, v=answer), answer)
+    return item(i, "code", (instruction, context, question), answer, sorted(codes.values()))
+
+
+def distinct(name: str, make: Callable[[Random, int], Item], n: int) -> list[Item]:
+    """``n`` items of which no two have the same prompt."""
+    items: dict[tuple[str, str], Item] = {}
+    for draw in count():
+        if len(items) == n:
+            break
+        new = make(Random(f"task:{name}:{draw}"), len(items))
+        items.setdefault((new["context"], new["question"]), new)
+    return list(items.values())
+
+
+def build() -> dict[str, list[Item]]:
+    """The items of every task, by file name."""
+    makers: dict[str, tuple[Callable[[Random, int], Item], int]] = {
+        "cloze": (cloze_item, 240),
+        "facts": (fact_item, 400),
+        "multihop": (multihop_item, 240),
+        "arithmetic": (arithmetic_item, 200),
+        "copy": (copy_item, 200),
+        "needle_256": (lambda rng, i: needle_item(rng, i, 256), 200),
+        "needle_1024": (lambda rng, i: needle_item(rng, i, 1024), 100),
+    }
+    items = {name: distinct(name, make, n) for name, (make, n) in makers.items()}
+    ppl = [{"text": text} for text in documents("heldout", 120, seed=-1)]
+    return {"ppl": ppl, **items}
+
+
+def lines(items: list[Item]) -> str:
+    """Items as the text of a file."""
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
+def main() -> None:
+    DATA.mkdir(exist_ok=True)
+    for name, items in build().items():
+        (DATA / f"{name}.jsonl").write_text(lines(items), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

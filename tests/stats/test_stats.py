@@ -1,0 +1,123 @@
+"""Intervals and tests against closed forms, scipy, and the rate of false alarms between equal sides."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from effbench.stats.paired import Estimate, holm, mcnemar, mean_interval, over_seeds
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+@pytest.mark.parametrize("n", [12, 60, 400])
+def test_bootstrap_agrees_with_student_on_normal_values(rng, n):
+    values = rng.normal(0.4, 1.0, n)
+    found = mean_interval(values)
+    student = scipy_stats.ttest_1samp(values, 0)
+    low, high = student.confidence_interval()
+    assert found.value == pytest.approx(values.mean())
+    assert found.n == n
+    # the bootstrap's tails are those of the sample, so few values only agree roughly
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.12 * (high - low))
+    assert found.p == pytest.approx(student.pvalue, abs=0.03)
+
+
+@pytest.mark.parametrize("draw", ["normal", "heavy", "discrete"])
+@pytest.mark.parametrize("n", [20, 100])
+def test_equal_sides_are_called_different_at_most_six_times_in_a_hundred(rng, draw, n):
+    alarms = 0
+    for _ in range(600):
+        if draw == "discrete":
+            differences = rng.choice([-1.0, 0.0, 1.0], size=n, p=[0.15, 0.7, 0.15])
+        elif draw == "heavy":
+            differences = rng.standard_t(3, n)
+        else:
+            differences = rng.normal(size=n) - rng.normal(size=n)
+        alarms += mean_interval(differences, resamples=499).p <= 0.05
+    assert alarms / 600 <= 0.06
+
+
+def test_mcnemar_false_alarm_rate(rng):
+    alarms = sum(mcnemar(rng.random(80) < 0.5, rng.random(80) < 0.5) <= 0.05 for _ in range(1000))
+    assert alarms / 1000 <= 0.06
+
+
+def test_pairing_sees_what_unpaired_intervals_cannot(rng):
+    hard = rng.normal(2.0, 1.0, 200)  # how hard each window is, for both sides
+    before, after = hard + rng.normal(0, 0.02, 200), hard + 0.02 + rng.normal(0, 0.02, 200)
+    assert mean_interval(after - before).p < 0.001
+    assert mean_interval(before).high > mean_interval(after).low
+
+
+def test_p_below_the_level_exactly_when_the_interval_excludes_zero(rng):
+    for shift in np.linspace(0, 0.5, 30):
+        found = mean_interval(rng.normal(shift, 1, 50), resamples=999)
+        if abs(found.p - 0.05) > 0.003:
+            assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+
+
+def test_strata_weigh_alike_whatever_their_size(rng):
+    found = mean_interval(np.zeros(1000) + rng.normal(0, 0.01, 1000), np.ones(10) + rng.normal(0, 0.01, 10))
+    assert found.value == pytest.approx(0.5, abs=0.01)
+    assert found.low < found.value < found.high
+
+
+def test_same_values_same_answer(rng):
+    values = rng.normal(size=40)
+    assert mean_interval(values) == mean_interval(list(values))
+
+
+def test_few_differing_items_still_have_a_finite_interval():
+    found = mean_interval([1.0, -1.0, 1.0] + [0.0] * 97)
+    assert found.p > 0.1
+    assert math.isfinite(found.low) and math.isfinite(found.high)
+    assert found.low <= found.value <= found.high
+
+
+def test_degenerate_differences():
+    assert mean_interval(np.zeros(50)) == Estimate(0.0, 0.0, 0.0, 1.0, 50)
+    assert mean_interval(np.full(20, 0.25)).p == pytest.approx(2 * 0.5**20)
+    assert mean_interval([1.0, 2.0, 1.5]) == Estimate(1.5, None, None, 1.0, 3)
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval()
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (3, 9), (20, 20), (0, 12)])
+def test_mcnemar_is_the_exact_binomial(lost, gained):
+    before = [True] * lost + [False] * gained + [True, False] * 5
+    after = [False] * lost + [True] * gained + [True, False] * 5
+    tail = sum(math.comb(lost + gained, k) for k in range(min(lost, gained) + 1)) / 2 ** (lost + gained)
+    assert mcnemar(before, after) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_mcnemar_needs_pairs():
+    with pytest.raises(ValueError, match="cannot be paired"):
+        mcnemar([True], [True, False])
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_keeps_the_family_wise_rate(rng):
+    families = sum(min(holm(list(rng.random(20)))) <= 0.05 for _ in range(2000))
+    assert families / 2000 <= 0.065
+
+
+def test_over_seeds():
+    assert over_seeds([2.0]) == Estimate(2.0)
+    assert over_seeds([1.0, 3.0]) == Estimate(2.0, 1.0, 3.0, n=2)
+    found = over_seeds([1.0, 2.0, 6.0])
+    low, high = scipy_stats.ttest_1samp([1.0, 2.0, 6.0], 0).confidence_interval()
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, low, high))
+    with pytest.raises(ValueError, match="no seeds"):
+        over_seeds([])

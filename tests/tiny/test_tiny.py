@@ -1,0 +1,174 @@
+"""The embedded default: its generator, tokenizer, tasks and checkpoint."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from effbench.tiny import MODEL, TASKS, Split, documents, world
+from effbench.tiny.make import build, card
+from effbench.tiny.make.train import Trainer
+
+CHOICES = ("cloze", "facts", "multihop", "arithmetic", "copy", "needle_256", "needle_1024")
+
+
+@pytest.fixture(scope="module")
+def items() -> dict[str, list[build.Item]]:
+    return build.build()
+
+
+@pytest.fixture(scope="module")
+def train() -> str:
+    return "\n".join(documents("train", 3000))
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return card.load()[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return card.load()[1]
+
+
+@pytest.mark.parametrize("split", get_args(Split))
+def test_documents_repeat(split: Split) -> None:
+    assert documents(split, 8) == documents(split, 16)[:8]
+    assert documents(split, 8) != documents(split, 8, seed=1)
+
+
+def test_splits_share_no_document() -> None:
+    texts = [text for split in get_args(Split) for text in documents(split, 300 if split != "long" else 30)]
+    assert len(set(texts)) == len(texts)
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="no split"):
+        documents("test", 1)  # type: ignore[arg-type]
+
+
+def test_training_never_words_a_fact_as_held_out_text_does(train: str, items: dict[str, list[build.Item]]) -> None:
+    for item in items["facts"]:
+        sentence = f"{item['question']} {item['choices'][item['gold']]}."
+        # a hop may end alike: "The mentor of Anna Moss lives in Arden."
+        assert not any(f"{before} {sentence}" in train for before in (":", ".", "?"))
+
+
+def test_training_never_adds_held_out_operands(train: str, items: dict[str, list[build.Item]]) -> None:
+    assert "Sums:" in train
+    for item in items["arithmetic"]:
+        assert f" {item['question']}" not in train
+
+
+def test_training_never_spells_out_held_out_hops(train: str, items: dict[str, list[build.Item]]) -> None:
+    assert "Links:" in train
+    for item in items["multihop"]:
+        assert f"{item['question'].lower()} " not in train.lower()
+
+
+def test_fine_tuning_people_are_disjoint() -> None:
+    def people(split: Split) -> set[str]:
+        return {text.split("name = ")[1].split(";")[0] for text in documents(split, 500)}
+
+    assert not people("finetune_train") & people("finetune_heldout")
+
+
+def test_data_files_are_what_build_writes(items: dict[str, list[build.Item]]) -> None:
+    assert {path.stem for path in build.DATA.iterdir()} == set(items)
+    for name, rows in items.items():
+        assert (build.DATA / f"{name}.jsonl").read_text(encoding="utf-8") == build.lines(rows)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_chance_is_a_quarter(name: str, items: dict[str, list[build.Item]]) -> None:
+    rows = items[name]
+    assert all(len(set(row["choices"])) == 4 for row in rows)
+    assert set(Counter(row["gold"] for row in rows).values()) == {len(rows) // 4}
+    assert len({(row["context"], row["question"]) for row in rows}) == len(rows)
+
+
+def test_facts_and_hops_are_true(items: dict[str, list[build.Item]]) -> None:
+    w = world.world()
+    for row in items["facts"]:
+        person = next(p for p in w.people if p in row["question"])
+        assert row["choices"][row["gold"]] == w.facts[row["kind"]][person]
+    for row in items["multihop"]:
+        relation, via = row["kind"].split(" of ")
+        person = next(p for p in w.people if p in row["question"])
+        assert row["choices"][row["gold"]] == w.hop(person, (via, relation))
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_needles_fit_and_all_choices_stand_in_the_context(
+    tokens: int, items: dict[str, list[build.Item]], tokenizer
+) -> None:
+    for row in items[f"needle_{tokens}"]:
+        prompt = " ".join((row["instruction"], row["context"], row["question"]))
+        assert tokens * 0.8 < len(tokenizer(prompt)["input_ids"]) < tokens
+        assert all(f" {choice}." in row["context"] for choice in row["choices"])
+        assert f"{row['question']} {row['choices'][row['gold']]}." in row["context"]
+
+
+def test_tasks_load_through_lm_eval() -> None:
+    found = TaskManager(include_path=str(TASKS), include_defaults=False).load(["tiny"])["tasks"]
+    assert set(found) == {"tiny_ppl", *(f"tiny_{name}" for name in CHOICES)}
+    for name in CHOICES:
+        task = found[f"tiny_{name}"]
+        assert task.config.metadata["chance"] == 0.25
+        row = task.test_docs()[0]
+        prompt = task.doc_to_text(row)
+        assert prompt.startswith(row["instruction"]) and prompt.endswith(row["question"])
+        assert "  " not in prompt
+
+
+def test_tokenizer_round_trip(tokenizer) -> None:
+    for text in [*documents("heldout", 50), *documents("finetune_train", 5), "Grüße, 字 42!\n"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+
+
+def test_length_counts_tokens(tokenizer) -> None:
+    for text in documents("train", 200):
+        assert world.length(text) == len(tokenizer(text)["input_ids"])
+
+
+def test_checkpoint_is_whole_and_small() -> None:
+    model, info = LlamaForCausalLM.from_pretrained(MODEL, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    assert model.config.num_key_value_heads == model.config.num_attention_heads
+    assert model.config.hidden_size % 128 == model.config.intermediate_size % 128 == 0
+    assert model.config.max_position_embeddings >= 2048
+    assert len(AutoTokenizer.from_pretrained(MODEL)) == model.config.vocab_size
+    assert sum(path.stat().st_size for path in Path(MODEL).iterdir()) <= 16 * 2**20
+
+
+def test_perplexity_is_that_of_the_card(model: LlamaForCausalLM, tokenizer) -> None:
+    told = json.loads((card.HERE / "card.json").read_text())
+    assert card.perplexity(model, tokenizer, documents("heldout", 20)) < 1.02 * told["perplexity_of_20"]
+    assert card.table(told) in (card.HERE / "README.md").read_text()
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr("effbench.tiny.make.train.BATCH_TOKENS", 256)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "tokenizer")
+
+    def trained(steps: int, workers: int, resume: bool) -> Trainer:
+        trainer = Trainer(tmp_path, "cpu", workers)
+        if resume:
+            trainer.load()
+        trainer.run(steps * 256, lambda step, _: 1e-3 / (step + 1), saving=True)
+        assert trainer.step == steps
+        return trainer
+
+    whole = trained(4, 0, resume=False).model.state_dict()
+    trained(2, 0, resume=False)
+    again = trained(4, 1, resume=True).model.state_dict()  # another process writes the text: the same text
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
