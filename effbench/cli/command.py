@@ -34,6 +34,8 @@ class Command:
     words: Mapping[str, str] = dataclasses.field(default_factory=dict)  # arguments by position, [optional], and help
     options: type | None = None  # the class of its key=value options
     flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)  # flags that take key=value
+    notes: Callable[[], str] | None = None  # more for --help, after the options
 
     def parser(self, name: str) -> Parser:
         """The parser of this command's arguments."""
@@ -41,7 +43,7 @@ class Command:
             prog=f"effbench {name}",
             description=self.summary,
             allow_abbrev=False,
-            epilog=document_options(self.options) if self.options else None,
+            epilog=self._epilog(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for word, text in self.words.items():
@@ -50,16 +52,26 @@ class Command:
             parser.add_argument("options", nargs="*", metavar="key=value", help="options, listed below")
         for flag, text in self.flags.items():
             parser.add_argument(flag, action="store_true", help=text)
+        for flag, text in self.repeated.items():
+            parser.add_argument(flag, action="append", default=[], metavar="key=value", help=text)
         return parser
 
+    def _epilog(self) -> str:
+        options = [document_options(self.options)] if self.options else []
+        return "\n\n".join([*options, *([self.notes()] if self.notes else [])])
 
-def document_options(cls: type) -> str:
+
+def document_options(cls: type, title: str = "options:", mark: str = "=") -> str:
     """Help on the fields of an options class, from the comments beside them."""
-    fields = re.findall(r"^    (\w+): .*? = (.*?)  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+    fields = re.findall(
+        r"^    (\w+): .*?(?: = (?:dataclasses\.field\(.*\)|(.*?)))?  # (.*)$", inspect.getsource(cls), re.MULTILINE
+    )
+    width = max(len(name) for name, _, _ in fields) + len(mark) + 1
     lines = [
-        f"  {name + '=':<11}{text}" + ("" if default == "None" else f" [{default}]") for name, default, text in fields
+        f"  {name + mark:<{width}}{text}" + ("" if default in ("", "None") else f" [{default}]")
+        for name, default, text in fields
     ]
-    return "\n".join(["options:", *lines])
+    return "\n".join([title, *lines])
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:

@@ -14,17 +14,24 @@ from effbench.records.record import OUTCOMES, Record
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from effbench.cells.plan import Run
+    from effbench.cells.plan import Batch
+
+STARTING = "starting: libraries are loaded once, which takes 10 to 30 s"
+DOING = {  # phases that do not say by themselves what happens
+    "wait": "waiting for other cells: one that measures speed runs alone",
+    "open": "loading the model",
+    "finish": "packing the model",
+}
 
 
-def opening(run: Run) -> str:
+def opening(batch: Batch) -> str:
     """One line that says what is about to run, and where."""
-    placement, todo = run.placement, len(run.todo)
-    budget = f", budget {run.budget_minutes:g} min" if run.budget_minutes else ""
+    placement, todo = batch.placement, len(batch.todo)
+    budget = f", budget {batch.budget_minutes:g} min" if batch.budget_minutes else ""
+    cells = f"{len(batch.cells)} cell{'s' * (len(batch.cells) != 1)}"
     return (
-        f"suite {run.suite.name} v{run.suite.version}, tier {run.tier}{budget}, on {placement.device} "
-        f"({placement.machine}): {len(run.cells)} cells, {len(run.cells) - todo} done, {todo} to run, "
-        f"{placement.jobs} at a time"
+        f"suite {batch.suite.name} v{batch.suite.version}, tier {batch.tier}{budget}, on {placement.device} "
+        f"({placement.machine}): {cells}, {len(batch.cells) - todo} done, {todo} to run, {placement.jobs} at a time"
     )
 
 
@@ -55,6 +62,8 @@ class Lines:
         self._ended = 0
 
     def __enter__(self) -> Self:
+        if self._total:
+            print(STARTING, file=self._out, flush=True)
         return self
 
     def __exit__(
@@ -112,6 +121,7 @@ class Live(Lines):
             _, since, _ = self._working.get(identity, (event, now, now))
             self._working[identity] = (event, since, now)
             return
+        self._ended += 1
         with contextlib.suppress(KeyError):
             del self._working[identity]
         self._console.print(line(event.record), style=None if event.record.outcome == "ok" else "yellow", markup=False)
@@ -126,5 +136,5 @@ class Live(Lines):
         for event, since, entered in list(self._working.values()):
             cell = event.job.cell
             times = f"{now - entered:.0f} s", f"{now - since:.0f} s"
-            table.add_row(cell.recipe, str(cell.seed), event.phase, *times)
-        return Group(table, self._bar)
+            table.add_row(cell.recipe, str(cell.seed), DOING.get(event.phase, event.phase), *times)
+        return Group(table if self._working or self._ended else STARTING, self._bar)

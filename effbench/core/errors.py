@@ -29,6 +29,12 @@ class Unsupported(Outcome):
     name = "unsupported"
 
 
+class Unavailable(Outcome):
+    """Something from outside could not be had: the network, access to a model, a package, a task's data."""
+
+    name = "unavailable"
+
+
 class Refused(Outcome):
     """The number would not mean what it says."""
 

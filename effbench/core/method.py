@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 import typing
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.core.errors import Usage
+from effbench.core.usage import convert
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class Method:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             hint = _hints(type(self))[field.name]  # type: ignore[arg-type]
-            value = _cast(getattr(self, field.name), hint, f"{self.key}.{field.name}")
+            value = convert(getattr(self, field.name), hint, f"{self.key}.{field.name}")
             object.__setattr__(self, field.name, value)
         self.check()
 
@@ -114,44 +114,3 @@ class Method:
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
-
-
-def _cast(value: Any, hint: Any, where: str) -> Any:
-    """Bring a literal to the field's type, or raise `Usage`; lists become tuples, whole numbers become floats."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in get_args(hint)):
-            return value
-        raise Usage(f"{where}={value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
-    if origin in (Union, types.UnionType):
-        for arm in get_args(hint):
-            try:
-                return _cast(value, arm, where)
-            except Usage:
-                continue
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        arms = get_args(hint)
-        if len(arms) == 2 and arms[1] is Ellipsis:
-            return tuple(_cast(item, arms[0], where) for item in value)
-        if len(arms) == len(value):
-            return tuple(_cast(item, arm, where) for item, arm in zip(value, arms, strict=True))
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is hint:
-        return value
-    raise Usage(f"{where}={value!r}: must be {_spelled(hint)}, not {type(value).__name__}")
-
-
-def _spelled(hint: Any) -> str:
-    """A type as its author wrote it."""
-    origin, arms = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " | ".join(map(_spelled, arms))
-    if origin is Literal:
-        return " | ".join(map(repr, arms))
-    if hint is type(None):
-        return "None"
-    return str(hint) if origin else str(hint.__name__)

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 
 SCHEMA = 2
 
-OutcomeName = Literal["ok", "oom", "unsupported", "refused", "diverged", "timeout", "crashed"]
+OutcomeName = Literal["ok", "oom", "unsupported", "unavailable", "refused", "diverged", "timeout", "crashed"]
 OUTCOMES: tuple[OutcomeName, ...] = get_args(OutcomeName)
-RETRIED = ("oom", "timeout", "crashed")  # tried again by the next run; the others are final
-FAILED = ("oom", "diverged", "timeout", "crashed")  # exit code 1
+RETRIED = ("oom", "unavailable", "timeout", "crashed")  # tried again by the next run; the others are final
+FAILED = ("oom", "unavailable", "diverged", "timeout", "crashed")  # exit code 1
 
 
 class Unreadable(Exception):

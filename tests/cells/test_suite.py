@@ -37,7 +37,7 @@ def test_a_suite_of_one_s_own(write):
     mine = suite.load(write())
     assert [recipe.name for recipe in mine.recipes] == ["baseline", "rtn-2b", "rtn-4b", "calibrated"]
     assert [str(recipe) for recipe in mine.recipes] == ["", "rtn(bits=2)", "rtn()", "gptq(bits=3)"]
-    quick, full = mine.plan("quick"), mine.plan("full")
+    quick, full = mine.tier("quick"), mine.tier("full")
     assert [recipe.name for recipe in quick.recipes] == ["baseline", "rtn-2b", "rtn-4b"]
     assert (quick.seeds, full.seeds) == ((0,), (0, 1))
     assert quick.settings["window"] == full.settings["window"] == 128
@@ -50,9 +50,9 @@ def test_a_suite_of_one_s_own(write):
     ("changes", "words"),
     [
         ({"recipe": []}, "recipe: unknown key; did you mean 'recipes'?"),
-        ({"version": None}, "version"),
-        ({"version": "two"}, "version: Value 'two'"),
-        ({"version": 0}, "version: must be 1 or more"),
+        ({"version": None}, "version: is missing"),
+        ({"version": "two"}, "version='two': must be a whole number from 1 up, not str"),
+        ({"version": 0}, "version=0: must be a whole number from 1 up"),
         ({"name": "other"}, "name: must be that of the file, 'mine'"),
         ({"recipes": [{"name": "a", "step": "rtn()"}]}, "step: unknown key; did you mean 'steps'"),
         ({"recipes": [{"name": "a"}]}, "steps"),
@@ -72,7 +72,7 @@ def test_a_suite_of_one_s_own(write):
         ({"tiers": {"quick": {"models": ["shape:gpt3"]}}}, "tiers.quick.models: unknown shape 'gpt3'; did you mean"),
         ({"tiers": {"quick": {"models": ["nowhere"]}}}, "tiers.quick.models: model=nowhere: no such folder"),
         ({"settings": {"windows": 3}}, "windows: unknown key; did you mean 'window'?"),
-        ({"settings": {"window": "wide"}}, "window: Value 'wide'"),
+        ({"settings": {"window": "wide"}}, "window='wide': must be a whole number from 2 up"),
         ({"settings": {"probes": ["spead"]}}, "unknown probe 'spead'; did you mean 'speed'?"),
     ],
 )
@@ -122,17 +122,17 @@ def test_quant_sweeps_the_family():
     }  # fmt: skip
     bits = {getattr(step, "bits", 4) for recipe in quant.recipes for step in recipe.steps}
     assert bits == {2, 3, 4, 8}
-    assert quant.plan("quick").seeds == (0,) and len(quant.plan("full").seeds) == 3
+    assert quant.tier("quick").seeds == (0,) and len(quant.tier("full").seeds) == 3
 
 
 def test_choosing_rows():
     quant = suite.load("quant")
-    chosen = quant.plan("quick", "gptq*, nf4")
+    chosen = quant.tier("quick", "gptq*, nf4")
     assert [recipe.name for recipe in chosen.recipes] == ["baseline", "gptq-4b", "gptq-3b", "gptq-2b", "nf4"]
     with pytest.raises(Usage, match="matches 'gtpq-4b'; did you mean 'gptq-4b'"):
-        quant.plan("quick", "gtpq-4b")
+        quant.tier("quick", "gtpq-4b")
     with pytest.raises(Usage, match="the full tier has it"):
-        quant.plan("quick", "gptq-8b")
+        quant.tier("quick", "gptq-8b")
 
 
 def test_seeds_count_where_they_matter():
@@ -143,8 +143,25 @@ def test_seeds_count_where_they_matter():
 
 
 def test_a_recipe_from_the_command_line():
-    adhoc = suite.adhoc("rtn(bits=8), nf4( )")
+    adhoc = suite.adhoc()
     assert (adhoc.name, adhoc.version) == ("adhoc", 1)
-    assert [recipe.name for recipe in adhoc.recipes] == ["baseline", "rtn(bits=8), nf4()"]
+    tier = adhoc.tier("quick").with_row(adhoc.row("rtn(bits=8), nf4( )"))
+    assert [recipe.name for recipe in tier.recipes] == ["baseline", "rtn(bits=8), nf4()"]
     with pytest.raises(Usage, match="at least one step"):
-        suite.adhoc(" ")
+        adhoc.row(" ")
+
+
+def test_a_recipe_joins_a_suite():
+    quant = suite.load("quant")
+    quick = quant.tier("quick", "rtn-4b")
+    joined = quick.with_row(quant.row("rtn(bits=8), nf4( )"))
+    assert [recipe.name for recipe in joined.recipes] == ["baseline", "rtn-4b", "rtn(bits=8), nf4()"]
+    assert (joined.seeds, joined.settings) == (quick.seeds, quick.settings)
+
+
+@pytest.mark.parametrize(("steps", "row"), [("rtn(bits=4)", "rtn-4b"), ("gptq(bits = 8)", "gptq-8b")])
+def test_a_recipe_of_the_same_steps_is_the_row_itself(steps, row):
+    """Whether the tier has it or only the suite."""
+    quant = suite.load("quant")
+    names = [recipe.name for recipe in quant.tier("quick").with_row(quant.row(steps)).recipes]
+    assert names.count(row) == 1 and not any("(" in name for name in names)

@@ -553,9 +553,9 @@ def test_the_one_command_told_wrongly(
     ):
         with pytest.raises(Usage, match=words):
             gpu_run.main(arguments)
-    monkeypatch.setattr(gpu_run, "installed", lambda name: None if name == "omegaconf" else "1")
-    assert gpu_run.missing() == ["omegaconf"]
-    with pytest.raises(Usage, match=r"not installed: omegaconf; .*wheels\.py"):
+    monkeypatch.setattr(gpu_run, "installed", lambda name: None if name == "msgspec" else "1")
+    assert gpu_run.missing() == ["msgspec"]
+    with pytest.raises(Usage, match=r"not installed: msgspec; .*wheels\.py"):
         gpu_run.main(["out=x"])
 
 

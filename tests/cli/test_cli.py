@@ -18,10 +18,10 @@ import yaml
 from effbench import sources
 from effbench.cells import local as executors
 from effbench.cells import plan as runner
-from effbench.cells.options import RunOptions
+from effbench.cells.options import PUBLISHED, RunOptions
 from effbench.cli import main as cli
 from effbench.nn.files.load import open_model
-from effbench.records.store import Store
+from effbench.records.store import Store, latest
 
 LIGHT = ("effbench.cells.local", "torch", "effbench.machine.peak")
 
@@ -58,14 +58,25 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
     ("arguments", "words"),
     [
         (["rnu"], "unknown command 'rnu'; did you mean 'run'?"),
-        (["run"], "give either suite=NAME or recipe="),
-        (["run", "suite=quant", "recipe=rtn()"], "not both"),
+        (["run"], "give suite=NAME, recipe='step(), step()' or both"),
+        (["run", "suite=quant", "recipe=rtm()"], "unknown method 'rtm'; did you mean 'rtn'?"),
+        (["run", "suite=./quan.yaml"], "suite=./quan.yaml: no such file"),
+        (["run", "suite=quant", "results=" + str(PUBLISHED)], "holds what is published; choose another folder"),
+        (["run", "suite=quant", "--set", "windw=3"], "unknown setting 'windw'; did you mean 'window'?"),
+        (["run", "suite=quant", "--set", "window"], "write window=VALUE"),
+        (["run", "suite=quant", "--set", "window=1"], "window=1: must be a whole number from 2 up"),
+        (["run", "suite=quant", "--set", "window=9", "--set", "window=9"], "setting window is given twice"),
+        (["run", "suite=quant", "--set", "limit=9", "limit=9"], "limit is given twice"),
+        (["run", "suite=quant", "--set", "seeds=[1]", "seeds=[1]"], "option seeds is given twice"),
+        (["run", "suite=quant", "--set", "tasks=tiny"], "tasks=tiny: must be a list in brackets, each item text"),
+        (["run", "suite=quant", "--set", "speed_points=[[1]]"], "each item a list in brackets"),
+        (["run", "suite=quant", "--set", "probes=[spead]"], "unknown probe 'spead'; did you mean 'speed'?"),
         (["run", "suite=quan"], "unknown suite 'quan'; did you mean 'quant'?"),
         (["run", "recipe=rtm()"], "unknown method 'rtm'; did you mean 'rtn'?"),
         (["run", "recipe=rtn(bit=4)"], "no parameter 'bit'; did you mean 'bits'?"),
-        (["run", "recipe=rtn(bits='4')"], "rtn.bits='4': must be int, not str"),
+        (["run", "recipe=rtn(bits='4')"], "rtn.bits='4': must be a whole number, not str"),
         (["run", "recipe=rtn(bits=5)"], "bits must be one of"),
-        (["run", "recipe=rtn(bits=True)"], "must be int, not bool"),
+        (["run", "recipe=rtn(bits=True)"], "must be a whole number, not bool"),
         (["run", "recipe=rtn(4)"], "arguments must be named"),
         (["run", "recipe=rtn(bits=4, bits=8)"], "bits is given twice"),
         (["run", "recipe=rtn(bits=open('x'))"], "is not a literal"),
@@ -80,23 +91,33 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "limit"], "write limit=VALUE"),
         (["run", "suite=quant", "limit="], "write limit=VALUE"),
         (["run", "suite=quant", "limit=1", "limit=2"], "option limit is given twice"),
-        (["run", "suite=quant", "limit=0"], "limit=0: must be above 0"),
-        (["run", "suite=quant", "limit=-3"], "limit=-3: must be above 0"),
+        (["run", "suite=quant", "limit=0"], "limit=0: must be a whole number from 1 up"),
+        (["run", "suite=quant", "limit=-3"], "limit=-3: must be a whole number from 1 up"),
         (["run", "suite=quant", "limit=ten"], "limit=ten: must be a whole number"),
         (["run", "suite=quant", "limit=2.5"], "limit=2.5: must be a whole number"),
-        (["run", "suite=quant", "jobs=0"], "jobs=0: must be above 0"),
-        (["run", "suite=quant", "threads=0"], "threads=0: must be above 0"),
-        (["run", "suite=quant", "timeout=.nan"], "timeout=nan: must be above 0"),
+        (["run", "suite=quant", "limit=0x10"], "limit=0x10: must be a whole number"),
+        (["run", "suite=quant", "limit=0o10"], "limit=0o10: must be a whole number"),
+        (["run", "suite=quant", "limit=1_000"], "limit=1_000: must be a whole number"),
+        (["run", "suite=quant", "limit=1:30"], "limit=1:30: must be a whole number"),
+        (["run", "suite=quant", "limit=1e3"], "limit=1e3: must be a whole number"),
+        (["run", "suite=quant", "limit=?"], "limit=?: must be a whole number"),
+        (["run", "suite=quant", "jobs=${x}"], "jobs=${x}: must be a whole number"),
+        (["run", "suite=quant", "seeds={}"], "seeds={}: must be a list in brackets"),
+        (["run", "suite=quant", "seeds=[[0]]"], "seeds=[[0]]: must be a list in brackets"),
+        (["run", "suite=quant", "seeds=[4294967296]"], "each item a whole number from 0 to 4294967295"),
+        (["run", "suite=quant", "timeout=1e999"], "timeout=1e999: must be a number above 0"),
+        (["run", "suite=quant", "timeout=1:30"], "timeout=1:30: must be a number above 0"),
+        (["run", "suite=quant", "jobs=0"], "jobs=0: must be a whole number from 1 up"),
+        (["run", "suite=quant", "threads=0"], "threads=0: must be a whole number from 1 up"),
+        (["run", "suite=quant", "timeout=.nan"], "timeout=.nan: must be a number above 0"),
         (["run", "suite=quant", "timeout=soon"], "timeout=soon: must be a number"),
         (["run", "suite=quant", "seeds=[]"], "seeds=[]: name at least one seed"),
-        (["run", "suite=quant", "seeds=3"], "seeds=3: must be a list such as [0,1,2]"),
+        (["run", "suite=quant", "seeds=3"], "seeds=3: must be a list in brackets"),
         (["run", "suite=quant", "seeds=[0,0]"], "must be different whole numbers"),
         (["run", "suite=quant", "seeds=[0"], "seeds=[0: must be a list"),
         (["run", "suite=quant", "tier=fast"], "unknown tier 'fast'"),
         (["run", "suite=quant", "dtype=int4"], "unknown dtype 'int4'"),
-        (["run", "suite=quant", "executor=ray"], "executor=ray: needs an extra that is not installed"),
-        (["run", "suite=quant", "executor=slurm"], "executor=slurm: needs an extra that is not installed"),
-        (["run", "suite=quant", "executor=cloud"], "unknown executor 'cloud'"),
+        (["run", "suite=quant", "executor=local"], "unknown option 'executor'"),
         (["run", "suite=quant", "device=gpu"], "device=gpu: must be cpu, cuda or cuda:N"),
         (["run", "suite=quant", "device=tpu"], "device=tpu: must be cpu, cuda or cuda:N"),
         (["run", "suite=quant", "device=cuda:77"], "device=cuda:77: this machine has"),
@@ -149,7 +170,7 @@ def python(*arguments, **options):
 def test_wrong_usage_from_outside(here):
     done = python("-m", "effbench", "run", "suite=quant", "limit=0")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "effbench: limit=0: must be above 0\n"
+    assert done.stderr == "effbench: limit=0: must be a whole number from 1 up\n"
 
 
 # ---- list and show ----
@@ -228,15 +249,67 @@ def test_a_run_and_a_second_one(here, fakes, capsys):
     assert run("suite=quant", "recipes=rtn*") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "tier quick" in lines[0] and "5 cells, 0 done, 5 to run" in lines[0]
-    assert [line.split("]")[0] for line in lines[1:6]] == [f"[{i}/5" for i in range(1, 6)]
-    assert lines[6].endswith("5 ok")
-    assert any("rtn-2b" in line for line in lines[7:])  # the table
-    records, notes = Store(here / "results").read("quant", 1)
+    assert lines[1] == lines[-1] == f"records: {here / 'runs'}"
+    assert "libraries are loaded once" in lines[2]
+    assert [line.split("]")[0] for line in lines[3:8]] == [f"[{i}/5" for i in range(1, 6)]
+    assert lines[8].endswith("5 ok")
+    assert any("rtn-2b" in line for line in lines[9:])  # the table
+    records, notes = Store(here / "runs").read("quant", 1)
     assert len(records) == 5 and notes == []
 
     assert run("suite=quant", "recipes=rtn*") == 0
     assert "5 done, 0 to run" in capsys.readouterr().out
-    assert Store(here / "results").read()[0] == records
+    assert Store(here / "runs").read()[0] == records
+
+
+def test_again_runs_what_is_done(here, fakes, capsys):
+    assert run("suite=quant", "recipes=rtn-4b") == 0
+    assert run("suite=quant", "recipes=rtn-4b,rtn-2b", "--again") == 0
+    records = Store(here / "runs").read()[0]
+    assert sorted((record.cell.recipe, record.attempt) for record in records) == [
+        ("baseline", 1), ("baseline", 2), ("rtn-2b", 1), ("rtn-4b", 1), ("rtn-4b", 2),
+    ]  # fmt: skip
+    assert all(record.attempt == 2 for record in latest(records).values() if record.cell.recipe != "rtn-2b")
+    capsys.readouterr()
+    assert run("suite=quant", "recipes=rtn-4b,rtn-2b") == 0
+    assert "3 done, 0 to run" in capsys.readouterr().out
+
+
+def test_published_results_are_never_done(here, fakes, capsys):
+    """A clean clone: the first command measures, although the checkout holds published records of the same cells."""
+    assert PUBLISHED.is_dir()
+    assert run("suite=quant", "--dry-run") == 0
+    assert "16 cells, 0 done, 16 to run" in capsys.readouterr().out
+
+
+def test_a_recipe_is_one_more_row_of_a_suite(here, fakes, capsys):
+    assert run("suite=quant", "recipes=rtn-4*", "recipe=rtn(bits=4, symmetric=True), nf4()") == 0
+    assert "3 cells" in capsys.readouterr().out
+    records = Store(here / "runs").read("quant", 1)[0]
+    assert sorted(record.cell.recipe for record in records) == [
+        "baseline", "rtn(symmetric=True), nf4()", "rtn-4b",
+    ]  # fmt: skip
+    assert len({json.dumps(record.cell.settings, sort_keys=True) for record in records}) == 1
+    assert run("suite=quant", "recipe=rtn(bits=4)", "recipes=rtn-4b") == 0  # that is the row
+    assert "2 cells, 2 done" in capsys.readouterr().out
+
+
+def test_settings_from_the_command_line(here):
+    before = identities(recipes="rtn-4b")["rtn-4b"]
+    changes = {"window": 64, "tasks": ["tiny_facts"], "speed_points": [[2, 32]], "probes": ["cost"]}
+    given = RunOptions(suite="quant", recipes="rtn-4b", device="cpu")
+    after = {planned.job.cell.recipe: planned.job.cell for planned in runner.plan(given, changes).cells}["rtn-4b"]
+    assert after.settings == before.settings | changes and after.identity != before.identity
+    unset = runner.plan(given, {"limit": None}).cells[0].job.cell.settings
+    assert "limit" in before.settings and "limit" not in unset
+
+
+@pytest.mark.parametrize("way", [["seeds=[0,1]", "limit=7"], ["--set", "seeds=[0,1]", "--set", "limit=7"]])
+def test_a_setting_is_given_either_way(here, way, capsys):
+    assert run("suite=quant", "recipes=gptq-4b", "--dry-run", "--json", *way) == 0
+    rows = json.loads(capsys.readouterr().out)
+    given = RunOptions(suite="quant", recipes="gptq-4b", device="cpu", seeds=[0, 1], limit=7)
+    assert [row["identity"] for row in rows] == [planned.job.cell.identity for planned in runner.plan(given).cells]
 
 
 def test_json_is_all_there_is(here, fakes, capfd):
@@ -253,10 +326,10 @@ def test_json_is_all_there_is(here, fakes, capfd):
 
 def test_a_recipe_is_filed_under_adhoc_with_its_baseline(here, fakes):
     assert run("recipe=rtn(bits=8), nf4()") == 0
-    records = Store(here / "results").read("adhoc", 1)[0]
+    records = Store(here / "runs").read("adhoc", 1)[0]
     assert sorted(record.cell.recipe for record in records) == ["baseline", "rtn(bits=8), nf4()"]
     assert run("recipe=nf4()") == 0  # the baseline is done
-    assert len(Store(here / "results").read("adhoc", 1)[0]) == 3
+    assert len(Store(here / "runs").read("adhoc", 1)[0]) == 3
 
 
 def test_exit_codes(here, fakes, faults, capsys):
@@ -267,7 +340,7 @@ def test_exit_codes(here, fakes, faults, capsys):
     assert "2 done, 0 to run" in capsys.readouterr().out
     assert run("recipe=crash()") == 1
     assert run("recipe=crash()") == 1
-    assert [r.attempt for r in Store(here / "results").read()[0] if r.outcome == "crashed"] == [1, 2]
+    assert [r.attempt for r in Store(here / "runs").read()[0] if r.outcome == "crashed"] == [1, 2]
 
 
 def test_a_dry_run(here, fakes, capsys):
@@ -279,7 +352,7 @@ def test_a_dry_run(here, fakes, capsys):
         ["run", "gptq-4b", "0", "new"],
         ["run", "gptq-4b", "1", "new"],
     ]
-    assert not (here / "results").exists()
+    assert not (here / "runs").exists()
     assert run("suite=quant", "recipes=rtn-4b") == 0
     capsys.readouterr()
     assert run("suite=quant", "recipes=rtn-4b,rtn-2b", "--dry-run", "--json") == 0
@@ -290,7 +363,7 @@ def test_a_dry_run(here, fakes, capsys):
 
 
 def test_stray_files_are_noted(here, fakes, capsys):
-    folder = here / "results" / "records" / "adhoc" / "v1"
+    folder = here / "runs" / "records" / "adhoc" / "v1"
     folder.mkdir(parents=True)
     (folder / "half.json").write_text('{"schema": 1, ')
     assert run("recipe=rtn()") == 0

@@ -615,9 +615,9 @@ def test_bytes_reported_are_bytes_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rtn(bits='4')", "bits='4': must be int"),
+        ("rtn(bits='4')", "bits='4': must be a whole number, not str"),
         ("rtn(bits=-4)", "bits must be one of"),
-        ("rtn(bits=True)", "must be int, not bool"),
+        ("rtn(bits=True)", "must be a whole number, not bool"),
         ("rtn(4)", "must be named"),
         ("rtn(bits=4, bits=3)", "rtn.*twice|repeated"),
         ("rtn(bit=4)", "did you mean 'bits'"),

@@ -210,7 +210,7 @@ def test_a_later_step_finds_merged_weights() -> None:
         ("lora(alpha=0)", "alpha must be above 0"),
         ("lora(dropout=1)", "dropout must be in"),
         ("lora(merge='merged')", "must be one of 'masked', 'dense', 'separate'"),
-        ("lora(targets='q_proj')", r"targets='q_proj': must be 'all' \| tuple\[str, ...\], not str"),
+        ("lora(targets='q_proj')", r"targets='q_proj': must be 'all' or a tuple of text, not str"),
     ],
 )
 def test_wrong_usage(step: str, message: str) -> None:
