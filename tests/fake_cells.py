@@ -57,6 +57,23 @@ def timing(job: Job, tell: Tell) -> Record:
     return Record(job.cell, "ok")
 
 
+def unpicklable(job: Job, tell: Tell) -> Record:
+    """A cell whose record cannot be sent."""
+    return Record(job.cell, "ok", log={"what": lambda: None})
+
+
+class Riddle:
+    """What can be sent, and not read at the other end."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def unreadable(job: Job, tell: Tell) -> Record:
+    """A cell whose record cannot be read by the runner."""
+    return Record(job.cell, "ok", log={"what": Riddle()})
+
+
 def placed(job: Job, tell: Tell) -> Record:
     """A cell that times something while `beside` cells do so, and says where; one called a victim is killed at it."""
     seen = Path(job.cell.settings["seen"])
