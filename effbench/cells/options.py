@@ -10,7 +10,7 @@ from pathlib import Path
 
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
-from effbench.core.usage import Count, Positive, Seed, one_of
+from effbench.core.usage import Count, Positive, Seed, named_path, one_of
 
 TIERS = ("quick", "full")
 
@@ -58,4 +58,4 @@ class RunOptions:
     @property
     def folder(self) -> Path:
         """The folder for records."""
-        return Path(self.results).expanduser()
+        return named_path("results", self.results)

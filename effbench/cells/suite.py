@@ -18,12 +18,12 @@ from msgspec import Meta
 
 from effbench import probes, sources
 from effbench.cells.options import TIERS
-from effbench.core import plain
+from effbench.core import plain_yaml
 from effbench.core.errors import Usage
 from effbench.core.kinds import Weights
 from effbench.core.paths import SUITES
 from effbench.core.recipe import Recipe, parse, unique
-from effbench.core.usage import Count, Positive, Seed, nearest, one_of, typed
+from effbench.core.usage import Count, Positive, Seed, named_path, nearest, one_of, typed
 
 BASELINE = "baseline"  # the row of no steps that every suite has
 ADHOC = "adhoc"  # the suite of recipes that were given without one
@@ -182,23 +182,19 @@ def _named(recipe: Recipe, name: str) -> Recipe:
 
 
 def _path(name: str) -> Path:
-    own = name.endswith((".yaml", ".yml"))
-    path = Path(name).expanduser() if own else SUITES / f"{name}.yaml"
-    try:
-        if path.is_file() and (own or (NAME.fullmatch(name) and name != "presets")):
-            return path
-    except OSError as error:
-        raise Usage(f"suite={name}: {error.strerror}") from None
-    if own:
-        raise Usage(f"suite={name}: no such file")
-    raise Usage(
-        f"unknown suite {name!r}{nearest(name, names())}; one of your own is named by its file, suite=FILE.yaml"
-    )
+    if name.endswith((".yaml", ".yml")):
+        path = named_path("suite", name)
+        if not path.is_file():
+            raise Usage(f"suite={name}: no such file")
+        return path
+    if name not in names():
+        raise Usage(f"unknown suite {name!r}{nearest(name, names())}; one of your own is given as suite=FILE.yaml")
+    return SUITES / f"{name}.yaml"
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        body = plain.read(path.read_text(encoding="utf-8"))
+        body = plain_yaml.read(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, Usage) as error:
         raise Usage(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(body, dict):

@@ -86,6 +86,9 @@ def _calls(text: str) -> list[ast.Call]:
         return []
     try:
         tree = ast.parse(f"({text}\n,)", mode="eval").body
+        ast.unparse(tree)
+    except (RecursionError, MemoryError):
+        raise Usage(f"recipe {text[:60]!r}... is nested too deeply") from None
     except (SyntaxError, ValueError) as error:
         raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; write steps as name(key=value), ...") from None
     assert isinstance(tree, ast.Tuple)

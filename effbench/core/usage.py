@@ -8,14 +8,16 @@ import functools
 import math
 import operator
 import reprlib
+import tempfile
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import msgspec
 
-from effbench.core import plain
+from effbench.core import plain_yaml
 from effbench.core.errors import Usage
 
 T = TypeVar("T")
@@ -42,6 +44,27 @@ def one_of(name: str, value: str | None, choices: Iterable[str]) -> None:
         raise Usage(f"unknown {name} {value!r}{nearest(value, choices)}")
 
 
+def named_path(name: str, value: str) -> Path:
+    """The file or folder that an option names, `~` resolved. Raises `Usage` for a name that no file can have."""
+    try:
+        path = Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
+        raise Usage(f"{name}={shown}: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise `Usage` unless a file or folder can be made at `path`; makes nothing."""
+    nearest = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise Usage(f"{name}={path}: cannot write there ({error.strerror}); choose another folder") from None
+
+
 def parse(kind: type[T], arguments: Iterable[str]) -> T:
     """The options that `key=value` arguments give, as the dataclass `kind`. Raises `Usage`."""
     return kind(**given(kind, arguments))
@@ -50,7 +73,7 @@ def parse(kind: type[T], arguments: Iterable[str]) -> T:
 def given(kind: type, arguments: Iterable[str], what: str = "option") -> dict[str, Any]:
     """The fields of the dataclass `kind` that `key=value` arguments give, of its types. Raises `Usage`.
 
-    Values are plain YAML (`effbench.core.plain`), but text is taken as typed.
+    Values are plain YAML (`effbench.core.plain_yaml`), but text is taken as typed.
     """
     hints = _hints(kind)
     values: dict[str, Any] = {}
@@ -66,7 +89,7 @@ def given(kind: type, arguments: Iterable[str], what: str = "option") -> dict[st
             raise Usage(f"{what} {name} is given twice")
         stripped = _without_none(hints[name])
         try:
-            value = text if stripped is str else plain.read(text)
+            value = text if stripped is str else plain_yaml.read(text)
             values[name] = convert(value, hints[name], name)
         except Usage:
             raise Usage(f"{name}={text}: must be {describe(stripped)}") from None

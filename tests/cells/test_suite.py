@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from effbench import probes
 from effbench.cells import suite
+from effbench.core import plain_yaml
 from effbench.core.errors import Usage
+from effbench.core.paths import SUITES
 from effbench.core.recipe import parse
 
 GOOD = {
@@ -90,7 +97,10 @@ def test_mistakes(write, changes, words):
     [
         ("name: [", "while parsing"),
         ("- a\n- b", "must hold keys"),
-        ("!!python/object/apply:os.system ['true']", "python"),
+        ("!!python/object/apply:os.system ['true']", "tags"),
+        ("name: a\nname: b", "name is given twice"),
+        ("a: &a [*a]", "anchors"),
+        ("name: \0", "unacceptable character"),
     ],
 )
 def test_unreadable_files(tmp_path, text, words):
@@ -98,6 +108,91 @@ def test_unreadable_files(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(Usage, match=words):
         suite.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("010", 10), ("0x10", None), ("1:30", None), ("1_000", None), ("1e3", None), ("yes", None)]
+)
+def test_numbers_are_read_as_written(write, text, limit):
+    path = write()
+    Path(path).write_text(Path(path).read_text().replace("limit: 7", f"limit: {text}"))
+    if limit is None:
+        with pytest.raises(Usage, match=f"settings of tier full: limit={plain_yaml.read(text)!r}: must be"):
+            suite.load(path)
+    else:
+        assert suite.load(path).tier("full").settings["limit"] == limit
+
+
+@pytest.mark.parametrize("name", ["../quant", "/etc/passwd", "quant/../quant", "*", "a" * 5000, "\0", "", ".", "~"])
+def test_names_that_are_none(name):
+    for written in (name, f"{name}.yaml"):
+        with pytest.raises(Usage):
+            suite.load(written)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a b", "-", "a/b", "x" * 65])
+def test_a_suite_s_name_can_be_that_of_a_folder(name, tmp_path):
+    path = tmp_path / f"{name.replace('/', '_')}.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"name": name}))
+    with pytest.raises(Usage, match="name: must be that of the file"):
+        suite.load(str(path))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["${x}", "?", "*", "rtn()"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value, path=()):
+    """Every place in a nested value."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+@st.composite
+def damaged(draw):
+    """A good suite in which something is something else."""
+    body = json.loads(json.dumps(GOOD))
+    for _ in range(draw(st.integers(1, 2))):
+        *path, last = draw(st.sampled_from([place for place in places(body) if place]))
+        inner = body
+        for key in path:
+            inner = inner[key]
+        if isinstance(inner, dict) and draw(st.booleans()):
+            inner[draw(st.text(max_size=8) | st.sampled_from(["recipes", "steps", "limit", "probes"]))] = draw(ANYTHING)
+        else:
+            inner[last] = draw(ANYTHING)
+    return json.dumps(body)
+
+
+def load_or_usage(path, text):
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        suite.load(str(path))
+    except Usage as error:
+        assert str(error).startswith(str(path))
+
+
+FUZZING = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZING
+@given(damaged())
+def test_any_object_is_a_suite_or_usage(tmp_path, text):
+    load_or_usage(tmp_path / "mine.yaml", text)
+
+
+@FUZZING
+@given(st.data())
+def test_any_text_is_a_suite_or_usage(tmp_path, data):
+    text = (SUITES / "quant.yaml").read_text(encoding="utf-8")
+    begin = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(begin, min(len(text), begin + 40)))
+    more = data.draw(st.text(max_size=12) | st.text(alphabet="[]{}&*!|>'\"%:-,. \n0123456789~<", max_size=8))
+    load_or_usage(tmp_path / "quant.yaml", text[:begin] + more + text[end:])
 
 
 def test_unknown_suites():

@@ -174,7 +174,7 @@ def test_memory_is_kept_where_the_reference_does_not_fit(execute, monkeypatch):
 def test_gpu_smoke_covers_what_is_asked_of_it():
     smoke = suite.load("gpu-smoke")
     for tier, model in (("quick", "shape:llama-3.2-1b"), ("full", "shape:llama-3.1-8b")):
-        plan = smoke.plan(tier)
+        plan = smoke.tier(tier)
         assert plan.models == (model,)
         batches, contexts = ({point[i] for point in plan.settings["speed_points"]} for i in (0, 1))
         assert batches == {1, 8, 64} and len(contexts) == 2
