@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -186,31 +185,6 @@ def presets() -> dict[str, str]:
     return {str(name): str(steps) for name, steps in found.items()}
 
 
-@functools.cache
-def source_digest(key: str) -> str:
-    """Digest of the source that decides what a method computes: its file, and the method, format and kernel code
-    that it imports, directly or not."""
-    digest = hashlib.sha256()
-    for path in sorted(_closure(catalog()[key].path)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _closure(start: Path) -> set[Path]:
-    seen: set[Path] = set()
-    queue = [start]
-    while queue:
-        path = queue.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                names = [node.value.partition(":")[0]]  # lazily imported backends
-            queue += filter(None, map(_source, names))
-    return seen
+def module_file(module: str) -> Path | None:
+    """The file of a module outside effbench that holds a method; None for all others."""
+    return next((entry.path for entry in catalog().values() if entry.module == module), None)

@@ -11,8 +11,6 @@ from effbench.probes import Reading
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
-
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`apply_seconds`, `apply_peak_<kind>_bytes` for every kind of peak that was seen, `calibration_tokens`."""

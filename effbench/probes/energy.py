@@ -19,7 +19,6 @@ from effbench.probes.speed import new_tokens, points, prompts
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 EXCLUSIVE = True
 
 SECONDS = 5.0  # the counter moves about every 100 ms

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from effbench.nn.infer.engine import Engine
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 GENERATED = 16  # prompts in one batch
