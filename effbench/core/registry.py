@@ -112,6 +112,8 @@ def _lineage(node: ast.ClassDef, tree: ast.Module) -> tuple[list[ast.ClassDef], 
     """The class behind those that it inherits from within its family, and the kind they all are of."""
     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
     for base in bases:
+        if base == Method.__name__:
+            continue
         if base in KINDS:
             return [node], base
         for line in tree.body:
@@ -119,7 +121,7 @@ def _lineage(node: ast.ClassDef, tree: ast.Module) -> tuple[list[ast.ClassDef], 
                 found, kind = _lineage(line, tree)
                 return [*found, node], kind
             imported = isinstance(line, ast.ImportFrom) and any(alias.name == base for alias in line.names)
-            file = _source(line.module) if imported and isinstance(line, ast.ImportFrom) else None
+            file = _file(line.module) if imported and isinstance(line, ast.ImportFrom) else None
             if file is not None:
                 other = ast.parse(file.read_bytes())
                 parent = next(n for n in other.body if isinstance(n, ast.ClassDef) and n.name == base)
@@ -131,10 +133,14 @@ def _lineage(node: ast.ClassDef, tree: ast.Module) -> tuple[list[ast.ClassDef], 
 def _source(module: str | None) -> Path | None:
     """File of a module of the package whose code decides what a method computes; None for any other."""
     parts = (module or "").split(".")
-    if parts[0] != "effbench" or len(parts) < 3 or parts[1] not in ("methods", "formats", "kernels"):
-        return None
-    file = PACKAGE.joinpath(*parts[1:]).with_suffix(".py")
-    return file if file.is_file() else None
+    return _file(module) if len(parts) > 2 and parts[1] in ("methods", "formats", "kernels") else None
+
+
+def _file(module: str | None) -> Path | None:
+    """File of a module of the package; None for any other."""
+    top, *parts = (module or "").split(".")
+    file = PACKAGE.joinpath(*parts).with_suffix(".py")
+    return file if top == "effbench" and parts and file.is_file() else None
 
 
 def _literal(facts: dict[str, Any], name: str, value: ast.expr) -> None:
