@@ -44,6 +44,7 @@ ACCURACY = re.compile(r"_(acc|exact_match)$")
 SPEED = re.compile(r"(prefill|decode)_speedup_b(\d+)_c(\d+)")
 COMPUTE = re.compile(r"_flops_per_token_|^flops_2d$|_energy_j_per_token_")
 LEVEL = 0.05
+OWN_DIGESTS = ("method", "methods", "files")  # of a row, not of its table
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -295,7 +296,7 @@ def _place(record: Record) -> tuple[Any, ...]:
 
 def state(record: Record) -> dict[str, str]:
     """Digests of what all rows of a table share; those of a row's own methods differ between rows."""
-    return {name: value for name, value in record.cell.digests.items() if name not in ("methods", "files")}
+    return {name: value for name, value in record.cell.digests.items() if name.partition(".")[0] not in OWN_DIGESTS}
 
 
 def machine(record: Record) -> str:
