@@ -32,14 +32,14 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
     recipe = parse(job.cell.steps, job.cell.recipe)
     device, settings = job.place.device, job.cell.settings
-    found = Findings(tell, device)
+    findings = Findings(tell, device)
     environment: dict[str, Any] = {}
     log = RunLog()
     simulated = False
     gate = Gate(job.place.gate, tell)
-    found.enter("wait")
-    with gate.shared(), found.guard():
-        found.enter("open")
+    findings.enter("wait")
+    with gate.shared(), findings.guard():
+        findings.enter("open")
         from effbench.machine.environment import describe
         from effbench.nn.files.load import open_run
 
@@ -50,62 +50,63 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         run = open_run(job.source, job.data, device, settings["dtype"], job.cell.seed, settings)
         log = run.log
         try:
-            _apply(recipe, run, found)
+            _apply(recipe, run, findings)
             simulated = any(getattr(module, "simulated", False) for module in run.model.modules())
-            _measure(run, settings, gate, found)
+            _measure(run, settings, gate, findings)
         finally:
             run.close()
-    found.enter("")
+    findings.enter("")
+    shortfall = {"shortfall": findings.shortfall} if findings.shortfall else {}
     return Record(
         cell=job.cell,
-        outcome=found.outcome,
-        reason=found.reason,
-        traceback=found.traceback,
+        outcome=findings.outcome,
+        reason=findings.reason,
+        traceback=findings.traceback,
         attempt=job.attempt,
         simulated=simulated,
-        metrics=found.metrics,
-        samples=found.samples,
-        protocols=found.protocols,
+        metrics=findings.metrics,
+        samples=findings.samples,
+        protocols=findings.protocols,
         kernels=ran(),
         facts=facts(recipe, log.calibration_sequences or settings.get("calibration_sequences")),
-        log=log.to_json() | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {}),
+        log=log.to_json() | {"phases": findings.seconds} | shortfall,
         environment=environment,
         started=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - begin - found.seconds["wait"], 3),
+        seconds=round(time.monotonic() - begin - findings.seconds["wait"], 3),
     )
 
 
-def _apply(recipe: Recipe, run: ModelRun, found: Findings) -> None:
+def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:
     """The steps in order, each with its time and the most memory it held."""
     from effbench.machine.peak import PeakMemory
 
     for step in recipe.steps:
-        found.enter(str(step))
+        findings.enter(str(step))
         begin = time.perf_counter()
         with PeakMemory(run.device) as peak:
             run.apply(step)
         seconds = time.perf_counter() - begin
         run.log.steps.append({"step": str(step), "seconds": seconds, "peaks": peak.bytes})
-    found.enter("finish")
+    findings.enter("finish")
     run.finish(recipe_is_empty=not recipe.steps)
 
 
-def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, found: Findings) -> None:
+def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Findings) -> None:
     """Take the probes, those that need an idle device last."""
     from effbench import probes
 
     def take(names: list[str]) -> None:
         for name in names:
-            if found.over:
+            if findings.over:
                 return
-            found.enter(name)
-            with found.guard():
-                found.add(probes.take(name, run, settings))
+            findings.enter(name)
+            with findings.guard():
+                findings.add(probes.take(name, run, settings))
 
     take([name for name in settings["probes"] if name not in probes.EXCLUSIVE])
     timing = [name for name in settings["probes"] if name in probes.EXCLUSIVE]
-    if timing and not found.over:
-        found.enter("wait")
+    if timing and not findings.over:
+        findings.enter("wait")
         with gate.alone():
             take(timing)
 

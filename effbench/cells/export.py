@@ -10,7 +10,7 @@ from effbench.cells.options import DTYPES
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse
 from effbench.core.usage import Seed, check_writable, named_path, one_of
-from effbench.machine.placement import chosen_devices
+from effbench.machine.placement import choose_devices
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
@@ -49,7 +49,7 @@ def export(options: ExportOptions) -> str:
         raise Usage(f"to={options.to}: is there already and not empty; name a new folder")
     check_writable("to", folder)
     source, data = sources.model(options.model, options.tokenizer), sources.data(options.data)
-    devices, _ = chosen_devices(options.device)
+    devices, _ = choose_devices(options.device)
 
     from effbench.nn.files import artifact
     from effbench.nn.files.load import open_run

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Set
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effbench.core.errors import Usage
 from effbench.core.usage import convert

@@ -81,11 +81,11 @@ def _graph_node(number: Tensor) -> float:
 
 def _best(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of several calls, by the device's clock."""
-    found: list[float] = []
+    seconds: list[float] = []
     until = time.perf_counter() + SECONDS[_kind(device)]
-    while len(found) < REPEATS or time.perf_counter() < until:
-        found.append(timed(work, device).device)
-    return min(found)
+    while len(seconds) < REPEATS or time.perf_counter() < until:
+        seconds.append(timed(work, device).device)
+    return min(seconds)
 
 
 def _kind(device: torch.device) -> str:

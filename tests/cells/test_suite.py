@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from effbench import probes
 from effbench.cells import suite
+from effbench.cli import main as cli
 from effbench.core import plain_yaml
 from effbench.core.errors import Usage
-from effbench.core.paths import SUITES
+from effbench.core.paths import PACKAGE, SUITES
 from effbench.core.recipe import parse
 
 GOOD = {
@@ -260,3 +262,21 @@ def test_a_recipe_of_the_same_steps_is_the_row_itself(steps, row):
     quant = suite.load("quant")
     names = [recipe.name for recipe in quant.tier("quick").with_row(quant.row(steps)).recipes]
     assert names.count(row) == 1 and not any("(" in name for name in names)
+
+
+def test_the_suite_in_the_documentation(tmp_path):
+    text = (PACKAGE.parent / "docs" / "suites.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    mine = suite.load(str(tmp_path / "mine.yaml"))
+    assert [recipe.name for recipe in mine.recipes] == ["baseline", "rtn-4b", "rtn-3b", "gptq-4b"]
+    assert mine.tier("quick").settings["limit"] == 16 and mine.tier("full").seeds == (0, 1, 2)
+
+
+def test_every_key_and_setting_is_documented(capsys):
+    """By the comment beside its field, which `effbench run --help` shows."""
+    assert cli.main(["run", "--help"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    texts = {words[0]: words[1] for words in lines if len(words) == 2}
+    for kind, mark in ((suite.Settings, "="), (suite.SuiteFile, ":"), (suite.Template, ":"), (suite.Stage, ":")):
+        for field in dataclasses.fields(kind):
+            assert texts[field.name + mark].strip()

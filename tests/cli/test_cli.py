@@ -121,6 +121,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "device=gpu"], "device=gpu: must be cpu, cuda or cuda:N"),
         (["run", "suite=quant", "device=tpu"], "device=tpu: must be cpu, cuda or cuda:N"),
         (["run", "suite=quant", "device=cuda:77"], "device=cuda:77: this machine has"),
+        (["run", "suite=quant", "device=cuda:\u00b2"], "must be cpu, cuda or cuda:N"),
         (["run", "suite=quant", "device=cuda:x"], "device=cuda:x: must be cpu, cuda or cuda:N"),
         pytest.param(
             ["run", "suite=quant", "device=cuda"], "device=cuda: this machine has no CUDA device", marks=needs_no_gpu
