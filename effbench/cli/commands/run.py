@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
     by_identity = {record.cell.identity: record for record in [*run.done, *fresh]}
     records = [by_identity[cell.job.cell.identity] for cell in run.cells]
     if not arguments.json:
-        from effbench.report.tables import render
+        from effbench.report.pages import render
 
         print(f"\n{render(records, run.suite.name, 'rich' if out.isatty() else 'md')}", end="")
     return int(any(record.outcome in FAILED for record in records))
