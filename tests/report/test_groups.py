@@ -87,6 +87,12 @@ def test_a_caption_says_at_which_commits_and_how_many_rows_are_older():
     )
 
 
+def alike(record, row):
+    """Whether a record has the name or the steps of one in the row."""
+    names, steps = {other.cell.recipe for other in row.values()}, {other.cell.steps for other in row.values()}
+    return record.cell.recipe in names or record.cell.steps in steps
+
+
 def slow_rows(records):
     """Rows by comparing every record with every row, as a check of the sorting by keys."""
     rows = []
@@ -96,10 +102,7 @@ def slow_rows(records):
             cell = dataclasses.replace(next(iter(row.values())).cell, seed=record.cell.seed)
             if cell.identity == record.cell.identity:
                 mine = row
-        same = lambda row: any(  # noqa: E731
-            record.cell.recipe == other.cell.recipe or record.cell.steps == other.cell.steps for other in row.values()
-        )
-        rows = [row for row in rows if not same(row)]
+        rows = [row for row in rows if not alike(record, row)]
         rows.append(mine | {record.cell.seed: record})
     return {frozenset(record.started + record.name for record in row.values()) for row in rows}
 

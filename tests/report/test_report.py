@@ -9,6 +9,8 @@ import re
 import numpy as np
 import pytest
 from fake_records import PROTOCOL, RECORDS, failed, make
+from hypothesis import given
+from hypothesis import strategies as st
 
 from effbench.cli.commands import report
 from effbench.cli.main import main
@@ -20,6 +22,7 @@ from effbench.report import methods as docs
 from effbench.report import pages
 from effbench.report.differences import difference, table_tests
 from effbench.report.groups import group_records
+from effbench.report.metrics import limits, scale
 from effbench.report.pages import check, headline, render, write
 from effbench.report.sheets import page_sheets
 from effbench.report.text import bytes_text, rounded, with_interval
@@ -354,6 +357,41 @@ def test_rounded(value, text):
 )
 def test_with_interval(found, text):
     assert with_interval(found) == text
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "low", "high", "text"),
+    [
+        ("tasks_acc", 1.0, 0.89, 1.0, "100 [89–100]"),
+        ("tasks_acc", 0.0938, 0.03, 0.2422, "9 [3–24]"),
+        ("tasks_acc", 0.5, 0.4, 0.6, "50.0 ±10.0"),
+        ("top1_agreement", 0.9966, 0.9902, 0.9989, "99.7 [99.0–99.9]"),
+        ("token_ppl", 1.4, 0.9, 2.2, "1.4 [1.0–2.2]"),
+        ("kl_nats_per_token", 0.474, -0.028, 0.976, "0.474 [0.000–0.976]"),
+        ("decode_speedup_b1_c1", 0.3, -0.1, 0.7, "0.3 [0.0–0.7]"),
+    ],
+)
+def test_no_interval_leaves_what_is_possible(metric, value, low, high, text):
+    shown = with_interval(Estimate(value, low, high), scale(metric), limits=limits(metric))
+    bounds = [float(number) for number in re.findall(r"[\d.]+", shown.partition("[")[2])]
+    assert all(limits(metric)[0] * scale(metric) <= bound <= limits(metric)[1] * scale(metric) for bound in bounds)
+    assert ("[" in shown) == ("[" in text)
+
+
+@given(
+    st.sampled_from(["tasks_acc", "top1_agreement", "token_ppl", "kl_nats_per_token", "decode_speedup_b1_c1"]),
+    st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(1, 3),
+)  # fmt: skip
+def test_what_an_interval_prints_is_possible(metric, value, below, above, seeds):
+    """Also for means over seeds, whose symmetric interval knows no bounds."""
+    least, most = limits(metric)
+    value = value if math.isfinite(most) else least + 20 * value
+    shown = with_interval(Estimate(value, value - below, value + above, n=seeds), scale(metric), limits=limits(metric))
+    numbers = [float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", shown)]
+    if "±" in shown:
+        numbers = [numbers[0] - numbers[1], numbers[0] + numbers[1]]
+    rounding = 0.5 * scale(metric) * 0.02 + 0.51
+    assert min(numbers) >= least * scale(metric) - rounding and max(numbers) <= most * scale(metric) + rounding
 
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (4.25e6, "4.25 MB"), (16e9, "16.0 GB"), (2e15, "2000 TB")])

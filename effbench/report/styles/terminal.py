@@ -50,7 +50,7 @@ def _point_to_more(sheets: Sequence[Sheet], detail: str) -> str:
     others = [name for name in DETAILS if name != detail and any(g.detail == name for s in sheets for g in s.grids)]
     if not others:
         return f"More: {command} --{detail} format=md"
-    return f"More: {command} detail={'|'.join(others)}, or format=md for all of it"
+    return f"More: {command} detail=NAME, of {', '.join(others)}; or format=md for all of it"
 
 
 def fit(grid: Grid, width: int) -> tuple[list[str], list[str]]:
