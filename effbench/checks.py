@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from effbench.core.kinds import Cache, Prompt, Select, Swap, Train, Weights
+from effbench.core.kinds import Cache, Prompt, Select, Train, Weights
 from effbench.core.method import Method
 from effbench.core.recipe import parse_step
-from effbench.nn.data import Data, Example
+from effbench.core.run import FitReport
+from effbench.core.views import Example
+from effbench.nn.data import Data
 from effbench.nn.files import artifact
 from effbench.nn.model.linear import Replaced, dense_weight, stored_bytes, top_linears
 from effbench.nn.run import ModelRun, narrow
+from effbench.nn.train.fit import FitSettings, fit
 from effbench.sources import Source
 
 Check = Callable[[Method], None]
@@ -99,24 +102,15 @@ def applied(method: Method, seed: int = 0) -> ModelRun:
     """A toy run that `method` has been applied to, with two steps of fit after it where it needs them."""
     run = toy_run(seed=seed)
     run.apply(method)
-    if isinstance(method, (Swap, Train)):
+    if method.trains:
         fit_two_steps(run)
     run.finish(recipe_is_empty=True)
     return run
 
 
-def fit_two_steps(run: ModelRun) -> dict[str, Any]:
+def fit_two_steps(run: ModelRun) -> FitReport:
     """Two steps of the library's fit at a small learning rate."""
-    return run.fit(
-        steps=2,
-        lr=1e-3,
-        batch_size=4,
-        warmup=0.0,
-        clip=1.0,
-        weight_decay=0.0,
-        schedule="constant",
-        max_length=32,
-    )
+    return fit(run, FitSettings(steps=2, lr=1e-3, batch_size=4, schedule="constant", warmup=0.0, max_length=32))
 
 
 def check_frozen_and_picklable(method: Method) -> None:
@@ -177,7 +171,7 @@ def check_touches_only_its_part(method: Method) -> None:
 
 def check_two_steps_of_fit(method: Method) -> None:
     """Two steps of fit after the method give a finite loss, or there is honestly nothing to train."""
-    if isinstance(method, (Swap, Train)):
+    if method.trains:
         run = toy_run()
         run.apply(method)
         assert torch.isfinite(torch.tensor(fit_two_steps(run)["loss_last"]))
@@ -216,7 +210,7 @@ def check_linear_protocol(method: Method) -> None:
 
 def method_tolerance(method: Method) -> float:
     """Relative error that a method may add in its forward pass beyond its weights: activation rounding, if any."""
-    return 0.08 if getattr(method, "activations", False) else 1e-4
+    return 0.08 if method.rounds_activations else 1e-4
 
 
 def check_undone_on_exit(method: Method) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench.cells.job import Job
+from effbench.core.run import RunLog
 from effbench.machine.gate import Gate, Tell
 from effbench.records.record import Metric, Record
 
@@ -131,7 +132,7 @@ class FakeRun:
             raise settings["open"]
         self.device = torch.device("cpu")
         self.model = torch.nn.Module()
-        self.log: dict[str, Any] = {"steps": []}
+        self.log = RunLog()
         self.taken: list[str] = []
         self.closed = False
         self.finished = False

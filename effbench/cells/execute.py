@@ -9,12 +9,15 @@ from __future__ import annotations
 import datetime
 import random
 import time
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 from effbench.cells.findings import Findings
 from effbench.cells.job import Job
 from effbench.core.kinds import kind_of
+from effbench.core.method import Need
 from effbench.core.recipe import Recipe, parse
+from effbench.core.run import RunLog
 from effbench.machine import devices
 from effbench.machine.gate import Gate, Tell
 from effbench.ops import ran
@@ -31,7 +34,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     device, settings = job.place.device, job.cell.settings
     found = Findings(tell, device)
     environment: dict[str, Any] = {}
-    log: dict[str, Any] = {}
+    log = RunLog()
     simulated = False
     gate = Gate(job.place.gate, tell)
     found.enter("wait")
@@ -64,8 +67,8 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         samples=found.samples,
         protocols=found.protocols,
         kernels=ran(),
-        facts=facts(recipe, log.get("calibration_sequences", settings.get("calibration_sequences"))),
-        log=log | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {}),
+        facts=facts(recipe, log.calibration_sequences or settings.get("calibration_sequences")),
+        log=log.to_json() | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {}),
         environment=environment,
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - begin - found.seconds["wait"], 3),
@@ -82,7 +85,7 @@ def _apply(recipe: Recipe, run: ModelRun, found: Findings) -> None:
         with PeakMemory(run.device) as peak:
             run.apply(step)
         seconds = time.perf_counter() - begin
-        run.log["steps"].append({"step": str(step), "seconds": seconds, "peaks": peak.bytes})
+        run.log.steps.append({"step": str(step), "seconds": seconds, "peaks": peak.bytes})
     found.enter("finish")
     run.finish(recipe_is_empty=not recipe.steps)
 
@@ -109,16 +112,19 @@ def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, found: Finding
 
 def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
     """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`."""
-    found: dict[str, list[str]] = {"type": [], "calibration_data": [], "weight_update": []}
-    for step in recipe.steps:
-        found["type"].append(getattr(step, "type", kind_of(type(step))))
-        if hasattr(step, "needs"):
-            needs: set[str] = step.needs
-            gradients = " with gradients" if any(need.startswith("grad") for need in needs) else ""
-            found["calibration_data"].append(f"{sequences} sequences{gradients}" if needs else "none")
-        if hasattr(step, "weight_update"):
-            found["weight_update"].append(step.weight_update)
-    return {name: ", ".join(dict.fromkeys(values)) for name, values in found.items() if values}
+    steps = recipe.steps
+    columns = {
+        "type": [step.type or kind_of(type(step)) for step in steps],
+        "calibration_data": [describe_calibration(step.needs, sequences) for step in steps if step.needs is not None],
+        "weight_update": [step.weight_update for step in steps if step.weight_update],
+    }
+    return {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
+
+
+def describe_calibration(needs: Set[Need], sequences: int | None) -> str:
+    """The calibration data of a step that takes these statistics."""
+    gradients = " with gradients" if any(need.startswith("grad") for need in needs) else ""
+    return f"{sequences} sequences{gradients}" if needs else "none"
 
 
 def _pin(device: str, threads: int, seed: int) -> None:

@@ -18,8 +18,10 @@ from effbench.cells.job import Job, Place
 from effbench.cells.options import RunOptions
 from effbench.cells.suite import Suite, seeded
 from effbench.core.errors import Usage
+from effbench.core.kinds import kind_of
+from effbench.core.method import Method
+from effbench.core.provenance import digest_source, find_file
 from effbench.core.recipe import Recipe
-from effbench.core.registry import source_digest
 from effbench.core.usage import one_of
 from effbench.machine.gate import gate_file
 from effbench.machine.placement import Placement, place
@@ -108,19 +110,29 @@ def plan(options: RunOptions) -> Run:
 
 
 def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict[str, str]:
-    """Digests of all that decides a cell's numbers and is not written in the cell itself. Raises `Usage`."""
-    found = {
+    """Digests of all that decides a cell's numbers and is not written in the cell itself. Raises `Usage`.
+
+    Source is digested from its roots: what opens a model, every probe that is taken, and every method with the
+    service of its kind. All rows of a table share the first two; `method.` and `files` are a row's own.
+    """
+    shared = {
         "model": model,
         "data": data,
         "tasks": sources.task_digest(),
-        "probes": " ".join(f"{name}={version}" for name, version in probes.versions().items() if name in taken),
+        "open": digest_source("effbench.nn.files.load"),
+        **{f"probe.{name}": digest_source(f"effbench.probes.{name}") for name in taken},
     }
-    if recipe.steps:
-        found["methods"] = _joined(source_digest(key) for key in sorted({step.key for step in recipe.steps}))
+    own = {f"method.{step.key}": _digest_method(step) for step in recipe.steps}
     files = [path for step in recipe.steps for path in step.files()]
     if files:
-        found["files"] = _joined(map(_file_digest, files))
-    return found
+        own["files"] = _joined(map(_file_digest, files))
+    return shared | own
+
+
+def _digest_method(step: Method) -> str:
+    """Digest of the source of a method and of what serves its kind."""
+    service = f"effbench.nn.kinds.{kind_of(type(step)).lower()}"
+    return digest_source(type(step).__module__, *([service] if find_file(service) else []))
 
 
 def _planned(job: Job, standing: dict[str, Record]) -> Planned:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -13,11 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_o
 from effbench.core.errors import Usage
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from effbench.core.run import Run
+    from effbench.core.views import Tensor
 
-HOOKS = ("batch", "loss", "param_groups", "optimizer", "context", "on_step")
+Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Method:
     claims: ClassVar[tuple[str, ...]] = ()  # slots this method writes, e.g. "train.precision"
     consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
+    trains: ClassVar[bool] = False  # True: acts through the fit that follows
+    type: ClassVar[str] = ""  # for comparison tables: what sort of method it is; empty: its kind
+    weight_update: ClassVar[str] = ""  # for comparison tables: what happens to weights that stay; empty: not said
     exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
 
     def __post_init__(self) -> None:
@@ -67,13 +70,25 @@ class Method:
         return ()
 
     @property
-    def ranks(self) -> int:
-        """Processes this method needs; known before anything is launched."""
-        return 1
+    def needs(self) -> Set[Need] | None:
+        """Calibration statistics that it takes; None where calibrating is no question, as for training.
+
+        A class attribute where they are the same for all settings.
+        """
+        return None
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether its linears round their inputs too, and hence differ from what their weights alone compute."""
+        return False
 
     def slots(self) -> tuple[str, ...]:
         """All slots this method writes: those it declares, and the optimizer if it brings one."""
         return self.claims + (("train.optimizer",) if self.overrides("optimizer") else ())
+
+    def slot_values(self) -> dict[str, Any]:
+        """What to write in each slot named by `claims`, by the slot's name without its plan; by default itself."""
+        return {}
 
     def overrides(self, hook: str) -> bool:
         """Whether the class of this method defines `hook` itself."""
@@ -81,8 +96,7 @@ class Method:
 
     def apply(self, run: Run) -> None:
         """Change the run: its model, its data or its plans. Kinds do this for their methods."""
-        if any(self.overrides(hook) for hook in HOOKS):
-            run.attach(self)
+        run.attach(self)
 
     # Hooks of the next fit; see `effbench.nn.train.fit` for the loop with every hook in its place.
 

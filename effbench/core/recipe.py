@@ -39,11 +39,6 @@ class Recipe:
                 writers = {slot: who for slot, who in writers.items() if not slot.startswith("train.")}
         return self
 
-    @property
-    def ranks(self) -> int:
-        """Processes a cell of this recipe needs."""
-        return max((step.ranks for step in self.steps), default=1)
-
     def resolved(self) -> list[dict[str, Any]]:
         """Every step with all its fields, for the record."""
         return [{"method": step.key, **dataclasses.asdict(step)} for step in self.steps]

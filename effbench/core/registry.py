@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -113,6 +112,8 @@ def _lineage(node: ast.ClassDef, tree: ast.Module) -> tuple[list[ast.ClassDef], 
     """The class behind those that it inherits from within its family, and the kind they all are of."""
     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
     for base in bases:
+        if base == Method.__name__:
+            continue
         if base in KINDS:
             return [node], base
         for line in tree.body:
@@ -120,7 +121,7 @@ def _lineage(node: ast.ClassDef, tree: ast.Module) -> tuple[list[ast.ClassDef], 
                 found, kind = _lineage(line, tree)
                 return [*found, node], kind
             imported = isinstance(line, ast.ImportFrom) and any(alias.name == base for alias in line.names)
-            file = _source(line.module) if imported and isinstance(line, ast.ImportFrom) else None
+            file = _file(line.module) if imported and isinstance(line, ast.ImportFrom) else None
             if file is not None:
                 other = ast.parse(file.read_bytes())
                 parent = next(n for n in other.body if isinstance(n, ast.ClassDef) and n.name == base)
@@ -132,10 +133,14 @@ def _lineage(node: ast.ClassDef, tree: ast.Module) -> tuple[list[ast.ClassDef], 
 def _source(module: str | None) -> Path | None:
     """File of a module of the package whose code decides what a method computes; None for any other."""
     parts = (module or "").split(".")
-    if parts[0] != "effbench" or len(parts) < 3 or parts[1] not in ("methods", "formats", "kernels"):
-        return None
-    file = PACKAGE.joinpath(*parts[1:]).with_suffix(".py")
-    return file if file.is_file() else None
+    return _file(module) if len(parts) > 2 and parts[1] in ("methods", "formats", "kernels") else None
+
+
+def _file(module: str | None) -> Path | None:
+    """File of a module of the package; None for any other."""
+    top, *parts = (module or "").split(".")
+    file = PACKAGE.joinpath(*parts).with_suffix(".py")
+    return file if top == "effbench" and parts and file.is_file() else None
 
 
 def _literal(facts: dict[str, Any], name: str, value: ast.expr) -> None:
@@ -186,31 +191,6 @@ def presets() -> dict[str, str]:
     return {str(name): str(steps) for name, steps in found.items()}
 
 
-@functools.cache
-def source_digest(key: str) -> str:
-    """Digest of the source that decides what a method computes: its file, and the method, format and kernel code
-    that it imports, directly or not."""
-    digest = hashlib.sha256()
-    for path in sorted(_closure(catalog()[key].path)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _closure(start: Path) -> set[Path]:
-    seen: set[Path] = set()
-    queue = [start]
-    while queue:
-        path = queue.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                names = [node.value.partition(":")[0]]  # lazily imported backends
-            queue += filter(None, map(_source, names))
-    return seen
+def module_file(module: str) -> Path | None:
+    """The file of a module outside effbench that holds a method; None for all others."""
+    return next((entry.path for entry in catalog().values() if entry.module == module), None)

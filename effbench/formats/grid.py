@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
+from effbench.core.views import Layer
 from effbench.formats.integer import IntLinear
 from effbench.formats.nm import NMIntLinear, pattern_of
-from effbench.nn.calibration import Layer
 
 GridName = Literal["gptq", "awq"]
 WIDTHS = (2, 3, 4, 8)  # bits per weight that can be packed

@@ -16,7 +16,6 @@ from effbench.probes.inputs import random_ids, slow
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 
 BATCH, CONTEXT, NEW_TOKENS = 4, 256, 16  # where the settings do not say
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
+from effbench.core.run import Run
 from effbench.formats.sparse import PrunedLinear
-from effbench.nn.calibration import dense_linears, replace
-from effbench.nn.model.linear import Replaced, kept, rebuilt
-
-if TYPE_CHECKING:
-    from effbench.core.run import Run
-    from effbench.nn.run import ModelRun
+from effbench.nn.model.blocks import dense_linears
+from effbench.nn.model.linear import Replaced, kept, rebuilt, replace
 
 Groups = list[dict[str, Any]]
 
@@ -89,10 +86,10 @@ def trainable_linears(run: Run) -> dict[str, nn.Module]:
 
     Raises `Unsupported` where there is none, or where one has no dense weights that could be trained.
     """
-    found = dense_linears(cast("ModelRun", run))
-    if not found:
+    linears = dense_linears(run)
+    if not linears:
         raise Unsupported("every linear is skipped: there is nothing to prune")
-    return found
+    return linears
 
 
 @contextlib.contextmanager

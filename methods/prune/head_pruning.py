@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,9 @@ from effbench.core.run import Run
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.structure import cuttable, heads, keep_groups
 
-if TYPE_CHECKING:
-    from effbench.nn.run import ModelRun
-
 
 @torch.enable_grad()
-def importance(run: ModelRun, view: Blocks, absolute: Literal["sequence", "token"] = "sequence") -> list[Tensor]:
+def importance(run: Run, view: Blocks, absolute: Literal["sequence", "token"] = "sequence") -> list[Tensor]:
     """Of every block, [query heads] float64: the mean of |dL/dgate| at gates of 1 on the heads' outputs.
 
     The magnitude is taken before the mean over `absolute`, so that opposite signs do not cancel: of a whole
@@ -83,7 +80,6 @@ class HeadPruning(Method):
     def apply(self, run: Run) -> None:
         if self.sparsity == 0:
             return
-        run = cast("ModelRun", run)
         view = Blocks(run.model)
         chosen = cuttable(run, view, (*view.names.qkv, view.names.out))
         left = {index: list(range(heads(view, index).groups)) for index in chosen}  # by their first numbers
@@ -103,9 +99,9 @@ class HeadPruning(Method):
                 left[index] = [left[index][head] for head in stay]
                 keep_groups(view, index, torch.tensor(stay))
         found = {view.path(i, view.names.attention): sorted(gone) for i, gone in removed.items() if gone}
-        run.log.setdefault("removed", []).append({"step": str(self), "key_value_heads": found})
+        run.log.removed.append({"step": str(self), "key_value_heads": found})
 
-    def _lowest(self, run: ModelRun, view: Blocks, chosen: list[int], quota: int) -> dict[int, list[int]]:
+    def _lowest(self, run: Run, view: Blocks, chosen: list[int], quota: int) -> dict[int, list[int]]:
         """By block, the present numbers of the `quota` least important key-value heads, one of each block spared."""
         ranking = []
         found = importance(run, view, self.absolute)

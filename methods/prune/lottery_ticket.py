@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,10 @@ from effbench.core.run import Run
 from effbench.formats.sparse import PrunedLinear
 from effbench.methods.prune._common import check_pattern, keep_mask
 from effbench.methods.prune._training import trainable_linears, trained_like
-from effbench.nn.calibration import replace
-from effbench.nn.model.linear import dense_weight, kept
+from effbench.nn.model.linear import dense_weight, kept, replace
+from effbench.nn.train.fit import FitSettings, fit
 
-RATES: dict[str, Any] = {"schedule": "cosine", "warmup": 0.03, "clip": 1.0, "weight_decay": 0.0}
 State = dict[str, Tensor]  # every parameter by its name; weights of linears as [out, in]
-
-
-class Rewind:
-    """Keeps the parameters as they are after `step` optimizer steps."""
-
-    def __init__(self, step: int, run: Run, paths: list[str]) -> None:
-        self.step = step
-        self.paths = paths
-        self.state = state(run.model, paths)
-
-    def on_step(self, run: Run, step: int, total: int) -> None:
-        """Called by the fit after its optimizer step `step`, counted from 0."""
-        if step + 1 == self.step:
-            self.state = state(run.model, self.paths)
 
 
 @dataclass(frozen=True)
@@ -68,16 +52,20 @@ class LotteryTicket(Method):
 
     def apply(self, run: Run) -> None:
         linears = trainable_linears(run)
-        start = Rewind(self.rewind, run, list(linears))
-        run.train.chain("on_step").append(start)
-        data = {"batch_size": self.batch_size, "max_length": self.max_length}
-        fit = functools.partial(run.fit, steps=self.steps, lr=self.lr, **data, **RATES)
-        fit(start=0)
+        run.state(self)["start"] = copy_parameters(run.model, list(linears))
+        run.attach(self)
+        settings = FitSettings(self.steps, self.lr, self.batch_size, max_length=self.max_length)
+        fit(run, settings)
+        start = run.state(self)["start"]
         for number in range(1, self.rounds + 1):
             masks = {path: self._survivors(run.model.get_submodule(path), path, number) for path in linears}
             again = self.control == "reinit" and number == self.rounds
-            restore(run.model, fresh(run, start.state) if again else start.state, masks)
-            fit(start=self.rewind)
+            restore(run.model, draw_parameters(run, start) if again else start, masks)
+            fit(run, settings, start=self.rewind)
+
+    def on_step(self, run: Run, step: int, total: int) -> None:
+        if step + 1 == self.rewind:
+            run.state(self)["start"] = copy_parameters(run.model, list(run.linears()))
 
     def _survivors(self, linear: nn.Module, path: str, number: int) -> Tensor:
         """Bool [out, in]: what is left after round `number`."""
@@ -89,7 +77,7 @@ class LotteryTicket(Method):
         return keep if alive is None else keep & alive
 
 
-def state(model: nn.Module, paths: list[str]) -> State:
+def copy_parameters(model: nn.Module, paths: list[str]) -> State:
     """A copy of all parameters; `paths` are those of the linears."""
     found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for path in paths:
@@ -110,13 +98,13 @@ def restore(model: nn.Module, values: State, masks: dict[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def fresh(run: Run, like: State) -> State:
+def draw_parameters(run: Run, like: State) -> State:
     """Parameters of the architecture's own random initialisation. Raises `Unsupported` if they do not fit `like`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{run.seed}/reinit".encode()))
         model = type(run.model)(run.model.config)
     linears = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
-    found = state(model, linears)
+    found = copy_parameters(model, linears)
     for name, value in like.items():
         if name not in found or found[name].shape != value.shape:
             raise Unsupported(f"{name}: the architecture initialises no such parameter; leave control='reinit' out")

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.compensation import compensate, inverse_factor, without_dead
 from effbench.formats.grid import WIDTHS, Grid, fit_grid, int_linear
 from effbench.formats.sparse import Pattern
 from effbench.methods.prune._common import check_pattern, pruned
-from effbench.nn.calibration import Layer
 
 
 def solve(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from effbench.methods.prune._common import Patterned, Scope
-from effbench.nn.calibration import Layer
+from effbench.core.views import Layer
+from effbench.methods.prune._common import Scope
+from effbench.methods.prune._saliency import Patterned
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Block, Layer, SharedInput
 from effbench.formats.grid import WIDTHS, fit_grid, grouped, int_linear
-from effbench.nn.calibration import BlockInputs, Layer
-from effbench.nn.model.blocks import Group
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,23 @@ class AWQ(Weights):
         self.require(self.group_size > 0, "group_size must be positive")
         self.require(self.grid > 0, "grid must be positive")
 
-    def compress_block(self, block: BlockInputs, groups: Sequence[Group]) -> dict[str, nn.Module]:
-        shared = [(group, block.layers([group])) for group in groups]
+    def compress_block(self, block: Block, shared: Sequence[SharedInput]) -> dict[str, nn.Module]:
+        members = [(group, block.layers([group])) for group in shared]
         # All scales are searched on the original block; only then is anything changed.
-        scales = [self._scale(block, group, layers) for group, layers in shared]
-        every = {layer.module: layer for _, layers in shared for layer in layers}
-        for (group, layers), scale in zip(shared, scales, strict=True):
+        scales = [self._scale(block, group, layers) for group, layers in members]
+        every = {layer.module: layer for _, layers in members for layer in layers}
+        for (group, layers), scale in zip(members, scales, strict=True):
             if scale is not None and group.previous is not None:
                 _absorb(group.previous, every.get(group.previous), scale)
                 for layer in layers:
                     layer.weight *= scale
         return {
             layer.name: self._quantize(layer, scale)
-            for (_, layers), scale in zip(shared, scales, strict=True)
+            for (_, layers), scale in zip(members, scales, strict=True)
             for layer in layers
         }
 
-    def _scale(self, block: BlockInputs, group: Group, layers: Sequence[Layer]) -> Tensor | None:
+    def _scale(self, block: Block, group: SharedInput, layers: Sequence[Layer]) -> Tensor | None:
         """The best scale of a group's inputs [in]; None where nothing before it can absorb one."""
         for layer in layers:
             grouped(layer.weight, self.group_size, layer.name)
@@ -103,7 +102,7 @@ class AWQ(Weights):
         return losses
 
     def _losses_of_module(
-        self, block: BlockInputs, group: Group, layers: Sequence[Layer], candidates: Sequence[Tensor]
+        self, block: Block, group: SharedInput, layers: Sequence[Layer], candidates: Sequence[Tensor]
     ) -> list[float]:
         """Mean squared change of the inspected module's outputs."""
         before = block.output_of(group.inspect)
@@ -165,7 +164,7 @@ def _absorb(previous: nn.Module, layer: Layer | None, scale: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _stand_ins(block: BlockInputs, group: Group, layers: Sequence[Layer]) -> Iterator[list[nn.Linear]]:
+def _stand_ins(block: Block, group: SharedInput, layers: Sequence[Layer]) -> Iterator[list[nn.Linear]]:
     """Plain linears in the places of a group's, to try weights in."""
     linears = []
     try:

@@ -8,8 +8,8 @@ from typing import Literal
 from torch import nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.float8 import FP8Linear
-from effbench.nn.calibration import Layer
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class FP8Weight(Weights):
 
     granularity: Literal["tensor", "row"] = "row"
     activations: bool = True
+
+    @property
+    def rounds_activations(self) -> bool:
+        return self.activations
 
     def compress(self, layer: Layer) -> nn.Module:
         per_row = self.granularity == "row"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.compensation import compensate, inverse_factor, without_dead
 from effbench.formats.grid import WIDTHS, Grid, fit_grid, grouped, int_linear
-from effbench.nn.calibration import Layer
 
 
 def solve(

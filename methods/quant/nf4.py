@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.codebook import LutLinear, nearest
-from effbench.nn.calibration import Layer
 
 # As published: normal quantiles from 0.9677083 inwards, 8 above zero and 7 below, divided by the largest. They are
 # written out because the last bits depend on how quantiles are computed.

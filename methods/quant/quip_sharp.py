@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.lattice import E8PLinear, encode, rotate
 from effbench.kernels.e8p_linear.cases import RESIDUAL_SCALE
 from effbench.kernels.e8p_linear.reference import dense
-from effbench.nn.calibration import Layer
 
 SPAN = 8  # weights that share a lattice point
 SCALE = {2: 0.9, 3: 0.98, 4: 1.03}  # spread of the rotated weights over the codebook, as the authors set it

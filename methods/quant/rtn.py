@@ -8,8 +8,8 @@ from typing import Literal
 from torch import nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.grid import WIDTHS, GridName, fit_grid, grouped, int_linear
-from effbench.nn.calibration import Layer
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.codebook import LutLinear, nearest
 from effbench.methods.quant._kmeans import kmeans
-from effbench.nn.calibration import Layer
 
 
 def keep_apart(weight: Tensor, importance: Tensor, sensitive: float, outliers: float) -> Tensor:

@@ -329,6 +329,12 @@ def suite_file(folder, **changes):
     return str(path)
 
 
+def change_source(patch, module):
+    """Have the source of a module be another one."""
+    digest = runner.digest_source
+    patch.setattr(runner, "digest_source", lambda *roots: "other" if module in roots else digest(*roots))
+
+
 MUTATIONS = {
     "seed": lambda at, patch: {"seeds": [1]},
     "limit": lambda at, patch: {"limit": 3},
@@ -349,10 +355,9 @@ MUTATIONS = {
     "other probes": lambda at, patch: {"probes": "memory, cost"},
     "another tokenizer": lambda at, patch: {"tokenizer": "org/name"},
     "tasks' content": lambda at, patch: patch.setattr(sources, "task_digest", lambda: "other"),
-    "a probe's version": lambda at, patch: patch.setattr(
-        "effbench.probes.versions", lambda: {"memory": 99, "quality": 1}
-    ),
-    "the method's source": lambda at, patch: patch.setattr(runner, "source_digest", lambda key: "other"),
+    "a probe's source": lambda at, patch: change_source(patch, "effbench.probes.memory"),
+    "the method's source": lambda at, patch: change_source(patch, "effbench.methods.quant.gptq"),
+    "what opens a model": lambda at, patch: change_source(patch, "effbench.nn.files.load"),
     "a parameter's default": lambda at, patch: patch.setattr(
         "effbench.core.recipe.Recipe.resolved", lambda self: [{"method": "gptq", "new": 1}]
     ),
@@ -391,9 +396,8 @@ def test_a_renamed_row_is_the_same_cell(here):
 
 
 def test_a_method_s_own_source_matters_to_its_rows_alone(here, monkeypatch):
-    digest = runner.source_digest
     before = identities(recipes="gptq-4b,rtn-4b")
-    monkeypatch.setattr(runner, "source_digest", lambda key: "other" if key == "gptq" else digest(key))
+    change_source(monkeypatch, "effbench.methods.quant.gptq")
     after = identities(recipes="gptq-4b,rtn-4b")
     changed = {name for name in before if before[name].identity != after[name].identity}
     assert changed == {"gptq-4b"}

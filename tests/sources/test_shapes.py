@@ -142,7 +142,7 @@ def test_calibrating_methods_pack_for_real_with_two_sequences(small, steps):
     run = opened(None, calibration_sequences=128)
     run.apply(parse_step(steps))
     run.finish()
-    assert run.log["calibration_tokens"] == 2 * 64
+    assert run.log.calibration_tokens == 2 * 64
     packed = [module for path, module in top_linears(run.model) if path != "lm_head"]
     assert len(packed) == 14 and all(isinstance(module, Replaced) and not module.simulated for module in packed)
 

@@ -73,7 +73,7 @@ def open_run(
         skip=tuple(settings.get("skip") or ()),
     )
     if source.kind == "hub":
-        run.log["commit"] = config._commit_hash
+        run.log.commit = config._commit_hash
     return run
 
 

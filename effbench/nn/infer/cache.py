@@ -14,33 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from effbench.core.run import InferPlan
-
-
-@dataclasses.dataclass
-class Slots:
-    """What one layer holds. Tensors are [B, Hkv, T, D] for keys and values, [B, Hkv, T] for the rest."""
-
-    layer: int
-    keys: Tensor
-    values: Tensor
-    position: Tensor  # where the token stood
-    valid: Tensor  # False for padding
-    mass: Tensor  # attention received so far, float32
-    seen: int  # tokens ever offered
-    prefill: bool  # True at the first settling
-
-    def gather(self, indices: Tensor) -> Slots:
-        """The slots at `indices` [B, Hkv, kept], in ascending order."""
-        indices = indices.sort(-1).values
-        wide = indices.unsqueeze(-1).expand(*indices.shape, self.keys.shape[-1])
-        return dataclasses.replace(
-            self,
-            keys=self.keys.gather(2, wide),
-            values=self.values.gather(2, wide),
-            position=self.position.gather(2, indices),
-            valid=self.valid.gather(2, indices),
-            mass=self.mass.gather(2, indices),
-        )
+from effbench.core.views import Slots
 
 
 class SlotLayer(CacheLayerMixin):

@@ -171,6 +171,12 @@ def rebuilt(module: nn.Module, weight: Tensor) -> nn.Module:
     return linear
 
 
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
 def top_linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Linears under `root` with their paths; what lies inside a replaced linear is not visited."""
     for name, child in root.named_children():

@@ -15,7 +15,7 @@ from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.sliced import Sliced
 
 if TYPE_CHECKING:
-    from effbench.nn.run import ModelRun
+    from effbench.core.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def require_dense(view: Blocks, index: int, names: Iterable[str]) -> None:
             raise Unsupported(f"{view.path(index, name)}: a {kind} cannot be made smaller; put this step first")
 
 
-def cuttable(run: ModelRun, view: Blocks, names: Sequence[str]) -> list[int]:
+def cuttable(run: Run, view: Blocks, names: Sequence[str]) -> list[int]:
     """Blocks of whose linears called `names` none is to be left alone; raises `Unsupported` if one cannot be cut."""
     chosen = [i for i in range(len(view)) if all(run.targeted(view.path(i, name)) for name in names)]
     if not chosen:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from effbench import checks
 from effbench.core.errors import Outcome, Unsupported, Usage
 from effbench.core.recipe import parse, parse_step
+from effbench.core.views import Layer
 from effbench.formats.compensation import inverse_factor, without_dead
 from effbench.formats.csr import CSRLinear
 from effbench.formats.nm import NMIntLinear, NMLinear, pattern_of
@@ -25,7 +26,7 @@ from effbench.methods.prune.magnitude import Magnitude
 from effbench.methods.prune.sparsegpt import SparseGPT
 from effbench.methods.prune.taylor import Taylor
 from effbench.methods.prune.wanda import Wanda
-from effbench.nn.calibration import Inputs, Layer, survey
+from effbench.nn.calibration import Inputs, survey, view_layer
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear, dense_weight, kept, rebuilt, stored_bytes
 
@@ -50,7 +51,7 @@ def make_layer(weight: Tensor, tokens: Tensor, keep: Tensor | None = None) -> La
     linear.weight.data = weight.clone()
     if keep is not None:
         linear = MaskedLinear.of(weight, keep)
-    return Layer("layer", linear, inputs, seed=0)
+    return view_layer("layer", linear, inputs, seed=0)
 
 
 def random_layer(out: int = 24, width: int = 64, seed: int = 0, keep: float | None = None) -> Layer:
@@ -225,7 +226,7 @@ def test_sparsegpt_rounds_in_the_same_pass() -> None:
     assert pattern_of(keep) == (2, 4) and not dense_weight(joint)[~keep].any()
     one_after_the_other = SparseGPT(pattern="2:4").compress(layer)
     grid = parse_step("rtn(granularity='channel')").compress(  # type: ignore[attr-defined]
-        Layer("layer", one_after_the_other, layer.inputs, seed=0)
+        view_layer("layer", one_after_the_other, layer.inputs, seed=0)
     )
     assert loss(layer, dense_weight(joint)) < loss(layer, dense_weight(grid))
 

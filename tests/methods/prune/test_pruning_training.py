@@ -17,18 +17,20 @@ from effbench.checks import fit_two_steps, toy, toy_run
 from effbench.core.errors import Diverged, Unsupported, Usage
 from effbench.core.kinds import Train
 from effbench.core.recipe import parse_step
+from effbench.core.run import FitReport
 from effbench.formats.sparse import PrunedLinear
+from effbench.methods.prune import lottery_ticket
 from effbench.methods.prune._l0 import BETA, HIGH, LOW, HardConcreteMask, close, density
 from effbench.methods.prune._training import TrainedMask
 from effbench.methods.prune.gmp import GMP, MagnitudeMask
 from effbench.methods.prune.learned_mask import CandidateMask, LearnedMask, at
-from effbench.methods.prune.lottery_ticket import LotteryTicket, state
+from effbench.methods.prune.lottery_ticket import LotteryTicket, copy_parameters
 from effbench.methods.prune.movement import Movement, ScoredMask
-from effbench.nn.calibration import replace
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.linear import dense_weight, kept
+from effbench.nn.model.linear import dense_weight, kept, replace
 from effbench.nn.run import ModelRun
-from effbench.nn.train.fit import Shuffled, rate
+from effbench.nn.train import fit as library
+from effbench.nn.train.fit import FitSettings, Shuffled, rate
 
 METHODS = ["gmp()", "movement()", "learned_mask()", "learned_mask(pattern='unstructured')"]
 
@@ -42,9 +44,9 @@ def _alone() -> Any:
     torch.set_num_threads(threads)
 
 
-def fit(run: ModelRun, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"steps": 5, "lr": 1e-3, "batch_size": 4, "warmup": 0.0, "clip": None}
-    return run.fit(**(settings | {"weight_decay": 0.0, "schedule": "constant", "max_length": 32} | changes))
+def fit(run: ModelRun, start: int = 0, **changes: Any) -> FitReport:
+    settings = FitSettings(steps=5, lr=1e-3, batch_size=4, schedule="constant", warmup=0.0, clip=None, max_length=32)
+    return library.fit(run, dataclasses.replace(settings, **changes), start)
 
 
 def linears(run: ModelRun) -> dict[str, nn.Module]:
@@ -719,16 +721,15 @@ def test_gates_and_weights_train_together() -> None:
 def entries(
     run: ModelRun, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor | None], Any]]:
-    """Parameters, masks and settings at the beginning of every fit."""
+    """Parameters, masks and the step counted from at the beginning of every fit."""
     found: list[Any] = []
-    plain = run.fit
 
-    def fit(**settings: Any) -> Any:
-        paths = list(linears(run))
-        found.append((state(run.model, paths), {path: kept(module) for path, module in linears(run).items()}, settings))
-        return plain(**settings)
+    def fit(run: ModelRun, settings: FitSettings, start: int = 0) -> FitReport:
+        masks = {path: kept(module) for path, module in linears(run).items()}
+        found.append((copy_parameters(run.model, list(linears(run))), masks, start))
+        return library.fit(run, settings, start)
 
-    monkeypatch.setattr(run, "fit", fit)
+    monkeypatch.setattr(lottery_ticket, "fit", fit)
     return found
 
 
@@ -749,12 +750,12 @@ def test_rounds_start_from_the_rewound_weights_bit_for_bit(
             if hasattr(module, "attn_dropout"):
                 module.attn_dropout.p = 0.0
     paths = list(linears(run))
-    states = [state(run.model, paths)]
-    seen(run, lambda run, *_: states.append(state(run.model, paths)))  # of the first fit, step by step
+    states = [copy_parameters(run.model, paths)]
+    seen(run, lambda run, *_: states.append(copy_parameters(run.model, paths)))  # of the first fit, step by step
     found = entries(run, monkeypatch)
     run.apply(LotteryTicket(sparsity=0.6, rounds=3, rewind=rewind, **SMALL))
     assert len(found) == 4 and len(states) == 5
-    assert [settings["start"] for *_, settings in found] == [0, rewind, rewind, rewind]
+    assert [start for *_, start in found] == [0, rewind, rewind, rewind]
     point = states[rewind]
     masks_before: dict[str, Tensor] = {path: torch.ones_like(point[f"{path}.weight"]).bool() for path in paths}
     for number, (at_start, masks, _) in enumerate(found[1:], 1):
@@ -816,5 +817,5 @@ def test_only_the_first_fit_has_what_stands_before() -> None:
     run = toy_run()
     run.apply(Watch())
     run.apply(LotteryTicket(rounds=2, **SMALL))
-    assert entered == [[]] and len(run.log["fits"]) == 3
+    assert entered == [[]] and len(run.log.fits) == 3
     assert not [module for module in run.model.modules() if isinstance(module, TrainedMask)]

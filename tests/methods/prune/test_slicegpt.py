@@ -179,7 +179,7 @@ def test_a_signal_in_a_subspace_of_the_kept_width_loses_nothing(architecture: st
     run.apply(SliceGPT(slicing=0.25, slice_head=slice_head))
     assert view.embedding.weight.shape[1] == 96
     assert distance(logits(run.model), before) < 1e-4
-    assert max(lost["energy_lost"] for lost in run.log["layers"].values()) < 1e-9
+    assert max(lost["energy_lost"] for lost in run.log.layers.values()) < 1e-9
     further = uneven(architecture)
     further.apply(SliceGPT(slicing=0.5, slice_head=slice_head))
     assert distance(logits(further.model), before) > 0.05
@@ -250,7 +250,7 @@ def test_a_sliced_model_is_the_model_with_its_stream_projected(
 def test_the_share_of_the_signal_lost_is_recorded() -> None:
     run = toy_run()
     run.apply(SliceGPT(slicing=0.5))
-    lost = {path: entry["energy_lost"] for path, entry in run.log["layers"].items()}
+    lost = {path: entry["energy_lost"] for path, entry in run.log.layers.items()}
     assert list(lost) == [
         *(f"model.layers.{i}.{name}" for i in range(2) for name in ("input_layernorm", "post_attention_layernorm")),
         "model.norm",

@@ -17,10 +17,9 @@ from effbench.core.recipe import parse
 from effbench.methods.prune.head_pruning import HeadPruning, importance
 from effbench.methods.prune.layer_pruning import LayerPruning, angular_distance, block_influence
 from effbench.methods.prune.neuron_pruning import NeuronPruning
-from effbench.nn.calibration import replace
 from effbench.nn.files import artifact
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.linear import dense_weight
+from effbench.nn.model.linear import dense_weight, replace
 from effbench.nn.model.structure import heads, keep_groups, keep_neurons, neurons
 from effbench.nn.run import ModelRun
 
@@ -236,7 +235,7 @@ def test_importance_by_token_is_the_dot_product_of_outputs_and_their_gradients()
 
 
 def removed_heads(run: ModelRun) -> dict[int, list[int]]:
-    entry = run.log["removed"][-1]["key_value_heads"]
+    entry = run.log.removed[-1]["key_value_heads"]
     return {int(path.split("layers.")[-1].split("h.")[-1].split(".")[0]): gone for path, gone in entry.items()}
 
 
@@ -394,9 +393,7 @@ def test_dead_neurons_go_first(score: Any) -> None:
     expected = dense_weight(linears[0])[without(256, [3, 4, 5])]
     before = logits(run.model)
     run.apply(NeuronPruning(sparsity=3 / 512, score=score, scope="global"))
-    assert run.log["removed"] == [
-        {"step": run.log["removed"][0]["step"], "neurons": {"model.layers.0.mlp.down_proj": 3}}
-    ]
+    assert run.log.removed == [{"step": run.log.removed[0]["step"], "neurons": {"model.layers.0.mlp.down_proj": 3}}]
     assert torch.equal(linears[0].weight, expected)
     assert torch.allclose(logits(run.model), before, atol=1e-5)
 
@@ -502,7 +499,7 @@ def test_blocks_that_go(fraction: float, score: Any, expected: list[int]) -> Non
     run = turning_run([0.3, 0.05, 0.4, 0.1, 0.02], [0.5, 0.2, 0.1, 0.21, 0.01])
     stay = [block for index, block in enumerate(Blocks(run.model).blocks) if index not in expected]
     run.apply(LayerPruning(fraction=fraction, score=score))
-    (entry,) = run.log["removed"]
+    (entry,) = run.log.removed
     assert entry["blocks"] == expected and len(entry[score]) == (5 if score == "block_influence" else 5 - len(expected))
     assert list(Blocks(run.model).blocks) == stay
 
@@ -518,7 +515,7 @@ def test_a_block_that_does_nothing_goes_first(architecture: str, score: Any) -> 
             linear.bias.data.zero_()
     before = logits(run.model)
     run.apply(LayerPruning(score=score))
-    (entry,) = run.log["removed"]
+    (entry,) = run.log.removed
     assert entry["blocks"] == [2] and entry[score][2] == pytest.approx(0, abs=1e-6)
     assert torch.allclose(logits(run.model), before, atol=1e-6)
 
@@ -569,7 +566,7 @@ def test_blocks_keep_the_kind_of_attention_they_had(tmp_path: Path) -> None:
     down.weight.data.zero_()
     before = logits(run.model)
     run.apply(LayerPruning())
-    assert run.log["removed"][0]["blocks"] == [0] and run.model.config.layer_types == kinds[1:]
+    assert run.log.removed[0]["blocks"] == [0] and run.model.config.layer_types == kinds[1:]
     assert torch.allclose(logits(run.model), before, atol=1e-6)
 
 
@@ -650,13 +647,13 @@ def test_training_goes_on_in_the_smaller_model() -> None:
     for method in parse("head_pruning(sparsity=0.25), neuron_pruning(), layer_pruning(), fit(steps=2)").steps:
         run.apply(method)
     run.finish()
-    assert all(torch.isfinite(torch.tensor(run.log["fits"][0][key])) for key in ("loss_first", "loss_last"))
+    assert all(torch.isfinite(torch.tensor(run.log.fits[0][key])) for key in ("loss_first", "loss_last"))
 
 
 @pytest.mark.parametrize("method", [HeadPruning(sparsity=0.0), NeuronPruning(sparsity=0.0), LayerPruning(fraction=0.0)])
 def test_removing_nothing_changes_nothing(method: Any) -> None:
     run = checks.toy_run()
     run.apply(method)
-    assert "removed" not in run.log
+    assert not run.log.removed
     with pytest.raises(Refused, match="changed nothing"):
         run.finish()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from effbench.core.errors import Unsupported, Usage
+from effbench.core.run import RunLog
+from effbench.core.views import Layer
 from effbench.formats.compensation import inverse_factor
 from effbench.formats.grid import Grid, fit_grid
 from effbench.formats.integer import IntLinear
@@ -31,7 +33,8 @@ from effbench.methods.quant.nf4 import NF4
 from effbench.methods.quant.quip_sharp import QuIPSharp, block_ldl, ldlq
 from effbench.methods.quant.rtn import RTN
 from effbench.methods.quant.squeezellm import SqueezeLLM
-from effbench.nn.calibration import BlockInputs, Inputs, Layer, block_inputs, stream
+from effbench.nn.calibration import BlockInputs, Inputs, block_inputs, view_layer
+from effbench.nn.kinds.weights import stream
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear, dense_weight, stored_bytes
 
@@ -74,7 +77,7 @@ def make_layer(
     inputs = Inputs(NEEDS, len(x))
     inputs.add(x)
     inputs.grad2 = torch.rand(out, width, generator=generator) ** 4
-    return Layer("model.layers.0.mlp.up_proj", linear, inputs, seed=seed)
+    return view_layer("model.layers.0.mlp.up_proj", linear, inputs, seed=seed)
 
 
 def proxy_loss(layer: Layer, weight: Tensor) -> float:
@@ -482,10 +485,10 @@ def stub_run(model: nn.Module, length: int = 32) -> Any:
     return types.SimpleNamespace(
         model=model,
         seed=0,
-        grad2={},
         device=torch.device("cpu"),
-        log={},
+        log=RunLog(),
         targeted=lambda path: True,
+        linears=lambda: dict(Blocks(model).linears()),
         calibration=lambda: texts,
     )
 
@@ -510,7 +513,7 @@ def first_block(model: nn.Module) -> tuple[BlockInputs, Any]:
     view = Blocks(model)
     hidden, calls = block_inputs(run, view)
     block = BlockInputs(run, 0, hidden, calls[0])
-    groups = view.groups(view.blocks[0])
+    groups = view.shared_inputs(view.blocks[0])
     block.gather(groups, {"norm", "hessian", "raw"})
     return block, groups
 
