@@ -13,7 +13,7 @@ from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
 from effbench.methods.prune._common import Scope
-from effbench.report.tables import difference
+from effbench.report.pages import find_difference
 from effbench.report.text import markdown_table
 
 HEADER = """\
@@ -40,7 +40,7 @@ def main(options: Mapping[str, Any]) -> int:
     if not (checkout / "pyproject.toml").is_file():
         raise Usage("effbench docs works in a source checkout: an installed package has no pages to generate")
     path, text = checkout / "methods" / "README.md", index()
-    stale = difference(path, text)
+    stale = find_difference(path, text)
     if options.get("check"):
         if stale:
             print(f"{stale}\nrun `effbench docs`", file=sys.stderr)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import sys
 import time
@@ -76,12 +74,11 @@ def _is_option(pair: str) -> bool:
 
 def _print_tables(records: Sequence[Record], suite: str, style: str) -> None:
     """The tables of a run, and how its rows compare with the published ones."""
-    from effbench.report.tables import render
+    from effbench.report.pages import render
+    from effbench.report.published import compare_with_published
 
     print(f"\n{render(list(records), suite, style)}", end="")
-    if importlib.util.find_spec("effbench.report.published") is not None:
-        published = importlib.import_module("effbench.report.published")
-        print(published.compare_with_published(records))
+    print(f"\n{compare_with_published(records)}")
 
 
 def _print_plan(batch: Batch, as_json: bool) -> None:
