@@ -17,7 +17,7 @@ from effbench.core.kinds import kind_of
 from effbench.core.recipe import Recipe, parse
 from effbench.machine import devices
 from effbench.machine.gate import Gate, Tell
-from effbench.ops import ran
+from effbench.ops import backend_calls
 from effbench.records.record import Record
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         metrics=found.metrics,
         samples=found.samples,
         protocols=found.protocols,
-        kernels=ran(),
+        kernels=backend_calls(),
         facts=facts(recipe, log.get("calibration_sequences", settings.get("calibration_sequences"))),
         log=log | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {}),
         environment=environment,
