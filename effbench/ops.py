@@ -104,10 +104,11 @@ class Op:
     mutates         arguments that are changed in place; such an op has no gradient
     outputs         names of the outputs, in order, for `gradient`
     differentiable  arguments, tensors always, that have a gradient
-    gradient        computes the gradients of `differentiable`, in that order. Its parameters say by their names what
-                    is kept for it: an argument, an output, `<argument>_shape` (the argument itself is not kept then),
-                    and `grad_<output>`; outputs whose gradient it does not name are constants for autograd.
-                    A gradient with backends of its own calls another op.
+    gradient        computes the gradients of `differentiable`, in that order, from what its parameters name:
+                    `grad_<output>`, arguments and outputs, which are kept for it, and `<argument>_shape`, for which
+                    the argument is not kept. It takes one gradient at least, and every differentiable argument or
+                    its shape. Outputs whose gradient it does not take are constants for autograd. A gradient with
+                    backends of its own calls another op.
     unrounded       arguments that switch off a rounding which the gradient takes for the identity
     flop_formula    `(<arguments>, out_shape=) -> floating point operations`; a tensor is given as its shape
     gradient_flop_formula  the same for `gradient`
@@ -135,7 +136,7 @@ class Op:
     goals: Sequence[Goal] = ()
 
     def __post_init__(self) -> None:
-        self._parameters = _read_defaults(self.reference)
+        self._defaults = _read_defaults(self.reference)
         self._check_declaration()
         self._overload = self._register()
 
@@ -144,7 +145,7 @@ class Op:
         named = {"mutates": self.mutates, "differentiable": self.differentiable, "warm": self.warm}
         for what, names in (named | {"unrounded": tuple(self.unrounded)}).items():
             for name in names:
-                if name not in self._parameters:
+                if name not in self._defaults:
                     raise TypeError(f"op {self.name}: {what} names {name!r}, which the reference does not take")
         if bool(self.differentiable) != bool(self.gradient):
             raise TypeError(f"op {self.name}: `differentiable` and `gradient` are declared together or not at all")
@@ -161,30 +162,42 @@ class Op:
         if self.flop_formula:
             register_flop_formula(packet)(self.flop_formula)
         if self.gradient:
-            self._register_gradient(definition, self.gradient, len(packet.default._schema.returns))
+            self._check_gradient_declaration(self.gradient, len(packet.default._schema.returns))
+            self._register_gradient(definition, self.gradient)
         return cast("Callable[..., Any]", packet.default)
 
-    def _register_gradient(self, definition: Any, gradient: Callable[..., Any], outputs: int) -> None:
-        import torch
-        from torch.utils.flop_counter import register_flop_formula
-
+    def _check_gradient_declaration(self, gradient: Callable[..., Any], outputs: int) -> None:
+        """Raise `TypeError`, naming the op, for a gradient that cannot be given what it takes."""
         parameters = _read_defaults(gradient)
+        gradients = [f"grad_{output}" for output in self.outputs]
+        shapes = [f"{name}_shape" for name in self._defaults]
         if outputs != len(self.outputs):
             raise TypeError(f"op {self.name}: {outputs} outputs, and names of {len(self.outputs)} in `outputs`")
-        gradients = [f"grad_{output}" for output in self.outputs]
-        shapes = {f"{name}_shape": name for name in self._parameters}
         for name in parameters:
-            if name not in (*self._parameters, *self.outputs, *gradients, *shapes):
+            if name not in (*self._defaults, *self.outputs, *gradients, *shapes):
                 raise TypeError(
                     f"op {self.name}: its gradient takes {name!r}, which is no argument, output, <argument>_shape "
                     "or grad_<output>"
                 )
+        if not any(name in parameters for name in gradients):
+            raise TypeError(f"op {self.name}: its gradient takes none of {', '.join(gradients)}")
+        for name in self.differentiable:
+            if name not in parameters and f"{name}_shape" not in parameters:
+                raise TypeError(f"op {self.name}: its gradient takes neither {name} nor {name}_shape")
+
+    def _register_gradient(self, definition: Any, gradient: Callable[..., Any]) -> None:
+        import torch
+        from torch.utils.flop_counter import register_flop_formula
+
+        parameters = _read_defaults(gradient)
+        gradients = [f"grad_{output}" for output in self.outputs]
+        shapes = {f"{name}_shape": name for name in self._defaults}
 
         def run(*arguments: Any) -> Any:
-            return gradient(**_name(parameters, arguments))
+            return gradient(**_name_arguments(parameters, arguments))
 
         def fake(*arguments: Any) -> Any:
-            values = _name(parameters, arguments)
+            values = _name_arguments(parameters, arguments)
             first = next(values[name] for name in gradients if name in values)
             empty = [
                 torch.empty_like(values[name]) if name in values else first.new_empty(values[f"{name}_shape"])
@@ -199,7 +212,7 @@ class Op:
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             results = dict(zip(self.outputs, flatten(output), strict=True))
-            values = dict(zip(self._parameters, inputs, strict=True)) | results
+            values = dict(zip(self._defaults, inputs, strict=True)) | results
             values |= {shape: values[name].shape for shape, name in shapes.items() if shape in parameters}
             kept = {name: values[name] for name in parameters if name in values}
             ctx.plain = {name: value for name, value in kept.items() if not isinstance(value, torch.Tensor)}
@@ -212,7 +225,7 @@ class Op:
             values |= dict(zip(gradients, grads, strict=True))
             results = flatten(packet.default(*(values[name] for name in parameters)))
             named = dict(zip(self.differentiable, results, strict=True))
-            return tuple(named.get(name) for name in self._parameters)
+            return tuple(named.get(name) for name in self._defaults)
 
         definition.register_autograd(differentiate, setup_context=keep)
 
@@ -222,7 +235,7 @@ class Op:
     def _dispatch(self, *arguments: Any) -> Any:
         import torch
 
-        named = _name(self._parameters, arguments)
+        named = _name_arguments(self._defaults, arguments)
         # The reference computes on any device, the backends on an accelerator.
         device = next((tensor.device for tensor in flatten(arguments) if tensor.is_cuda), None)
         if device is not None:
@@ -393,12 +406,12 @@ class Op:
         if [(one.shape, one.dtype) for one in results] != [(one.shape, one.dtype) for one in kinds]:
             return math.inf
         errors = [self.measure_error(one, other) for one, other in zip(results, exact, strict=True)]
-        return float(torch.tensor(errors).max())  # Python's max would lose a NaN
+        return float(torch.tensor(errors, dtype=torch.float64).max())  # Python's max would lose a NaN
 
     def measure_error(self, output: Tensor, exact: Tensor) -> float:
         """Largest error of a number, relative to its size or the root mean square of all, whichever is larger.
 
-        So small rows beside large ones must be right, too. Equal infinities are right; integers must all be equal.
+        So a few large numbers do not hide errors of the others. Equal infinities are right; integers must all be equal.
         """
         import torch
 
@@ -616,7 +629,7 @@ def _read_defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
-def _name(defaults: dict[str, Any], arguments: Sequence[Any]) -> dict[str, Any]:
+def _name_arguments(defaults: dict[str, Any], arguments: Sequence[Any]) -> dict[str, Any]:
     """Arguments by name; the dispatcher drops trailing ones that equal their defaults."""
     return defaults | dict(zip(defaults, arguments, strict=False))
 

@@ -225,6 +225,30 @@ def test_an_output_without_a_declared_gradient_is_a_constant() -> None:
     assert inputs["v"].grad is not None and inputs["q"].grad is None
 
 
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    return 2 * x, 3 * x
+
+
+def split_gradient(grad_twice: Tensor, grad_thrice: Tensor, x_shape: Sequence[int]) -> Tensor:
+    return 2 * grad_twice + 3 * grad_thrice
+
+
+def test_an_output_that_is_not_used_has_a_gradient_of_zero() -> None:
+    op = Op(
+        name="toy_split",
+        reference=split,
+        inputs=lambda case, device, dtype, generator: {"x": torch.ones(3, dtype=dtype)},
+        cases=[{}],
+        outputs=("twice", "thrice"),
+        differentiable=("x",),
+        gradient=split_gradient,
+    )
+    assert op.check_gradient({})[1]
+    x = torch.ones(3, requires_grad=True)
+    op(x)[1].sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [3, 3, 3]
+
+
 def test_only_what_the_gradient_takes_is_kept() -> None:
     def scale_gradient(grad_out: Tensor, x_shape: Sequence[int], factor: Tensor) -> Tensor:
         return grad_out * factor
@@ -363,6 +387,14 @@ def test_dispatch_changes_the_arguments_themselves() -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
 
+def takes_no_gradient(logits: Tensor) -> Tensor:
+    return logits
+
+
+def takes_no_logits(grad_out: Tensor, target: Tensor) -> Tensor:
+    return grad_out
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "words"),
     [
@@ -376,6 +408,8 @@ def test_dispatch_changes_the_arguments_themselves() -> None:
         (make_loss, {"outputs": ("loss", "count")}, "1 outputs, and names of 2"),
         (make_loss, {"outputs": ("value",)}, "takes 'grad_out'"),
         (make_attention, {"gradient": loss_gradient}, "takes 'logits'"),
+        (make_loss, {"gradient": takes_no_gradient}, "takes none of grad_out"),
+        (make_loss, {"gradient": takes_no_logits}, "takes neither logits nor logits_shape"),
     ],
 )  # fmt: skip
 def test_a_declaration_that_contradicts_itself_is_refused(
