@@ -80,10 +80,10 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _ops() -> list[dict[str, Any]]:
-    from effbench.ops import ops
+    from effbench.ops import list_ops
 
     folder = PACKAGE / "kernels"
-    return [{"name": name, "summary": _summary(folder / name / "reference.py")} for name in ops()]
+    return [{"name": name, "summary": _summary(folder / name / "reference.py")} for name in list_ops()]
 
 
 def _summary(path: Path) -> str:
