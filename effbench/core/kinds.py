@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effbench.core.method import Method
+from effbench.core.method import HOOKS, Method
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,8 @@ class Select(Method):
     Override `score` (larger is kept first) or `order` (example indices, best first).
     """
 
+    must_define: ClassVar = (("score",), ("order",))
+
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
         """[N]: the larger, the more worth keeping."""
         raise NotImplementedError
@@ -50,6 +52,7 @@ class Select(Method):
 class Weights(Method):
     """Rewrites the weights of every linear in the blocks, layer by layer, from streamed calibration statistics."""
 
+    must_define: ClassVar = (("compress",), ("compress_block",))
     needs: ClassVar[set[Need]] = set()  # statistics of the inputs and gradients that `compress` reads
     sequential: ClassVar[bool] = True  # a block's statistics come from inputs that compressed blocks produced
     folds: ClassVar[bool] = False  # moves scales into other modules, so weights do not compare before and after
@@ -82,6 +85,8 @@ class Weights(Method):
 class Swap(Method):
     """Replaces linears by trainable ones; `settle` turns them into their final form once, after training."""
 
+    must_define: ClassVar = (("replace",),)
+
     def wants(self, path: str) -> bool:
         """Whether the linear at `path` is to be replaced: by its name, where a method has the field `targets`."""
         targets: Literal["all"] | tuple[str, ...] = getattr(self, "targets", "all")
@@ -105,6 +110,8 @@ class Swap(Method):
 class Train(Method):
     """Changes the next `fit` through hooks and slots, and is undone at its end."""
 
+    must_define: ClassVar = (*((hook,) for hook in HOOKS), ("slot_values",), ("claims",))
+
     def slot_values(self) -> dict[str, Any]:
         """What to write in each slot named by `claims`."""
         return {}
@@ -117,6 +124,7 @@ class Train(Method):
 class Cache(Method):
     """Keeps fewer cached tokens (`keep`), or stores them in fewer bits (`encode`, `decode`), during inference."""
 
+    must_define: ClassVar = (("keep",), ("encode", "decode"))
     unit: ClassVar[Literal["token", "block"]] = "token"  # what an encoder can evict at a time
 
     def keep(self, layer: Slots) -> Tensor:
@@ -145,6 +153,8 @@ class Cache(Method):
 @dataclasses.dataclass(frozen=True)
 class Prompt(Method):
     """Shortens prompts before they reach the model."""
+
+    must_define: ClassVar = (("rewrite",),)
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
         """Segments with the same roles and fewer tokens."""

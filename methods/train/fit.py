@@ -14,14 +14,14 @@ class Fit(Method):
     paper = "arXiv:1711.05101"
     type = "fine-tuning"
     consumes = True
-    trial = {"steps": 2, "max_length": 32}
-    steps: int = 200
-    lr: float = 1e-4
-    batch_size: int = 8
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    trials = ({"steps": 2, "max_length": 32},)
+    steps: int = 200  # of the optimizer
+    lr: float = 1e-4  # peak of the learning rate
+    batch_size: int = 8  # examples per step
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate after the warm-up
     warmup: float = 0.03  # fraction of the steps
     clip: float | None = 1.0  # largest gradient norm
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW, on every trained parameter
     max_length: int = 512  # tokens of an example
 
     def check(self) -> None:

@@ -522,6 +522,7 @@ def test_gradients_equal_autograd_sequence_by_sequence():
 def test_ranks_are_known_before_launch():
     @dataclasses.dataclass(frozen=True)
     class Sharded(Train):
+        claims: ClassVar = ("train.parallel",)
         world: int = 4
 
         @property
