@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from effbench.core.errors import Usage
-
-if TYPE_CHECKING:
-    pass
-
+from effbench.core.source import document_fields
 
 INTERRUPTED = 130
 
@@ -55,18 +50,19 @@ class Command:
 
 def document_options(cls: type) -> str:
     """Help on the fields of an options class, from the comments beside them."""
-    fields = re.findall(r"^    (\w+): .*? = (.*?)  # (.*)$", inspect.getsource(cls), re.MULTILINE)
-    lines = [
-        f"  {name + '=':<11}{text}" + ("" if default == "None" else f" [{default}]") for name, default, text in fields
-    ]
-    return "\n".join(["options:", *lines])
+    lines = ["options:"]
+    for field in document_fields(cls).values():
+        default = "" if field.default in (None, "None") else f" [{field.default}]"
+        lines.append(f"  {field.name + '=':<11}{field.comment}{default}")
+    return "\n".join(lines)
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of equal length, columns aligned."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
 
 
-JSON = {"--json": "for machines"}
+JSON = {"--json": "print JSON"}

@@ -10,7 +10,7 @@ import types
 import typing
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin
 
 from effbench.core.errors import Usage
 from effbench.core.packages import method_key
@@ -52,7 +52,7 @@ class Method:
         where = f"{cls.__name__} in {inspect.getfile(cls)}"
         if "__dataclass_params__" not in cls.__dict__:
             raise Usage(f"{where}: write @dataclass(frozen=True) above the class")
-        base = next(ancestor for ancestor in cls.__mro__ if "must_define" in ancestor.__dict__)
+        base = cast(type[Method], next(ancestor for ancestor in cls.__mro__ if "must_define" in ancestor.__dict__))
         missing = [[name for name in group if getattr(cls, name) is getattr(base, name)] for group in base.must_define]
         begun = [names for names, group in zip(missing, base.must_define, strict=True) if 0 < len(names) < len(group)]
         if begun or all(missing):

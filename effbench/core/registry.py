@@ -28,7 +28,18 @@ from effbench.core.paths import PACKAGE, SUITES
 from effbench.core.source import Module, Parameter, read_fields, read_module
 from effbench.core.usage import nearest
 
-__all__ = ["Entry", "catalog", "entries_in", "entry", "load", "module_file", "presets", "roots", "source_digest"]
+__all__ = [
+    "Entry",
+    "catalog",
+    "entries_in",
+    "entry",
+    "find",
+    "load",
+    "module_file",
+    "presets",
+    "roots",
+    "source_digest",
+]
 
 VARIABLE = "EFFBENCH_METHODS"
 FILE = re.compile(r"(?P<file>.+\.py)(:(?P<cls>\w+))?")
@@ -161,6 +172,16 @@ def entry(key: str) -> Entry:
     if reference["cls"] not in entries:
         raise Usage(f"{reference['file']}: defines no method {reference['cls']!r}{nearest(reference['cls'], entries)}")
     return entries[reference["cls"]]
+
+
+def find(name: str) -> Entry:
+    """`entry`, which for a FILE.py that defines one method needs no class. Raises `Usage`."""
+    reference = FILE.fullmatch(name)
+    if reference is not None and reference["cls"] is None:
+        entries = entries_in(name)
+        if len(entries) == 1:
+            return entries[0]
+    return entry(name)
 
 
 def entries_in(file: str) -> list[Entry]:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Diverged, Refused, Unsupported
+from effbench.core.kinds import Weights
+from effbench.core.packages import shorten
 from effbench.nn.model.blocks import Blocks, Group
 from effbench.nn.model.linear import MaskedLinear, dense_weight, kept
 
 if TYPE_CHECKING:
-    from effbench.core.kinds import Weights
+    from effbench.core.method import Method
     from effbench.nn.run import ModelRun
 
 RAW_TOKENS = 4096  # tokens kept verbatim for methods that need them
@@ -239,12 +242,14 @@ def survey(run: ModelRun, needs: set[str]) -> Iterator[Layer]:
 def stream(run: ModelRun, method: Weights, prepared: Any = None) -> None:
     """Compress every targeted linear of every block with `method`, from the first block to the last."""
     needs: set[str] = set(method.needs)
+    verb = "compress" if type(method).compress_block is Weights.compress_block else "compress_block"
     report = run.log.setdefault("layers", {})
     for inputs in walk(run, needs, prepared):
         groups = inputs.view.groups(inputs.module)
         for stage in [[group] for group in groups] if method.true_sequence else [groups]:
             inputs.gather(stage, needs)
             for path, module in method.compress_block(inputs, stage).items():
+                check_module(module, method, verb)
                 if not method.folds:
                     report[path] = _error(run.model.get_submodule(path), module, inputs, path)
                 replace(run.model, path, module)
@@ -263,6 +268,15 @@ def _error(before: nn.Module, after: nn.Module, inputs: BlockInputs, path: str) 
         full = ((old @ moment) * old).sum().clamp(min=1e-30)
         found["output_error"] = float(((delta @ moment) * delta).sum().div(full).clamp(min=0).sqrt())
     return found
+
+
+def check_module(module: Any, method: Method, verb: str) -> None:
+    """Raise `TypeError` unless what `verb` of a method returned is a module."""
+    if not isinstance(module, nn.Module):
+        code = getattr(type(method), verb).__code__
+        returned = "None" if module is None else f"a {type(module).__name__}"
+        where = f"{shorten(Path(code.co_filename))}:{code.co_firstlineno}"
+        raise TypeError(f"{type(method).__name__}.{verb} returned {returned}; it must return a module ({where})")
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -136,7 +136,9 @@ class ModelRun(Run):
             torch.manual_seed(self.seed)
             for path in chosen:
                 held = kept(linears[path]) is not None
-                new = method.replace(linears[path]).to(self.device)
+                new = method.replace(linears[path])
+                calibration.check_module(new, method, "replace")
+                new = new.to(self.device)
                 calibration.replace(self.model, path, new)
                 self._swapped.append(Swapped(new, method, held))
 
@@ -147,6 +149,7 @@ class ModelRun(Run):
         for entry in trained:
             if entry.module in paths:  # its block may be gone
                 path, final = paths[entry.module], entry.method.settle(entry.module)
+                calibration.check_module(final, entry.method, "settle")
                 if entry.held and final is not entry.module and kept(final) is None:
                     self.log.setdefault("densified", []).append(path)
                 dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]

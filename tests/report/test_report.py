@@ -9,12 +9,10 @@ import re
 import numpy as np
 import pytest
 
-from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.records.record import Cell, Metric, Record
 from effbench.records.store import Store
 from effbench.report import compare
-from effbench.report import methods as docs
 from effbench.report import tables as report
 from effbench.report.tables import groups, headline, render, sheet, write
 from effbench.stats.paired import Estimate
@@ -549,59 +547,3 @@ def test_compare_answers_unknown_names(results):
     Store(results).write(make("rtn(bits=3)", tier="full"))
     with pytest.raises(Usage, match="never measured alike"):
         compare.main({"a": "rtn(bits=2)", "b": "rtn(bits=3)", "results": str(results)})
-
-
-# ---- docs ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A source tree with one method."""
-    package = tmp_path / "effbench"
-    (package / "methods" / "quant").mkdir(parents=True)
-    (tmp_path / "methods").mkdir()
-    (tmp_path / "pyproject.toml").touch()
-    (package / "methods" / "quant" / "wanda.py").write_text(
-        '"""Wanda: |weight| x norm."""\n'
-        "@dataclass(frozen=True)\nclass Wanda(Weights):\n"
-        '    paper = "arXiv:2306.11695"\n'
-        "    sparsity: float = 0.5\n    group_size: int | None = None\n"
-    )
-    monkeypatch.setattr(docs, "PACKAGE", package)
-    monkeypatch.setattr(registry, "PACKAGE", package)
-    registry._catalog.cache_clear()
-    yield tmp_path
-    registry._catalog.cache_clear()
-
-
-def test_index_of_methods(checkout, capsys):
-    assert docs.main({"check": True}) == 1
-    assert docs.main({}) == 0
-    text = (checkout / "methods" / "README.md").read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines() if "wanda" in line)
-    assert row == (
-        r"| [wanda](quant/wanda.py) | Weights | Wanda: \|weight\| x norm. | "
-        "[arXiv:2306.11695](https://arxiv.org/abs/2306.11695) | "
-        r"`sparsity: float = 0.5`<br>`group_size: int \| None = None` |"
-    )
-    assert docs.main({"check": True}) == 0
-
-
-def test_stale_index_is_named_with_its_line(checkout, capsys):
-    docs.main({})
-    path = checkout / "methods" / "README.md"
-    path.write_text(path.read_text(encoding="utf-8").replace("0.5", "0.6"), encoding="utf-8")
-    assert docs.main({"check": True}) == 1
-    assert re.search(r"README.md: line \d+ differs", capsys.readouterr().err)
-
-
-def test_a_broken_method_file_is_not_indexed(checkout):
-    (checkout / "effbench" / "methods" / "quant" / "bad.py").write_text("class Other: pass\n")
-    with pytest.raises(Usage, match=r"bad\.py defines no class"):
-        docs.main({})
-
-
-def test_no_pages_outside_a_checkout(checkout):
-    (checkout / "pyproject.toml").unlink()
-    with pytest.raises(Usage, match="source checkout"):
-        docs.main({})
