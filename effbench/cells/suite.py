@@ -147,7 +147,7 @@ def adhoc(steps: str) -> Suite:
     recipe = parse(steps)
     if not recipe.steps:
         raise Usage("recipe=: name at least one step")
-    rows, tiers = [Row(str(recipe), str(recipe))], {tier: Stage() for tier in TIERS}
+    rows, tiers = [Row(recipe.label, str(recipe))], {tier: Stage() for tier in TIERS}
     return _suite(SuiteFile("adhoc", 1, "Recipes from the command line", rows, tiers), "adhoc")
 
 

@@ -10,7 +10,7 @@ from effbench.core.source import Module, read_module
 
 CONTRACT = ("effbench.core.kinds", "effbench.core.method")  # where the bases of all methods are defined
 
-Lineage = list[tuple[ast.ClassDef, list[str]]]  # classes from the top down, each with the lines of its file
+Lineage = list[tuple[ast.ClassDef, Module]]  # classes from the top down, each with the module that defines it
 
 
 def trace(node: ast.ClassDef, module: Module) -> tuple[Lineage, str | None]:
@@ -23,7 +23,7 @@ def trace(node: ast.ClassDef, module: Module) -> tuple[Lineage, str | None]:
 
 
 def _trace_class(node: ast.ClassDef, module: Module, seen: frozenset[str]) -> tuple[Lineage, str | None]:
-    own = [(node, module.lines)]
+    own = [(node, module)]
     for base in node.bases:
         above, kind = _trace_name(ast.unparse(base), module, node.lineno, seen)
         if kind is not None:

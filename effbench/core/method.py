@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import types
 import typing
 from contextlib import AbstractContextManager
@@ -57,7 +58,7 @@ class Method:
         begun = [names for names, group in zip(missing, base.must_define, strict=True) if 0 < len(names) < len(group)]
         if begun or all(missing):
             lacking = begun or missing
-            own = [name for name, value in cls.__dict__.items() if inspect.isfunction(value) and name[0] != "_"]
+            own = [name for name, value in cls.__dict__.items() if callable(value) and not hasattr(base, name)]
             slips = [(name, difflib.get_close_matches(name, own, 1)) for names in lacking for name in names]
             hint = next((f"; it has {close[0]!r}: did you mean {name!r}?" for name, close in slips if close), "")
             calls = " or ".join(" and ".join(_call(base, name) for name in names) for names in lacking)
@@ -77,10 +78,18 @@ class Method:
 
     def __str__(self) -> str:
         """The step in canonical form: key and the fields that differ from their defaults."""
+        return f"{self.key if self.key.isidentifier() else repr(self.key)}({self._arguments()})"
+
+    @property
+    def label(self) -> str:
+        """The step as a person writes it: a file below the working folder by its path from there."""
+        inside = self.key.startswith(os.path.join(os.getcwd(), ""))
+        return f"./{os.path.relpath(self.key)}({self._arguments()})" if inside else str(self)
+
+    def _arguments(self) -> str:
         default = {field.name: field.default for field in dataclasses.fields(self)}
         given = {name: getattr(self, name) for name in default}
-        name = self.key if self.key.isidentifier() else repr(self.key)
-        return f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items() if v != default[k])})"
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != default[name])
 
     def check(self) -> None:
         """Raise `Usage` for settings that no data can make right."""

@@ -33,6 +33,11 @@ class Recipe:
     def __str__(self) -> str:
         return ", ".join(map(str, self.steps))
 
+    @property
+    def label(self) -> str:
+        """The steps as a person writes them."""
+        return ", ".join(step.label for step in self.steps)
+
     def check(self) -> Recipe:
         """Raise `Conflict` where two steps write one slot; each fit uses the train plan up."""
         writers: dict[str, str] = {}

@@ -23,23 +23,11 @@ from effbench.core.errors import Usage
 from effbench.core.kinds import KINDS
 from effbench.core.lineage import trace
 from effbench.core.method import Method
-from effbench.core.packages import SHIPPED, absolute, method_line, module_file, package
+from effbench.core.packages import SHIPPED, absolute, method_line, package
+from effbench.core.packages import module_file as module_file
 from effbench.core.paths import PACKAGE, SUITES
 from effbench.core.source import Module, Parameter, read_fields, read_module
 from effbench.core.usage import nearest
-
-__all__ = [
-    "Entry",
-    "catalog",
-    "entries_in",
-    "entry",
-    "find",
-    "load",
-    "module_file",
-    "presets",
-    "roots",
-    "source_digest",
-]
 
 VARIABLE = "EFFBENCH_METHODS"
 FILE = re.compile(r"(?P<file>.+\.py)(:(?P<cls>\w+))?")
@@ -123,8 +111,8 @@ def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module
     lineage, kind = trace(node, source)
     parameters: dict[str, Parameter] = {}
     facts: dict[str, Any] = {}
-    for ancestor, text in lineage:
-        parameters |= read_fields(ancestor, text)
+    for ancestor, module in lineage:
+        parameters |= read_fields(ancestor, module)
         for line in ancestor.body:
             target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
             value = getattr(line, "value", None)
@@ -191,21 +179,21 @@ def entries_in(file: str) -> list[Entry]:
         raise Usage(f"{file}: no such file")
     if not path.stem.isidentifier():
         raise Usage(f"{file}: the file's name may hold letters, digits and _ only")
-    for known in catalog().values():
-        if known.path.name == path.name and known.path.samefile(path):
-            return [entry(known.key)]
+    named = [known for known in catalog().values() if known.path.name == path.name and known.path.samefile(path)]
     try:
         source = read_module(path, f"{package(path.parent)}.{path.stem}")
         entries = [
             _entry(f"{path}:{node.name}", "", path, node, source)
             for node in source.tree.body
-            if isinstance(node, ast.ClassDef) and trace(node, source)[1] is not None
+            if isinstance(node, ast.ClassDef)
+            and trace(node, source)[1] is not None
+            and node.name not in {known.cls for known in named}
         ]
     except SyntaxError as error:
         raise Usage(f"{file}: cannot be read: {error}") from None
-    if not entries:
+    if not named + entries:
         raise Usage(f"{file}: defines no method: a class whose base is {', '.join(KINDS)} or Method")
-    return entries
+    return named + entries
 
 
 def load(key: str) -> type[Method]:

@@ -15,6 +15,8 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
+from effbench.core.packages import module_file
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -68,16 +70,27 @@ def read_module(path: Path, name: str = "") -> Module:
         raise SyntaxError(str(error)) from None
 
 
-def read_fields(node: ast.ClassDef, lines: list[str]) -> dict[str, Parameter]:
-    """The fields that a class declares itself, in order."""
+def read_fields(node: ast.ClassDef, module: Module) -> dict[str, Parameter]:
+    """The fields that a class of a module declares itself, in order."""
     fields: dict[str, Parameter] = {}
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             kind = ast.unparse(line.annotation)
             if not kind.removeprefix("typing.").startswith("ClassVar"):
-                name = line.target.id
-                fields[name] = Parameter(name, kind, _default(line.value), _comment(line, lines))
+                name, kind = line.target.id, _find_choices(kind, module) or kind
+                fields[name] = Parameter(name, kind, _default(line.value), _comment(line, module.lines))
     return fields
+
+
+def _find_choices(name: str, module: Module) -> str | None:
+    """The `Literal[...]` that a name of a type stands for, here or in the module it is imported from."""
+    for line in module.tree.body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
+            value = ast.unparse(line.value)
+            return value if value.startswith("Literal[") else None
+    owner, _, attribute = module.imports().get(name, "").rpartition(".")
+    file = module_file(owner)
+    return _find_choices(attribute, read_module(file, owner)) if file is not None else None
 
 
 def document_fields(cls: type) -> dict[str, Parameter]:
@@ -89,7 +102,7 @@ def document_fields(cls: type) -> dict[str, Parameter]:
         module = read_module(Path(inspect.getfile(ancestor)))
         for node in ast.walk(module.tree):
             if isinstance(node, ast.ClassDef) and node.name == ancestor.__name__:
-                fields |= read_fields(node, module.lines)
+                fields |= read_fields(node, module)
                 break
     return fields
 

@@ -51,7 +51,8 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
     checkout = PACKAGE.parent
-    path = PACKAGE.parent / entry.path.relative_to(PACKAGE) if entry.path.is_relative_to(PACKAGE) else entry.path
+    path = checkout / entry.path.relative_to(PACKAGE) if entry.path.is_relative_to(PACKAGE) else entry.path
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     tests = _tests(entry, checkout / "tests")
     measured = _measured(entry.key, results)
     if as_json:
@@ -73,12 +74,8 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
     newest = sorted(measured, key=lambda row: row["date"], reverse=True)[:NEWEST]
     more = f", the newest {NEWEST} of {len(measured)} rows" if len(measured) > NEWEST else ""
     print(f"\nmeasured{more}; metrics are means over seeds")
-    print_columns(
-        [
-            [f"  {'suite'}", *list(newest[0])[1:]],
-            *([f"  {row['suite']}", *map(str, list(row.values())[1:])] for row in newest),
-        ]
-    )
+    header = dict(zip(newest[0], newest[0], strict=True))
+    print_columns(["", *map(str, row.values())] for row in (header, *newest))
     return 0
 
 

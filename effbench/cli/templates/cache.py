@@ -15,7 +15,7 @@ class Example(Cache):
     """What a reader of the paper should know first."""
 
     paper = "unpublished"  # or "arXiv:NNNN.NNNNN"
-    identity = {"budget": 2**20}  # settings at which every token stays
+    identity = {"budget": 1_000_000}  # settings at which every token stays
 
     budget: int = 64  # tokens kept by every key-value head
 
