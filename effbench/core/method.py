@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin
 
 from effbench.core.errors import Usage
-from effbench.core.packages import method_key
+from effbench.core.packages import class_file, method_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class Method:
     @classmethod
     def check_definition(cls) -> None:
         """Raise `Usage` for a class that is no complete method, before anything runs."""
-        where = f"{cls.__name__} in {inspect.getfile(cls)}"
+        where = f"{cls.__name__} in {class_file(cls) or cls.__module__}"
         if "__dataclass_params__" not in cls.__dict__:
             raise Usage(f"{where}: write @dataclass(frozen=True) above the class")
         base = cast(type[Method], next(ancestor for ancestor in cls.__mro__ if "must_define" in ancestor.__dict__))

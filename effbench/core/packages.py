@@ -52,6 +52,12 @@ def method_key(cls: type) -> str:
     return cls.__module__.rpartition(".")[2]
 
 
+def class_file(cls: type) -> Path | None:
+    """File that defines a class; None where there is none, as for a class typed at a prompt."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return None if file is None else Path(file)
+
+
 def method_line(error: BaseException) -> str:
     """` (FILE:LINE)` of the innermost call in a method's file that an exception passed; empty if it passed none."""
     line = ""

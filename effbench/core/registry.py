@@ -30,7 +30,7 @@ from effbench.core.source import Module, Parameter, read_fields, read_module
 from effbench.core.usage import nearest
 
 VARIABLE = "EFFBENCH_METHODS"
-FILE = re.compile(r"(?P<file>.+\.py)(:(?P<cls>\w+))?")
+FILE = re.compile(r"(?P<file>.+\.py)(:(?P<cls>\w+))?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def entry(key: str) -> Entry:
         if entries[key].kind == "broken":
             raise Usage(f"method {key!r}: {entries[key].path} {entries[key].summary}")
         return entries[key]
-    entries = {found.cls: found for found in entries_in(reference["file"])}
+    entries = {method.cls: method for method in entries_in(reference["file"])}
     if reference["cls"] is None:
         raise Usage(f"{key}: name the class, {' or '.join(f'{key}:{name}' for name in entries)}")
     if reference["cls"] not in entries:
@@ -198,18 +198,18 @@ def entries_in(file: str) -> list[Entry]:
 
 def load(key: str) -> type[Method]:
     """The class of a method. Raises `Usage` for an unknown name or a file that cannot be imported."""
-    found = entry(key)
+    known = entry(key)
     try:
         importlib.invalidate_caches()  # the file may be younger than the folder's listing
-        module = importlib.import_module(found.module)
+        module = importlib.import_module(known.module)
     except (Exception, SystemExit) as error:
         hint = ""
-        if isinstance(error, ModuleNotFoundError) and (found.path.parent / f"{error.name}.py").is_file():
+        if isinstance(error, ModuleNotFoundError) and (known.path.parent / f"{error.name}.py").is_file():
             hint = f"; import a file beside it as `from . import {error.name}`"
-        raise Usage(f"method {key!r}: {found.path} cannot be imported: {error!r}{method_line(error)}{hint}") from error
-    cls: type[Method] = getattr(module, found.cls)
+        raise Usage(f"method {key!r}: {known.path} cannot be imported: {error!r}{method_line(error)}{hint}") from error
+    cls: type[Method] = getattr(module, known.cls)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise Usage(f"method {key!r}: {found.cls} in {found.path} is not a Method")
+        raise Usage(f"method {key!r}: {known.cls} in {known.path} is not a Method")
     cls.check_definition()
     return cls
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
-import inspect
 import io
 import math
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
-from effbench.core.packages import module_file
+from effbench.core.packages import class_file, module_file
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,10 @@ def document_fields(cls: type) -> dict[str, Parameter]:
     """The fields of a class and of those that it inherits from, by name."""
     fields: dict[str, Parameter] = {}
     for ancestor in reversed(cls.__mro__):
-        if ancestor.__module__ == "builtins":
+        file = class_file(ancestor)
+        if file is None:
             continue
-        module = read_module(Path(inspect.getfile(ancestor)))
+        module = read_module(file)
         for node in ast.walk(module.tree):
             if isinstance(node, ast.ClassDef) and node.name == ancestor.__name__:
                 fields |= read_fields(node, module)

@@ -208,7 +208,7 @@ def test_show_a_suite(capsys):
     assert "{" not in text  # values of sweeps are filled in
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.command_names())])
+@pytest.mark.parametrize("arguments", [["--help"], ["help"], *([name, "--help"] for name in cli.command_names())])
 def test_help(arguments, capsys):
     assert cli.main(arguments) == 0
     assert "usage: effbench" in capsys.readouterr().out

@@ -75,6 +75,22 @@ def test_a_kind_itself_is_no_method(kind):
         kind()
 
 
+def test_a_base_of_a_family_says_what_its_methods_define():
+    from effbench.methods.prune._common import Patterned, Saliency
+
+    with pytest.raises(Usage, match=r"Toy in .* does not define score\(layer\); it has 'scores'"):
+        define(Patterned, scores=give)()
+    with pytest.raises(Usage, match=r"does not define zeros$"):
+        define(Saliency, score=give)()
+
+
+def test_a_class_typed_at_a_prompt_is_understood():
+    method = type("Toy", (Weights,), {"__module__": "nowhere", "compress": give})
+    with pytest.raises(Usage, match=r"^Toy in nowhere: write @dataclass"):
+        method()
+    assert document_fields(dataclasses.dataclass(frozen=True)(method)) == {}
+
+
 def test_a_class_without_its_decorator_says_so():
     with pytest.raises(Usage, match=r"^Bare in .*: write @dataclass\(frozen=True\) above the class$"):
         type("Bare", (Weights,), {"__module__": __name__, "compress": give, "bits": 4})(bits=2)
@@ -115,7 +131,7 @@ def read(tmp_path, monkeypatch):
         ("from ._shared import Base", "Base"),
         ("from . import _shared", "_shared.Base"),
         ("from ._shared import Weights", "Weights"),  # by way of another file
-        ("from effbench.methods.prune._common import Saliency", "Saliency"),
+        ("from effbench.methods.prune.magnitude import Magnitude", "Magnitude"),
         ("from effbench.methods.prune.wanda import Wanda as Toy", "Toy"),  # the base has the name of the class
         ("if True:\n    from effbench.core.kinds import Weights", "Weights"),
     ],
@@ -174,8 +190,8 @@ class Toy(Weights):
 
 def test_comments_beside_fields_are_their_documentation(read):
     entry = read(FIELDS, _shared="from typing import Literal\nGrid = Literal['a', 'b']\n")
-    told = {name: (parameter.default, parameter.comment) for name, parameter in entry.parameters.items()}
-    assert told == {
+    read_as = {name: (parameter.default, parameter.comment) for name, parameter in entry.parameters.items()}
+    assert read_as == {
         "bits": ("4", "of a weight # and more"),
         "above": ("0.5", "Said above, on two lines."),
         "bare": ("False", ""),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from effbench.core import registry
 from effbench.core.errors import Usage
@@ -153,6 +157,20 @@ def test_a_registered_method_keeps_its_name(tmp_path, outside):
         file.write("\n@dataclass(frozen=True)\nclass Other(Toy):\n    '''Another.'''\n")
     other = parse_step(f"{root}/mine/toy.py:Other()")
     assert str(other) == f"'{root}/mine/toy.py:Other'()" and parse_step(str(other)) == other
+
+
+@given(name=st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_any_folder_can_be_written_in_a_step(name):
+    """Quotes, brackets, commas, newlines: the canonical step parses back to the same method."""
+    with tempfile.TemporaryDirectory() as top:
+        folder = Path(top) / f"x{name}"
+        folder.mkdir()
+        (folder / "mine.py").write_text(
+            HALVES.format(name="Mine").replace("._common import FACTOR", "math import e as FACTOR")
+        )
+        method = parse_step(f"{str(folder / 'mine.py') + ':Mine'!r}(factor=2)")
+        assert parse(f"rtn(), {method}").steps[1] == method and method.key == f"{folder}/mine.py:Mine"
 
 
 @pytest.mark.parametrize(
