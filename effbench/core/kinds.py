@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effbench.core.method import HOOKS, Method
+from effbench.core.method import HOOKS, Alternatives, Method
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Select(Method):
     Override `score` (larger is kept first) or `order` (example indices, best first).
     """
 
-    must_define = (("score",), ("order",))
+    must_define: ClassVar[Alternatives] = (("score",), ("order",))
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
         """[N]: the larger, the more worth keeping."""
@@ -52,7 +52,7 @@ class Select(Method):
 class Weights(Method):
     """Rewrites the weights of every linear in the blocks, layer by layer, from streamed calibration statistics."""
 
-    must_define = (("compress",), ("compress_block",))
+    must_define: ClassVar[Alternatives] = (("compress",), ("compress_block",))
     needs: ClassVar[set[Need]] = set()  # statistics of the inputs and gradients that `compress` reads
     sequential: ClassVar[bool] = True  # a block's statistics come from inputs that compressed blocks produced
     folds: ClassVar[bool] = False  # moves scales into other modules, so weights do not compare before and after
@@ -85,7 +85,7 @@ class Weights(Method):
 class Swap(Method):
     """Replaces linears by trainable ones; `settle` turns them into their final form once, after training."""
 
-    must_define = (("replace",),)
+    must_define: ClassVar[Alternatives] = (("replace",),)
 
     def wants(self, path: str) -> bool:
         """Whether the linear at `path` is to be replaced: by its name, where a method has the field `targets`."""
@@ -110,7 +110,7 @@ class Swap(Method):
 class Train(Method):
     """Changes the next `fit` through hooks and slots, and is undone at its end."""
 
-    must_define = (*((hook,) for hook in HOOKS), ("slot_values",), ("claims",))
+    must_define: ClassVar[Alternatives] = (*((hook,) for hook in HOOKS), ("slot_values",), ("claims",))
 
     def slot_values(self) -> dict[str, Any]:
         """What to write in each slot named by `claims`."""
@@ -124,7 +124,7 @@ class Train(Method):
 class Cache(Method):
     """Keeps fewer cached tokens (`keep`), or stores them in fewer bits (`encode`, `decode`), during inference."""
 
-    must_define = (("keep",), ("encode", "decode"))
+    must_define: ClassVar[Alternatives] = (("keep",), ("encode", "decode"))
     unit: ClassVar[Literal["token", "block"]] = "token"  # what an encoder can evict at a time
 
     def keep(self, layer: Slots) -> Tensor:
@@ -154,7 +154,7 @@ class Cache(Method):
 class Prompt(Method):
     """Shortens prompts before they reach the model."""
 
-    must_define = (("rewrite",),)
+    must_define: ClassVar[Alternatives] = (("rewrite",),)
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
         """Segments with the same roles and fewer tokens."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from effbench.core.run import Run
 
 HOOKS = ("batch", "loss", "param_groups", "optimizer", "context", "on_step")
+Alternatives = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Method:
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
     exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
     # What a method has to define itself, all names of at least one group. A class that sets this is a base of methods.
-    must_define: ClassVar[tuple[tuple[str, ...], ...]] = (("apply",), *((hook,) for hook in HOOKS))
+    must_define: ClassVar[Alternatives] = (("apply",), *((hook,) for hook in HOOKS))
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         cls.check_definition()

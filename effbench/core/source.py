@@ -59,12 +59,14 @@ class Module:
 
 
 def read_module(path: Path, name: str = "") -> Module:
-    """Read a file as the module `name`. Raises `SyntaxError`, also for bytes that are no text."""
+    """Read a file as the module `name`. Raises `SyntaxError`, also for what is no text or no file."""
     try:
         text = path.read_text(encoding="utf-8")
         return Module(name, ast.parse(text), text.splitlines())
     except UnicodeDecodeError as error:
         raise SyntaxError(f"not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise SyntaxError(f"cannot be read ({error.strerror})") from None
     except ValueError as error:  # null bytes, in some versions of Python
         raise SyntaxError(str(error)) from None
 
@@ -81,15 +83,15 @@ def read_fields(node: ast.ClassDef, module: Module) -> dict[str, Parameter]:
     return fields
 
 
-def _find_choices(name: str, module: Module) -> str | None:
+def _find_choices(name: str, module: Module, elsewhere: bool = True) -> str | None:
     """The `Literal[...]` that a name of a type stands for, here or in the module it is imported from."""
     for line in module.tree.body:
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
             value = ast.unparse(line.value)
             return value if value.startswith("Literal[") else None
     owner, _, attribute = module.imports().get(name, "").rpartition(".")
-    file = module_file(owner)
-    return _find_choices(attribute, read_module(file, owner)) if file is not None else None
+    file = module_file(owner) if elsewhere else None
+    return _find_choices(attribute, read_module(file, owner), elsewhere=False) if file is not None else None
 
 
 def document_fields(cls: type) -> dict[str, Parameter]:

@@ -104,6 +104,9 @@ def test_a_path_of_the_wrong_shape_is_named(make, words, tmp_path, outside):
 
 def test_a_file_that_cannot_be_a_module_is_broken(tmp_path, outside):
     outside(write_root(tmp_path / "root", 0.5, "toy", "my-toy"))
+    (tmp_path / "root" / "mine" / "folder.py").mkdir()
+    with pytest.raises(Usage, match=r"folder\.py cannot be read \(Is a directory\)"):
+        registry.load("folder")
     with pytest.raises(Usage, match=r"my-toy\.py its name and its folder's may hold letters"):
         registry.load("my-toy")
     assert parse_step("toy()").factor == 0.5
