@@ -70,7 +70,7 @@ class QuIPSharp(Weights):
     type = "PTQ"
     weight_update = "block LDLQ"
     needs = {"hessian"}
-    trial = {"tune_iters": 1}
+    trials = ({"tune_iters": 1}, {"bits": 3, "tune_iters": 1}, {"bits": 4, "tune_iters": 0})
 
     bits: int = 2  # 2, 3 or 4
     tune_iters: int = 10  # passes of coordinate descent after LDLQ

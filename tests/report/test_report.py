@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 
 from effbench.cli.commands import report
 from effbench.cli.main import main
-from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.records.record import Metric
 from effbench.records.store import Store
-from effbench.report import methods as docs
 from effbench.report import pages
 from effbench.report.differences import difference, table_tests
 from effbench.report.groups import group_records
@@ -513,11 +511,11 @@ def test_one_detail_is_one_grid(results, capsys):
         (["suite=../x"], "not the name of a suite"),
         (["suite=/etc"], "not the name of a suite"),
         (["suite=*"], "not the name of a suite"),
-        (["suite=a\0b"], "not the name of a suite"),
+        (["suite=a\0b"], "must be text"),
         (["suite=" + "x" * 5000], "not the name of a suite"),
         (["results=" + "x" * 5000], "not the name of a folder"),
         (["results=" + "x" * 500], "cannot be read"),
-        (["results=a\0b"], "not the name of a folder"),
+        (["results=a\0b"], "must be text"),
         (["results=a\nb"], "not the name of a folder"),
     ],
 )
@@ -530,59 +528,3 @@ def test_wrong_usage(results, command, words, message, capsys):
     out, err = capsys.readouterr()
     assert out == "" and message in err
     assert err.count("\n") == 1 and len(err) < 1500
-
-
-# ---- docs ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A source tree with one method."""
-    package = tmp_path / "effbench"
-    (package / "methods" / "quant").mkdir(parents=True)
-    (tmp_path / "methods").mkdir()
-    (tmp_path / "pyproject.toml").touch()
-    (package / "methods" / "quant" / "wanda.py").write_text(
-        '"""Wanda: |weight| x norm."""\n'
-        "@dataclass(frozen=True)\nclass Wanda(Weights):\n"
-        '    paper = "arXiv:2306.11695"\n'
-        "    sparsity: float = 0.5\n    group_size: int | None = None\n"
-    )
-    monkeypatch.setattr(docs, "PACKAGE", package)
-    monkeypatch.setattr(registry, "PACKAGE", package)
-    registry._catalog.cache_clear()
-    yield tmp_path
-    registry._catalog.cache_clear()
-
-
-def test_index_of_methods(checkout, capsys):
-    assert docs.main({"check": True}) == 1
-    assert docs.main({}) == 0
-    text = (checkout / "methods" / "README.md").read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines() if "wanda" in line)
-    assert row == (
-        r"| [wanda](quant/wanda.py) | Weights | Wanda: \|weight\| x norm. | "
-        "[arXiv:2306.11695](https://arxiv.org/abs/2306.11695) | "
-        r"`sparsity: float = 0.5`<br>`group_size: int \| None = None` |"
-    )
-    assert docs.main({"check": True}) == 0
-
-
-def test_stale_index_is_named_with_its_line(checkout, capsys):
-    docs.main({})
-    path = checkout / "methods" / "README.md"
-    path.write_text(path.read_text(encoding="utf-8").replace("0.5", "0.6"), encoding="utf-8")
-    assert docs.main({"check": True}) == 1
-    assert re.search(r"README.md: line \d+ differs", capsys.readouterr().err)
-
-
-def test_a_broken_method_file_is_not_indexed(checkout):
-    (checkout / "effbench" / "methods" / "quant" / "bad.py").write_text("class Other: pass\n")
-    with pytest.raises(Usage, match=r"bad\.py defines no class"):
-        docs.main({})
-
-
-def test_no_pages_outside_a_checkout(checkout):
-    (checkout / "pyproject.toml").unlink()
-    with pytest.raises(Usage, match="source checkout"):
-        docs.main({})

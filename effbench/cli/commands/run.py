@@ -49,13 +49,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.json and event.record is not None:
             _print_record(event.record)
 
+    store = Store(options.folder)
     with display:
-        fresh, interrupted = run_cells(batch.todo, Store(options.folder), executor, watch)
+        fresh, interrupted = run_cells(batch.todo, store, executor, watch)
     if interrupted:
         kept = f"{len(fresh)} of {len(batch.todo)} cells are done and kept in {options.folder.resolve()}"
         print(f"effbench: interrupted; {kept}, the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
-    print(progress.closing(fresh, time.monotonic() - begin), file=out)
+    print(progress.closing(fresh, time.monotonic() - begin, store), file=out)
     by_identity = {record.cell.identity: record for record in [*batch.done, *fresh]}
     records = [by_identity[cell.job.cell.identity] for cell in batch.cells]
     if not arguments.json:
