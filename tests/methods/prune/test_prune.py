@@ -17,7 +17,7 @@ from effbench import checks
 from effbench.core.errors import Outcome, Unsupported, Usage
 from effbench.core.recipe import parse, parse_step
 from effbench.core.views import Layer
-from effbench.formats.compensation import inverse_factor, without_dead
+from effbench.formats.compensation import inverse_factor, neutralize_dead
 from effbench.formats.csr import CSRLinear
 from effbench.formats.nm import NMIntLinear, NMLinear, pattern_of
 from effbench.methods.prune import sparsegpt
@@ -82,7 +82,7 @@ def test_wanda_masks_are_those_of_llm_compressor(name: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sparsegpt_weights_are_those_of_llm_compressor(name: str) -> None:
     sparsity, removed, m = SETTINGS[name]
-    weight, hessian = without_dead(GOLDEN["weight"], GOLDEN["hessian"])
+    weight, hessian = neutralize_dead(GOLDEN["weight"], GOLDEN["hessian"])
     rest = (sparsity, (m - removed, m) if m else None, int(FACTS["block"]))
     expected = GOLDEN[f"sparsegpt.{name}"]
     found, keep = sparsegpt.solve(weight, GOLDEN["factor"], *rest)
@@ -200,7 +200,7 @@ def test_sparsegpt_loses_less_than_pruning_without_compensation(pattern: str) ->
 def test_the_update_divides_once() -> None:
     """With delta = -w / [H^-1]_qq and another division by [H^-1]_qq the result hangs on the inputs' unit."""
     layer = random_layer(16, 64)
-    weight, hessian = without_dead(layer.weight, layer.inputs.hessian * 100)
+    weight, hessian = neutralize_dead(layer.weight, layer.inputs.hessian * 100)
     factor = inverse_factor(hessian, 0.01, "layer")
     found, keep = sparsegpt.solve(weight, factor, 0.5)
 

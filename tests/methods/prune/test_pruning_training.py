@@ -23,7 +23,7 @@ from effbench.methods.prune import lottery_ticket
 from effbench.methods.prune._l0 import BETA, HIGH, LOW, HardConcreteMask, close, density
 from effbench.methods.prune._training import TrainedMask
 from effbench.methods.prune.gmp import GMP, MagnitudeMask
-from effbench.methods.prune.learned_mask import CandidateMask, LearnedMask, at
+from effbench.methods.prune.learned_mask import CandidateMask, LearnedMask, interpolate
 from effbench.methods.prune.lottery_ticket import LotteryTicket, copy_parameters
 from effbench.methods.prune.movement import Movement, ScoredMask
 from effbench.nn.model.blocks import Blocks
@@ -194,12 +194,12 @@ def test_earlier_zeros_rank_just_below_everything_else() -> None:
     held = torch.rand(8, 16, generator=torch.Generator().manual_seed(0)) >= 0.5
     module = ScoredMask(PrunedLinear.of(linear().weight.detach(), held), "x", 0, "unstructured")
     module.score.data = torch.randn(8, 16)
-    alive = module.alive(module.score.detach())
+    alive = module.rank_pruned_last(module.score.detach())
     assert torch.equal(alive[held], module.score[held])
     assert alive[~held].max() < alive[held].min() <= alive[~held].min() + 1e-5
     dead = int((~held).sum())
-    assert torch.equal(module.highest(dead / 128), held)
-    assert not (module.highest((dead - 9) / 128) & held != held).any()
+    assert torch.equal(module.choose(dead / 128), held)
+    assert not (module.choose((dead - 9) / 128) & held != held).any()
 
 
 @pytest.mark.parametrize("step", ["gmp(pattern='2:5', sparsity=0.6)", "learned_mask(pattern='2:5', sparsity=0.6)"])
@@ -216,8 +216,8 @@ def test_linears_of_gpt2_are_seen_the_right_way_round() -> None:
     x = torch.randn(3, 8)
     module = MagnitudeMask(conv, "c", 0, "unstructured")
     assert torch.allclose(module(x), conv(x), atol=1e-6)
-    module.mask = module.largest(0.5)
-    pruned = module.pruned("unstructured")
+    module.mask = module.choose(0.5)
+    pruned = module.finish("unstructured")
     assert isinstance(pruned, PrunedLinear) and pruned.weight.shape == (6, 8) and pruned.weight.is_contiguous()
     assert torch.equal(pruned.weight, conv.weight.T * module.mask)
     assert torch.allclose(pruned(x), module(x), atol=1e-6)
@@ -236,7 +236,7 @@ def test_sixteen_bit_weights_train_under_wide_masks(kind: Any) -> None:
     for name, parameter in module.named_parameters():
         assert parameter.dtype == (torch.bfloat16 if name.startswith("linear.") else torch.float32)
         assert torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
-    pruned = module.pruned("unstructured")
+    pruned = module.finish("unstructured")
     assert all(parameter.dtype == torch.bfloat16 for parameter in pruned.parameters())
 
 
@@ -307,7 +307,7 @@ def test_gmp_weights_may_return() -> None:
     plain = nn.Linear(4, 1, bias=False)
     plain.weight.data = torch.tensor([[0.3, -0.4, 0.5, -0.6]])
     module = MagnitudeMask(plain, "x", 0, "unstructured")
-    module.mask = module.largest(0.5)
+    module.mask = module.choose(0.5)
     assert module.mask.tolist() == [[False, False, True, True]]
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for _ in range(40):  # pull the third weight towards 0.1
@@ -316,7 +316,7 @@ def test_gmp_weights_may_return() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert plain.weight[0, :2].tolist() == pytest.approx([0.3, -0.4])
-    module.mask = module.largest(0.5)
+    module.mask = module.choose(0.5)
     assert module.mask.tolist() == [[False, True, False, True]]
 
 
@@ -399,7 +399,7 @@ def test_movement_scores_are_the_closed_form() -> None:
         (module(x) - y).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        module.mask = module.highest(0.1 * (step + 1))
+        module.mask = module.choose(0.1 * (step + 1))
     assert torch.allclose(module.score, expected, atol=1e-5)
     assert torch.allclose(plain.weight, weight, atol=1e-5)
     assert int((~module.mask).sum()) == int(0.6 * 128)
@@ -415,7 +415,7 @@ def test_movement_keeps_what_moves_away_from_zero() -> None:
     (module(torch.eye(4)) - target.T).square().sum().backward()
     assert module.score.grad is not None
     module.score.data -= module.score.grad
-    assert module.highest(0.5).tolist() == [[False, False, True, True]]
+    assert module.choose(0.5).tolist() == [[False, False, True, True]]
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -451,8 +451,8 @@ def candidate_mask(method: LearnedMask, plain: nn.Module | None = None, seed: in
 
 
 def test_schedules_of_the_learned_mask() -> None:
-    assert [at((4.0, 0.05), t / 4) for t in range(5)] == pytest.approx([4.0, 3.0125, 2.025, 1.0375, 0.05])
-    assert [at((1e2, 5e2), t / 4) for t in range(5)] == pytest.approx([100, 200, 300, 400, 500])
+    assert [interpolate((4.0, 0.05), t / 4) for t in range(5)] == pytest.approx([4.0, 3.0125, 2.025, 1.0375, 0.05])
+    assert [interpolate((1e2, 5e2), t / 4) for t in range(5)] == pytest.approx([100, 200, 300, 400, 500])
     run = toy_run()
     progress: list[set[float]] = []
     run.apply(LearnedMask())
@@ -687,11 +687,11 @@ def test_closed_gates_are_the_least_of_all_linears_together() -> None:
     assert int((~keep).sum()) == 64 and alphas[keep].min() > alphas[~keep].max()
     weight, keep = masks[0].result()
     gate = (torch.sigmoid(masks[0].log_alpha) * 1.2 - 0.1).clamp(0, 1)
-    pruned = masks[0].pruned("unstructured")
+    pruned = masks[0].finish("unstructured")
     assert torch.allclose(dense_weight(pruned), masks[0].linear.weight * gate * keep)
     assert (gate[keep] < 1).any() and weight.shape == (8, 16)
     masks[0].chosen.fill_(True)
-    whole = masks[0].pruned("unstructured")  # nothing is pruned, but the gates count
+    whole = masks[0].finish("unstructured")  # nothing is pruned, but the gates count
     assert type(whole) is nn.Linear and torch.allclose(whole.weight, masks[0].linear.weight * gate)
 
 

@@ -132,7 +132,7 @@ def test_the_two_published_grids_differ_where_a_group_has_one_sign() -> None:
     assert ours.scale.item() == pytest.approx(1.5 / 15) and ours.zero.item() == 0
     assert theirs.scale.item() == pytest.approx(1.0 / 15) and theirs.zero.item() == 0  # clamped from -8
     both = torch.tensor([[-0.5, 0.25, 1.0]])
-    assert torch.allclose(fit_grid(both, 4).rounded(both), fit_grid(both, 4, grid="awq").rounded(both))
+    assert torch.allclose(fit_grid(both, 4).round(both), fit_grid(both, 4, grid="awq").round(both))
     assert fit_grid(both, 4, True).scale.item() == pytest.approx(2 / 15)
     assert fit_grid(both, 4, True, "awq").scale.item() == pytest.approx(1 / 7)
 
@@ -232,7 +232,7 @@ def authors_loop(weight: Tensor, hessian: Tensor, method: GPTQ, use: Any = None)
     """Dequantized weight, the groups' scales and g_idx by the published loop, column by column, written plainly."""
 
     def find(w: Tensor) -> tuple[Tensor, Tensor]:
-        grid = fit_grid(w, method.bits, method.symmetric, mse=method.mse).stored()
+        grid = fit_grid(w, method.bits, method.symmetric, mse=method.mse).as_stored()
         return grid.scale[:, 0], grid.zero[:, 0]
 
     W, H, size = weight.clone(), hessian.clone(), method.group_size
@@ -322,7 +322,7 @@ def update_loop(weight: Tensor, grid: Grid, row_of: Any, sign: float) -> Tensor:
     """Column by column with an update row of one's choice: q_j = round(w_j), W += sign * (w_j - q_j) * row(j)."""
     work, out = weight.clone(), torch.zeros_like(weight)
     for j in range(weight.shape[1]):
-        out[:, j : j + 1] = grid.rounded(work[:, j : j + 1])
+        out[:, j : j + 1] = grid.round(work[:, j : j + 1])
         work[:, j + 1 :] += sign * (work[:, j : j + 1] - out[:, j : j + 1]) * row_of(j)[j + 1 :]
     return out
 
@@ -330,7 +330,7 @@ def update_loop(weight: Tensor, grid: Grid, row_of: Any, sign: float) -> Tensor:
 def test_seed_gptq_update_has_the_wrong_sign_and_the_wrong_rows() -> None:
     layer = make_layer()
     hessian = layer.inputs.hessian
-    grid = fit_grid(layer.weight, 3).stored()
+    grid = fit_grid(layer.weight, 3).as_stored()
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
     static = torch.linalg.inv(damped)
     factor = inverse_factor(hessian, 0.01, "x")
@@ -346,7 +346,7 @@ def test_seed_gptq_update_has_the_wrong_sign_and_the_wrong_rows() -> None:
     assert ((right - ours).abs() < 1e-6).double().mean() > 0.999
     losses = {
         "right": proxy_loss(layer, right),
-        "rounding": proxy_loss(layer, grid.rounded(layer.weight)),
+        "rounding": proxy_loss(layer, grid.round(layer.weight)),
         "seed": proxy_loss(layer, update_loop(layer.weight, grid, by_inverse, +1)),
         "seed's rows, right sign": proxy_loss(layer, update_loop(layer.weight, grid, by_inverse, -1)),
     }
@@ -384,7 +384,7 @@ def test_seed_gptq_groups_run_along_outputs() -> None:
 
     def error(groups: Tensor, back: Any) -> Tensor:
         """Relative squared error, averaged over rows."""
-        off = back(fit_grid(groups, 4).rounded(groups)) - layer.weight
+        off = back(fit_grid(groups, 4).round(groups)) - layer.weight
         return (off.square().sum(1) / layer.weight.square().sum(1)).mean()
 
     right = error(layer.weight.unflatten(1, (-1, 32)), lambda w: w.flatten(1))
@@ -400,7 +400,7 @@ def test_seed_gptq_range_leaves_out_zero() -> None:
     assert seed_zero < 0  # no code between 0 and 15 stands for it: an unsigned zero-point cannot be stored
     grid = fit_grid(weight, 4)
     assert 0 <= grid.zero.item() <= 15
-    assert grid.rounded(torch.zeros(1, 1)).item() == 0
+    assert grid.round(torch.zeros(1, 1)).item() == 0
 
 
 # NF4 and FP8
@@ -604,14 +604,14 @@ def test_awq_clip_equals_a_search_over_tokens() -> None:
     layer = make_layer(out=16, width=64)
     x = layer.inputs.raw
     weight = layer.weight.unflatten(1, (-1, 32))
-    clipped = AWQ(bits=3, group_size=32)._clipped(weight, layer.inputs.second_moment.float())
+    clipped = AWQ(bits=3, group_size=32)._clip(weight, layer.inputs.second_moment.float())
     tokens = x.unflatten(1, (-1, 32))
     largest = weight.abs().amax(-1, keepdim=True)
     errors = []
     for step in range(10):
         limit = largest * (1 - step / 20)
         cut = weight.clamp(-limit, limit)
-        delta = fit_grid(cut, 3, grid="awq").stored().rounded(cut) - weight
+        delta = fit_grid(cut, 3, grid="awq").as_stored().round(cut) - weight
         errors.append(torch.einsum("tgi,ogi->tog", tokens, delta).square().mean(0))
     best = torch.stack(errors).argmin(0)
     limit = largest * (1 - best.unsqueeze(-1) / 20)
