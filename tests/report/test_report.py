@@ -389,7 +389,7 @@ def test_markdown_is_escaped():
     ],
 )  # fmt: skip
 def test_rounded(value, text):
-    assert report.round(value) == text
+    assert report.rounded(value) == text
 
 
 @pytest.mark.parametrize(
