@@ -165,16 +165,18 @@ class ModelRun(Run):
         self.model.eval()
         for path, module in list(self.model.named_modules()):
             if isinstance(module, Replaced):
-                replace(self.model, path, module.packed())
+                replace(self.model, path, module.pack())
         narrow(self.model, self.storage)
         changed = not self.infer.empty or self.log.selected or take_fingerprint(self.model) != self._before
         if not (changed or recipe_is_empty):
             raise Refused("the recipe changed nothing: the model is bit for bit what it was")
 
     def close(self) -> None:
-        """Undo what plans changed in the process."""
+        """Undo what plans changed in the process, and let go of what steps kept."""
         self.train.close()
         self.infer.close()
+        self._states.clear()
+        self._shared.clear()
 
 
 @torch.no_grad()
@@ -188,9 +190,9 @@ def narrow(model: nn.Module, storage: torch.dtype) -> None:
 @torch.no_grad()
 def take_fingerprint(model: nn.Module) -> list[tuple[str, ...]]:
     """Names, kinds, shapes and a hash of the content of everything in a module tree."""
-    found: list[tuple[str, ...]] = [(path, type(module).__name__) for path, module in model.named_modules()]
+    entries: list[tuple[str, ...]] = [(path, type(module).__name__) for path, module in model.named_modules()]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         value = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
         content = str(int(torch.hash_tensor(value).view(torch.int64))) if value.numel() else ""
-        found.append((name, str(tuple(tensor.shape)), content))
-    return found
+        entries.append((name, str(tuple(tensor.shape)), content))
+    return entries

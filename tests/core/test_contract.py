@@ -17,7 +17,7 @@ from effbench.core.recipe import Recipe, parse, parse_step
 from effbench.core.run import FitReport
 from effbench.core.views import Segments
 from effbench.nn.files import artifact
-from effbench.nn.infer.attention import owned
+from effbench.nn.infer.attention import own_attention
 from effbench.nn.infer.cache import SlotCache
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear, Replaced, dense_weight, kept, rebuilt, stored_bytes
@@ -302,7 +302,7 @@ def test_extra_keys_give_the_same_loss_and_gradient_under_checkpointing():
         if checkpointing:
             run.model.gradient_checkpointing_enable()
         run.model.train()
-        with owned(run.model, run.infer):
+        with own_attention(run.model, run.infer):
             ids = torch.arange(1, 17).view(1, 16)
             out = run.model(input_ids=ids, labels=ids, use_cache=False)
             out.loss.backward()

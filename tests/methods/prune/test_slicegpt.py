@@ -28,15 +28,6 @@ IDS = torch.arange(48).view(2, 24) * 7 % (VOCABULARY - 1) + 1
 LAYERS, MLP, POSITIONS = 2, 256, 256
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Any:
-    """One thread: several only get in each other's way on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the RMSNorms of transformers compute in float64, too; as they are they go through float32."""
