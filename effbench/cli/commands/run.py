@@ -81,7 +81,7 @@ def _print_tables(records: Sequence[Record], suite: str, style: str) -> None:
     print(f"\n{render(list(records), suite, style)}", end="")
     if importlib.util.find_spec("effbench.report.published") is not None:
         published = importlib.import_module("effbench.report.published")
-        print(published.compare_with_published(records))
+        print(f"\n{published.compare_with_published(records)}")
 
 
 def _print_plan(batch: Batch, as_json: bool) -> None:
