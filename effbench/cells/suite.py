@@ -169,6 +169,8 @@ def resolve(settings: Mapping[str, Any]) -> dict[str, Any]:
     resolved = typed(Settings, settings)
     for probe in resolved.probes:
         one_of("probe", probe, probes.names())
+    if not resolved.probes:
+        raise Usage(f"probes: name at least one of {', '.join(probes.names())}")
     return {name: value for name, value in dataclasses.asdict(resolved).items() if value is not None}
 
 
