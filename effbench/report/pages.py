@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from effbench.core.errors import Usage
-from effbench.core.paths import PUBLISHED
+from effbench.core.paths import CHECKOUT, PUBLISHED
 from effbench.core.usage import nearest
 from effbench.records.record import Record
 from effbench.records.store import Store, latest
@@ -135,6 +135,12 @@ def write(results: Path, suite: str | None = None, readme: Path | None = None) -
 def check(results: Path, suite: str | None = None, readme: Path | None = None) -> list[str]:
     """The generated files that are not what the records say, each with its first differing line."""
     return list(filter(None, (find_difference(path, text) for path, text in pages(results, suite, readme).items())))
+
+
+def find_readme(results: Path) -> Path | None:
+    """The README whose blocks are made from these results: that of the checkout, from what is published there."""
+    published = CHECKOUT is not None and PUBLISHED is not None and results.resolve() == PUBLISHED.resolve()
+    return CHECKOUT / "README.md" if CHECKOUT is not None and published else None
 
 
 def pages(results: Path, suite: str | None = None, readme: Path | None = None) -> dict[Path, str]:

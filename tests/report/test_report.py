@@ -423,8 +423,9 @@ def test_only_the_published_folder_has_a_readme(results, readme, monkeypatch, ca
     before = readme.read_text(encoding="utf-8")
     assert main(["report", f"results={results}", "--write"]) == 0
     assert readme.read_text(encoding="utf-8") == before
-    monkeypatch.setattr(report, "PUBLISHED", results)
-    monkeypatch.setattr(report, "CHECKOUT", results.parent)
+    for module in (report, pages):
+        monkeypatch.setattr(module, "PUBLISHED", results)
+    monkeypatch.setattr(pages, "CHECKOUT", results.parent)
     assert main(["report", "--check"]) == 1
     assert main(["report", "--write"]) == 0
     assert "**quant v1" in readme.read_text(encoding="utf-8")
