@@ -106,24 +106,24 @@ def _choose_model(chosen: Suite, tier: str, model: str, tables: Sequence[Table],
         f"{names[steps]} seed {seed}"
         for steps, seeds in due.items()
         for seed in seeds
-        if seed not in _seeds(rows.get(steps))
+        if seed not in _list_seeds(rows.get(steps))
     ]
     if missing:
-        raise Usage(f"{what}: {_some(missing)} not measured by the present source; {run_again}")
+        raise Usage(f"{what}: {_name_some(missing)} not measured by the present source; {run_again}")
     records = [
-        _named(record, names[steps])
+        _rename(record, names[steps])
         for steps, seeds in due.items()
         for record in rows[steps].records
         if record.cell.seed in seeds
     ]
     for complaint, bad in (
         ("did not end and would be tried again", lambda record: record.outcome in RETRIED),
-        ("measured with changes that are not committed, or by an installed package", _uncommitted),
+        ("measured with changes that are not committed, or by an installed package", _lacks_commit),
         ("measured by another source, model or data than the present", stale),
     ):
         cells = [f"{record.cell.recipe} seed {record.cell.seed}" for record in records if bad(record)]
         if cells:
-            raise Usage(f"{what}: {_some(cells)} {complaint}; {run_again}")
+            raise Usage(f"{what}: {_name_some(cells)} {complaint}; {run_again}")
     return Publication(chosen.name, chosen.version, tier, model, tuple(records))
 
 
@@ -134,20 +134,20 @@ def _is_as_planned(cell: Cell, plan: Tier) -> bool:
     return cell.data == sources.data(None).name and settings == plan.settings | dtype
 
 
-def _seeds(row: Row | None) -> set[int]:
+def _list_seeds(row: Row | None) -> set[int]:
     return set() if row is None else {record.cell.seed for record in row.records}
 
 
-def _named(record: Record, name: str) -> Record:
+def _rename(record: Record, name: str) -> Record:
     """The record under the present name of its row."""
     return dataclasses.replace(record, cell=dataclasses.replace(record.cell, recipe=name))
 
 
-def _uncommitted(record: Record) -> bool:
+def _lacks_commit(record: Record) -> bool:
     return record.environment.get("dirty") is not False or not record.environment.get("commit")
 
 
-def _some(cells: Sequence[str]) -> str:
+def _name_some(cells: Sequence[str]) -> str:
     """A few of many."""
     shown = ", ".join(cells[:3])
     return f"{shown} and {len(cells) - 3} more cells" if len(cells) > 3 else shown

@@ -373,7 +373,7 @@ def test_tables_of_committed_documents(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(report.check(results)) == 1
     assert report.write(results) == [table] and report.check(results) == []
     assert timings.page(document()) in table.read_text()
-    assert report.pages(results, "quant") == {}
+    assert report.render_pages(results, "quant") == {}
     for text in ("{", "[]", json.dumps({"schema": 1}), json.dumps(document(schema=2))):
         path.write_text(text)
         with pytest.raises(Usage, match=r"gpu-of-tests\.json"):

@@ -42,7 +42,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if not arguments.published:
         pages.print_tables(records, style, options.detail)
     else:
-        pages.print_sheets(published.published_sheets(records), style, published.DETAIL)
+        pages.print_sheets(published.make_published_sheets(records), style, published.DETAIL)
     return 0
 
 
