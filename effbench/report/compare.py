@@ -11,7 +11,8 @@ import numpy as np
 
 from effbench.core.errors import Usage
 from effbench.core.usage import nearest
-from effbench.records.record import Unreadable, from_json
+from effbench.records.reader import read_record
+from effbench.records.record import Unreadable
 from effbench.report.tables import ACCURACY, LEVEL, PPL, Row, groups, items, load, natural, paired, places, tasks
 from effbench.report.text import DASH, markdown_table, rounded
 from effbench.stats.paired import Estimate, holm
@@ -96,8 +97,8 @@ def refuse(before: Row, after: Row) -> None:
 
 def _file(path: Path) -> Row:
     try:
-        return Row((from_json(path.read_text(encoding="utf-8")),))
-    except (Unreadable, OSError, UnicodeDecodeError) as error:
+        return Row((read_record(path),))
+    except Unreadable as error:
         raise Usage(f"{path}: {error}") from None
 
 

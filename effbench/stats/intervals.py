@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from scipy.special import bdtr, stdtrit
 
-from effbench.records.record import Metric
+from effbench.records.metric import Metric
 
 Z = 1.959964  # normal quantile of 97.5 %
 MEDIAN_NEEDS = 6  # fewest values whose range covers the median with 95 %

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from effbench.core.errors import Usage
-from effbench.records.record import SCHEMA, Metric, Record, from_json
+from effbench.records.metric import Metric
+from effbench.records.record import SCHEMA, Record, from_json
 from effbench.records.store import Store, latest
 
 
@@ -23,8 +24,8 @@ def record(make_job):
 def test_round_trip(store, record):
     assert store.write(record) == record
     assert store.read() == ([record], [])
-    (path,) = store.folder("fakes", 1).iterdir()
-    assert path.name == record.name
+    path = store.folder("fakes", 1) / record.name
+    assert {found.name for found in path.parent.iterdir()} == {record.name, "protocols.json"}
     assert path.stat().st_mode & 0o444 == 0o444
 
 
@@ -118,7 +119,7 @@ def test_nothing_is_left_after_a_failed_write(store, record, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         store.write(record)
-    assert list(store.folder("fakes", 1).iterdir()) == []
+    assert [path for path in store.results.rglob("*") if path.is_file()] == []
 
 
 def _write_all(arguments):

@@ -11,7 +11,8 @@ import pytest
 
 from effbench.core import registry
 from effbench.core.errors import Usage
-from effbench.records.record import Cell, Metric, Record
+from effbench.records.metric import Metric
+from effbench.records.record import Cell, Record
 from effbench.records.store import Store
 from effbench.report import compare
 from effbench.report import methods as docs
