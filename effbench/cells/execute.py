@@ -18,6 +18,7 @@ from effbench.core.recipe import Recipe, parse
 from effbench.machine import devices
 from effbench.machine.gate import Gate, Tell
 from effbench.ops import ran
+from effbench.records.plain import plain
 from effbench.records.record import Record
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         protocols=found.protocols,
         kernels=ran(),
         facts=facts(recipe, log.get("calibration_sequences", settings.get("calibration_sequences"))),
-        log=log | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {}),
+        log=plain(log | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {})),
         environment=environment,
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - begin - found.seconds["wait"], 3),

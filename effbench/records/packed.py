@@ -114,8 +114,8 @@ def _all_samples(path: Path, *_state: int) -> dict[str, Samples]:
     for row in _rows(path, 1):
         samples = by_record.setdefault(row.record, Samples([], {}))
         if row.part == "sample":
-            places = _json(row.places, list[Place])
-            samples.columns.append(Column(places, row.values if row.text is None else _json(row.text, list[Any])))  # type: ignore[arg-type]
+            values = _json(row.text, list[Any]) if row.values is None else list(row.values)
+            samples.columns.append(Column(_json(row.places, list[Place]), values))
         elif row.part == "layers":
             samples.layers.update(_json(row.text, dict[str, Any]))
         elif row.part == "layer":

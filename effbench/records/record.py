@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from effbench.records.metric import Metric
+from effbench.records.metric import Metric, Whole
 from effbench.records.plain import plain
 
 SCHEMA = 3
@@ -24,6 +24,7 @@ RETRIED = ("oom", "timeout", "crashed")  # tried again by the next run; the othe
 FAILED = ("oom", "diverged", "timeout", "crashed")  # exit code 1
 
 Name = Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z", max_length=100)]  # becomes the name of a folder
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Reference = Annotated[str, Meta(pattern=r"^[0-9a-f]{8,64}\Z")]  # digest of what lies in a file beside the record
 
 
@@ -36,14 +37,14 @@ class Cell:
     """What is to be run: one recipe on one model with one seed, and all that decides its numbers."""
 
     suite: Name
-    suite_version: Annotated[int, Meta(ge=0)]
+    suite_version: Count
     tier: str
     recipe: str  # name of the row
     steps: str  # canonical step string
     resolved: tuple[dict[str, Any], ...]  # every step with all its fields
     model: str
     data: str
-    seed: int
+    seed: Whole
     settings: dict[str, Any]  # probes, limit, dtype, device kind, threads, score_block, tasks ...
     digests: dict[str, str]  # model, data, tasks, methods, probes, files
 
@@ -100,7 +101,7 @@ class Summary(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     outcome: OutcomeName
     reason: str = ""
     traceback: str = ""
-    attempt: Annotated[int, Meta(ge=1)] = 1
+    attempt: Annotated[int, Meta(ge=1, le=2**31)] = 1
     simulated: bool = False
     started: Annotated[str, Meta(pattern=r"^(\d{4}-\d\d-\d\d.*)?\Z")] = ""
     seconds: float = 0.0
@@ -109,7 +110,7 @@ class Summary(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     protocols: dict[str, str] | Reference = {}
     samples: dict[str, list[Any]] | Reference = {}
     layers: bool = False  # whether the log's layers are with the samples
-    kernels: dict[str, dict[str, int]] = {}
+    kernels: dict[str, dict[str, Count]] = {}
     facts: dict[str, Any] = {}
     log: dict[str, Any] = {}
 

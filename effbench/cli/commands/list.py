@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,21 @@ from typing import TYPE_CHECKING, Any
 from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
-from effbench.core.usage import nearest
+from effbench.core.usage import nearest, parse
 
 if TYPE_CHECKING:
     pass
 from effbench.cli.command import JSON, Command, print_columns
+
+
+@dataclasses.dataclass
+class ListOptions:
+    """What `effbench list records` can be told."""
+
+    suite: str | None = None  # records of this suite
+    recipe: str | None = None  # records of recipes that fit this pattern, such as gptq*
+    outcome: str | None = None  # records that ended so
+    results: str = "results"  # folder of records
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -29,6 +41,8 @@ def _list(arguments: argparse.Namespace) -> int:
         "tasks": _tasks,
     }
     what = arguments.what or "methods"
+    options = parse(ListOptions, arguments.options)
+    listings["records"] = lambda: _records(options)
     if what not in listings:
         raise Usage(f"cannot list {what!r}{nearest(what, listings)}")
     rows = listings[what]()
@@ -38,6 +52,16 @@ def _list(arguments: argparse.Namespace) -> int:
         shown = [key for key in (rows[0] if rows else {}) if key not in ("parameters", "facts")]
         print_columns([[str(row[key]) for key in shown] for row in rows])
     return 0
+
+
+def _records(options: ListOptions) -> list[dict[str, Any]]:
+    from effbench.records.index import list_records
+
+    filters = {"suite": options.suite, "recipe": options.recipe, "outcome": options.outcome}
+    rows, notes = list_records(Path(options.results), filters)
+    for note in notes:
+        print(f"effbench: {note}", file=sys.stderr)
+    return [{key: "" if value is None else value for key, value in row.items()} for row in rows]
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -102,5 +126,9 @@ def _tasks() -> list[dict[str, Any]]:
 
 
 COMMAND = Command(
-    _list, "name what there is", {"[what]": "methods (if left out), suites, models, ops or tasks"}, flags=JSON
+    _list,
+    "name what there is",
+    {"[what]": "methods (if left out), suites, models, ops, tasks or records"},
+    ListOptions,
+    JSON,
 )
