@@ -17,6 +17,7 @@ from effbench.cells.stale import is_stale
 from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
 from effbench.machine.environment import source
+from effbench.records.publication import publish_records, remove_unreferenced
 from effbench.records.record import RETRIED, Cell, Record
 from effbench.records.store import Store
 from effbench.report.groups import Row, Table, group_records
@@ -39,11 +40,6 @@ class Publication:
     def __str__(self) -> str:
         return f"{self.suite} v{self.version}, {self.tier} tier, model {self.model}"
 
-    def replaces(self, cell: Cell) -> bool:
-        """Whether published records of this cell give way: those of the same tier and model, of any version so far."""
-        same = (cell.suite, cell.tier, cell.model) == (self.suite, self.tier, self.model)
-        return same and cell.suite_version <= self.version
-
 
 def publish(
     suite: str,
@@ -59,8 +55,7 @@ def publish(
     """
     chosen = suites.load(suite)
     publications = choose(chosen, load(runs, chosen.name), tier, is_stale if stale is None else stale)
-    for publication in publications:
-        replace_published(publication, Store(results))
+    replace_published(publications, Store(results))
     return publications, write(results, None, find_readme(results))
 
 
@@ -155,10 +150,13 @@ def _name_some(cells: Sequence[str]) -> str:
 # ---- what is published --------------------------------------------------------------------------
 
 
-def replace_published(publication: Publication, store: Store) -> None:
-    """Write the records of a publication and remove those whose place they take."""
-    for record in store.read(publication.suite)[0]:
-        if publication.replaces(record.cell):
-            (store.folder(publication.suite, record.cell.suite_version) / record.name).unlink()
-    for record in publication.records:
-        store.write(record)
+def replace_published(publications: Sequence[Publication], store: Store) -> None:
+    """Write the publications of one tier of a suite as one, in the place of the tier's older one of any version."""
+    first = publications[0]
+    records = [record for publication in publications for record in publication.records]
+    written = publish_records(records, store.results, first.tier)
+    for folder in store.folders(first.suite):
+        older = folder / written.name
+        if older != written and folder.name != written.parent.name:
+            older.unlink(missing_ok=True)
+    remove_unreferenced(store)

@@ -15,7 +15,7 @@ from torch import Tensor
 from effbench.core.errors import Diverged, Refused
 from effbench.probes import Reading
 from effbench.probes.inputs import logits, predictions, windows
-from effbench.records.record import Metric
+from effbench.records.metric import Metric
 from effbench.stats import intervals
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from effbench.machine.peak import SCOPES, PeakMemory
 from effbench.nn.model.linear import Replaced, stored_as, stored_bytes, top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
+from effbench.records.metric import Finding
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
@@ -31,8 +32,9 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading.add("stored_bytes", total, kept_in)
     reading.add("reference_bytes", original, f"the unchanged model {kept_in}")
     reading.add("compression", original / total, "reference_bytes / stored_bytes")
-    bits, over = bits_per_weight(run.model, run.storage)
-    reading.add("bits_per_weight", bits, f"weights and metadata of {over}, without biases")
+    over = "of the compressed linears, or of all but the head where none is"
+    bits, findings = bits_per_weight(run.model, run.storage)
+    reading.add("bits_per_weight", bits, f"weights and metadata {over}, without biases", findings)
     reading.add(
         "model_bits_per_weight", 8 * total / run.original.parameters, "all stored bytes over the reference's parameters"
     )
@@ -41,15 +43,15 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     return reading
 
 
-def bits_per_weight(model: nn.Module, dtype: torch.dtype) -> tuple[float, str]:
-    """Stored bits per weight of the replaced linears (where none is, of all but the head); and which."""
+def bits_per_weight(model: nn.Module, dtype: torch.dtype) -> tuple[float, dict[str, Finding]]:
+    """Stored bits per weight of the replaced linears (where none is, of all but the head); and how many they are."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = [module for _, module in top_linears(model) if module is not head]
     replaced = [module for module in linears if isinstance(module, Replaced)]
     chosen = replaced or linears
     size = sum(sum(stored_bytes(module, dtype)) - _bias_bytes(module, dtype) for module in chosen)
-    over = "compressed linears" if replaced else "linears, none of which is compressed"
-    return 8 * size / sum(elements(module) for module in chosen), f"the {len(chosen)} {over}"
+    bits = 8 * size / sum(elements(module) for module in chosen)
+    return bits, {"linears": len(chosen), "compressed": bool(replaced)}
 
 
 def elements(linear: nn.Module) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 
 from effbench.core.errors import Usage
 from effbench.core.usage import nearest
-from effbench.records.record import Record, Unreadable, from_json
+from effbench.records.reader import read_record
+from effbench.records.record import Record, Unreadable
 from effbench.report.differences import LEVEL, average_items, estimate_difference, read_items
 from effbench.report.groups import Row, group_records
 from effbench.report.metrics import (
@@ -143,10 +144,10 @@ def _read_file(name: str) -> Row | None:
     try:
         if not path.is_file():
             return None
-        return Row((from_json(path.read_text(encoding="utf-8")),))
-    except (Unreadable, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, PermissionError):
-            return None  # no file can have such a name
+        return Row((read_record(path),))
+    except OSError:
+        return None  # no file can have such a name
+    except (Unreadable, ValueError) as error:
         raise Usage(f"{path}: {error}") from None
 
 

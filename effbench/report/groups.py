@@ -14,12 +14,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from effbench.records.definitions import describe
+from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, Cell, Record
 from effbench.report.metrics import natural_key
 from effbench.report.text import DASH, one_line
 from effbench.stats.paired import Estimate, over_seeds
 
 OF_A_ROW = ("method", "methods", "files")  # digests that differ between the rows of a table
+OF_A_HOST = ("memory", "speed", "energy", "cost")  # families of metrics that say nothing of another host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Row:
     """One recipe: its records, one per seed."""
 
     records: tuple[Record, ...]
+    elsewhere: bool = False  # measured on another host than the rows beside it
 
     @functools.cached_property
     def recipe(self) -> str:
@@ -100,8 +104,8 @@ class Table:
 
     @property
     def cell(self) -> Cell:
-        """The first cell: all cells of a table have its suite, tier, model, data and settings."""
-        return self.rows[0].records[0].cell
+        """A cell measured here: all cells of a table have its suite, tier, model, data and settings."""
+        return next(row for row in self.rows if not row.elsewhere).records[0].cell
 
     @property
     def baseline(self) -> Row | None:
@@ -110,7 +114,8 @@ class Table:
     @functools.cached_property
     def host(self) -> str:
         """Where all of it was measured; empty when no record says."""
-        return next(filter(None, map(get_host, self.records)), "")
+        here = (record for row in self.rows if not row.elsewhere for record in row.records)
+        return next(filter(None, map(get_host, here)), "")
 
     @functools.cached_property
     def measured(self) -> tuple[str, ...]:
@@ -136,7 +141,38 @@ def group_records(records: Iterable[Record]) -> list[Table]:
     for place, record in placed:
         # A worker that died early leaves no environment: its record belongs where the others of its kind are.
         tables.setdefault((*place, get_host(record) or hosts.get(place, "")), []).append(record)
-    return [_take_newest(tables[place]) for place in sorted(tables)]
+    return _share_baselines({place: _take_newest(tables[place]) for place in sorted(tables)})
+
+
+def _share_baselines(tables: Mapping[tuple[Any, ...], Table]) -> list[Table]:
+    """Give tables without a baseline that of another host, without what only holds there.
+
+    Quality and size do not depend on the host. What is left of the other host, if no other row is, goes.
+    """
+    donors = {place[:-1]: table for place, table in tables.items() if table.baseline is not None}
+    borrowers = {
+        place: donors[place[:-1]]
+        for place, table in tables.items()
+        if table.baseline is None and place[:-1] in donors and _share_state(table, donors[place[:-1]])
+    }
+    shared = []
+    for place, table in tables.items():
+        if place in borrowers:
+            baseline = borrowers[place].rows[0]
+            records = tuple(dataclasses.replace(one, metrics=_drop_host(one.metrics)) for one in baseline.records)
+            table = dataclasses.replace(table, rows=(Row(records, elsewhere=True), *table.rows))
+        if len(table.rows) > 1 or table not in borrowers.values():
+            shared.append(table)
+    return shared
+
+
+def _share_state(table: Table, other: Table) -> bool:
+    return get_state(table.records[0]) == get_state(other.records[0])
+
+
+def _drop_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The metrics that do not depend on the host."""
+    return {name: metric for name, metric in metrics.items() if describe(name).family not in OF_A_HOST}
 
 
 def _take_newest(records: Sequence[Record]) -> Table:

@@ -21,7 +21,7 @@ from effbench.report.styles import csv, markdown, terminal, tex
 
 LONGEST = 1000  # characters of a folder's name
 FORMATS = ("md", "csv", "tex", "rich")
-WRITTEN = ("md", "csv", "tex")
+WRITTEN = ("md", "csv")  # LaTeX is made on demand from the same records
 ADHOC = "adhoc"  # recipes from the command line; their tables are written only when asked for by name
 BLOCK = re.compile(r"(<!-- effbench:table ([\w.-]+) -->\n).*?(<!-- /effbench:table -->)", re.DOTALL)
 

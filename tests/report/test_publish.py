@@ -119,7 +119,7 @@ def test_measuring_again_replaces_what_was_published(small, tmp_path):
     publish(small, runs(tmp_path, again), results, stale=fresh)
     published = {record.name: record.metrics["token_ppl"].value for record in load(results, "small")}
     assert published == {record.name: record.metrics["token_ppl"].value for record in again}
-    assert len(list((results / "records").rglob("*.json"))) == 4
+    assert [path.name for path in (results / "records" / "small" / "v1").glob("*.parquet")] == ["quick.parquet"]
 
 
 def test_a_new_version_replaces_the_old_one(small, tmp_path):
@@ -250,7 +250,7 @@ def test_the_command(small, tmp_path, monkeypatch, capsys):
         ([], "suite=: name the suite"),
         (["suite=quan"], "unknown suite 'quan'"),
         ([f"suite={small}", f"runs={tmp_path / 'none'}"], "no records of suite"),
-        ([f"suite={small}", "results=a\0b"], "not the name of a folder"),
+        ([f"suite={small}", "results=a\0b"], "must be text"),
         ([f"suite={small}", f"runs={own}", "tier=fast"], "tier=fast: small has quick"),
     ):
         assert main(["publish", *words]) == 2

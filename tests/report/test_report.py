@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from effbench.cli.commands import report
 from effbench.cli.main import main
 from effbench.core.errors import Usage
-from effbench.records.record import Metric
+from effbench.records.metric import Metric
 from effbench.records.store import Store
 from effbench.report import pages
 from effbench.report.differences import compute_tests, estimate_difference
