@@ -24,9 +24,12 @@ OUTCOMES: tuple[OutcomeName, ...] = get_args(OutcomeName)
 RETRIED = ("oom", "unavailable", "timeout", "crashed")  # tried again by the next run; the others are final
 FAILED = ("oom", "unavailable", "diverged", "timeout", "crashed")  # exit code 1
 
-Name = Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z", max_length=100)]  # becomes the name of a folder
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Reference = Annotated[str, Meta(pattern=r"^[0-9a-f]{8,64}\Z")]  # digest of what lies in a file beside the record
+# Patterns are checked by ourselves: msgspec's own end a process at random by a segmentation fault when it exits
+# (github.com/msgspec/msgspec, issue 717).
+NAME = re.compile(r"\w[\w.-]{0,99}")  # of a suite: becomes the name of a folder
+REFERENCE = re.compile(r"[0-9a-f]{8,64}")  # digest of what lies in a file beside the record
+DATE = re.compile(r"(\d{4}-\d\d-\d\d.*)?")
 
 
 class Unreadable(Exception):
@@ -37,7 +40,7 @@ class Unreadable(Exception):
 class Cell:
     """What is to be run: one recipe on one model with one seed, and all that decides its numbers."""
 
-    suite: Name
+    suite: str
     suite_version: Count
     tier: str
     recipe: str  # name of the row
@@ -104,12 +107,12 @@ class Summary(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     traceback: str = ""
     attempt: Annotated[int, Meta(ge=1, le=2**31)] = 1
     simulated: bool = False
-    started: Annotated[str, Meta(pattern=r"^(\d{4}-\d\d-\d\d.*)?\Z")] = ""
+    started: str = ""
     seconds: float = 0.0
-    environment: dict[str, Any] | Reference = {}
+    environment: dict[str, Any] | str = {}
     metrics: dict[str, Metric] = {}
-    protocols: dict[str, str] | Reference = {}
-    samples: dict[str, list[Any]] | Reference = {}
+    protocols: dict[str, str] | str = {}
+    samples: dict[str, list[Any]] | str = {}
     layers: bool = False  # whether the log's layers are with the samples
     kernels: dict[str, dict[str, Count]] = {}
     facts: dict[str, Any] = {}
@@ -212,6 +215,13 @@ def _checked(summary: Summary) -> Summary:
     """The summary, if what its types do not say holds as well. Raises `Unreadable`."""
     if summary.schema != SCHEMA:
         raise msgspec.ValidationError(f"written by schema {summary.schema}")
+    patterns = {"cell.suite": (NAME, summary.cell.suite), "started": (DATE, summary.started)}
+    for field in ("environment", "protocols", "samples"):
+        value = getattr(summary, field)
+        patterns |= {field: (REFERENCE, value)} if isinstance(value, str) else {}
+    for field, (pattern, text) in patterns.items():
+        if not pattern.fullmatch(text):
+            raise Unreadable(f"fields do not fit the schema ({field} is {text[:100]!r})")
     if not all(isinstance(step.get("method"), str) for step in summary.cell.resolved):
         raise Unreadable("fields do not fit the schema (a step in `cell.resolved` names no method)")
     return summary

@@ -281,4 +281,6 @@ def _write_legend(table: Table, tested: bool) -> str:
         parts.append("Simulated: computes like the compressed form without being stored as it, so it has no speed.")
     if any(row.densified for row in table.rows):
         parts.append("Densified: a merge filled the zeros that pruning had made.")
+    if any(row.elsewhere for row in table.rows):
+        parts.append("The baseline was measured on another host: only what does not depend on the host is shown.")
     return " ".join(parts)
