@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench.cells.job import Job
+from effbench.core.run import RunLog
 from effbench.machine.gate import Gate, Tell
 from effbench.records.metric import Metric
 from effbench.records.record import Record
@@ -56,6 +57,23 @@ def timing(job: Job, tell: Tell) -> Record:
             ended = time.monotonic()
     (seen / job.cell.recipe).write_text(f"{begin} {worked} {alone} {ended}")
     return Record(job.cell, "ok")
+
+
+def unpicklable(job: Job, tell: Tell) -> Record:
+    """A cell whose record cannot be sent."""
+    return Record(job.cell, "ok", log={"what": lambda: None})
+
+
+class Riddle:
+    """What can be sent, and not read at the other end."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def unreadable(job: Job, tell: Tell) -> Record:
+    """A cell whose record cannot be read by the runner."""
+    return Record(job.cell, "ok", log={"what": Riddle()})
 
 
 def placed(job: Job, tell: Tell) -> Record:
@@ -133,7 +151,7 @@ class FakeRun:
             raise settings["open"]
         self.device = torch.device("cpu")
         self.model = torch.nn.Module()
-        self.log: dict[str, Any] = {"steps": []}
+        self.log = RunLog()
         self.taken: list[str] = []
         self.closed = False
         self.finished = False

@@ -9,15 +9,18 @@ from __future__ import annotations
 import datetime
 import random
 import time
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 from effbench.cells.findings import Findings
 from effbench.cells.job import Job
 from effbench.core.kinds import kind_of
+from effbench.core.method import Need
 from effbench.core.recipe import Recipe, parse
+from effbench.core.run import RunLog
 from effbench.machine import devices
 from effbench.machine.gate import Gate, Tell
-from effbench.ops import ran
+from effbench.ops import backend_calls
 from effbench.records.plain import plain
 from effbench.records.record import Record
 
@@ -30,14 +33,14 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
     recipe = parse(job.cell.steps, job.cell.recipe)
     device, settings = job.place.device, job.cell.settings
-    found = Findings(tell, device)
+    findings = Findings(tell, device)
     environment: dict[str, Any] = {}
-    log: dict[str, Any] = {}
+    log = RunLog()
     simulated = False
     gate = Gate(job.place.gate, tell)
-    found.enter("wait")
-    with gate.shared(), found.guard():
-        found.enter("open")
+    findings.enter("wait")
+    with gate.shared(), findings.guard():
+        findings.enter("open")
         from effbench.machine.environment import describe
         from effbench.nn.files.load import open_run
 
@@ -48,78 +51,82 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         run = open_run(job.source, job.data, device, settings["dtype"], job.cell.seed, settings)
         log = run.log
         try:
-            _apply(recipe, run, found)
+            _apply(recipe, run, findings)
             simulated = any(getattr(module, "simulated", False) for module in run.model.modules())
-            _measure(run, settings, gate, found)
+            _measure(run, settings, gate, findings)
         finally:
             run.close()
-    found.enter("")
+    findings.enter("")
+    shortfall = {"shortfall": findings.shortfall} if findings.shortfall else {}
     return Record(
         cell=job.cell,
-        outcome=found.outcome,
-        reason=found.reason,
-        traceback=found.traceback,
+        outcome=findings.outcome,
+        reason=findings.reason,
+        traceback=findings.traceback,
         attempt=job.attempt,
         simulated=simulated,
-        metrics=found.metrics,
-        samples=found.samples,
-        protocols=found.protocols,
-        kernels=ran(),
-        facts=facts(recipe, log.get("calibration_sequences", settings.get("calibration_sequences"))),
-        log=plain(log | {"phases": found.seconds} | ({"shortfall": found.shortfall} if found.shortfall else {})),
+        metrics=findings.metrics,
+        samples=findings.samples,
+        protocols=findings.protocols,
+        kernels=backend_calls(),
+        facts=facts(recipe, log.calibration_sequences or settings.get("calibration_sequences")),
+        log=plain(log.to_json() | {"phases": findings.seconds} | shortfall),
         environment=environment,
         started=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - begin - found.seconds["wait"], 3),
+        seconds=round(time.monotonic() - begin - findings.seconds["wait"], 3),
     )
 
 
-def _apply(recipe: Recipe, run: ModelRun, found: Findings) -> None:
+def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:
     """The steps in order, each with its time and the most memory it held."""
     from effbench.machine.peak import PeakMemory
 
     for step in recipe.steps:
-        found.enter(str(step))
+        findings.enter(str(step))
         begin = time.perf_counter()
         with PeakMemory(run.device) as peak:
             run.apply(step)
         seconds = time.perf_counter() - begin
-        run.log["steps"].append({"step": str(step), "seconds": seconds, "peaks": peak.bytes})
-    found.enter("finish")
+        run.log.steps.append({"step": str(step), "seconds": seconds, "peaks": peak.bytes})
+    findings.enter("finish")
     run.finish(recipe_is_empty=not recipe.steps)
 
 
-def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, found: Findings) -> None:
+def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Findings) -> None:
     """Take the probes, those that need an idle device last."""
     from effbench import probes
 
     def take(names: list[str]) -> None:
         for name in names:
-            if found.over:
+            if findings.over:
                 return
-            found.enter(name)
-            with found.guard():
-                found.add(probes.take(name, run, settings))
+            findings.enter(name)
+            with findings.guard():
+                findings.add(probes.take(name, run, settings))
 
     take([name for name in settings["probes"] if name not in probes.EXCLUSIVE])
     timing = [name for name in settings["probes"] if name in probes.EXCLUSIVE]
-    if timing and not found.over:
-        found.enter("wait")
+    if timing and not findings.over:
+        findings.enter("wait")
         with gate.alone():
             take(timing)
 
 
 def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
     """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`."""
-    found: dict[str, list[str]] = {"type": [], "calibration_data": [], "weight_update": []}
-    for step in recipe.steps:
-        found["type"].append(getattr(step, "type", kind_of(type(step))))
-        if hasattr(step, "needs"):
-            needs: set[str] = step.needs
-            gradients = " with gradients" if any(need.startswith("grad") for need in needs) else ""
-            found["calibration_data"].append(f"{sequences} sequences{gradients}" if needs else "none")
-        if hasattr(step, "weight_update"):
-            found["weight_update"].append(step.weight_update)
-    return {name: ", ".join(dict.fromkeys(values)) for name, values in found.items() if values}
+    steps = recipe.steps
+    columns = {
+        "type": [step.type or kind_of(type(step)) for step in steps],
+        "calibration_data": [describe_calibration(step.needs, sequences) for step in steps if step.needs is not None],
+        "weight_update": [step.weight_update for step in steps if step.weight_update],
+    }
+    return {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
+
+
+def describe_calibration(needs: Set[Need], sequences: int | None) -> str:
+    """The calibration data of a step that takes these statistics."""
+    gradients = " with gradients" if any(need.startswith("grad") for need in needs) else ""
+    return f"{sequences} sequences{gradients}" if needs else "none"
 
 
 def _pin(device: str, threads: int, seed: int) -> None:

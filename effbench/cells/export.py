@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effbench import sources
 from effbench.cells.options import DTYPES
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse
-from effbench.core.usage import one_of
-from effbench.machine.placement import chosen_devices
+from effbench.core.usage import Seed, check_writable, named_path, one_of
+from effbench.machine.placement import choose_devices
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
@@ -31,7 +30,7 @@ class ExportOptions:
     tokenizer: str | None = None  # folder or Hub id, for a model that comes without one
     device: str | None = None  # cpu, cuda or cuda:N; by default the first GPU, else the processor
     dtype: str | None = None  # of the arithmetic: float32, bfloat16, float16
-    seed: int = 0  # of calibration and training
+    seed: Seed = 0  # of calibration and training
 
 
 def export(options: ExportOptions) -> str:
@@ -43,13 +42,14 @@ def export(options: ExportOptions) -> str:
     for name in ("recipe", "to"):
         if getattr(options, name) is None:
             raise Usage(f"{name}= is missing: effbench export recipe='gptq(bits=4)' to=FOLDER")
-    recipe, folder = parse(str(options.recipe)), Path(str(options.to)).expanduser()
+    recipe, folder = parse(str(options.recipe)), named_path("to", str(options.to))
     one_of("format", options.format, FORMATS)
     one_of("dtype", options.dtype, DTYPES)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Usage(f"to={options.to}: is there already and not empty; name a new folder")
+    check_writable("to", folder)
     source, data = sources.model(options.model, options.tokenizer), sources.data(options.data)
-    devices, _ = chosen_devices(options.device)
+    devices, _ = choose_devices(options.device)
 
     from effbench.nn.files import artifact
     from effbench.nn.files.load import open_run

@@ -1,4 +1,4 @@
-"""What an exception means for a cell: its outcome, the reason, and how much memory was wanting."""
+"""What an exception means for a cell: its outcome, the reason, and how much memory was lacking."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import re
 import sys
 import traceback
 
-from effbench.core.errors import Outcome, OutOfMemory, Usage
+from effbench.core.errors import Outcome, OutOfMemory, Unavailable, Usage
+from effbench.core.packages import method_line
 from effbench.machine.devices import gib
 from effbench.records.record import OutcomeName
 
@@ -24,6 +25,14 @@ AMOUNTS = {  # how torch and numpy word them
     "asked_bytes": re.compile(rf"(?:ried|nable) to allocate {AMOUNT}"),
     "free_bytes": re.compile(rf"of which {AMOUNT} is free"),
     "total_bytes": re.compile(rf"total capacity of {AMOUNT}"),
+}
+UNAVAILABLE = {  # package: exceptions of it that say that something from outside could not be had
+    "builtins": ("ConnectionError", "ModuleNotFoundError"),
+    "socket": ("gaierror",),
+    "httpx": ("TransportError", "HTTPStatusError"),
+    "requests": ("RequestException",),
+    "huggingface_hub": ("HfHubHTTPError", "LocalEntryNotFoundError", "LocalTokenNotFoundError"),
+    "datasets": ("DatasetNotFoundError", "DataFilesNotFoundError"),
 }
 
 
@@ -42,6 +51,8 @@ def diagnose(error: BaseException) -> Failure:
     message = _first_line(error)
     if isinstance(error, OutOfMemory):
         return Failure("oom", str(error), shortfall=error.shortfall)
+    if is_unavailable(error):
+        return Failure("unavailable", message or type(error).__name__)
     if isinstance(error, Outcome):
         return Failure(error.name, str(error))  # type: ignore[arg-type]
     if isinstance(error, Usage):  # seen only with the model in hand
@@ -55,16 +66,31 @@ def diagnose(error: BaseException) -> Failure:
         message = "no space left on the disk"
     return Failure(
         "crashed",
-        f"{type(error).__name__}: {message}".removesuffix(": "),
+        f"{type(error).__name__}: {message}".removesuffix(": ") + method_line(error),
         "".join(traceback.format_exception(error)),
     )
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether an exception, or one that led to it, says that something from outside could not be had."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, Unavailable):
+            return True
+        for kind in type(cause).__mro__:
+            if kind.__name__ in UNAVAILABLE.get(kind.__module__.partition(".")[0], ()):
+                return True
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False
 
 
 def broken(device: str) -> str:
     """Why nothing can be computed any more on a CUDA device by this process; empty if it can.
 
-    A failed assertion or an illegal access in a kernel spoils the context: from then on CUDA gives the same
-    error to whatever is asked of it.
+    A failed assertion or an illegal access in a kernel spoils the context: every later call of CUDA fails with the same
+    error.
     """
     torch = sys.modules.get("torch")
     if not device.startswith("cuda") or torch is None or not torch.cuda.is_initialized():
@@ -77,8 +103,8 @@ def broken(device: str) -> str:
 
 
 def _out_of_memory(message: str) -> Failure:
-    found = {name: pattern.search(message) for name, pattern in AMOUNTS.items()}
-    sizes = {name: round(float(match[1]) * UNITS[match[2]]) for name, match in found.items() if match is not None}
+    matches = {name: pattern.search(message) for name, pattern in AMOUNTS.items()}
+    sizes = {name: round(float(match[1]) * UNITS[match[2]]) for name, match in matches.items() if match is not None}
     if "free_bytes" not in sizes:
         sizes |= _left()
     if "free_bytes" not in sizes or "total_bytes" not in sizes:

@@ -1,4 +1,4 @@
-"""What a cell has found so far: readings, failures, and the phase it is in."""
+"""What a cell has measured so far: readings, failures, and the phase it is in."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from effbench.records.record import OutcomeName
 if TYPE_CHECKING:
     from effbench.probes import Reading
 
-# Of several failures in one cell the one furthest right names the outcome.
-SEVERITY: tuple[OutcomeName, ...] = ("refused", "unsupported", "diverged", "oom", "crashed")
+# The outcome of a cell with several failures is the last of these.
+SEVERITY: tuple[OutcomeName, ...] = ("refused", "unsupported", "diverged", "unavailable", "oom", "crashed")
 
 
 class Findings:
-    """What a cell has found so far: readings, failures, and the phase it is in."""
+    """What a cell has measured so far: readings, failures, and the phase it is in."""
 
     def __init__(self, tell: Tell, device: str) -> None:
         self.metrics: dict[str, Metric] = {}
@@ -56,8 +56,8 @@ class Findings:
             failure, why = diagnose(error), broken(self._device)
             if why:
                 self.over = True
-                told = failure.reason if why in failure.reason else f"{failure.reason}; {why}"
-                reason = f"{told}: after this the process can compute nothing more on {self._device}"
+                causes = failure.reason if why in failure.reason else f"{failure.reason}; {why}"
+                reason = f"{causes}: after this the process can compute nothing more on {self._device}"
                 failure = dataclasses.replace(failure, outcome="crashed", reason=reason)
             self.fail(failure)
 

@@ -13,13 +13,14 @@ import gc
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,13 @@ TICK = 0.2  # seconds between looks at clocks and at whether to stop
 GRACE = 5.0  # seconds for a process to end once its record is here
 
 
-TAIL = 4000  # characters of a failed cell's output that are kept
+TAIL = 4000  # bytes of a failed cell's output that are kept
+
+
+LINE = 300  # characters of it that are part of the reason
+
+
+ERROR = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)|terminate called|.*Assertion .*failed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +111,11 @@ class Local:
             try:
                 while (waiting or running) and not stop.is_set():
                     while waiting and (place := self._vacancy(waiting[0], running)) is not None:
-                        running.append(self._start(waiting.popleft().at(place), Path(folder)))
+                        job = waiting.popleft().at(place)
+                        try:
+                            running.append(self._start(job, Path(folder)))
+                        except (OSError, EOFError) as error:
+                            yield Event(job, record=_lost(job, "crashed", f"its process could not start: {error}"))
                     connection.wait([source for worker in running for source in worker.sources], TICK)
                     for worker in running:
                         yield from worker.news(self.timeout)
@@ -125,11 +136,13 @@ class Local:
         start_server(self.preload, self.threads)  # again, should it have died
         try:
             return Worker(job, self.execute, folder)
-        except (EOFError, ConnectionError):  # it is dying at this moment
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
             if tries == 1:
                 raise
-            time.sleep(TICK)
-            return self._start(job, folder, tries - 1)
+            if isinstance(error, FileNotFoundError):  # its socket was removed; else it is dying at this moment
+                abandon_server()
+        time.sleep(TICK)
+        return self._start(job, folder, tries - 1)
 
 
 class Worker:
@@ -140,8 +153,9 @@ class Worker:
         self.job = job
         self.ended = False
         self._output = folder / f"{job.cell.identity}.txt"
+        folder.mkdir(parents=True, exist_ok=True)  # again, should somebody have removed it
         self._output.touch()
-        self._told: dict[str, Any] = {}
+        self._news: dict[str, Any] = {}
         self._date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._started = time.monotonic()
         self._waited = 0.0
@@ -158,19 +172,20 @@ class Worker:
 
     def news(self, timeout: float) -> Iterator[Event]:
         """What happened since the last call; ends with the record."""
-        dead = not self._process.is_alive()  # asked before reading: what a dead worker said is all there
+        dead = not self._process.is_alive()  # before reading: all that a dead worker sent can then be read
         if dead:
             self.kill()
         yield from self._messages()
         if self.ended:
             return
         if dead:
-            reason = _exit_reason(self._process.exitcode)
-            yield self._lost("crashed", f"{reason} while in {self._told.get('phase', 'start')}")
+            reason = f"{_exit_reason(self._process.exitcode)} while in {self._news.get('phase', 'start')}"
+            cause = last_words(self._read_output()) if self._process.exitcode else ""
+            yield self._lose("crashed", f"{reason}: {cause}" if cause else reason)
         elif self.seconds > timeout:
             self.kill()
-            reason = f"took more than {timeout:g} s, the last of it in {self._told.get('phase', 'start')}"
-            yield self._lost("timeout", reason)
+            reason = f"took more than {timeout:g} s, the last of it in {self._news.get('phase', 'start')}"
+            yield self._lose("timeout", reason)
 
     @property
     def seconds(self) -> float:
@@ -194,6 +209,9 @@ class Worker:
             except (EOFError, OSError):
                 self._connection.close()
                 return
+            except Exception as error:  # of values that cannot be unpickled here
+                yield self._lose("crashed", f"its record cannot be read: {type(error).__name__}: {error}")
+                return
             if isinstance(message, Record):
                 yield self._end(message)
             else:
@@ -207,24 +225,14 @@ class Worker:
         elif waiting is False and self._waiting_since is not None:
             self._waited += now - self._waiting_since
             self._waiting_since = None
-        self._told |= message
+        self._news |= message
         if "phase" in message:
             yield Event(self.job, message["phase"])
 
-    def _lost(self, outcome: OutcomeName, reason: str) -> Event:
-        """The record of a job whose process could not give one."""
-        return self._end(
-            Record(
-                cell=self.job.cell,
-                outcome=outcome,
-                reason=reason,
-                attempt=self.job.attempt,
-                facts=facts(parse(self.job.cell.steps), self.job.cell.settings.get("calibration_sequences")),
-                environment=self._told.get("environment", {}),
-                started=self._date,
-                seconds=round(self.seconds, 3),
-            )
-        )
+    def _lose(self, outcome: OutcomeName, reason: str) -> Event:
+        """End with the record of a job whose process gave none."""
+        record = _lost(self.job, outcome, reason, self._news.get("environment"))
+        return self._end(dataclasses.replace(record, started=self._date, seconds=round(self.seconds, 3)))
 
     def _end(self, record: Record) -> Event:
         self.ended = True
@@ -232,9 +240,36 @@ class Worker:
         self._process.join(GRACE)
         self.kill()
         if record.outcome in ("crashed", "timeout"):
-            output = self._output.read_text(errors="replace")[-TAIL:].strip()
-            record = dataclasses.replace(record, log=record.log | {"output": output})
+            record = dataclasses.replace(record, log=record.log | {"output": self._read_output()})
         return Event(self.job, record=record)
+
+    def _read_output(self) -> str:
+        """The end of what the process wrote; empty if the file is gone."""
+        with contextlib.suppress(OSError), self._output.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            return file.read().decode(errors="replace").strip()
+        return ""
+
+
+def _lost(job: Job, outcome: OutcomeName, reason: str, environment: dict[str, Any] | None = None) -> Record:
+    """The record of a job that could give none itself."""
+    return Record(
+        cell=job.cell,
+        outcome=outcome,
+        reason=reason,
+        attempt=job.attempt,
+        facts=facts(parse(job.cell.steps), job.cell.settings.get("calibration_sequences")),
+        environment=environment or {},
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def last_words(output: str) -> str:
+    """What a process wrote last of what went wrong: the last line that names an error, or the first of a fatal one."""
+    lines = [line.strip() for line in output.splitlines()]
+    fatal = [line for line in lines if line.startswith("Fatal Python error")]
+    errors = [line for line in lines if ERROR.match(line)]
+    return (fatal or errors[-1:] or [""])[0][:LINE]
 
 
 def start_server(preload: Sequence[str], threads: int) -> None:
@@ -242,10 +277,11 @@ def start_server(preload: Sequence[str], threads: int) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
     variables["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # an import that asks for CUDA must not start it: forks could not
-    # A killed worker leaves semaphores behind; that they are cleaned up afterwards is nobody's concern.
+    # A killed worker leaves semaphores behind. They are removed later; the warning about it would only confuse.
     variables["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    Path(util.get_temp_dir()).mkdir(mode=0o700, parents=True, exist_ok=True)  # of its socket; somebody may remove it
     resource_tracker.ensure_running()  # by itself first: starting it unblocks signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a signal to the whole group is for the runner alone
     try:
@@ -257,6 +293,15 @@ def start_server(preload: Sequence[str], threads: int) -> None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def abandon_server() -> None:
+    """Forget a fork-server that cannot be reached any more; it ends with its last worker."""
+    server: Any = forkserver._forkserver
+    with server._lock:
+        if server._forkserver_pid is not None:
+            os.close(server._forkserver_alive_fd)
+        server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
 
 
 def _exit_reason(code: int | None) -> str:
@@ -274,6 +319,7 @@ def _work(news: connection.Connection, execute: str, job: Job, output: Path) -> 
     threading.Thread(target=_follow_parent, daemon=True).start()
     job = job.at(job.place.entered())
     gc.freeze()  # what the fork-server imported stays: no use in looking through it again and again
+    output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,25 +1,28 @@
-"""From a suite to records.
+"""From a suite to jobs: which cells a command asks for, and which of them have to run.
 
-Cells are planned from recipes and seeds; those with a final record are left out, the others run in processes
-of their own, and every record is written as soon as its cell ends.
+Cells are planned from models, recipes and seeds. Those with a final record are left out, the others run in processes
+of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from effbench import probes, sources
-from effbench.cells import suite
+from effbench.cells import suite as suites
 from effbench.cells.job import Job, Place
 from effbench.cells.options import RunOptions
-from effbench.cells.suite import Suite, seeded
+from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
+from effbench.core.kinds import kind_of
+from effbench.core.method import Method
+from effbench.core.packages import module_file
+from effbench.core.provenance import digest_source
 from effbench.core.recipe import Recipe
-from effbench.core.registry import source_digest
 from effbench.core.usage import one_of
 from effbench.machine.gate import gate_file
 from effbench.machine.placement import Placement, place
@@ -29,7 +32,7 @@ from effbench.records.store import Store, latest
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A cell of a plan: to be run for a reason, or done and not run again."""
+    """A cell of a batch: to be run for a reason, or done and not run again."""
 
     job: Job
     why: str
@@ -37,7 +40,7 @@ class Planned:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Batch:
     """All cells that a command asks for, in the order of the suite."""
 
     suite: Suite
@@ -58,16 +61,50 @@ class Run:
         return [cell.done for cell in self.cells if cell.done is not None]
 
 
-def plan(options: RunOptions) -> Run:
-    """What the options ask for, checked as far as can be without opening model or data. Raises `Usage`."""
+def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: bool = False) -> Batch:
+    """What the options ask for, checked as far as can be without opening model or data.
+
+    `changes` are settings that differ from those of the suite. With `again`, cells that are done run anew. Raises
+    `Usage`.
+    """
     options.check()
-    chosen = suite.load(options.suite) if options.suite is not None else suite.adhoc(options.recipe or "")
-    data = sources.data(options.data)
+    placement = place(options.device, options.threads, options.jobs, options.tier)
+    suite, tier = _choose_rows(options, placement.tier)
+    tier = tier.with_settings(_settings(options, changes or {}))
     store = Store(options.folder)
     store.check()
-    placement = place(options.device, options.threads, options.jobs, options.tier)
-    tier = chosen.plan(placement.tier, options.recipes)
-    models = [options.model] if options.model is not None else tier.models
+    records, notes = store.read(suite.name, suite.version)
+    before = _Before(records, again)
+    cells = tuple(before.decide(job) for job in _jobs(options, placement, suite, tier))
+    return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
+
+
+def _choose_rows(options: RunOptions, tier: str) -> tuple[Suite, Tier]:
+    """The suite, and its tier with the rows that the options name and the recipe that they bring."""
+    suite = suites.load(options.suite) if options.suite is not None else suites.adhoc()
+    rows = suite.tier(tier, options.recipes)
+    return suite, rows if options.recipe is None else rows.with_row(suite.row(options.recipe))
+
+
+def _settings(options: RunOptions, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the options change."""
+    settings = dict(changes)
+    for name in ("limit", "probes"):
+        if getattr(options, name) is not None and name in changes:
+            raise Usage(f"{name} is given twice: once as an option and once with --set")
+    if options.limit is not None:
+        settings["limit"] = options.limit
+    if options.probes is not None:
+        settings["probes"] = [name.strip() for name in options.probes.split(",")]
+    for name in settings.get("probes", []):
+        one_of("probe", name, probes.names())
+    if "probes" in settings:
+        settings["probes"] = [name for name in probes.names() if name in settings["probes"]]
+    return settings
+
+
+def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -> Iterator[Job]:
+    """Every cell of a tier with what it takes to run it: models, then recipes, then seeds."""
     kind = placement.devices[0].name.partition(":")[0]
     settings = tier.settings | {
         "device": kind,  # which of several that are alike does not matter
@@ -75,24 +112,16 @@ def plan(options: RunOptions) -> Run:
         "threads": placement.threads,
         "dtype": options.dtype or ("float32" if kind == "cpu" else None),
     }
-    if options.limit is not None:
-        settings["limit"] = options.limit
-    if options.probes is not None:
-        wanted = [name.strip() for name in options.probes.split(",")]
-        for name in wanted:
-            one_of("probe", name, probes.names())
-        settings["probes"] = [name for name in probes.names() if name in wanted]
-    records, notes = store.read(chosen.name, chosen.version)
-    standing = latest(records)
     places = tuple(Place(device.name, gate_file(device), device.visible) for device in placement.devices)
+    models = tier.models if options.model is None else (options.model,)
     seeds = options.seeds or tier.seeds
-    cells: list[Planned] = []
+    data = sources.data(options.data)
     for source in [sources.model(name, options.tokenizer) for name in models]:
         for recipe in tier.recipes:
             for seed in seeds if seeded(recipe) else seeds[:1]:
                 cell = Cell(
-                    suite=chosen.name,
-                    suite_version=chosen.version,
+                    suite=suite.name,
+                    suite_version=suite.version,
                     tier=placement.tier,
                     recipe=recipe.name,
                     steps=str(recipe),
@@ -103,46 +132,65 @@ def plan(options: RunOptions) -> Run:
                     settings=settings,
                     digests=digests(recipe, settings["probes"], source.digest, data.digest),
                 )
-                cells.append(_planned(Job(cell, source, data, places), standing))
-    return Run(chosen, placement.tier, tier.budget_minutes, placement, tuple(cells), (*placement.notes, *notes))
+                yield Job(cell, source, data, places)
 
 
 def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict[str, str]:
-    """Digests of all that decides a cell's numbers and is not written in the cell itself. Raises `Usage`."""
-    found = {
+    """Digests of all that decides a cell's numbers and is not written in the cell itself. Raises `Usage`.
+
+    Source is digested from its roots: what opens a model, every probe that is taken, and every method with the
+    service of its kind. All rows of a table share the first two; `method.` and `files` are a row's own.
+    """
+    shared = {
         "model": model,
         "data": data,
         "tasks": sources.task_digest(),
-        "probes": " ".join(f"{name}={version}" for name, version in probes.versions().items() if name in taken),
+        "open": digest_source("effbench.nn.files.load"),
+        **{f"probe.{name}": digest_source(f"effbench.probes.{name}") for name in taken},
     }
-    if recipe.steps:
-        found["methods"] = _joined(source_digest(key) for key in sorted({step.key for step in recipe.steps}))
+    own = {f"method.{step.key}": _digest_method(step) for step in recipe.steps}
     files = [path for step in recipe.steps for path in step.files()]
     if files:
-        found["files"] = _joined(map(_file_digest, files))
-    return found
+        own["files"] = _joined(map(_file_digest, files))
+    return shared | own
 
 
-def _planned(job: Job, standing: dict[str, Record]) -> Planned:
-    """Whether a cell has to run, and why, given the last record of every cell."""
-    cell = job.cell
-    before = standing.get(cell.identity)
-    if before is not None and before.outcome not in RETRIED:
-        # Rows may have been renamed since; what was measured is the same.
-        return Planned(job, f"done: {before.outcome}", dataclasses.replace(before, cell=cell))
-    if before is not None:
-        again = dataclasses.replace(job, attempt=before.attempt + 1)
-        return Planned(again, f"{before.outcome} before: attempt {again.attempt}")
-    row = (cell.recipe, cell.model, cell.seed, cell.tier)
-    older = [
-        record
-        for record in standing.values()
-        if (record.cell.recipe, record.cell.model, record.cell.seed, record.cell.tier) == row
-    ]
-    if not older:
-        return Planned(job, "new")
-    newest = max(older, key=lambda record: record.started)
-    return Planned(job, f"changed: {', '.join(_changes(newest.cell, cell))}")
+def _digest_method(step: Method) -> str:
+    """Digest of the source of a method and of what serves its kind."""
+    service = f"effbench.nn.kinds.{kind_of(type(step)).lower()}"
+    return digest_source(type(step).__module__, *([service] if module_file(service) else []))
+
+
+class _Before:
+    """Records of earlier runs, which say whether a cell has to run and why."""
+
+    def __init__(self, records: Sequence[Record], again: bool) -> None:
+        self._again = again
+        self._standing = latest(records)
+        self._attempts: dict[str, int] = {}  # identity: the last attempt
+        for record in records:
+            identity = record.cell.identity
+            self._attempts[identity] = max(record.attempt, self._attempts.get(identity, 0))
+        self._rows: dict[tuple[Any, ...], Record] = {}  # row: its newest record, whatever has changed since
+        for record in sorted(self._standing.values(), key=lambda record: record.started):
+            self._rows[self._row(record.cell)] = record
+
+    def decide(self, job: Job) -> Planned:
+        """Whether a cell has to run, and why."""
+        cell = job.cell
+        record = self._standing.get(cell.identity)
+        if record is None:
+            older = self._rows.get(self._row(cell))
+            return Planned(job, f"changed: {', '.join(_changes(older.cell, cell))}" if older is not None else "new")
+        if record.outcome not in RETRIED and not self._again:
+            # Rows may have been renamed since; what was measured is the same.
+            return Planned(job, f"done: {record.outcome}", dataclasses.replace(record, cell=cell))
+        next_attempt = dataclasses.replace(job, attempt=self._attempts[cell.identity] + 1)
+        return Planned(next_attempt, f"{record.outcome} before: attempt {next_attempt.attempt}")
+
+    @staticmethod
+    def _row(cell: Cell) -> tuple[Any, ...]:
+        return cell.recipe, cell.model, cell.seed, cell.tier
 
 
 def _changes(old: Cell, new: Cell) -> list[str]:

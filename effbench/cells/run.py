@@ -26,19 +26,24 @@ def run_cells(
     with _stop_on_signal() as stop:
         for event in executor.run(jobs, stop):
             if event.record is not None:
-                event = dataclasses.replace(event, record=_kept(store, event.record))
+                event = dataclasses.replace(event, record=_keep(store, event.record))
                 assert event.record is not None
                 records.append(event.record)
             watch(event)
         return records, stop.is_set() and len(records) < len(jobs)
 
 
-def _kept(store: Store, record: Record) -> Record:
-    """The record as it stands in the store; one that cannot be written is a crash and its cell runs again."""
+def _keep(store: Store, record: Record) -> Record:
+    """The record as it stands in the store.
+
+    One that cannot be written, for whatever reason, is a crash of its cell: the other cells go on, and the next run
+    tries that one again.
+    """
     try:
         return store.write(record)
-    except OSError as error:
-        reason = f"the record could not be written: {error.strerror}"
+    except Exception as error:
+        cause = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        reason = f"the record could not be written: {cause}"
         return dataclasses.replace(record, outcome="crashed", reason=reason)
 
 
@@ -46,12 +51,12 @@ def _kept(store: Store, record: Record) -> Record:
 def _stop_on_signal() -> Iterator[threading.Event]:
     stop = threading.Event()
 
-    def ask(*_: object) -> None:
+    def request_stop(*_: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in STOPPING}
+    before = {number: signal.signal(number, request_stop) for number in STOPPING}
     try:
         yield stop
     finally:

@@ -10,81 +10,85 @@ import dataclasses
 import fnmatch
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from msgspec import Meta
 
 from effbench import probes, sources
 from effbench.cells.options import TIERS
+from effbench.core import plain_yaml
 from effbench.core.errors import Usage
 from effbench.core.kinds import Weights
 from effbench.core.paths import SUITES
 from effbench.core.recipe import Recipe, parse, unique
-from effbench.core.usage import nearest, one_of, typed
+from effbench.core.usage import Count, Positive, Seed, named_path, nearest, one_of, typed
 
 BASELINE = "baseline"  # the row of no steps that every suite has
+ADHOC = "adhoc"  # the suite of recipes that were given without one
+NAME = re.compile(r"\w[\w.-]{0,63}")  # of a suite: records lie in a folder of this name
+
+Pair = Annotated[list[Count], Meta(min_length=2, max_length=2)]
 
 
 @dataclasses.dataclass
 class Settings:
-    """What probes are told; what is not set follows a probe's own default, which its version stands for."""
+    """How a suite measures; what is not set follows a probe's own default, which its version stands for."""
 
-    probes: list[str] = dataclasses.field(default_factory=lambda: list(probes.names()))
-    calibration_sequences: int = 128
-    calibration_length: int | None = None  # tokens per calibration sequence
+    probes: list[str] = dataclasses.field(default_factory=lambda: list(probes.names()))  # instruments; by default all
+    calibration_sequences: Count = 128  # sequences that methods calibrate on
+    calibration_length: Count | None = None  # tokens per calibration sequence; by default what the model takes
     skip: list[str] | None = None  # patterns of linears that methods leave alone
     tasks: list[str] | None = None  # lm-eval tasks; by default those that belong to the data
-    limit: int | None = None  # items per task, windows of perplexity
-    window: int | None = None  # tokens per window of perplexity
-    text_tokens: int | None = None  # of held-out text
-    score_block: int | None = None  # tokens per forward after the context
-    memory_batch: int | None = None
-    memory_context: int | None = None
-    memory_new_tokens: int | None = None
-    speed_points: list[Any] | None = None  # pairs [batch, context]
-    speed_new_tokens: int | None = None
-    speed_seconds: float | None = None  # per point
-    flops_context: int | None = None
-    energy_seconds: float | None = None
+    limit: Count | None = None  # items per task, windows of perplexity
+    window: Annotated[int, Meta(ge=2)] | None = None  # tokens per window of perplexity
+    text_tokens: Count | None = None  # tokens of held-out text
+    score_block: Count | None = None  # tokens per forward pass after the context; by default all
+    memory_batch: Count | None = None  # sequences at a time where memory is measured
+    memory_context: Count | None = None  # tokens before generation where memory is measured
+    memory_new_tokens: Count | None = None  # tokens to generate where memory is measured
+    speed_points: list[Pair] | None = None  # pairs [batch, context] at which speed is measured
+    speed_new_tokens: Count | None = None  # tokens to generate where speed is measured
+    speed_seconds: Positive | None = None  # seconds of timing per point
+    flops_context: Count | None = None  # tokens for which operations are counted
+    energy_seconds: Positive | None = None  # seconds of measuring energy per point, at least 5
 
 
 @dataclasses.dataclass
-class Row:
-    """One row of a suite as written: a recipe, or a template with values to put in."""
+class Template:
+    """One row of a suite as written: a recipe, or several that differ in values put in for {KEY}."""
 
-    name: str
-    steps: str
-    sweep: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    name: str  # of the row, such as rtn-{bits}b
+    steps: str  # its recipe, such as rtn(bits={bits})
+    sweep: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # KEY: list of values; all combinations
 
 
 @dataclasses.dataclass
 class Stage:
     """A tier of a suite as written."""
 
-    recipes: list[str] = dataclasses.field(default_factory=lambda: ["*"])  # names or patterns
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
-    models: list[str] = dataclasses.field(default_factory=lambda: ["tiny"])  # unless model= names another
-    budget_minutes: float | None = None
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recipes: list[str] = dataclasses.field(default_factory=lambda: ["*"])  # names of rows, or patterns; by default all
+    seeds: list[Seed] = dataclasses.field(default_factory=lambda: [0])  # by default [0]
+    models: list[str] = dataclasses.field(default_factory=lambda: ["tiny"])  # as in model=, which overrides them
+    budget_minutes: Positive | None = None  # how long the tier may take on the machine that it is published for
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of this tier, over those of the suite
 
 
 @dataclasses.dataclass
 class SuiteFile:
     """A suite as written."""
 
-    name: str
-    version: int
-    description: str
-    recipes: list[Row]
-    tiers: dict[str, Stage]
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    tables: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str  # that of the file
+    version: Count  # to be raised when rows or settings change their meaning
+    description: str  # one line
+    recipes: list[Template]  # rows; the baseline is always there and needs none
+    tiers: dict[str, Stage]  # quick, full or both
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of all tiers
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Tier:
     """A tier, resolved."""
 
     recipes: tuple[Recipe, ...]  # baseline first
@@ -92,6 +96,14 @@ class Plan:
     models: tuple[str, ...]
     settings: dict[str, Any]
     budget_minutes: float | None = None
+
+    def with_row(self, recipe: Recipe) -> Tier:
+        """The tier with `recipe` as its last row, if it is not one already."""
+        return self if recipe in self.recipes else dataclasses.replace(self, recipes=(*self.recipes, recipe))
+
+    def with_settings(self, changes: Mapping[str, Any]) -> Tier:
+        """The tier with some settings changed; None takes a probe's own default. Raises `Usage`."""
+        return dataclasses.replace(self, settings=resolve(self.settings | dict(changes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,25 +114,30 @@ class Suite:
     version: int
     description: str
     recipes: tuple[Recipe, ...]  # baseline first
-    tiers: dict[str, Plan]
-    tables: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tiers: dict[str, Tier]
 
-    def plan(self, tier: str, rows: str | None = None) -> Plan:
+    def tier(self, name: str, rows: str | None = None) -> Tier:
         """The tier, cut to the rows that `rows` names (patterns separated by commas). Raises `Usage`."""
-        one_of("tier", tier, self.tiers)
-        plan = self.tiers[tier]
+        one_of("tier", name, self.tiers)
+        tier = self.tiers[name]
         if rows is None:
-            return plan
-        chosen = [plan.recipes[0]]
-        for pattern in rows.split(","):
-            found = _matching(pattern.strip(), plan.recipes)
-            if not found:
-                other = " (the full tier has it)" if _matching(pattern.strip(), self.recipes) else ""
-                names = [recipe.name for recipe in plan.recipes]
-                hint = other or nearest(pattern, names)
-                raise Usage(f"recipes={rows}: no row of {self.name} in tier {tier} matches {pattern!r}{hint}")
-            chosen += [recipe for recipe in found if recipe not in chosen]
-        return dataclasses.replace(plan, recipes=tuple(chosen))
+            return tier
+        chosen = [tier.recipes[0]]
+        for pattern in map(str.strip, rows.split(",")):
+            matching = _matching(pattern, tier.recipes)
+            if not matching:
+                other = " (the full tier has it)" if _matching(pattern, self.recipes) else ""
+                hint = other or nearest(pattern, [recipe.name for recipe in tier.recipes])
+                raise Usage(f"recipes={rows}: no row of {self.name} in tier {name} matches {pattern!r}{hint}")
+            chosen += [recipe for recipe in matching if recipe not in chosen]
+        return dataclasses.replace(tier, recipes=tuple(chosen))
+
+    def row(self, steps: str) -> Recipe:
+        """The recipe of `steps`: that of the row with the same steps, or a new one named by them. Raises `Usage`."""
+        recipe = parse(steps)
+        if not recipe.steps:
+            raise Usage("recipe=: name at least one step")
+        return next((row for row in self.recipes if row.steps == recipe.steps), _named(recipe, str(recipe)))
 
 
 def names() -> list[str]:
@@ -139,16 +156,22 @@ def load(name: str) -> Suite:
     try:
         return _suite(typed(SuiteFile, _read(path)), path.stem)
     except Usage as error:
-        raise Usage(f"{path}: {error}") from None
+        raise Usage(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def adhoc(steps: str) -> Suite:
-    """The suite of one recipe from the command line, with its baseline. Raises `Usage`."""
-    recipe = parse(steps)
-    if not recipe.steps:
-        raise Usage("recipe=: name at least one step")
-    rows, tiers = [Row(str(recipe), str(recipe))], {tier: Stage() for tier in TIERS}
-    return _suite(SuiteFile("adhoc", 1, "Recipes from the command line", rows, tiers), "adhoc")
+def adhoc() -> Suite:
+    """The suite that recipes from the command line are rows of where no other is named: nothing but the baseline."""
+    return _suite(SuiteFile(ADHOC, 1, "Recipes from the command line", [], {tier: Stage() for tier in TIERS}), ADHOC)
+
+
+def resolve(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are complete and right; what is not set is left out. Raises `Usage`."""
+    resolved = typed(Settings, settings)
+    for probe in resolved.probes:
+        one_of("probe", probe, probes.names())
+    if not resolved.probes:
+        raise Usage(f"probes: name at least one of {', '.join(probes.names())}")
+    return {name: value for name, value in dataclasses.asdict(resolved).items() if value is not None}
 
 
 def seeded(recipe: Recipe) -> bool:
@@ -156,17 +179,25 @@ def seeded(recipe: Recipe) -> bool:
     return any(not isinstance(step, Weights) or step.needs for step in recipe.steps)
 
 
+def _named(recipe: Recipe, name: str) -> Recipe:
+    return dataclasses.replace(recipe, name=name)
+
+
 def _path(name: str) -> Path:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
-    if not path.is_file() or path.stem == "presets":
-        raise Usage(f"unknown suite {name!r}{nearest(name, names())}")
-    return path
+    if name.endswith((".yaml", ".yml")):
+        path = named_path("suite", name)
+        if not path.is_file():
+            raise Usage(f"suite={name}: no such file")
+        return path
+    if name not in names():
+        raise Usage(f"unknown suite {name!r}{nearest(name, names())}; one of your own is given as suite=FILE.yaml")
+    return SUITES / f"{name}.yaml"
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        body = plain_yaml.read(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, Usage) as error:
         raise Usage(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(body, dict):
         raise Usage(f"{path}: must hold keys such as name, version, recipes, tiers")
@@ -174,61 +205,61 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _suite(file: SuiteFile, stem: str) -> Suite:
-    if file.name != stem or not re.fullmatch(r"[\w.-]+", file.name):
-        raise Usage(f"name: must be that of the file, {stem!r}")
-    if file.version < 1:
-        raise Usage(f"version: must be 1 or more, not {file.version}")
+    if file.name != stem or not NAME.fullmatch(file.name):
+        raise Usage(f"name: must be that of the file, {stem!r}, of at most 64 letters, digits, dots and dashes")
+    if not file.tiers:
+        raise Usage(f"tiers: is empty; name {' or '.join(TIERS)}")
     recipes = unique([Recipe(BASELINE, ()), *itertools.chain.from_iterable(map(_recipes, file.recipes))])
     steps: dict[str, str] = {}
     for recipe in recipes:
         if str(recipe) in steps:
             raise Usage(f"recipes: {steps[str(recipe)]!r} and {recipe.name!r} have the same steps")
         steps[str(recipe)] = recipe.name
-    tiers: dict[str, Plan] = {}
-    for tier, stage in file.tiers.items():
+    for tier in file.tiers:
         if tier not in TIERS:
             raise Usage(f"tiers.{tier}: unknown tier{nearest(tier, TIERS)}")
-        tiers[tier] = _plan(tier, stage, recipes, file.settings)
-    return Suite(file.name, file.version, file.description, tuple(recipes), tiers, file.tables)
+    tiers = {tier: _tier(tier, stage, recipes, file.settings) for tier, stage in file.tiers.items()}
+    return Suite(file.name, file.version, file.description, tuple(recipes), tiers)
 
 
-def _recipes(row: Row) -> Iterator[Recipe]:
-    """The recipes of a row: one, or one per combination of the values it sweeps."""
-    for values in itertools.product(*row.sweep.values()):
-        name, steps = row.name, row.steps
-        for key, value in zip(row.sweep, values, strict=True):
+def _recipes(template: Template) -> Iterator[Recipe]:
+    """The recipes of a template: one, or one per combination of the values it sweeps."""
+    for values in itertools.product(*template.sweep.values()):
+        name, steps = template.name, template.steps
+        for key, value in zip(template.sweep, values, strict=True):
             name, steps = name.replace(f"{{{key}}}", str(value)), steps.replace(f"{{{key}}}", repr(value))
+        if not name.strip() or not name.isprintable():
+            raise Usage(f"recipes: {name!r} is no name for a row")
         try:
             yield parse(steps, name)
         except Usage as error:
             raise Usage(f"recipes.{name}: {error}") from None
 
 
-def _plan(tier: str, stage: Stage, recipes: list[Recipe], settings: dict[str, Any]) -> Plan:
-    for name, value in (("recipes", stage.recipes), ("seeds", stage.seeds), ("models", stage.models)):
-        if not value:
-            raise Usage(f"tiers.{tier}.{name}: is empty")
+def _tier(name: str, stage: Stage, recipes: list[Recipe], settings: dict[str, Any]) -> Tier:
+    for key, values in (("recipes", stage.recipes), ("seeds", stage.seeds), ("models", stage.models)):
+        if not values:
+            raise Usage(f"tiers.{name}.{key}: is empty")
+        if len(set(values)) < len(values):
+            raise Usage(f"tiers.{name}.{key}: names one of them twice")
     for model in stage.models:
         try:
             sources.model(model)
         except Usage as error:
-            raise Usage(f"tiers.{tier}.models: {error}") from None
+            raise Usage(f"tiers.{name}.models: {error}") from None
     chosen = {BASELINE}
     for pattern in stage.recipes:
-        found = _matching(pattern, recipes)
-        if not found:
+        matching = _matching(pattern, recipes)
+        if not matching:
             hint = nearest(pattern, [recipe.name for recipe in recipes])
-            raise Usage(f"tiers.{tier}.recipes: no row matches {pattern!r}{hint}")
-        chosen |= {recipe.name for recipe in found}
+            raise Usage(f"tiers.{name}.recipes: no row matches {pattern!r}{hint}")
+        chosen |= {recipe.name for recipe in matching}
     try:
-        resolved = typed(Settings, settings | stage.settings)
+        resolved = resolve(settings | stage.settings)
     except Usage as error:
-        raise Usage(f"settings of tier {tier}: {error}") from None
-    for probe in resolved.probes:
-        one_of("probe", probe, probes.names())
-    given = {name: value for name, value in dataclasses.asdict(resolved).items() if value is not None}
+        raise Usage(f"settings of tier {name}: {error}") from None
     rows = tuple(recipe for recipe in recipes if recipe.name in chosen)
-    return Plan(rows, tuple(stage.seeds), tuple(stage.models), given, stage.budget_minutes)
+    return Tier(rows, tuple(stage.seeds), tuple(stage.models), resolved, stage.budget_minutes)
 
 
 def _matching(pattern: str, recipes: Iterable[Recipe]) -> list[Recipe]:

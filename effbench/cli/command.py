@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from effbench.core.errors import Usage
-
-if TYPE_CHECKING:
-    pass
-
+from effbench.core.source import document_fields
 
 INTERRUPTED = 130
 
@@ -34,6 +29,8 @@ class Command:
     words: Mapping[str, str] = dataclasses.field(default_factory=dict)  # arguments by position, [optional], and help
     options: type | None = None  # the class of its key=value options
     flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)  # flags that take key=value
+    notes: Callable[[], str] | None = None  # more for --help, after the options
 
     def parser(self, name: str) -> Parser:
         """The parser of this command's arguments."""
@@ -41,7 +38,7 @@ class Command:
             prog=f"effbench {name}",
             description=self.summary,
             allow_abbrev=False,
-            epilog=document_options(self.options) if self.options else None,
+            epilog=self._epilog(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for word, text in self.words.items():
@@ -50,23 +47,33 @@ class Command:
             parser.add_argument("options", nargs="*", metavar="key=value", help="options, listed below")
         for flag, text in self.flags.items():
             parser.add_argument(flag, action="store_true", help=text)
+        for flag, text in self.repeated.items():
+            parser.add_argument(flag, action="append", default=[], metavar="key=value", help=text)
         return parser
 
+    def _epilog(self) -> str:
+        options = [document_options(self.options)] if self.options else []
+        return "\n\n".join([*options, *([self.notes()] if self.notes else [])])
 
-def document_options(cls: type) -> str:
+
+def document_options(cls: type, title: str = "options:", mark: str = "=") -> str:
     """Help on the fields of an options class, from the comments beside them."""
-    fields = re.findall(r"^    (\w+): .*? = (.*?)  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+    fields = document_fields(cls).values()
+    width = max(len(field.name) for field in fields) + len(mark) + 1
     lines = [
-        f"  {name + '=':<11}{text}" + ("" if default == "None" else f" [{default}]") for name, default, text in fields
+        f"  {field.name + mark:<{width}}{field.comment}"
+        + ("" if field.default in (None, "None") or "field(" in field.default else f" [{field.default}]")
+        for field in fields
     ]
-    return "\n".join(["options:", *lines])
+    return "\n".join([title, *lines])
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of equal length, columns aligned."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
 
 
-JSON = {"--json": "for machines"}
+JSON = {"--json": "print JSON"}

@@ -14,25 +14,38 @@ from effbench.records.record import OUTCOMES, Record
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from effbench.cells.plan import Run
+    from effbench.cells.plan import Batch
+    from effbench.records.store import Store
+
+STARTING = "starting: libraries are loaded once, which takes 10 to 30 s"
+DOING = {  # phases that do not say by themselves what happens
+    "wait": "waiting for other cells: one that measures speed runs alone",
+    "open": "loading the model",
+    "finish": "packing the model",
+}
 
 
-def opening(run: Run) -> str:
+def opening(batch: Batch) -> str:
     """One line that says what is about to run, and where."""
-    placement, todo = run.placement, len(run.todo)
-    budget = f", budget {run.budget_minutes:g} min" if run.budget_minutes else ""
+    placement, todo = batch.placement, len(batch.todo)
+    budget = f", budget {batch.budget_minutes:g} min" if batch.budget_minutes else ""
+    cells = f"{len(batch.cells)} cell{'s' * (len(batch.cells) != 1)}"
     return (
-        f"suite {run.suite.name} v{run.suite.version}, tier {run.tier}{budget}, on {placement.device} "
-        f"({placement.machine}): {len(run.cells)} cells, {len(run.cells) - todo} done, {todo} to run, "
-        f"{placement.jobs} at a time"
+        f"suite {batch.suite.name} v{batch.suite.version}, tier {batch.tier}{budget}, on {placement.device} "
+        f"({placement.machine}): {cells}, {len(batch.cells) - todo} done, {todo} to run, {placement.jobs} at a time"
     )
 
 
-def closing(records: list[Record], seconds: float) -> str:
-    """One line that counts the outcomes."""
+def closing(records: list[Record], seconds: float, store: Store) -> str:
+    """One line that counts the outcomes, and one for each traceback with the file that holds it."""
     count = Counter(record.outcome for record in records)
     outcomes = ", ".join(f"{count[outcome]} {outcome}" for outcome in OUTCOMES if count[outcome])
-    return f"{len(records)} cells in {_duration(seconds)}: {outcomes or 'nothing to do'}"
+    lines = [f"{len(records)} cells in {_duration(seconds)}: {outcomes or 'nothing to do'}"]
+    for record in records:
+        if record.traceback:
+            path = store.folder(record.cell.suite, record.cell.suite_version) / record.name
+            lines.append(f"traceback of {record.cell.recipe}, seed {record.cell.seed}: {path}")
+    return "\n".join(lines)
 
 
 def line(record: Record) -> str:
@@ -55,6 +68,8 @@ class Lines:
         self._ended = 0
 
     def __enter__(self) -> Self:
+        if self._total:
+            print(STARTING, file=self._out, flush=True)
         return self
 
     def __exit__(
@@ -112,6 +127,7 @@ class Live(Lines):
             _, since, _ = self._working.get(identity, (event, now, now))
             self._working[identity] = (event, since, now)
             return
+        self._ended += 1
         with contextlib.suppress(KeyError):
             del self._working[identity]
         self._console.print(line(event.record), style=None if event.record.outcome == "ok" else "yellow", markup=False)
@@ -126,5 +142,5 @@ class Live(Lines):
         for event, since, entered in list(self._working.values()):
             cell = event.job.cell
             times = f"{now - entered:.0f} s", f"{now - since:.0f} s"
-            table.add_row(cell.recipe, str(cell.seed), event.phase, *times)
-        return Group(table, self._bar)
+            table.add_row(cell.recipe, str(cell.seed), DOING.get(event.phase, event.phase), *times)
+        return Group(table if self._working or self._ended else STARTING, self._bar)

@@ -1,6 +1,7 @@
-"""The six kinds of method: each reduces `apply` to one override, and the run owns the rest.
+"""The six kinds of method: each reduces `apply` to one override, and the kind's service owns the rest.
 
-A rare method overrides `apply(run)` itself and is then of kind `apply`.
+The service of a kind is the module `service(kind)`, which does with torch what the kind promises. It is reached by that
+name alone, so that core knows nothing of it. A rare method overrides `apply(run)` itself and is then of kind `apply`.
 """
 
 from __future__ import annotations
@@ -9,40 +10,37 @@ import dataclasses
 import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effbench.core.method import Method
+from effbench.core.method import HOOKS, Alternatives, Method, Need
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor, nn
+    from collections.abc import Sequence, Set
 
     from effbench.core.run import Run
-    from effbench.nn.calibration import BlockInputs, Layer
-    from effbench.nn.data import Example, Segments
-    from effbench.nn.infer.cache import Slots
-    from effbench.nn.model.blocks import Group
-
-Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
+    from effbench.core.views import Block, Example, Layer, Module, Segments, SharedInput, Slots, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Select(Method):
-    """Chooses or orders training data. Ranks `run.data.pool`, writes `run.data.train`.
+    """Chooses or orders training data: ranks `run.data.train` and leaves the best of it there.
 
-    Override `score` (larger is kept first) or `order` (example indices, best first).
+    The train set is the whole pool before the first selection and what earlier ones have left after it, so that
+    selections refine each other; `run.data.pool` stays whole. Override `score` (larger is kept first) or `order`
+    (example indices, best first).
     """
+
+    must_define: ClassVar[Alternatives] = (("score",), ("order",))
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
         """[N]: the larger, the more worth keeping."""
         raise NotImplementedError
 
     def order(self, examples: Sequence[Example], run: Run) -> Sequence[int]:
-        """Indices into `examples`, best first; may be shorter than the pool."""
+        """Indices into `examples`, best first; those left out are not trained on."""
         scores = self.score(examples, run)
         return [int(i) for i in scores.argsort(descending=True, stable=True)]
 
     def apply(self, run: Run) -> None:
-        run.select(self)
+        run.serve(self)
         super().apply(run)
 
 
@@ -50,23 +48,28 @@ class Select(Method):
 class Weights(Method):
     """Rewrites the weights of every linear in the blocks, layer by layer, from streamed calibration statistics."""
 
-    needs: ClassVar[set[Need]] = set()  # statistics of the inputs and gradients that `compress` reads
+    must_define: ClassVar[Alternatives] = (("compress",), ("compress_block",))
     sequential: ClassVar[bool] = True  # a block's statistics come from inputs that compressed blocks produced
     folds: ClassVar[bool] = False  # moves scales into other modules, so weights do not compare before and after
     settles: ClassVar[bool] = True
-    type: ClassVar[str] = "PTQ"  # facts for the comparison table
+    type: ClassVar[str] = "PTQ"
     weight_update: ClassVar[str] = "none"
+
+    @property
+    def needs(self) -> Set[Need]:
+        """Statistics of inputs and gradients that `compress` reads."""
+        return frozenset()
 
     def prepare(self, run: Run) -> Any:
         """Look at the whole model first (global thresholds); what it returns `compress` finds in `layer.prepared`."""
 
-    def compress(self, layer: Layer) -> nn.Module:
+    def compress(self, layer: Layer) -> Module:
         """The module that takes the layer's place."""
         raise NotImplementedError
 
-    def compress_block(self, block: BlockInputs, groups: Sequence[Group]) -> dict[str, nn.Module]:
+    def compress_block(self, block: Block, shared: Sequence[SharedInput]) -> dict[str, Module]:
         """Modules that take the places of a block's linears, by path; by default one linear at a time."""
-        return {layer.name: self.compress(layer) for layer in block.layers(groups)}
+        return {layer.name: self.compress(layer) for layer in block.layers(shared)}
 
     @property
     def true_sequence(self) -> bool:
@@ -74,7 +77,7 @@ class Weights(Method):
         return False
 
     def apply(self, run: Run) -> None:
-        run.stream(self)
+        run.serve(self)
         super().apply(run)
 
 
@@ -82,22 +85,29 @@ class Weights(Method):
 class Swap(Method):
     """Replaces linears by trainable ones; `settle` turns them into their final form once, after training."""
 
-    def wants(self, path: str) -> bool:
-        """Whether the linear at `path` is to be replaced: by its name, where a method has the field `targets`."""
-        targets: Literal["all"] | tuple[str, ...] = getattr(self, "targets", "all")
-        name = path.rpartition(".")[2]
-        return targets == "all" or any(fnmatch.fnmatchcase(name, target) for target in targets)
+    trains: ClassVar[bool] = True
+    must_define: ClassVar[Alternatives] = (("replace",),)
 
-    def replace(self, module: nn.Module) -> nn.Module:
+    @property
+    def targets(self) -> Literal["all"] | tuple[str, ...]:
+        """Names or patterns of the linears that are replaced; a method may have a field of this name."""
+        return "all"
+
+    def wants(self, path: str) -> bool:
+        """Whether the linear at `path` is to be replaced, by its name."""
+        name = path.rpartition(".")[2]
+        return self.targets == "all" or any(fnmatch.fnmatchcase(name, target) for target in self.targets)
+
+    def replace(self, module: Module) -> Module:
         """The module that takes the place of `module` and may hold it."""
         raise NotImplementedError
 
-    def settle(self, module: nn.Module) -> nn.Module:
+    def settle(self, module: Module) -> Module:
         """The final form of a module that `replace` made (merged, packed); by default itself."""
         return module
 
     def apply(self, run: Run) -> None:
-        run.swap(self)
+        run.serve(self)
         super().apply(run)
 
 
@@ -105,19 +115,18 @@ class Swap(Method):
 class Train(Method):
     """Changes the next `fit` through hooks and slots, and is undone at its end."""
 
-    def slot_values(self) -> dict[str, Any]:
-        """What to write in each slot named by `claims`."""
-        return {}
+    trains: ClassVar[bool] = True
+    must_define: ClassVar[Alternatives] = (*((hook,) for hook in HOOKS), ("slot_values",), ("claims",))
 
     def apply(self, run: Run) -> None:
-        run.attach(self)
+        run.serve(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache(Method):
     """Keeps fewer cached tokens (`keep`), or stores them in fewer bits (`encode`, `decode`), during inference."""
 
-    unit: ClassVar[Literal["token", "block"]] = "token"  # what an encoder can evict at a time
+    must_define: ClassVar[Alternatives] = (("keep",), ("encode", "decode"))
 
     def keep(self, layer: Slots) -> Tensor:
         """Indices of the slots that stay, [B, Hkv, kept]."""
@@ -131,14 +140,16 @@ class Cache(Method):
         """Keys and values [B, Hkv, T, D] of what `encode` stored."""
         raise NotImplementedError
 
+    @property
+    def evicts(self) -> bool:
+        """Whether it keeps fewer tokens."""
+        return type(self).keep is not Cache.keep
+
     def slots(self) -> tuple[str, ...]:
         return super().slots() + (("infer.encoder",) if type(self).encode is not Cache.encode else ())
 
     def apply(self, run: Run) -> None:
-        if type(self).keep is not Cache.keep:
-            run.infer.chain("cache_keep").append(self)
-        if type(self).encode is not Cache.encode:
-            run.infer.claim("encoder", self, self)
+        run.serve(self)
         super().apply(run)
 
 
@@ -146,12 +157,14 @@ class Cache(Method):
 class Prompt(Method):
     """Shortens prompts before they reach the model."""
 
+    must_define: ClassVar[Alternatives] = (("rewrite",),)
+
     def rewrite(self, segments: Segments, run: Run) -> Segments:
         """Segments with the same roles and fewer tokens."""
         raise NotImplementedError
 
     def apply(self, run: Run) -> None:
-        run.infer.chain("prompt").append(self)
+        run.serve(self)
         super().apply(run)
 
 
@@ -161,3 +174,8 @@ KINDS: dict[str, type[Method]] = {kind.__name__: kind for kind in (Select, Weigh
 def kind_of(method: type[Method]) -> str:
     """Name of the kind a method class belongs to; `apply` for one that overrides the verb itself."""
     return next((name for name, kind in KINDS.items() if issubclass(method, kind)), "apply")
+
+
+def service(kind: str) -> str:
+    """Name of the module whose `apply(run, method)` serves the methods of a kind."""
+    return f"effbench.nn.kinds.{kind.lower()}"

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-import types
+import inspect
+import os
 import typing
+from collections.abc import Set
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from effbench.core.errors import Usage
+from effbench.core.packages import class_file, method_key
+from effbench.core.usage import convert
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from effbench.core.run import Run
+    from effbench.core.views import Tensor
 
+Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
 HOOKS = ("batch", "loss", "param_groups", "optimizer", "context", "on_step")
+Alternatives = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,29 +36,65 @@ class Method:
 
     paper: ClassVar[str] = ""  # where the method was published
     identity: ClassVar[dict[str, Any] | None] = None  # settings at which the model must be unchanged
-    trial: ClassVar[dict[str, Any]] = {}  # settings for contract checks where the defaults would take long
+    trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings to test: the first by every check of the contract,
+    # all of them by those of packing and saving, which run code that the defaults do not reach
     claims: ClassVar[tuple[str, ...]] = ()  # slots this method writes, e.g. "train.precision"
     consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
+    trains: ClassVar[bool] = False  # True: acts through the fit that follows
+    type: ClassVar[str] = ""  # for comparison tables: what sort of method it is; empty: its kind
+    weight_update: ClassVar[str] = ""  # for comparison tables: what happens to weights that stay; empty: not said
     exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
+    # What a method has to define itself, all names of at least one group. A class that sets this is a base of methods.
+    must_define: ClassVar[Alternatives] = (("apply",), *((hook,) for hook in HOOKS))
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        cls.check_definition()
+        return super().__new__(cls)
+
+    @classmethod
+    def check_definition(cls) -> None:
+        """Raise `Usage` for a class that is no complete method, before anything runs."""
+        where = f"{cls.__name__} in {class_file(cls) or cls.__module__}"
+        if "__dataclass_params__" not in cls.__dict__:
+            raise Usage(f"{where}: write @dataclass(frozen=True) above the class")
+        base = cast(type[Method], next(ancestor for ancestor in cls.__mro__ if "must_define" in ancestor.__dict__))
+        missing = [[name for name in group if getattr(cls, name) is getattr(base, name)] for group in base.must_define]
+        begun = [names for names, group in zip(missing, base.must_define, strict=True) if 0 < len(names) < len(group)]
+        if begun or all(missing):
+            lacking = begun or missing
+            own = [name for name, value in cls.__dict__.items() if callable(value) and not hasattr(base, name)]
+            slips = [(name, difflib.get_close_matches(name, own, 1)) for names in lacking for name in names]
+            hint = next((f"; it has {close[0]!r}: did you mean {name!r}?" for name, close in slips if close), "")
+            calls = " or ".join(" and ".join(_call(base, name) for name in names) for names in lacking)
+            raise Usage(f"{where} does not define {calls}{hint}")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             hint = _hints(type(self))[field.name]  # type: ignore[arg-type]
-            value = _cast(getattr(self, field.name), hint, f"{self.key}.{field.name}")
+            value = convert(getattr(self, field.name), hint, f"{self.key}.{field.name}")
             object.__setattr__(self, field.name, value)
         self.check()
 
     @property
     def key(self) -> str:
-        """Registry key: the stem of the file that defines the method."""
-        return type(self).__module__.rpartition(".")[2]
+        """Name in recipes: the stem of the file that defines the method, FILE:CLASS where no registry has it."""
+        return method_key(type(self))
 
     def __str__(self) -> str:
         """The step in canonical form: key and the fields that differ from their defaults."""
+        return f"{self.key if self.key.isidentifier() else repr(self.key)}({self._arguments()})"
+
+    @property
+    def label(self) -> str:
+        """The step as a person writes it: a file below the working folder by its path from there."""
+        inside = self.key.startswith(os.path.join(os.getcwd(), ""))
+        return f"./{os.path.relpath(self.key)}({self._arguments()})" if inside else str(self)
+
+    def _arguments(self) -> str:
         default = {field.name: field.default for field in dataclasses.fields(self)}
         given = {name: getattr(self, name) for name in default}
-        return f"{self.key}({', '.join(f'{k}={v!r}' for k, v in given.items() if v != default[k])})"
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != default[name])
 
     def check(self) -> None:
         """Raise `Usage` for settings that no data can make right."""
@@ -67,13 +109,25 @@ class Method:
         return ()
 
     @property
-    def ranks(self) -> int:
-        """Processes this method needs; known before anything is launched."""
-        return 1
+    def needs(self) -> Set[Need] | None:
+        """Calibration statistics that it takes; None where calibrating is no question, as for training.
+
+        A class attribute where they are the same for all settings.
+        """
+        return None
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether its linears round their inputs too, and hence differ from what their weights alone compute."""
+        return False
 
     def slots(self) -> tuple[str, ...]:
         """All slots this method writes: those it declares, and the optimizer if it brings one."""
         return self.claims + (("train.optimizer",) if self.overrides("optimizer") else ())
+
+    def slot_values(self) -> dict[str, Any]:
+        """What to write in each slot named by `claims`, by the slot's name without its plan; by default itself."""
+        return {}
 
     def overrides(self, hook: str) -> bool:
         """Whether the class of this method defines `hook` itself."""
@@ -81,8 +135,7 @@ class Method:
 
     def apply(self, run: Run) -> None:
         """Change the run: its model, its data or its plans. Kinds do this for their methods."""
-        if any(self.overrides(hook) for hook in HOOKS):
-            run.attach(self)
+        run.attach(self)
 
     # Hooks of the next fit; see `effbench.nn.train.fit` for the loop with every hook in its place.
 
@@ -111,47 +164,12 @@ class Method:
         raise NotImplementedError
 
 
+def _call(base: type, name: str) -> str:
+    """A name that a method has to define, with its arguments."""
+    value = getattr(base, name)
+    return f"{name}({', '.join(list(inspect.signature(value).parameters)[1:])})" if inspect.isfunction(value) else name
+
+
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
-
-
-def _cast(value: Any, hint: Any, where: str) -> Any:
-    """Bring a literal to the field's type, or raise `Usage`; lists become tuples, whole numbers become floats."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in get_args(hint)):
-            return value
-        raise Usage(f"{where}={value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
-    if origin in (Union, types.UnionType):
-        for arm in get_args(hint):
-            try:
-                return _cast(value, arm, where)
-            except Usage:
-                continue
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        arms = get_args(hint)
-        if len(arms) == 2 and arms[1] is Ellipsis:
-            return tuple(_cast(item, arms[0], where) for item in value)
-        if len(arms) == len(value):
-            return tuple(_cast(item, arm, where) for item, arm in zip(value, arms, strict=True))
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is hint:
-        return value
-    raise Usage(f"{where}={value!r}: must be {_spelled(hint)}, not {type(value).__name__}")
-
-
-def _spelled(hint: Any) -> str:
-    """A type as its author wrote it."""
-    origin, arms = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " | ".join(map(_spelled, arms))
-    if origin is Literal:
-        return " | ".join(map(repr, arms))
-    if hint is type(None):
-        return "None"
-    return str(hint) if origin else str(hint.__name__)

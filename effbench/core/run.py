@@ -1,24 +1,26 @@
-"""A run: what a recipe changes, and the services that kinds ask of it.
+"""A run: one recipe on one model, and everything a method may touch.
 
 `Run` is the contract between methods and the machinery; `effbench.nn.run.ModelRun` implements it with torch.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import numbers
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from effbench.core.errors import Conflict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-    from torch import nn
-
-    from effbench.core.kinds import Select, Swap, Weights
+    from effbench.core.kinds import Swap
     from effbench.core.method import Method
-    from effbench.nn.data import Data
+    from effbench.core.views import Data, Device, DType, Engine, Module, Segments, Tensor
+
+T = TypeVar("T")
+HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # of methods, each a chain of the train plan
 
 
 class Plan:
@@ -49,6 +51,11 @@ class Plan:
         """An ordered chain; methods append to it."""
         return self._chains[name]
 
+    @property
+    def empty(self) -> bool:
+        """Whether no slot and no chain holds anything."""
+        return not self._slots and not any(self._chains.values())
+
     def on_exit(self, undo: Callable[[], Any]) -> None:
         """Have `undo` called when the plan is closed."""
         self._undo.callback(undo)
@@ -60,18 +67,28 @@ class Plan:
 
 
 class TrainPlan(Plan):
-    """The plan of the next `fit`, which uses it up."""
+    """The plan of the next fit, which uses it up; `effbench.nn.train.fit` says where each entry acts.
+
+    Slots: `precision` makes the context of each forward pass, `optimizer` is the method that builds the optimizer,
+    `sampler` draws examples. Chains: methods, called through the hook of the chain's name; `optimizer_wrap` holds
+    functions from an optimizer to the one that is used in its place.
+    """
 
     name = "train"
-    slots = ("precision", "optimizer", "activations", "parallel", "sampler")
-    chains = ("batch", "loss", "param_groups", "optimizer_wrap", "context", "on_step")
+    slots = ("precision", "optimizer", "sampler")
+    chains = (*HOOKS, "optimizer_wrap")
 
 
 class InferPlan(Plan):
-    """How scoring and generation go; lives until the probes are done."""
+    """How scoring and generation go; lives until the probes are done.
+
+    Slots: `rope` rotates keys that were cached unrotated, `encoder` stores keys and values in fewer bytes. Chains:
+    `cache_keep` evicts, `prompt` rewrites prompts, `attend_*` see or change attention, as `effbench.nn.infer.attention`
+    says.
+    """
 
     name = "infer"
-    slots = ("decoder", "rope", "encoder")
+    slots = ("rope", "encoder")
     chains = ("cache_keep", "prompt", "attend_mask", "attend_extra", "attend_observe")
 
     @property
@@ -85,46 +102,166 @@ def conflict(slot: str, first: str, second: str) -> str:
     return f"Conflict: {slot} is already set by {first}, {second} cannot also set it; leave one of them out"
 
 
-class Run:
-    """One recipe on one model: everything a method may touch."""
+class StepCost(TypedDict):
+    """What one step of the recipe cost."""
 
-    model: nn.Module  # being changed
-    reference: nn.Module  # the unchanged original; probes compare with it, distillation may name it
+    step: str
+    seconds: float
+    peaks: dict[str, int]  # bytes, by kind of peak
+
+
+class FitReport(TypedDict):
+    """What happened in one fit."""
+
+    steps: int  # optimizer steps taken
+    tokens: int  # tokens learned
+    loss_first: float
+    loss_last: float
+
+
+@dataclasses.dataclass
+class RunLog:
+    """What happened on the way, for the record: each field has one meaning, and `notes` is free to methods."""
+
+    steps: list[StepCost] = dataclasses.field(default_factory=list)
+    commit: str | None = None  # of the model on the Hub
+    calibration_sequences: int | None = None  # None: nothing calibrated
+    calibration_tokens: int = 0  # of one pass over the calibration set
+    layers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # errors by path of the linear
+    removed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # structure: its step, and what went
+    selected: dict[str, int] = dataclasses.field(default_factory=dict)  # training examples left, by step
+    fits: list[FitReport] = dataclasses.field(default_factory=list)
+    densified: list[str] = dataclasses.field(default_factory=list)  # linears whose held zeros were given up
+    energy: str | None = None  # why energy was not measured
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # a method's own remarks
+
+    def to_json(self) -> dict[str, Any]:
+        """The log as JSON's own types; what nothing was written to is left out, but for `steps`."""
+        entries = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _to_json(value) for name, value in entries.items() if value or name == "steps"}
+
+
+def _to_json(value: Any) -> Any:
+    """`value` in types that JSON knows; what is none of them is kept as its text."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_to_json(item) for item in value]
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else str(value)
+
+
+class Run(abc.ABC):
+    """One recipe on one model: everything a method may touch.
+
+    What a method takes from the library instead (`effbench.nn.calibration`, `effbench.nn.train.fit`,
+    `effbench.nn.model.structure` and so on) it imports from there and passes the run to it.
+    """
+
+    model: Any  # being changed: a causal language model of transformers, an `nn.Module` with `config`
+    tokenizer: Any  # of transformers; None where the model comes without one
     data: Data  # pool, train, calibration and held-out sets, tasks
-    train: TrainPlan
-    infer: InferPlan
+    device: Device
+    storage: DType  # dtype in which an artifact keeps dense tensors
     seed: int
-    device: torch.device
-    log: dict[str, Any]  # what happened, for the record
 
-    def stream(self, method: Weights) -> None:
-        """Compress layer by layer with streamed statistics."""
-        raise NotImplementedError
+    def __init__(self) -> None:
+        self.train = TrainPlan()  # the plan of the next fit
+        self.infer = InferPlan()  # the plan of scoring and generation
+        self.log = RunLog()  # what happened, for the record
+        self._states: dict[int, tuple[Method, dict[str, Any]]] = {}
+        self._shared: dict[Hashable, Any] = {}
 
-    def swap(self, method: Swap) -> None:
-        """Replace the target modules and freeze the rest."""
-        raise NotImplementedError
+    # What is there.
 
-    def settle(self) -> None:
-        """Give replaced modules that have seen a fit their final form."""
-        raise NotImplementedError
+    @property
+    @abc.abstractmethod
+    def reference(self) -> Any:
+        """The unchanged original, loaded when first asked for; probes compare with it, distillation may name it."""
 
-    def select(self, method: Select) -> None:
-        """Rank the pool and cut the train set."""
-        raise NotImplementedError
+    @property
+    @abc.abstractmethod
+    def pad(self) -> int:
+        """Token id for padding."""
 
-    def attach(self, method: Method) -> None:
-        """Put a method's hooks and slots into the train plan."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def engine(self, model: Any = None) -> Engine:
+        """Scores and generates with the model under `infer`, or with another under an empty plan."""
 
-    def fit(self, **settings: Any) -> dict[str, Any]:
-        """Train what is trainable by the train plan, use the plan up, return what happened."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def targeted(self, path: str) -> bool:
+        """Whether methods may replace the linear at `path`: no pattern says that it is to be left alone."""
 
+    @abc.abstractmethod
+    def linears(self) -> dict[str, Module]:
+        """The linears of all blocks that methods may replace, by path; what lies inside a replaced one is not there."""
+
+    @abc.abstractmethod
+    def calibration(self) -> Tensor:
+        """[sequences, length] calibration tokens of this run's seed."""
+
+    @abc.abstractmethod
+    def role(self, name: str) -> Any:
+        """The model of a role: `reference`, `model`, or the name of a snapshot. Raises `Usage` for any other."""
+
+    @abc.abstractmethod
     def snapshot(self, name: str) -> None:
         """Put a frozen copy of the model on the shelf under `name`."""
-        raise NotImplementedError
 
-    def role(self, name: str) -> nn.Module:
-        """The model of a role: `reference`, `model`, or the name of a snapshot."""
-        raise NotImplementedError
+    def state(self, method: Method) -> dict[str, Any]:
+        """What this step of the recipe keeps between its hooks and uses; gone with the run.
+
+        Two equal steps of one recipe have a state each.
+        """
+        return self._states.setdefault(id(method), (method, {}))[1]  # holds the method, so that its id stays its own
+
+    def share(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What one probe computed and another needs: the value kept under `key`, computed by whoever comes first.
+
+        Values are of the model as it is: they are forgotten when a step changes it.
+        """
+        if key not in self._shared:
+            self._shared[key] = compute()
+        value: T = self._shared[key]
+        return value
+
+    def rewrite(self, segments: Segments) -> Segments:
+        """A prompt after the plan's prompt methods, in their order."""
+        for method in self.infer.chain("prompt"):
+            segments = method.rewrite(segments, self)
+        return segments
+
+    # What kinds and fits ask for.
+
+    @abc.abstractmethod
+    def serve(self, method: Method) -> None:
+        """Do for a method what its kind promises: see the service of the kind in `effbench.nn.kinds`."""
+
+    def attach(self, method: Method) -> None:
+        """Put a method's slots and hooks into the plans."""
+        plans = {plan.name: plan for plan in (self.train, self.infer)}
+        values = method.slot_values()
+        for claim in method.slots():
+            plan, _, slot = claim.partition(".")
+            plans[plan].claim(slot, values.get(slot, method), method)
+        for hook in HOOKS:
+            if method.overrides(hook):
+                self.train.chain(hook).append(method)
+
+    @abc.abstractmethod
+    def settle(self) -> None:
+        """Give replaced modules that a fit has trained their final form."""
+
+    @abc.abstractmethod
+    def note_swap(self, module: Module, method: Swap, held: bool) -> None:
+        """Take note of a module that a `Swap` put in place and that is to settle after a fit.
+
+        held  whether the linear that stood there held weights at zero
+        """
+
+    @abc.abstractmethod
+    def note_fit(self, report: FitReport) -> None:
+        """Write a fit down, and take note that replaced modules have been trained."""

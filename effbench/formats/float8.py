@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effbench.formats.packed import Packed
 from effbench.kernels.fp8_linear.cases import OP
-from effbench.kernels.fp8_linear.reference import LARGEST, dense
+from effbench.kernels.fp8_linear.reference import LARGEST, Fp8Matrix
 
 
 class FP8Linear(Packed):
@@ -48,7 +48,7 @@ class FP8Linear(Packed):
         )
 
     @classmethod
-    def rounded(
+    def from_weight(
         cls,
         weight: Tensor,
         *,
@@ -70,10 +70,10 @@ class FP8Linear(Packed):
         return OP(x, self.weight, self.scale, self.activations)
 
     def dense_weight(self) -> Tensor:
-        return dense(self.in_features, self.weight, self.scale, self.activations)
+        return Fp8Matrix(self.weight, self.scale, self.activations).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> FP8Linear:
-        rounded = FP8Linear.rounded(
-            self.held(weight), per_row=self.per_row, activations=self.activations, bias=self.bias
+        rounded = FP8Linear.from_weight(
+            self.mask_weight(weight), per_row=self.per_row, activations=self.activations, bias=self.bias
         )
-        return rounded.holding(self.kept())
+        return rounded.hold(self.kept())

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effbench.formats.integer import Codes, described
+from effbench.formats.integer import Codes, describe_codes
 from effbench.formats.packed import Packed
 from effbench.formats.packing import pack
 from effbench.kernels._common.nm import columns, index_words, place_bits
 from effbench.kernels.nm_int_linear.cases import OP as INT_OP
-from effbench.kernels.nm_int_linear.reference import dense as int_dense
+from effbench.kernels.nm_int_linear.reference import NmIntMatrix
 from effbench.kernels.nm_linear.cases import OP
-from effbench.kernels.nm_linear.reference import dense
+from effbench.kernels.nm_linear.reference import NmMatrix
 
 PATTERNS = ((2, 4), (4, 8))  # patterns that hardware and papers know
 
@@ -37,8 +37,8 @@ def places(keep: Tensor, n: int, m: int) -> Tensor:
     if int(groups.sum(-1).max()) > n:
         raise ValueError(f"more than {n} of {m} weights are kept")
     kept_first = groups.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :n]
-    found: Tensor = kept_first.sort(-1).values.flatten(1)
-    return found
+    ascending: Tensor = kept_first.sort(-1).values.flatten(1)
+    return ascending
 
 
 class _NM(Packed):
@@ -92,7 +92,7 @@ class NMLinear(_NM):
         return OP(x, self.values, self.index, self.n, self.m)
 
     def dense_weight(self) -> Tensor:
-        return dense(self.in_features, self.values, self.index, self.n, self.m)
+        return NmMatrix(self.values, self.index, self.n, self.m).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> NMLinear:
         module = NMLinear(**self.config()).to(self.index.device).fill(self.bias, **self.like())
@@ -137,7 +137,7 @@ class NMIntLinear(_NM, Codes):
         n, m = pattern
         place = pack(places(keep, n, m), place_bits(m))
         column = columns(place, codes.shape[1], n, m)
-        config, grid = described(codes, scale, zero, g_idx, bits)
+        config, grid = describe_codes(codes, scale, zero, g_idx, bits)
         module = cls(**config, n=n, m=m, bias=bias is not None)
         return module.fill(bias, weight=pack(codes.gather(1, column), bits), index=place, **grid)
 
@@ -146,7 +146,7 @@ class NMIntLinear(_NM, Codes):
 
     def dense_weight(self) -> Tensor:
         rest = (self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
-        return int_dense(self.in_features, self.weight, self.index, *rest)
+        return NmIntMatrix(self.weight, self.index, *rest).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> NMIntLinear:
         """The same scales, zero-points and places; every stored weight goes to the nearest code."""

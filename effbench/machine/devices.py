@@ -1,8 +1,8 @@
-"""CUDA devices as this program sees them, told apart without touching them.
+"""CUDA devices as this program sees them, listed without starting CUDA on any.
 
-The driver itself is asked, because it alone reads CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER as CUDA will; NVML counts
-in another order. Asking it for names and UUIDs creates no context, so a program that only plans and starts
-processes holds no memory on any device.
+The list comes from the driver, because it alone reads CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER as CUDA does; NVML
+counts in another order. Reading names and UUIDs creates no context, so a program that only plans and starts processes
+holds no memory on any device.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def visible() -> tuple[Device, ...]:
     listed = os.environ.get(VISIBLE)
     entries = map(str, itertools.count()) if listed is None else map(str.strip, listed.split(","))
     if (listed or "").startswith("MIG-"):  # CUDA shows a process only the first of them
-        found = [(entry, *told) for entry in entries if (told := _instance(entry)) is not None]
+        shown = [(entry, *names) for entry in entries if (names := _read_instance(entry)) is not None]
     else:
-        found = [(entry, *told) for told, entry in zip(_shown(), entries, strict=False)]
-    return tuple(Device(f"cuda:{i}", model, uuid, entry) for i, (entry, model, uuid) in enumerate(found))
+        shown = [(entry, *names) for names, entry in zip(_list_devices(), entries, strict=False)]
+    return tuple(Device(f"cuda:{i}", model, uuid, entry) for i, (entry, model, uuid) in enumerate(shown))
 
 
 def check_room(name: str) -> None:
@@ -56,7 +56,7 @@ def check_room(name: str) -> None:
     free, total = memory
     if free < ROOM:
         raise OutOfMemory(
-            f"{device.model} is full: {gib(free)} of {gib(total)} are free, and CUDA itself wants {gib(ROOM)}",
+            f"{device.model} is full: {gib(free)} of {gib(total)} are free, and CUDA itself takes {gib(ROOM)}",
             asked_bytes=ROOM,
             free_bytes=free,
             total_bytes=total,
@@ -77,7 +77,7 @@ def _driver() -> Any:
     return cuda if cuda.cuInit(0) == 0 else None
 
 
-def _shown() -> Iterator[tuple[str, str]]:
+def _list_devices() -> Iterator[tuple[str, str]]:
     """Model and UUID of every device that the driver shows."""
     cuda, count = _driver(), ctypes.c_int(0)
     if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
@@ -91,8 +91,8 @@ def _shown() -> Iterator[tuple[str, str]]:
         yield model, "" if unknown else f"{'MIG' if ' MIG ' in model else 'GPU'}-{UUID(bytes=raw.raw)}"
 
 
-def _instance(uuid: str) -> tuple[str, str] | None:
-    """Model and UUID of a MIG instance; None if there is no such."""
+def _read_instance(uuid: str) -> tuple[str, str] | None:
+    """Model and UUID of a MIG instance; None if there is none of that name."""
     import pynvml
 
     try:
@@ -104,7 +104,7 @@ def _instance(uuid: str) -> tuple[str, str] | None:
 
 
 def _memory(device: Device) -> tuple[int, int] | None:
-    """Free and all bytes of a device, without a context on it; None where NVML does not know."""
+    """Free and all bytes of a device, without a context on it; None where NVML cannot tell."""
     import pynvml
 
     try:

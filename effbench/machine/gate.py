@@ -14,24 +14,38 @@ from effbench.machine.devices import Device
 
 def idle(gate: Path) -> bool:
     """Whether no cell is timing on the device: starting a process now disturbs nobody."""
-    with gate.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    file = _open(gate)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+    return True
 
 
 def gate_file(device: Device) -> Path:
     """The lock file of a device, the same for every program on this machine, whatever it sees and calls it."""
     name = device.uuid or (f"cuda-{device.visible}" if device.visible else device.name)
     path = Path(tempfile.gettempdir()) / f"effbench-{name}.lock"
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o644))  # locking needs no right to write
+    os.close(_open(path))
     return path
 
 
-Tell = Callable[..., None]  # news for whoever waits: phase=..., waiting=True, environment={...}
+def _open(path: Path) -> int:
+    """A handle of a lock file, which is made anew if somebody has removed it, or the folder it was in.
+
+    Cells that hold a removed file then share the device with those that lock the new one, until they end.
+    """
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, os.O_RDONLY)  # locking needs no right to write, and others' files give none
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o644)
+
+
+Tell = Callable[..., None]  # news of a cell for the runner: phase=..., waiting=True, environment={...}
 
 
 class Gate:
@@ -48,7 +62,7 @@ class Gate:
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Work beside other cells, once none of them is timing."""
-        self._file = os.open(self._path, os.O_RDONLY)
+        self._file = _open(self._path)
         try:
             self._lock(fcntl.LOCK_SH)
             yield

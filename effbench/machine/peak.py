@@ -98,9 +98,9 @@ class _Samples(threading.Thread):
         self._look()
 
     def _look(self) -> None:
-        found = self._read()
-        if found is not None:
-            self.highest = found if self.highest is None else max(self.highest, found)
+        size = self._read()
+        if size is not None:
+            self.highest = size if self.highest is None else max(self.highest, size)
 
 
 def _reset_high_water() -> bool:

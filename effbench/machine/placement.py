@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 from effbench.core.errors import Usage
 from effbench.machine.devices import CPU, VISIBLE, Device, visible
@@ -18,7 +19,7 @@ class Placement:
     threads: int
     jobs: int
     tier: str
-    notes: tuple[str, ...] = ()  # what the user may not expect of this
+    notes: tuple[str, ...] = ()  # what may surprise the user
 
     @property
     def device(self) -> str:
@@ -32,7 +33,7 @@ def place(
     """Resolve devices, threads, jobs and tier. Raises `Usage` for a device that is not there."""
     from effbench.machine.environment import describe, slug
 
-    devices, notes = chosen_devices(device)
+    devices, notes = choose_devices(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if devices == (CPU,):
         threads = threads or 1
@@ -46,29 +47,29 @@ def place(
     return Placement(devices, slug(devices[0].model), threads, jobs, tier or "full", notes)
 
 
-def chosen_devices(wanted: str | None) -> tuple[tuple[Device, ...], tuple[str, ...]]:
-    """The devices that `device=` names, and what is to be said about them. Raises `Usage` where one is missing."""
-    if wanted == "cpu":
+def choose_devices(name: str | None) -> tuple[tuple[Device, ...], tuple[str, ...]]:
+    """The devices that `device=` names, and notes for the user. Raises `Usage` where one is missing."""
+    if name == "cpu":
         return (CPU,), ()
-    kind, _, index = (wanted or "cuda:0").partition(":")
-    if kind != "cuda" or not (index or "0").isdigit():
-        raise Usage(f"device={wanted}: must be cpu, cuda or cuda:N")
-    found = visible()
-    built = not found or _cuda_is_built()
-    if built and int(index or 0) < len(found):
+    kind, _, index = (name or "cuda:0").partition(":")
+    if kind != "cuda" or not re.fullmatch("[0-9]{1,4}", index or "0"):
+        raise Usage(f"device={name}: must be cpu, cuda or cuda:N")
+    devices = visible()
+    built = not devices or _cuda_is_built()
+    if built and int(index or 0) < len(devices):
         if index:
-            return (found[int(index)],), ()
+            return (devices[int(index)],), ()
         # One table is of one machine, so GPUs of another model wait for a run of their own.
-        alike = tuple(device for device in found if device.model == found[0].model)
-        others = f"device=cuda: {len(alike)} of {len(found)} GPUs are used, those like the first ({found[0].model})"
-        return alike, (others,) if len(alike) < len(found) else ()
-    if wanted is None:
+        alike = tuple(device for device in devices if device.model == devices[0].model)
+        others = f"device=cuda: {len(alike)} of {len(devices)} GPUs are used, those like the first ({devices[0].model})"
+        return alike, (others,) if len(alike) < len(devices) else ()
+    if name is None:
         return (CPU,), ()
     if not built:
-        raise Usage(f"device={wanted}: the installed torch is built without CUDA")
-    count = f"{len(found)} CUDA device{'s' * (len(found) > 1)}" if found else "no CUDA device"
-    shown = f" that CUDA_VISIBLE_DEVICES={os.environ[VISIBLE]} shows" if VISIBLE in os.environ else ""
-    raise Usage(f"device={wanted}: this machine has {count}{shown}")
+        raise Usage(f"device={name}: the installed torch is built without CUDA")
+    count = f"{len(devices)} CUDA device{'s' * (len(devices) > 1)}" if devices else "no CUDA device"
+    hint = f" that CUDA_VISIBLE_DEVICES={os.environ[VISIBLE]} shows" if VISIBLE in os.environ else ""
+    raise Usage(f"device={name}: this machine has {count}{hint}")
 
 
 def _cuda_is_built() -> bool:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Diverged, Refused, Unsupported
-from effbench.nn.model.blocks import Blocks, Group
-from effbench.nn.model.linear import MaskedLinear, dense_weight, kept
+from effbench.core.views import Layer, SharedInput
+from effbench.nn.model.blocks import Blocks, dense_linears
+from effbench.nn.model.linear import dense_weight, kept
 
 if TYPE_CHECKING:
-    from effbench.core.kinds import Weights
-    from effbench.nn.run import ModelRun
+    from effbench.core.run import Run
 
 RAW_TOKENS = 4096  # tokens kept verbatim for methods that need them
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {  # what is averaged over sequences, by need
@@ -36,7 +35,7 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {  # what is averaged over se
 class Inputs:
     """Statistics of what a linear receives during calibration; only what the method needs is gathered."""
 
-    def __init__(self, needs: set[str], total: int) -> None:
+    def __init__(self, needs: Set[str], total: int) -> None:
         self.needs = needs
         self.count = 0  # tokens seen, padding excluded
         self._every = max(1, total // RAW_TOKENS)
@@ -66,17 +65,17 @@ class Inputs:
     @property
     def norm(self) -> Tensor:
         """[in]: L2 norm over all tokens."""
-        return self._found(self._square, "norm").sqrt().float()
+        return self._require(self._square, "norm").sqrt().float()
 
     @property
     def mean_abs(self) -> Tensor:
         """[in]: mean of |x| over all tokens."""
-        return (self._found(self._absolute, "norm") / self.count).float()
+        return (self._require(self._absolute, "norm") / self.count).float()
 
     @property
     def second_moment(self) -> Tensor:
         """[in, in] float64: mean of x x^T over all tokens."""
-        return self._found(self._outer, "hessian") / self.count
+        return self._require(self._outer, "hessian") / self.count
 
     @property
     def hessian(self) -> Tensor:
@@ -90,35 +89,22 @@ class Inputs:
             raise AttributeError("tokens were not kept: declare needs = {'raw'}")
         return torch.cat(self._raw)
 
-    def _found(self, value: Tensor | None, need: str) -> Tensor:
+    def _require(self, value: Tensor | None, need: str) -> Tensor:
         if value is None:
             raise AttributeError(f"not gathered: declare needs = {{{need!r}}}")
         return value
 
 
-@dataclasses.dataclass
-class Layer:
-    """One linear as `Weights.compress` sees it."""
-
-    name: str  # path in the model
-    module: nn.Module  # what stands there now
-    inputs: Inputs
-    seed: int  # of this run and this layer
-    prepared: Any = None  # what the method's `prepare` returned
-    weight: Tensor = dataclasses.field(init=False)  # dense float32 [out, in], free to be changed
-    bias: Tensor | None = dataclasses.field(init=False)
-    kept: Tensor | None = dataclasses.field(init=False)  # bool [out, in]: False must stay zero
-
-    def __post_init__(self) -> None:
-        self.weight = dense_weight(self.module).detach().clone()
-        self.bias = getattr(self.module, "bias", None)
-        self.kept = kept(self.module)
-        if not torch.isfinite(self.weight).all():
-            raise Refused(f"{self.name}: the weights hold NaN or infinity")
+def view_layer(name: str, module: nn.Module, inputs: Inputs, seed: int, prepared: Any = None) -> Layer:
+    """A linear, replaced or not, as methods see it. Raises `Refused` where its weights are not finite."""
+    weight = dense_weight(module).detach().clone()
+    if not torch.isfinite(weight).all():
+        raise Refused(f"{name}: the weights hold NaN or infinity")
+    return Layer(name, module, inputs, seed, weight, getattr(module, "bias", None), kept(module), prepared)
 
 
 class _Reached(Exception):
-    """Ends a forward pass once what it was for is there."""
+    """Raised to end a forward pass early, once its hook has what it needs."""
 
 
 class BlockInputs:
@@ -126,7 +112,7 @@ class BlockInputs:
 
     def __init__(
         self,
-        run: ModelRun,
+        run: Run,
         index: int,
         hidden: list[Tensor],
         calls: list[dict[str, Any]],
@@ -156,10 +142,10 @@ class BlockInputs:
 
     def output_of(self, module: nn.Module) -> list[Tensor]:
         """Outputs of a submodule on every sequence; the block runs no further than that."""
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, out: Any) -> None:
-            found.append(out if isinstance(out, Tensor) else out[0])
+            outputs.append(out if isinstance(out, Tensor) else out[0])
             raise _Reached
 
         handle = module.register_forward_hook(keep)
@@ -169,13 +155,13 @@ class BlockInputs:
                     self._one(hidden, call)
         finally:
             handle.remove()
-        return found
+        return outputs
 
-    def gather(self, groups: Sequence[Group], needs: set[str]) -> None:
-        """Run the block once, gather every group's input statistics, keep the block's outputs."""
+    def gather(self, shared: Sequence[SharedInput], needs: Set[str]) -> None:
+        """Run the block once, gather the statistics of every shared input, keep the block's outputs."""
         total = sum(hidden.shape[1] for hidden in self.hidden)
         with contextlib.ExitStack() as stack:
-            for group in groups:
+            for group in shared:
                 first = self.module.get_submodule(group.names[0])
                 inputs = Inputs(needs, total)
                 for name in group.names:
@@ -192,9 +178,9 @@ class BlockInputs:
 
         return take
 
-    def layers(self, groups: Sequence[Group]) -> list[Layer]:
-        """The groups' linears, ready to be compressed."""
-        return [self.layer(name) for group in groups for name in group.names if self.run.targeted(self._path(name))]
+    def layers(self, shared: Sequence[SharedInput]) -> list[Layer]:
+        """The linears named by `shared`, ready to be compressed."""
+        return [self.layer(name) for group in shared for name in group.names if self.run.targeted(self._path(name))]
 
     def layer(self, name: str) -> Layer:
         """One linear by its path inside the block."""
@@ -203,16 +189,20 @@ class BlockInputs:
         inputs = self._inputs.get(name) or Inputs(set(), 0)
         if self._gradients:
             inputs = copy.copy(inputs)  # statistics are shared, gradients belong to one linear
-            for need, found in self._gradients.items():
-                setattr(inputs, need, found[path])
-        return Layer(path, module, inputs, zlib.crc32(f"{self.run.seed}/{path}".encode()), self._prepared)
+            for need, means in self._gradients.items():
+                setattr(inputs, need, means[path])
+        return view_layer(path, module, inputs, zlib.crc32(f"{self.run.seed}/{path}".encode()), self._prepared)
+
+    def statistics(self, path: str) -> Inputs | None:
+        """What was gathered at the input of the linear at `path` in the model."""
+        return self._inputs.get(path.removeprefix(self._path("")))
 
     def _path(self, name: str) -> str:
         return self.view.path(self.index, name)
 
 
 @torch.no_grad()
-def walk(run: ModelRun, needs: set[str], prepared: Any = None) -> Iterator[BlockInputs]:
+def walk(run: Run, needs: Set[str], prepared: Any = None) -> Iterator[BlockInputs]:
     """The blocks from first to last, each with the calibration set at its input; `outputs` go on to the next."""
     view = Blocks(run.model)
     gradients = mean_gradients(run, needs & GRADIENTS.keys())
@@ -227,51 +217,15 @@ def walk(run: ModelRun, needs: set[str], prepared: Any = None) -> Iterator[Block
 
 
 @torch.no_grad()
-def survey(run: ModelRun, needs: set[str]) -> Iterator[Layer]:
+def survey(run: Run, needs: Set[str]) -> Iterator[Layer]:
     """Every targeted linear with its statistics in the model as it stands; changes nothing."""
     for inputs in walk(run, needs):
-        groups = inputs.view.groups(inputs.module)
+        groups = inputs.view.shared_inputs(inputs.module)
         inputs.gather(groups, needs)
         yield from inputs.layers(groups)
 
 
-@torch.no_grad()
-def stream(run: ModelRun, method: Weights, prepared: Any = None) -> None:
-    """Compress every targeted linear of every block with `method`, from the first block to the last."""
-    needs: set[str] = set(method.needs)
-    report = run.log.setdefault("layers", {})
-    for inputs in walk(run, needs, prepared):
-        groups = inputs.view.groups(inputs.module)
-        for stage in [[group] for group in groups] if method.true_sequence else [groups]:
-            inputs.gather(stage, needs)
-            for path, module in method.compress_block(inputs, stage).items():
-                if not method.folds:
-                    report[path] = _error(run.model.get_submodule(path), module, inputs, path)
-                replace(run.model, path, module)
-        if method.sequential:
-            inputs.outputs = inputs.forward()
-
-
-def _error(before: nn.Module, after: nn.Module, inputs: BlockInputs, path: str) -> dict[str, float]:
-    """Relative error of the weights, and of the outputs where the inputs' second moment is known."""
-    old = dense_weight(before)
-    delta = dense_weight(after) - old
-    found = {"weight_error": float(delta.norm() / old.norm().clamp(min=1e-30))}
-    gathered = inputs._inputs.get(path.removeprefix(f"{inputs.view.path(inputs.index, '')}"))
-    if gathered is not None and "hessian" in gathered.needs:
-        moment = gathered.second_moment.float()
-        full = ((old @ moment) * old).sum().clamp(min=1e-30)
-        found["output_error"] = float(((delta @ moment) * delta).sum().div(full).clamp(min=0).sqrt())
-    return found
-
-
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
-def block_inputs(run: ModelRun, view: Blocks) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+def block_inputs(run: Run, view: Blocks) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """Hidden states at the first block, and the arguments that each block is called with, per sequence.
 
     Arguments are caught for every block: masks and positions may differ between layers.
@@ -304,16 +258,7 @@ def block_inputs(run: ModelRun, view: Blocks) -> tuple[list[Tensor], list[list[d
     return hidden, calls
 
 
-def dense_linears(run: ModelRun) -> dict[str, nn.Module]:
-    """The targeted linears by path. Raises `Unsupported` where one has no dense weights that could take a gradient."""
-    linears = {path: module for path, module in Blocks(run.model).linears() if run.targeted(path)}
-    for path, module in linears.items():
-        if not isinstance(module, (nn.Linear, Conv1D, MaskedLinear)):
-            raise Unsupported(f"{path}: gradients need dense weights; put this step first")
-    return linears
-
-
-def mean_gradients(run: ModelRun, needs: set[str]) -> dict[str, dict[str, Tensor]]:
+def mean_gradients(run: Run, needs: Set[str]) -> dict[str, dict[str, Tensor]]:
     """For each need, what `GRADIENTS` says of the gradient of the loss in every targeted linear's weight, [out, in]
     by path, averaged over the calibration sequences.
 
@@ -324,7 +269,7 @@ def mean_gradients(run: ModelRun, needs: set[str]) -> dict[str, dict[str, Tensor
         return {}
     linears = dense_linears(run)
     weights: dict[str, nn.Parameter] = {path: module.weight for path, module in linears.items()}  # type: ignore
-    found = {
+    means = {
         need: {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in weights.items()}
         for need in needs
     }
@@ -337,12 +282,12 @@ def mean_gradients(run: ModelRun, needs: set[str]) -> dict[str, dict[str, Tensor
             ids = ids[None].to(run.device)
             loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
             for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-                for need, total in found.items():
+                for need, total in means.items():
                     total[path] += GRADIENTS[need](gradient.float()) / len(sequences)
     for path, weight in weights.items():
         weight.requires_grad_(needed[path])
-    for total in found.values():
+    for total in means.values():
         for path, module in linears.items():
             if isinstance(module, Conv1D):
                 total[path] = total[path].T
-    return found
+    return means

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from effbench import tiny
 from effbench.core.errors import Refused, Unsupported
+from effbench.core.views import Example
 
 if TYPE_CHECKING:
     from effbench.sources import DataSource
@@ -24,36 +24,6 @@ LONGEST = 2048  # tokens in each, at most
 TINY: dict[tiny.Split, int] = {"train": 2000, "calibration": 1000, "heldout": 400}  # documents of each part
 
 Documents = list[str] | Callable[[], list[str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One training example; tokens before `prompt` are read but not learned."""
-
-    id: str
-    ids: tuple[int, ...]
-    prompt: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Segments:
-    """A prompt by its parts, so that compression knows what it may shorten."""
-
-    instruction: str = ""
-    context: str = ""
-    question: str = ""
-    separator: str = ""
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any], prompt: str) -> Segments:
-        """The parts of a task's prompt where its document names them; else all of it counts as context."""
-        parts = {role: str(document.get(role) or "") for role in ("instruction", "context", "question")}
-        named = cls(**parts, separator=" ")
-        return named if named.text() == prompt else cls(context=prompt)
-
-    def text(self) -> str:
-        """The prompt as the model reads it."""
-        return self.separator.join(part for part in (self.instruction, self.context, self.question) if part)
 
 
 class Data:
@@ -75,10 +45,10 @@ class Data:
 
     def documents(self, part: str) -> list[str]:
         """The texts of `train`, `calibration` or `heldout`, made when first asked for."""
-        found = self._parts[part]
-        if callable(found):
-            found = self._parts[part] = found()
-        return found
+        texts = self._parts[part]
+        if callable(texts):
+            texts = self._parts[part] = texts()
+        return texts
 
     def ids(self, part: str) -> Tensor:
         """[N] all tokens of a part, documents joined."""
@@ -162,12 +132,12 @@ def open_hub(name: str, tokenizer: Any) -> Data:
     import datasets
 
     path, _, configuration = name.partition(":")[2].partition("/@")
-    found = datasets.load_dataset(path, configuration or None)
+    splits_by_name = datasets.load_dataset(path, configuration or None)
     column = "text"
 
     def texts(*splits: str) -> list[str]:
-        split = next((s for s in splits if s in found), None)
-        return [text for text in found[split][column] if text.strip()] if split else []
+        split = next((s for s in splits if s in splits_by_name), None)
+        return [text for text in splits_by_name[split][column] if text.strip()] if split else []
 
     train = texts("train")
     parts = {"train": train[1::2] or train, "calibration": train[::2], "heldout": texts("test", "validation")}

@@ -1,4 +1,8 @@
-"""A run on a transformers model: what the kinds ask of it, done with torch."""
+"""A run on a transformers model: its state, and how replaced modules settle.
+
+What kinds promise is done by their services in `effbench.nn.kinds`, found by name: nothing here depends on how methods
+calibrate or train.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,25 @@ import copy
 import dataclasses
 import fnmatch
 import functools
+import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from effbench.core.errors import Refused, Unsupported, Usage
-from effbench.core.method import HOOKS, Method
-from effbench.core.run import InferPlan, Run, TrainPlan
-from effbench.nn import calibration
-from effbench.nn.data import LONGEST, SEQUENCES, Data, Segments
+from effbench.core.errors import Refused, Usage
+from effbench.core.kinds import kind_of, service
+from effbench.core.run import FitReport, InferPlan, Run
+from effbench.nn.data import LONGEST, SEQUENCES, Data
 from effbench.nn.infer.engine import Engine
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.linear import Replaced, kept, stored_as, stored_bytes, stored_tensors
-from effbench.nn.train import fit
+from effbench.nn.model.linear import Replaced, check_module, kept, replace, stored_as, stored_bytes, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from effbench.core.kinds import Select, Swap, Weights
+    from effbench.core.kinds import Swap
+    from effbench.core.method import Method
     from effbench.sources import Source
 
 
@@ -63,17 +67,14 @@ class ModelRun(Run):
         length: int | None = None,
         skip: tuple[str, ...] = (),
     ) -> None:
+        super().__init__()
         self.source = source
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.data = data
         self.device = device
-        self.storage = storage  # dtype in which an artifact keeps dense tensors
+        self.storage = storage
         self.seed = seed
-        self.train = TrainPlan()
-        self.infer = InferPlan()
-        self.log: dict[str, Any] = {"steps": []}
-        self.noted: dict[Any, Any] = {}  # what one probe found on its way to its own numbers and another needs
         self._reference = reference
         self._shelf: dict[str, Any] = {}
         self._swapped: list[Swapped] = []
@@ -81,64 +82,46 @@ class ModelRun(Run):
         self._skip = skip
         narrow(self.model, storage)
         self.original = Original(sum(stored_bytes(model, storage)), sum(p.numel() for p in model.parameters()))
-        self._before = _fingerprint(model)
-        self._changed_otherwise = False
+        self._before = take_fingerprint(model)
 
     @functools.cached_property
-    def reference(self) -> Any:  # type: ignore[override]
-        """The unchanged original as it is stored, frozen, loaded when first asked for."""
+    def reference(self) -> Any:
         model = self._reference().eval().requires_grad_(False)
         narrow(model, self.storage)
         return model
 
     @property
     def pad(self) -> int:
-        """Token id for padding."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return 0 if pad is None else int(pad)
 
     def engine(self, model: Any = None) -> Engine:
-        """Scores and generates with the model, or another, through the inference plan."""
         return Engine(self.model, self.infer, self.pad) if model is None else Engine(model, InferPlan(), self.pad)
 
     def targeted(self, path: str) -> bool:
-        """Whether methods may replace the linear at `path` (not skipped by a pattern)."""
         return not any(fnmatch.fnmatch(path, pattern) for pattern in self._skip)
 
+    def linears(self) -> dict[str, nn.Module]:
+        return {path: module for path, module in Blocks(self.model).linears() if self.targeted(path)}
+
     def calibration(self) -> Tensor:
-        """[sequences, length] calibration tokens of this run's seed."""
         sequences, length = self._calibration
         ids = self.data.calibration(sequences, length, self.seed)
-        self.log["calibration_sequences"], self.log["calibration_tokens"] = len(ids), ids.numel()
+        self.log.calibration_sequences, self.log.calibration_tokens = len(ids), ids.numel()
         return ids
 
-    def rewrite(self, segments: Segments) -> Segments:
-        """A prompt after the plan's prompt methods, in their order."""
-        for method in self.infer.chain("prompt"):
-            segments = method.rewrite(segments, self)
-        return segments
+    # What kinds and fits ask for.
 
-    # What the kinds ask for.
+    def serve(self, method: Method) -> None:
+        importlib.import_module(service(kind_of(type(method)))).apply(self, method)
 
-    def stream(self, method: Weights) -> None:
-        self.settle()
-        calibration.stream(self, method, method.prepare(self))
+    def note_swap(self, module: nn.Module, method: Swap, held: bool) -> None:
+        self._swapped.append(Swapped(module, method, held))
 
-    def swap(self, method: Swap) -> None:
-        self.settle()
-        self.model.requires_grad_(False)
-        linears = {path: module for path, module in Blocks(self.model).linears() if self.targeted(path)}
-        chosen = [path for path in linears if method.wants(path)]
-        if not chosen:
-            names = sorted({path.rpartition(".")[2] for path in linears})
-            raise Unsupported(f"none of the linears is a target; they are called {', '.join(names)}")
-        with torch.random.fork_rng(devices=[]):  # new parameters depend on the seed alone, not on what was drawn before
-            torch.manual_seed(self.seed)
-            for path in chosen:
-                held = kept(linears[path]) is not None
-                new = method.replace(linears[path]).to(self.device)
-                calibration.replace(self.model, path, new)
-                self._swapped.append(Swapped(new, method, held))
+    def note_fit(self, report: FitReport) -> None:
+        self.log.fits.append(report)
+        for entry in self._swapped:
+            entry.trained = True
 
     def settle(self) -> None:
         trained = [entry for entry in self._swapped if entry.trained]
@@ -147,42 +130,12 @@ class ModelRun(Run):
         for entry in trained:
             if entry.module in paths:  # its block may be gone
                 path, final = paths[entry.module], entry.method.settle(entry.module)
+                check_module(final, entry.method, "settle")
                 if entry.held and final is not entry.module and kept(final) is None:
-                    self.log.setdefault("densified", []).append(path)
-                dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
-                calibration.replace(self.model, path, final.to(dtype))
+                    self.log.densified.append(path)
+                dtype: torch.dtype = self.model.dtype
+                replace(self.model, path, final.to(dtype))
             self._swapped.remove(entry)
-
-    def select(self, method: Select) -> None:
-        examples = self.data.train
-        order = list(method.order(examples, self))
-        if not order:
-            raise Unsupported(f"{method}: nothing was selected")
-        self.data.train = [examples[i] for i in order]
-        self.log.setdefault("selected", {})[str(method)] = len(order)
-        self._changed_otherwise = True
-
-    def attach(self, method: Method) -> None:
-        for slot in method.claims:
-            plan = self.train if slot.startswith("train.") else self.infer
-            name = slot.partition(".")[2]
-            values: dict[str, Any] = getattr(method, "slot_values", dict)()
-            plan.claim(name, values.get(name, method), method)
-        if method.overrides("optimizer"):
-            self.train.claim("optimizer", method, method)
-        for hook in HOOKS:
-            if hook != "optimizer" and method.overrides(hook):
-                self.train.chain(hook).append(method)
-
-    def fit(self, **settings: Any) -> dict[str, Any]:
-        try:
-            report = fit.fit(self, **settings)
-        finally:
-            self.train.close()
-        for entry in self._swapped:
-            entry.trained = True
-        self.log.setdefault("fits", []).append(report)
-        return report
 
     def snapshot(self, name: str) -> None:
         if name in ("reference", "model"):
@@ -200,6 +153,7 @@ class ModelRun(Run):
 
     def apply(self, method: Method) -> None:
         """One step of the recipe; a step that needs final linears has pending ones settled first."""
+        self._shared.clear()
         if method.settles:
             self.settle()
         method.apply(self)
@@ -211,16 +165,18 @@ class ModelRun(Run):
         self.model.eval()
         for path, module in list(self.model.named_modules()):
             if isinstance(module, Replaced):
-                calibration.replace(self.model, path, module.packed())
+                replace(self.model, path, module.pack())
         narrow(self.model, self.storage)
-        plans = self._changed_otherwise or self.infer.streams or any(self.infer._chains.values())
-        if not (recipe_is_empty or plans or self.infer._slots) and _fingerprint(self.model) == self._before:
+        changed = not self.infer.empty or self.log.selected or take_fingerprint(self.model) != self._before
+        if not (changed or recipe_is_empty):
             raise Refused("the recipe changed nothing: the model is bit for bit what it was")
 
     def close(self) -> None:
-        """Undo what plans changed in the process."""
+        """Undo what plans changed in the process, and let go of what steps kept."""
         self.train.close()
         self.infer.close()
+        self._states.clear()
+        self._shared.clear()
 
 
 @torch.no_grad()
@@ -232,11 +188,11 @@ def narrow(model: nn.Module, storage: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _fingerprint(model: nn.Module) -> list[tuple[str, ...]]:
+def take_fingerprint(model: nn.Module) -> list[tuple[str, ...]]:
     """Names, kinds, shapes and a hash of the content of everything in a module tree."""
-    found: list[tuple[str, ...]] = [(path, type(module).__name__) for path, module in model.named_modules()]
+    entries: list[tuple[str, ...]] = [(path, type(module).__name__) for path, module in model.named_modules()]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         value = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
         content = str(int(torch.hash_tensor(value).view(torch.int64))) if value.numel() else ""
-        found.append((name, str(tuple(tensor.shape)), content))
-    return found
+        entries.append((name, str(tuple(tensor.shape)), content))
+    return entries

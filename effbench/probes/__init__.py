@@ -1,6 +1,6 @@
-"""Instruments. A probe is one module of this folder with `VERSION` and `take(run, settings) -> Reading`.
+"""Instruments. A probe is one module of this folder with a function `take(run, settings) -> Reading`.
 
-Names, versions and the need for an idle machine are read from source, so asking for them imports no torch.
+Names and the need for an idle machine are read from source, so asking for them imports no torch.
 All probes read one flat mapping of settings, each the keys it knows; what is absent or None has a default.
 """
 
@@ -52,11 +52,6 @@ def names() -> tuple[str, ...]:
     return tuple(_declared())
 
 
-def versions() -> dict[str, int]:
-    """Version of every probe; a probe whose numbers change their meaning raises its own."""
-    return {name: facts["VERSION"] for name, facts in _declared().items()}
-
-
 def take(name: str, run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """Measure. Raises `Unsupported` or `Refused` with a reason where there is no honest number."""
     if name not in _declared():
@@ -66,20 +61,16 @@ def take(name: str, run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 
 @functools.cache
-def _declared() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+def _declared() -> dict[str, bool]:
+    """Every probe, and whether it sets `EXCLUSIVE`."""
+    probes: dict[str, bool] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        facts = {
-            target.id: line.value.value
-            for line in ast.parse(path.read_bytes()).body
-            if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)
-            for target in line.targets
-            if isinstance(target, ast.Name)
-        }
-        if "VERSION" in facts:
-            found[path.stem] = facts
-    return found
+        body = ast.parse(path.read_bytes()).body
+        if path.stem != "__init__" and any(isinstance(line, ast.FunctionDef) and line.name == "take" for line in body):
+            assignments = (line for line in body if isinstance(line, ast.Assign))
+            probes[path.stem] = any(ast.unparse(line) == "EXCLUSIVE = True" for line in assignments)
+    return probes
 
 
 # Probes that need the machine to themselves.
-EXCLUSIVE = frozenset(name for name, facts in _declared().items() if facts.get("EXCLUSIVE"))
+EXCLUSIVE = frozenset(name for name, alone in _declared().items() if alone)

@@ -11,12 +11,10 @@ from effbench.probes import Reading
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
-
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`apply_seconds`, `apply_peak_<kind>_bytes` for every kind of peak that was seen, `calibration_tokens`."""
-    steps = run.log.get("steps", [])
+    steps = run.log.steps
     reading = Reading(samples={"apply_seconds": [step["seconds"] for step in steps]})
     seconds = sum(step["seconds"] for step in steps)
     reading.add("apply_seconds", seconds, "wall clock, summed over the steps of the recipe")
@@ -24,6 +22,6 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         high = max(step["peaks"][kind] for step in steps if kind in step["peaks"])
         protocol = f"high-water mark minus start, {SCOPES[kind]}, the highest of the steps of the recipe"
         reading.add(f"apply_peak_{kind}_bytes", high, protocol)
-    tokens = run.log.get("calibration_tokens", 0)
+    tokens = run.log.calibration_tokens
     reading.add("calibration_tokens", tokens, "tokens that statistics were taken from")
     return reading

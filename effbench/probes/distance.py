@@ -21,7 +21,6 @@ from effbench.stats import intervals
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 
 SOFTMAX = 2**22  # elements of one float32 log-softmax
 

@@ -19,7 +19,6 @@ from effbench.probes.speed import new_tokens, points, prompts
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 EXCLUSIVE = True
 
 SECONDS = 5.0  # the counter moves about every 100 ms
@@ -31,7 +30,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     counter = nvml.energy_joules(run.device)
     if counter is None:
         if run.device.type == "cuda":
-            run.log["energy"] = f"not measured: {_why_not(run.device)}"
+            run.log.energy = f"not measured: {_why_not(run.device)}"
         return reading
     seconds = max(SECONDS, settings.get("energy_seconds") or SECONDS)
     new = new_tokens(run, settings)

@@ -18,7 +18,6 @@ from effbench.probes.memory import elements
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 
 CONTEXT = 128  # where the settings do not say
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effbench.core.errors import Refused, Unsupported
-from effbench.nn.infer.engine import Engine, scored
+from effbench.nn.infer.engine import Engine, score_targets
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
@@ -66,21 +66,19 @@ def logits(engine: Engine, ids: Tensor) -> Iterator[Tensor]:
 
 
 def predictions(run: ModelRun, text: Windows) -> Iterator[Tensor]:
-    """The model's `logits` of every window; when all were taken, their likelihoods are known to `nll`."""
-    found = []
+    """The model's `logits` of every window; when all were taken, their likelihoods are shared with `nll`."""
+    values: list[float] = []
     for ids, window in zip(text.ids.to(run.device), logits(run.engine(), text.ids), strict=True):
-        found.append(scored(window[:-1], ids[1:]).nll)
+        values.append(score_targets(window[:-1], ids[1:]).nll)
         yield window
-    run.noted[text.cut, text.text] = found
+    run.share(("nll", text.cut, text.text), lambda: values)
 
 
 def nll(run: ModelRun, text: Windows) -> list[float]:
     """Mean negative log-likelihood of every window in one block, in nats per token."""
-    if (text.cut, text.text) not in run.noted:
-        for _ in predictions(run, text):
-            pass
-    found: list[float] = run.noted[text.cut, text.text]
-    return found
+    pairs = zip(text.ids.to(run.device), logits(run.engine(), text.ids), strict=True)
+    key = ("nll", text.cut, text.text)
+    return run.share(key, lambda: [score_targets(window[:-1], ids[1:]).nll for ids, window in pairs])
 
 
 def score_block(run: ModelRun, settings: Mapping[str, Any]) -> tuple[int | None, str]:

@@ -17,7 +17,6 @@ from effbench.records.metric import Finding
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 
 BATCH, CONTEXT, NEW_TOKENS = 4, 256, 16  # where the settings do not say
 

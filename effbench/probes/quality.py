@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.usage import nearest
-from effbench.nn.data import Segments
+from effbench.core.views import Segments
 from effbench.probes import Reading
 from effbench.probes.inputs import require_quality, score_block
 from effbench.records.metric import Metric
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from effbench.nn.infer.engine import Engine
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 GENERATED = 16  # prompts in one batch

@@ -31,7 +31,6 @@ from effbench.stats import intervals
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-VERSION = 1
 EXCLUSIVE = True
 
 NEW_TOKENS, NEW_TOKENS_SLOW = 32, 2

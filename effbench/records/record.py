@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -17,10 +18,10 @@ from effbench.records.plain import plain
 
 SCHEMA = 3
 
-OutcomeName = Literal["ok", "oom", "unsupported", "refused", "diverged", "timeout", "crashed"]
+OutcomeName = Literal["ok", "oom", "unsupported", "unavailable", "refused", "diverged", "timeout", "crashed"]
 OUTCOMES: tuple[OutcomeName, ...] = get_args(OutcomeName)
-RETRIED = ("oom", "timeout", "crashed")  # tried again by the next run; the others are final
-FAILED = ("oom", "diverged", "timeout", "crashed")  # exit code 1
+RETRIED = ("oom", "unavailable", "timeout", "crashed")  # tried again by the next run; the others are final
+FAILED = ("oom", "unavailable", "diverged", "timeout", "crashed")  # exit code 1
 
 # msgspec's own constraints (`Meta`) now and then crash the interpreter when it ends, so these are checked by hand.
 NAME = re.compile(r"\w[\w.-]{0,99}")  # of a suite: becomes the name of a folder
@@ -49,7 +50,7 @@ class Cell:
     settings: dict[str, Any]  # probes, limit, dtype, device kind, threads, score_block, tasks ...
     digests: dict[str, str]  # model, data, tasks, methods, probes, files
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """Hex digest of everything above but the row's name; equal identities measure the same thing."""
         body = dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""What `model=`, `data=` and `tokenizer=` name: found and digested, not opened.
+"""What `model=`, `data=` and `tokenizer=` name: looked up and digested, not opened.
 
 Names that cannot be right are `Usage`. What is wrong with the content (a pickle, a missing key, no text) shows
 when a cell opens it, and is that cell's outcome.
@@ -17,7 +17,7 @@ from typing import Literal
 
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
-from effbench.core.usage import nearest
+from effbench.core.usage import named_path, nearest
 from effbench.sources.shapes import SHAPES
 
 TINY = PACKAGE / "tiny"
@@ -56,19 +56,24 @@ class DataSource:
 
 def model(name: str, tokenizer: str | None = None) -> Source:
     """The model that `model=` names. Raises `Usage`."""
-    if tokenizer not in (None, "tiny") and not Path(tokenizer).is_dir() and not HUB_NAME.fullmatch(tokenizer):
+    if not (
+        tokenizer is None
+        or tokenizer == "tiny"
+        or HUB_NAME.fullmatch(tokenizer)
+        or named_path("tokenizer", tokenizer).is_dir()
+    ):
         raise Usage(f"tokenizer={tokenizer}: no such folder; it is tiny, a folder, or org/name on the Hub")
     if name == "tiny":
         source = Source("tiny", "tiny", TINY / "model", tokenizer, _digest(_model_files(TINY / "model")))
     elif name.startswith("shape:"):
         source = Source(name, "shape", None, tokenizer, _shape_digest(name.removeprefix("shape:")))
-    elif (folder := Path(name).expanduser()).is_dir():
+    elif (folder := named_path("model", name)).is_dir():
         if not (folder / "config.json").is_file():
             raise Usage(f"model={name}: the folder has no config.json")
         source = Source(folder.resolve().name, "folder", folder.resolve(), tokenizer, _digest(_model_files(folder)))
-    elif (found := HUB_NAME.fullmatch(name)) and not name.startswith("."):
-        fixed = found[2] is not None and COMMIT.fullmatch(found[2])
-        source = Source(name, "hub", None, tokenizer, name if fixed else UNRESOLVED, found[2])
+    elif (match := HUB_NAME.fullmatch(name)) and not name.startswith("."):
+        fixed = match[2] is not None and COMMIT.fullmatch(match[2])
+        source = Source(name, "hub", None, tokenizer, name if fixed else UNRESOLVED, match[2])
     else:
         raise Usage(
             f"model={name}: no such folder; a model is tiny, a folder, org/name or org/name@REVISION on the Hub, or "
@@ -76,7 +81,7 @@ def model(name: str, tokenizer: str | None = None) -> Source:
         )
     if tokenizer is None:
         return source
-    folder = TINY / "model" if tokenizer == "tiny" else Path(tokenizer)
+    folder = TINY / "model" if tokenizer == "tiny" else named_path("tokenizer", tokenizer)
     digest = _digest(_model_files(folder)) if folder.is_dir() else tokenizer
     return dataclasses.replace(source, digest=_joined([source.digest, digest]))
 
@@ -87,7 +92,7 @@ def data(name: str | None) -> DataSource:
     if kind == "tiny" and not rest:
         return DataSource("tiny", "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
     if kind == "text" and rest:
-        folder = Path(rest).expanduser()
+        folder = named_path("data", rest)
         if not folder.is_dir():
             raise Usage(f"data={name}: no such folder")
         files = _files(folder, ("**/*",))
@@ -128,8 +133,8 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
-    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -6,21 +6,19 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from scipy.special import bdtr, stdtrit
+from scipy import stats
 
 from effbench.records.metric import Metric
 
-Z = 1.959964  # normal quantile of 97.5 %
+Z = float(stats.norm.ppf(0.975))
 MEDIAN_NEEDS = 6  # fewest values whose range covers the median with 95 %
 
 
 def fraction(hits: Sequence[float]) -> Metric:
     """Share of ones among zeros and ones, Wilson's interval."""
-    n = len(hits)
-    share = sum(hits) / n
-    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    reach = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-    return Metric(share, max(0.0, middle - reach), min(1.0, middle + reach), n)
+    n, ones = len(hits), sum(hits)
+    interval = stats.binomtest(int(ones), n).proportion_ci(method="wilson")
+    return Metric(ones / n, float(interval.low), float(interval.high), n)
 
 
 def mean(values: Sequence[float], scale: Callable[[float], float] = float) -> Metric:
@@ -28,8 +26,7 @@ def mean(values: Sequence[float], scale: Callable[[float], float] = float) -> Me
     n, middle = len(values), statistics.fmean(values)
     if n < 2:
         return Metric(scale(middle), n=n)
-    reach = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
-    return _bounded(scale, middle, middle - reach, middle + reach, n)
+    return _student(scale, middle, statistics.stdev(values) / math.sqrt(n), n)
 
 
 def quotient(sums: Sequence[float], sizes: Sequence[float], scale: Callable[[float], float] = float) -> Metric:
@@ -39,8 +36,7 @@ def quotient(sums: Sequence[float], sizes: Sequence[float], scale: Callable[[flo
     if n < 2:
         return Metric(scale(middle), n=n)
     spread = sum((value - middle * size) ** 2 for value, size in zip(sums, sizes, strict=True))
-    reach = float(stdtrit(n - 1, 0.975)) * math.sqrt(spread * n / (n - 1)) / total
-    return _bounded(scale, middle, middle - reach, middle + reach, n)
+    return _student(scale, middle, math.sqrt(spread * n / (n - 1)) / total, n)
 
 
 def median(values: Sequence[float], scale: Callable[[float], float] = float) -> Metric:
@@ -48,14 +44,11 @@ def median(values: Sequence[float], scale: Callable[[float], float] = float) -> 
 
     This interval of the sign test covers at least 95 % for any distribution; resampling few values does not.
     """
-    ordered, n = sorted(values), len(values)
-    middle = statistics.median(ordered)
+    n, middle = len(values), statistics.median(values)
     if n < MEDIAN_NEEDS:
         return Metric(scale(middle), n=n)
-    outside = 0
-    while 2 * bdtr(outside, n, 0.5) <= 0.05:
-        outside += 1
-    return _bounded(scale, middle, ordered[outside - 1], ordered[n - outside], n)
+    interval = stats.quantile_test(values, q=middle).confidence_interval()
+    return _bounded(scale, middle, float(interval.low), float(interval.high), n)
 
 
 def width(metric: Metric) -> float:
@@ -68,6 +61,12 @@ def width(metric: Metric) -> float:
 def exp(nats: float) -> float:
     """e to the power of `nats`, infinite where a double cannot hold it."""
     return math.exp(nats) if nats < 709 else math.inf
+
+
+def _student(scale: Callable[[float], float], middle: float, error: float, n: int) -> Metric:
+    """Student's interval of a mean of `n` values with a standard error."""
+    low, high = stats.t.interval(0.95, n - 1, middle, error) if error else (middle, middle)
+    return _bounded(scale, middle, float(low), float(high), n)
 
 
 def _bounded(scale: Callable[[float], float], middle: float, low: float, high: float, n: int) -> Metric:

@@ -1,24 +1,18 @@
-"""What the pruning methods share: comparison groups, masks, and one-shot pruning by a score."""
+"""What the pruning methods share: patterns, comparison groups and masks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
-from effbench.core.kinds import Weights
 from effbench.core.method import Method
+from effbench.core.views import Layer
 from effbench.formats.packed import Packed
 from effbench.formats.sparse import Pattern, PrunedLinear
-from effbench.nn.calibration import Layer, survey
 from effbench.nn.model.linear import dense_weight
-
-if TYPE_CHECKING:
-    from effbench.core.run import Run
-    from effbench.nn.run import ModelRun
 
 Scope = Literal["local", "row", "global"]
 
@@ -39,7 +33,7 @@ def check_pattern(method: Method, sparsity: float, pattern: str, scope: Scope = 
         )
 
 
-def grouped(score: Tensor, pattern: str, scope: Scope, name: str) -> Tensor:
+def to_groups(score: Tensor, pattern: str, scope: Scope, name: str) -> Tensor:
     """`score` [out, in] as [groups, units]: what is compared with each other lies in one row.
 
     A unit is a weight, or a block with the sum of its weights' scores. Raises `Unsupported` where the matrix does
@@ -58,8 +52,8 @@ def grouped(score: Tensor, pattern: str, scope: Scope, name: str) -> Tensor:
     return score if scope == "row" else score.reshape(1, -1)
 
 
-def ungrouped(keep: Tensor, pattern: str, shape: torch.Size) -> Tensor:
-    """The mask [out, in] of what `grouped` took apart."""
+def from_groups(keep: Tensor, pattern: str, shape: torch.Size) -> Tensor:
+    """The mask [out, in] of what `to_groups` took apart."""
     kind, rows, columns = Pattern.of(pattern)
     if kind != "block":
         return keep.reshape(shape)
@@ -67,7 +61,7 @@ def ungrouped(keep: Tensor, pattern: str, shape: torch.Size) -> Tensor:
     return blocks.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
-def largest(groups: Tensor, sparsity: float) -> Tensor:
+def keep_largest(groups: Tensor, sparsity: float) -> Tensor:
     """Bool [groups, units]: False for the lowest int(units * sparsity) of every row; of equal ones the earlier go."""
     number = int(groups.shape[1] * sparsity + 1e-9)
     if not number:
@@ -85,10 +79,10 @@ def keep_mask(
 
     Raises `Unsupported` where the matrix does not divide by the pattern.
     """
-    return ungrouped(largest(grouped(score, pattern, scope, name), sparsity), pattern, score.shape)
+    return from_groups(keep_largest(to_groups(score, pattern, scope, name), sparsity), pattern, score.shape)
 
 
-def pruned(layer: Layer, keep: Tensor, pattern: str, weight: Tensor | None = None) -> nn.Module:
+def prune(layer: Layer, keep: Tensor, pattern: str, weight: Tensor | None = None) -> nn.Module:
     """The layer's weights (or `weight` [out, in]) where `keep` [out, in] is True; earlier zeros stay.
 
     A packed layer keeps its codes and scales. Raises `Unsupported` where those have no zero.
@@ -104,58 +98,5 @@ def pruned(layer: Layer, keep: Tensor, pattern: str, weight: Tensor | None = Non
     if isinstance(layer.module, Packed) and layer.module.maskable:
         packed = layer.module.rebuilt(weight * keep)
         if isinstance(packed, Packed) and not dense_weight(packed)[~keep].any():
-            return packed.holding(keep)
+            return packed.hold(keep)
     raise Unsupported(f"{layer.name}: {type(layer.module).__name__} cannot hold zeros; prune before compressing")
-
-
-@dataclass(frozen=True)
-class Saliency(Weights):
-    """One-shot pruning by a score per weight: the lowest of every comparison group go, the rest stays as it is."""
-
-    type = "post-training"
-
-    sparsity: float = 0.5  # fraction of the weights set to zero
-    scope: Scope = "local"  # what is compared: a matrix, an output row (or row of blocks), or the whole model
-
-    @property
-    def zeros(self) -> str:
-        """The pattern in which the zeros lie, see `Pattern`."""
-        raise NotImplementedError
-
-    def check(self) -> None:
-        check_pattern(self, self.sparsity, self.zeros, self.scope)
-
-    def score(self, layer: Layer) -> Tensor:
-        """[out, in], not negative: the lower, the sooner a weight goes."""
-        raise NotImplementedError
-
-    def prepare(self, run: Run) -> dict[str, Tensor] | None:
-        """Which units of every linear stay when the whole model is compared; scores are those of the model as it is."""
-        if self.scope != "global":
-            return None
-        units = {layer.name: self._units(layer) for layer in survey(cast("ModelRun", run), set(self.needs))}
-        pooled = torch.cat([part.flatten() for part in units.values()])
-        keep = largest(pooled.unsqueeze(0), self.sparsity).squeeze(0)
-        parts = keep.split([part.numel() for part in units.values()])
-        return {name: part.view_as(units[name]) for name, part in zip(units, parts, strict=True)}
-
-    def compress(self, layer: Layer) -> nn.Module:
-        keep = largest(self._units(layer), self.sparsity) if layer.prepared is None else layer.prepared[layer.name]
-        return pruned(layer, ungrouped(keep, self.zeros, layer.weight.shape), self.zeros)
-
-    def _units(self, layer: Layer) -> Tensor:
-        """Scores in comparison groups; those of weights pruned before are zero, the lowest there is."""
-        score = self.score(layer)
-        score = score if layer.kept is None else score * layer.kept
-        return grouped(score, self.zeros, self.scope, layer.name)
-
-
-@dataclass(frozen=True)
-class Patterned(Saliency):
-    """A saliency for every pattern. n:m fixes the sparsity at 1 - n/m; a block scores the sum over its weights."""
-
-    pattern: str = "unstructured"  # or n:m (keep n of every m inputs of a row), such as "2:4"; or "block:RxC"
-
-    @property
-    def zeros(self) -> str:
-        return self.pattern

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from effbench.methods.prune._common import Saliency
-from effbench.nn.calibration import Layer
+from effbench.core.views import Layer
+from effbench.methods.prune._saliency import Saliency
 
 
 @dataclass(frozen=True)

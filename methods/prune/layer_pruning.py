@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,24 +17,21 @@ from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import top_linears
 from effbench.nn.model.structure import keep_blocks
 
-if TYPE_CHECKING:
-    from effbench.nn.run import ModelRun
-
 
 @torch.no_grad()
-def block_influence(run: ModelRun) -> list[float]:
+def block_influence(run: Run) -> list[float]:
     """Of every block, 1 - cos(input, output), the mean over all calibration tokens; no final norm in the output."""
-    found = []
+    influence = []
     for block in walk(run, {"raw"}):
         block.outputs = block.forward()
         pairs = zip(block.hidden, block.outputs, strict=True)
         cosines = torch.cat([_cosine(before[0], after[0]) for before, after in pairs])
-        found.append(float(1 - cosines.mean()))
-    return _finite(found)
+        influence.append(float(1 - cosines.mean()))
+    return _finite(influence)
 
 
 @torch.no_grad()
-def angular_distance(run: ModelRun, number: int) -> list[float]:
+def angular_distance(run: Run, number: int) -> list[float]:
     """Of every run of `number` blocks but those that end with the last, the angle in units of pi between the inputs
     of its first block and of the block behind it; the mean over calibration sequences, at their last tokens."""
     last = []
@@ -73,7 +70,7 @@ class LayerPruning(Method):
     identity = {"fraction": 0.0}
 
     fraction: float = 0.25  # of the blocks, rounded to the nearest whole number, halves up
-    score: Literal["block_influence", "angular"] = "block_influence"
+    score: Literal["block_influence", "angular"] = "block_influence"  # what says how little a block does
 
     def check(self) -> None:
         self.require(0 <= self.fraction < 1, "fraction must be in [0, 1)")
@@ -81,7 +78,6 @@ class LayerPruning(Method):
     def apply(self, run: Run) -> None:
         if self.fraction == 0:
             return
-        run = cast("ModelRun", run)
         view = Blocks(run.model)
         number = math.floor(self.fraction * len(view) + 0.5)
         if number == 0:
@@ -95,16 +91,16 @@ class LayerPruning(Method):
         else:
             scores, removed = self._lowest(run, number, free)
         keep_blocks(view, [index for index in range(len(view)) if index not in removed])
-        run.log.setdefault("removed", []).append({"step": str(self), "blocks": removed, self.score: scores})
+        run.log.removed.append({"step": str(self), "blocks": removed, self.score: scores})
 
-    def _lowest(self, run: ModelRun, number: int, free: list[bool]) -> tuple[list[float], list[int]]:
+    def _lowest(self, run: Run, number: int, free: list[bool]) -> tuple[list[float], list[int]]:
         candidates = [index for index, may_go in enumerate(free) if may_go]
         if number > min(len(candidates), len(free) - 1):
             raise Unsupported(f"{self}: {number} blocks of {len(free)}, {len(candidates)} of which may go but not all")
         influence = block_influence(run)
         return influence, sorted(sorted(candidates, key=influence.__getitem__)[:number])
 
-    def _contiguous(self, run: ModelRun, number: int, free: list[bool]) -> tuple[list[float], list[int]]:
+    def _contiguous(self, run: Run, number: int, free: list[bool]) -> tuple[list[float], list[int]]:
         starts = [start for start in range(len(free) - number) if all(free[start : start + number])]
         if not starts:
             raise Unsupported(f"{self}: there are no {number} blocks in a row before the last that may go")

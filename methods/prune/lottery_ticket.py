@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +15,11 @@ from effbench.core.method import Method
 from effbench.core.run import Run
 from effbench.formats.sparse import PrunedLinear
 from effbench.methods.prune._common import check_pattern, keep_mask
-from effbench.methods.prune._training import trainable_linears, trained_like
-from effbench.nn.calibration import replace
-from effbench.nn.model.linear import dense_weight, kept
+from effbench.methods.prune._training import train_like, trainable_linears
+from effbench.nn.model.linear import dense_weight, kept, replace
+from effbench.nn.train.fit import FitSettings, fit
 
-RATES: dict[str, Any] = {"schedule": "cosine", "warmup": 0.03, "clip": 1.0, "weight_decay": 0.0}
 State = dict[str, Tensor]  # every parameter by its name; weights of linears as [out, in]
-
-
-class Rewind:
-    """Keeps the parameters as they are after `step` optimizer steps."""
-
-    def __init__(self, step: int, run: Run, paths: list[str]) -> None:
-        self.step = step
-        self.paths = paths
-        self.state = state(run.model, paths)
-
-    def on_step(self, run: Run, step: int, total: int) -> None:
-        """Called by the fit after its optimizer step `step`, counted from 0."""
-        if step + 1 == self.step:
-            self.state = state(run.model, self.paths)
 
 
 @dataclass(frozen=True)
@@ -49,15 +33,15 @@ class LotteryTicket(Method):
     type = "sparse training"
     consumes = True
     settles = True
-    trial = {"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32}
+    trials = ({"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32},)
 
     sparsity: float = 0.5  # after the last round, of every matrix
-    rounds: int = 3
+    rounds: int = 3  # of pruning, each followed by a fit
     rewind: int = 0  # optimizer step whose parameters every round starts from, above 0 as in arXiv:1912.05671
     control: Literal["none", "reinit"] = "none"  # reinit: the last round trains the same masks from random parameters
     steps: int = 200  # of a fit; after rewinding, those beyond `rewind`
     lr: float = 1e-4  # peak, on a cosine
-    batch_size: int = 8
+    batch_size: int = 8  # examples per step
     max_length: int = 512  # tokens of an example
 
     def check(self) -> None:
@@ -68,16 +52,20 @@ class LotteryTicket(Method):
 
     def apply(self, run: Run) -> None:
         linears = trainable_linears(run)
-        start = Rewind(self.rewind, run, list(linears))
-        run.train.chain("on_step").append(start)
-        data = {"batch_size": self.batch_size, "max_length": self.max_length}
-        fit = functools.partial(run.fit, steps=self.steps, lr=self.lr, **data, **RATES)
-        fit(start=0)
+        run.state(self)["start"] = copy_parameters(run.model, list(linears))
+        run.attach(self)
+        settings = FitSettings(self.steps, self.lr, self.batch_size, max_length=self.max_length)
+        fit(run, settings)
+        start = run.state(self).pop("start")  # freed at the end: it is as large as the model
         for number in range(1, self.rounds + 1):
             masks = {path: self._survivors(run.model.get_submodule(path), path, number) for path in linears}
             again = self.control == "reinit" and number == self.rounds
-            restore(run.model, fresh(run, start.state) if again else start.state, masks)
-            fit(start=self.rewind)
+            restore(run.model, draw_parameters(run, start) if again else start, masks)
+            fit(run, settings, start=self.rewind)
+
+    def on_step(self, run: Run, step: int, total: int) -> None:
+        if step + 1 == self.rewind:
+            run.state(self)["start"] = copy_parameters(run.model, list(run.linears()))
 
     def _survivors(self, linear: nn.Module, path: str, number: int) -> Tensor:
         """Bool [out, in]: what is left after round `number`."""
@@ -89,13 +77,13 @@ class LotteryTicket(Method):
         return keep if alive is None else keep & alive
 
 
-def state(model: nn.Module, paths: list[str]) -> State:
+def copy_parameters(model: nn.Module, paths: list[str]) -> State:
     """A copy of all parameters; `paths` are those of the linears."""
-    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for path in paths:
         if isinstance(model.get_submodule(path), Conv1D):
-            found[f"{path}.weight"] = found[f"{path}.weight"].T.contiguous()
-    return found
+            parameters[f"{path}.weight"] = parameters[f"{path}.weight"].T.contiguous()
+    return parameters
 
 
 @torch.no_grad()
@@ -104,20 +92,20 @@ def restore(model: nn.Module, values: State, masks: dict[str, Tensor]) -> None:
     for path, keep in masks.items():
         old = model.get_submodule(path)
         new = PrunedLinear.of(values[f"{path}.weight"], keep, values.get(f"{path}.bias"))
-        replace(model, path, trained_like(old, new))
+        replace(model, path, train_like(old, new))
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in masks:
             parameter.copy_(values[name])
 
 
-def fresh(run: Run, like: State) -> State:
+def draw_parameters(run: Run, like: State) -> State:
     """Parameters of the architecture's own random initialisation. Raises `Unsupported` if they do not fit `like`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{run.seed}/reinit".encode()))
         model = type(run.model)(run.model.config)
     linears = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
-    found = state(model, linears)
+    drawn = copy_parameters(model, linears)
     for name, value in like.items():
-        if name not in found or found[name].shape != value.shape:
+        if name not in drawn or drawn[name].shape != value.shape:
             raise Unsupported(f"{name}: the architecture initialises no such parameter; leave control='reinit' out")
-    return {name: found[name].to(value) for name, value in like.items()}
+    return {name: drawn[name].to(value) for name, value in like.items()}

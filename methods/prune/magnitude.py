@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from effbench.methods.prune._common import Patterned
-from effbench.nn.calibration import Layer
+from effbench.core.views import Layer
+from effbench.methods.prune._saliency import Patterned
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Magnitude(Patterned):
     paper = "arXiv:1506.02626"
     weight_update = "none"
     identity = {"sparsity": 0.0}
+    trials = ({}, {"scope": "global"})
 
     def score(self, layer: Layer) -> Tensor:
         return layer.weight.abs()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from effbench.core.errors import Diverged, Unsupported
-from effbench.core.method import Method
+from effbench.core.method import Method, Need
 from effbench.core.run import Run
-from effbench.nn.calibration import Layer, survey
+from effbench.core.views import Layer
+from effbench.nn.calibration import survey
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.structure import cuttable, keep_neurons, neurons, settle_width
+from effbench.nn.model.structure import find_cuttable, keep_neurons, neurons, settle_width
 
-if TYPE_CHECKING:
-    from effbench.nn.run import ModelRun
-
-NEEDS = {"taylor": {"grad"}, "taylor_vector": {"grad"}, "magnitude": set(), "activation": {"norm"}}
+NEEDS: dict[str, Set[Need]] = {
+    "taylor": {"grad"},
+    "taylor_vector": {"grad"},
+    "magnitude": set(),
+    "activation": {"norm"},
+}
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,12 @@ class NeuronPruning(Method):
     identity = {"sparsity": 0.0}
 
     sparsity: float = 0.2  # fraction of the neurons; int(width * (1 - sparsity)) stay, as with the authors
-    score: Literal["taylor", "taylor_vector", "magnitude", "activation"] = "taylor"
+    score: Literal["taylor", "taylor_vector", "magnitude", "activation"] = "taylor"  # what a neuron is worth
     scope: Literal["local", "global"] = "local"  # compare within each block, or over the whole model
     multiple: int = 1  # widths are rounded up to a multiple, as group-wise quantization or tensor cores may want
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[Need]:
         """Statistics that the score takes."""
         return NEEDS[self.score]
 
@@ -58,9 +62,8 @@ class NeuronPruning(Method):
     def apply(self, run: Run) -> None:
         if self.sparsity == 0:
             return
-        run = cast("ModelRun", run)
         view = Blocks(run.model)
-        chosen = cuttable(run, view, (*view.names.up, view.names.down))
+        chosen = find_cuttable(run, view, (*view.names.up, view.names.down))
         scores = self.scores(run, view, chosen)
         widths = self._widths(scores)
         for index, width in widths.items():
@@ -73,10 +76,10 @@ class NeuronPruning(Method):
             keep_neurons(view, index, scores[index].argsort(stable=True)[number:].sort().values)
         settle_width(view)
         counts = {view.path(index, view.names.down): number for index, number in removed.items()}
-        run.log.setdefault("removed", []).append({"step": str(self), "neurons": counts})
+        run.log.removed.append({"step": str(self), "neurons": counts})
 
-    def scores(self, run: ModelRun, view: Blocks, chosen: list[int]) -> dict[int, Tensor]:
-        """[width] of each chosen block; the lower, the sooner a neuron goes."""
+    def scores(self, run: Run, view: Blocks, chosen: list[int]) -> dict[int, Tensor]:
+        """[width] of each chosen block; the neurons of the lowest scores are pruned."""
         scores = {index: torch.zeros(neurons(view, index), device=run.device) for index in chosen}
         place = {view.path(index, name): index for index in chosen for name in (*view.names.up, view.names.down)}
         for layer in survey(run, self.needs):

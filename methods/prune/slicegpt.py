@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from effbench.core.run import Run
 from effbench.nn.calibration import BlockInputs, walk
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.sliced import Sliced, fuse_norms, slice_block, turn_embeddings, turn_inputs, turn_outputs
-
-if TYPE_CHECKING:
-    from effbench.nn.run import ModelRun
 
 DAMP = 0.01  # of the mean energy, added to every direction: the factorisation of a singular matrix stays accurate
 
@@ -52,9 +49,9 @@ class SliceGPT(Method):
 
     paper = "arXiv:2401.15024"
     settles = True
-    type: ClassVar[str] = "post-training"
-    weight_update: ClassVar[str] = "rotation and slicing"
-    needs: ClassVar[set[str]] = {"raw"}
+    type = "post-training"
+    weight_update = "rotation and slicing"
+    needs = {"raw"}
 
     slicing: float = 0.25  # fraction of the width that is removed
     multiple: int = 8  # the new width is rounded down to a multiple of this
@@ -67,26 +64,28 @@ class SliceGPT(Method):
 
     @torch.no_grad()
     def apply(self, run: Run) -> None:
-        model_run = cast("ModelRun", run)
         view = Blocks(run.model)
         full = view.embedding.get_parameter("weight").shape[1]
         width = self._width(full)
         for path, _ in view.linears():
-            if not model_run.targeted(path):
+            if not run.targeted(path):
                 raise Unsupported(f"{path}: slicing changes every linear, so none can be skipped")
-        if width < full and not self.slice_head and run.model.config.model_type == "gpt2":  # type: ignore[union-attr]
+        if width < full and not self.slice_head and run.model.config.model_type == "gpt2":
             raise Unsupported("transformer.ln_f: GPT-2 needs one width from embeddings to head; use slice_head=True")
+        # Step 1: norms without weights of their own commute with orthogonal matrices (Theorem 1 of the paper).
         fuse_norms(view)
         basis: Tensor | None = None
-        for inputs in walk(model_run, self.needs):
+        for inputs in walk(run, self.needs):
             last = inputs.index == len(view) - 1
             path, after = (view.path(inputs.index + step, view.names.norms[0]) for step in (0, 1))
+            # Step 2, at every norm: the principal directions of the signal there, in the model sliced up to it.
             if basis is None:
                 basis = self._basis(run, inputs.hidden, path, width)
                 turn_embeddings(view, basis)
             middle = self._slice_attention(run, inputs, basis, width)
             whole = last and not self.slice_head
             basis = self._slice_mlp(run, inputs, middle, full if whole else width, view.names.norm if last else after)
+        # Step 3: the head reads the last basis.
         if basis is not None:
             turn_inputs(view.head, basis)
 
@@ -97,12 +96,14 @@ class SliceGPT(Method):
             turn_inputs(block.get_submodule(name), before)
         for i, x in enumerate(hidden):
             hidden[i] = x @ before.to(x.dtype)
-        # Attention still writes all directions; which are kept follows from what it writes.
+        # The residual goes back to the full width for now: attention still writes all directions, and which of them are
+        # kept follows from the sum.
         block.shortcut_attention = nn.Parameter(before.T.to(hidden[0].dtype))
         added = inputs.output_of(block.get_submodule(names.attention))
         for i, x in enumerate(added):
             hidden[i] = hidden[i] @ block.shortcut_attention + x
         after = self._basis(run, hidden, inputs.view.path(inputs.index, names.norms[1]), width)
+        # Now both sides of the sum come in the new basis; the residual by the shortcut Q_before^T Q_after.
         turn_outputs(block.get_submodule(names.out), after)
         block.shortcut_attention = nn.Parameter((before.T @ after).to(hidden[0].dtype))
         return after
@@ -124,7 +125,7 @@ class SliceGPT(Method):
         """Float64 orthonormal columns [full width, width]: the subspace that holds most of the signal at a norm."""
         directions, energy = principal(signal, path)
         lost = float(energy[width:].sum() / energy.sum().clamp(min=1e-300))
-        run.log.setdefault("layers", {})[path] = {"energy_lost": lost}
+        run.log.layers[path] = {"energy_lost": lost}
         kept = directions[:, :width]
         if self.orientation == "pca":
             return kept

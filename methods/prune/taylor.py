@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from effbench.core.kinds import Need
-from effbench.methods.prune._common import Patterned
-from effbench.nn.calibration import Layer
+from effbench.core.method import Need
+from effbench.core.views import Layer
+from effbench.methods.prune._saliency import Patterned
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Taylor(Patterned):
     average: Literal["gradient", "magnitude"] = "gradient"  # what is averaged over the sequences
 
     @property
-    def needs(self) -> set[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         return {"grad" if self.average == "gradient" else "grad_abs"}
 
     def score(self, layer: Layer) -> Tensor:

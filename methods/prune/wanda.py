@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from effbench.methods.prune._common import Patterned, Scope
-from effbench.nn.calibration import Layer
+from effbench.core.views import Layer
+from effbench.methods.prune._common import Scope
+from effbench.methods.prune._saliency import Patterned
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Wanda(Patterned):
     weight_update = "none"
     needs = {"norm"}
     identity = {"sparsity": 0.0}
+    trials = ({}, {"pattern": "4:8"}, {"pattern": "block:16x16"})
 
     scope: Scope = "row"  # the published comparison group; the others are variants
 

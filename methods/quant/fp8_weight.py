@@ -8,8 +8,8 @@ from typing import Literal
 from torch import nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.float8 import FP8Linear
-from effbench.nn.calibration import Layer
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,18 @@ class FP8Weight(Weights):
     paper = "arXiv:2209.05433"
     type = "PTQ"
     weight_update = "none"
+    trials = ({}, {"granularity": "tensor", "activations": False})
 
-    granularity: Literal["tensor", "row"] = "row"
-    activations: bool = True
+    granularity: Literal["tensor", "row"] = "row"  # what shares a scale
+    activations: bool = True  # round the inputs of the linears as well
+
+    @property
+    def rounds_activations(self) -> bool:
+        return self.activations
 
     def compress(self, layer: Layer) -> nn.Module:
         per_row = self.granularity == "row"
         activations = ("token" if per_row else "tensor") if self.activations else "none"
         # Zero is an E4M3 number, so pruned weights stay zero.
-        rounded = FP8Linear.rounded(layer.weight, per_row=per_row, activations=activations, bias=layer.bias)
-        return rounded.holding(layer.kept)
+        rounded = FP8Linear.from_weight(layer.weight, per_row=per_row, activations=activations, bias=layer.bias)
+        return rounded.hold(layer.kept)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.codebook import LutLinear, nearest
-from effbench.nn.calibration import Layer
 
 # As published: normal quantiles from 0.9677083 inwards, 8 above zero and 7 below, divided by the largest. They are
 # written out because the last bits depend on how quantiles are computed.
@@ -40,9 +40,10 @@ class NF4(Weights):
     paper = "arXiv:2305.14314"
     type = "PTQ"
     weight_update = "none"
+    trials = ({}, {"double_quant": True})
 
     block: int = 64  # weights of the flattened matrix that share a factor
-    double_quant: bool = False
+    double_quant: bool = False  # store the factors in 8 bits
 
     def check(self) -> None:
         self.require(self.block > 0, "block must be positive")

@@ -8,8 +8,8 @@ from typing import Literal
 from torch import nn
 
 from effbench.core.kinds import Weights
-from effbench.formats.grid import WIDTHS, GridName, fit_grid, grouped, int_linear
-from effbench.nn.calibration import Layer
+from effbench.core.views import Layer
+from effbench.formats.grid import WIDTHS, GridName, fit_grid, int_linear, split_groups
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,15 @@ class RTN(Weights):
     paper = "arXiv:1712.05877"
     type = "PTQ"
     weight_update = "none"
+    trials = (
+        {},
+        {"bits": 2},
+        {"bits": 3},
+        {"bits": 8},
+        {"granularity": "tensor", "bits": 8},
+        {"granularity": "channel", "symmetric": True},
+        {"grid": "awq"},
+    )
 
     bits: int = 4  # 2, 3, 4 or 8
     granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale; channel: an output
@@ -35,10 +44,10 @@ class RTN(Weights):
     def compress(self, layer: Layer) -> nn.Module:
         weight = layer.weight
         if self.granularity == "group":
-            sharing = grouped(weight, self.group_size, layer.name)  # [out, groups, group_size]
+            sharing = split_groups(weight, self.group_size, layer.name)  # [out, groups, group_size]
         else:
             sharing = weight.unsqueeze(1) if self.granularity == "channel" else weight.reshape(1, 1, -1)
-        grid = fit_grid(sharing, self.bits, self.symmetric, self.grid, self.mse).stored()
+        grid = fit_grid(sharing, self.bits, self.symmetric, self.grid, self.mse).as_stored()
         codes = grid.codes(sharing).reshape(weight.shape)
         # A pruned weight is exactly 0, and 0 is on every grid: its code is the zero-point.
         return int_linear(layer, codes, grid.per_group(), self.symmetric)

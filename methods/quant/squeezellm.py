@@ -1,4 +1,4 @@
-"""SqueezeLLM: a table of weighted k-means centres per row, the most telling weights kept apart (Kim et al., 2024)."""
+"""SqueezeLLM: weighted k-means per row, weights of large gradient or size kept apart (Kim et al., 2024)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
+from effbench.core.views import Layer
 from effbench.formats.codebook import LutLinear, nearest
 from effbench.methods.quant._kmeans import kmeans
-from effbench.nn.calibration import Layer
 
 
 def keep_apart(weight: Tensor, importance: Tensor, sensitive: float, outliers: float) -> Tensor:
@@ -34,6 +34,7 @@ class SqueezeLLM(Weights):
     type = "PTQ"
     weight_update = "none"
     needs = {"grad2"}
+    trials = ({}, {"bits": 3})
 
     bits: int = 4  # 2, 3 or 4
     sensitive: float = 0.0005  # fraction of weights kept in float16 for their gradients
@@ -52,6 +53,6 @@ class SqueezeLLM(Weights):
         dense = weight.masked_fill(apart, 0)
         lut = kmeans(dense, importance.masked_fill(apart, 0), 2**self.bits, zero=kept is not None).half()
         codes = nearest(dense, lut.float())
-        # What the table leaves over at the positions kept apart, so that table and sparse part add up to the weight.
+        # The errors of the table at the positions kept apart, so that table and sparse part add up to the weight.
         left = (weight - lut.float().gather(1, codes)) * apart
         return LutLinear.of(codes, lut, bits=self.bits, outliers=left, bias=layer.bias, keep=layer.kept)

@@ -1,28 +1,20 @@
 """Full fine-tuning: AdamW on whatever the steps before it left trainable (Loshchilov & Hutter, 2019)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from effbench.core.method import Method
 from effbench.core.run import Run
+from effbench.nn.train.fit import FitSettings, fit
 
 
 @dataclass(frozen=True)
-class Fit(Method):
+class Fit(FitSettings, Method):
     """Uses the train plan up: what stands before it prepares, what stands after acts on the trained weights."""
 
     paper = "arXiv:1711.05101"
     type = "fine-tuning"
     consumes = True
-    trial = {"steps": 2, "max_length": 32}
-    steps: int = 200
-    lr: float = 1e-4
-    batch_size: int = 8
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.03  # fraction of the steps
-    clip: float | None = 1.0  # largest gradient norm
-    weight_decay: float = 0.0
-    max_length: int = 512  # tokens of an example
+    trials = ({"steps": 2, "max_length": 32},)
 
     def check(self) -> None:
         self.require(self.steps > 0, "steps must be at least 1")
@@ -34,13 +26,4 @@ class Fit(Method):
         self.require(self.max_length > 1, "max_length must be at least 2")
 
     def apply(self, run: Run) -> None:
-        run.fit(
-            steps=self.steps,
-            lr=self.lr,
-            batch_size=self.batch_size,
-            schedule=self.schedule,
-            warmup=self.warmup,
-            clip=self.clip,
-            weight_decay=self.weight_decay,
-            max_length=self.max_length,
-        )
+        fit(run, self)

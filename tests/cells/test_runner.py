@@ -10,24 +10,30 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
+from multiprocessing import util
 from pathlib import Path
 
 import fake_cells
+import httpx
 import psutil
 import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 from effbench.cells import execute as cells
 from effbench.cells.job import Place
-from effbench.cells.local import Local
+from effbench.cells.local import Local, last_words
 from effbench.cells.run import run_cells
-from effbench.core.errors import Diverged, OutOfMemory, Refused, Unsupported, Usage
-from effbench.records.record import RETRIED, Record
+from effbench.core.errors import Diverged, OutOfMemory, Refused, Unavailable, Unsupported, Usage
+from effbench.records.record import FAILED, OUTCOMES, RETRIED, Record
 from effbench.records.store import Store, latest
 
 HERE = Path(__file__).parent.parent
@@ -87,12 +93,12 @@ def test_at_most_jobs_at_once(store, make_job):
         ("device_oom()", "oom", "device_oom(): tried to allocate 20.00 GiB; 10.50 GiB of 79.11 GiB were free"),
         ("diverge()", "diverged", "the loss is nan"),
         ("full_disk()", "crashed", "no space left on the disk"),
-        ("hang()", "timeout", "took more than 3 s, the last of it in hang()"),
+        ("hang()", "timeout", "took more than 5 s, the last of it in hang()"),
     ],
 )
 def test_a_fault_costs_one_cell(store, make_job, faults, steps, outcome, words):
     jobs = [make_job("before"), make_job("fault", steps), make_job("after")]
-    records, _ = run_cells(jobs, store, local("with_fake_model", timeout=3.0))
+    records, _ = run_cells(jobs, store, local("with_fake_model", timeout=5.0 if outcome == "timeout" else 60.0))
     assert outcomes(records) == {"before": "ok", "fault": outcome, "after": "ok"}
     record = latest(store.read()[0])[jobs[1].cell.identity]
     assert words in record.reason
@@ -110,6 +116,35 @@ def test_a_crash_outside_the_cell_keeps_its_output(store, make_job):
     records, _ = run_cells([make_job("row")], store, local("unluckily"))
     assert records[0].outcome == "crashed"
     assert "not today" in records[0].log["output"]
+
+
+@pytest.mark.parametrize(
+    ("execute", "cause"),
+    [
+        ("unluckily", "the process ended with exit code 1 while in start: RuntimeError: not today"),
+        ("unpicklable", "exit code 1 while in start: AttributeError: Can't pickle local object"),
+        ("unreadable", "its record cannot be read: ValueError: invalid literal for int()"),
+    ],
+)
+def test_a_crash_outside_the_cell_names_its_cause(store, make_job, execute, cause):
+    records, _ = run_cells([make_job("row"), make_job("after")], store, local(execute))
+    assert [record.outcome for record in records] == ["crashed", "crashed"]
+    assert all(cause in record.reason for record in records)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("Traceback (most recent call last):\n  File x\nValueError: no\n", "ValueError: no"),
+        ("Fatal Python error: Segmentation fault\n\nThread 1\n", "Fatal Python error: Segmentation fault"),
+        ("loading\nthe ErrorBar is drawn\n", ""),
+        ("torch.AcceleratorError: CUDA error: x\n[W] noise\n", "torch.AcceleratorError: CUDA error: x"),
+        ("a.cu:1: kernel: Assertion `i < n` failed.\n", "a.cu:1: kernel: Assertion `i < n` failed."),
+        ("", ""),
+    ],
+)
+def test_last_words(output, words):
+    assert last_words(output) == words
 
 
 def test_the_output_of_workers_does_not_reach_ours(store, make_job, capfd):
@@ -177,6 +212,50 @@ def test_a_record_that_cannot_be_written_runs_again(store, make_job, monkeypatch
     assert outcomes(records) == {"r0": "ok", "r1": "crashed", "r2": "ok"}
     assert "could not be written: No space left" in records[[r.outcome for r in records].index("crashed")].reason
     assert len(store.read()[0]) == 2
+
+
+@pytest.mark.parametrize("error", [TypeError("'<' not supported"), RecursionError("deep"), UnicodeError("\ud800")])
+def test_whatever_goes_wrong_while_a_record_is_written_costs_its_cell(store, make_job, monkeypatch, error):
+    write = Store.write
+
+    def fail(self, record):
+        if record.cell.recipe == "r1":
+            raise error
+        return write(self, record)
+
+    monkeypatch.setattr(Store, "write", fail)
+    records, _ = run_cells([make_job(f"r{i}") for i in range(3)], store, local())
+    assert outcomes(records) == {"r0": "ok", "r1": "crashed", "r2": "ok"}
+    reasons = [record.reason for record in records if record.outcome == "crashed"]
+    assert type(error).__name__ in reasons[0]
+
+
+def test_temporary_folders_removed_in_mid_run(store, make_job, tmp_path, monkeypatch):
+    """Outputs, locks and the socket of the fork-server lie there. Cells run on, and new ones can start."""
+    jobs = [make_job(f"r{i}", seconds=0.3) for i in range(6)]
+    ended = 0
+
+    def watch(event):
+        nonlocal ended
+        ended += event.record is not None
+        if event.record is not None and ended in (1, 3):
+            for folder in (*Path(tempfile.gettempdir()).glob("effbench-*"), Path(util.get_temp_dir())):
+                shutil.rmtree(folder, ignore_errors=True)
+            jobs[0].place.gate.unlink(missing_ok=True)
+
+    records, interrupted = run_cells(jobs, store, local(), watch)
+    assert not interrupted and len(records) == 6
+    assert set(outcomes(records).values()) == {"ok"}
+    assert jobs[0].place.gate.is_file()
+
+
+def test_a_process_that_cannot_start_costs_its_cell(store, make_job, monkeypatch):
+    def fail(self, job, execute, folder):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("effbench.cells.local.Worker.__init__", fail)
+    records, _ = run_cells([make_job("row")], store, local())
+    assert outcomes(records) == {"row": "crashed"} and "Too many open files" in records[0].reason
 
 
 # ---- the speed gate ----
@@ -314,7 +393,7 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from effbench.cells.job import Job, Place
 from effbench.records.record import Cell, RETRIED, FAILED
-from effbench.cells.local import Local
+from effbench.cells.local import Local, last_words
 from effbench.cells.run import run_cells
 from effbench.sources import DataSource, Source
 from effbench.records.store import Store, latest
@@ -497,6 +576,41 @@ def test_exceptions_become_outcomes(fake, make_job, error, outcome, reason):
         assert bool(record.traceback) == (outcome == "crashed")
         assert record.reason.startswith("open: " if "open" in where else "memory: ")
         assert set(record.metrics) == (set() if "open" in where else {"flops"})
+
+
+def hub(message: str, cause: BaseException) -> BaseException:
+    """As models and tokenizers of the Hub fail to load."""
+    error = Unsupported(message)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub"),
+        hub("config.json cannot be read", httpx.ConnectError("Name or service not known")),
+        hub("config.json cannot be read", LocalEntryNotFoundError("not in the cache")),
+        hub("gated", GatedRepoError("401", response=httpx.Response(401, request=httpx.Request("GET", "https://x")))),
+        DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."),
+        ModuleNotFoundError("No module named 'sacrebleu'"),
+        Unavailable("no token"),
+    ],
+)
+def test_what_could_not_be_had_is_tried_again(fake, make_job, error):
+    """The network, access, a package: nothing that a method or model is to blame for."""
+    record = fake(make_job("row", open=error))
+    assert (record.outcome, record.traceback) == ("unavailable", "")
+    assert record.outcome in RETRIED and record.outcome in FAILED and record.outcome in OUTCOMES
+    record = fake(
+        make_job("row", readings={"quality": error, "memory": Unsupported("no")}, probes=["memory", "quality"])
+    )
+    assert record.outcome == "unavailable"
+
+
+def test_a_local_file_that_is_not_there_is_no_matter_of_the_network(fake, make_job):
+    error = hub("config.json cannot be read", OSError("no file named model.safetensors"))
+    assert fake(make_job("row", open=error)).outcome == "unsupported"
 
 
 def test_torch_s_own_out_of_memory(fake, make_job):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from effbench import probes
 from effbench.cells import suite
+from effbench.cli import main as cli
+from effbench.core import plain_yaml
 from effbench.core.errors import Usage
+from effbench.core.paths import PACKAGE, SUITES
 from effbench.core.recipe import parse
 
 GOOD = {
@@ -37,7 +46,7 @@ def test_a_suite_of_one_s_own(write):
     mine = suite.load(write())
     assert [recipe.name for recipe in mine.recipes] == ["baseline", "rtn-2b", "rtn-4b", "calibrated"]
     assert [str(recipe) for recipe in mine.recipes] == ["", "rtn(bits=2)", "rtn()", "gptq(bits=3)"]
-    quick, full = mine.plan("quick"), mine.plan("full")
+    quick, full = mine.tier("quick"), mine.tier("full")
     assert [recipe.name for recipe in quick.recipes] == ["baseline", "rtn-2b", "rtn-4b"]
     assert (quick.seeds, full.seeds) == ((0,), (0, 1))
     assert quick.settings["window"] == full.settings["window"] == 128
@@ -50,9 +59,9 @@ def test_a_suite_of_one_s_own(write):
     ("changes", "words"),
     [
         ({"recipe": []}, "recipe: unknown key; did you mean 'recipes'?"),
-        ({"version": None}, "version"),
-        ({"version": "two"}, "version: Value 'two'"),
-        ({"version": 0}, "version: must be 1 or more"),
+        ({"version": None}, "version: is missing"),
+        ({"version": "two"}, "version='two': must be a whole number from 1 up, not str"),
+        ({"version": 0}, "version=0: must be a whole number from 1 up"),
         ({"name": "other"}, "name: must be that of the file, 'mine'"),
         ({"recipes": [{"name": "a", "step": "rtn()"}]}, "step: unknown key; did you mean 'steps'"),
         ({"recipes": [{"name": "a"}]}, "steps"),
@@ -72,7 +81,7 @@ def test_a_suite_of_one_s_own(write):
         ({"tiers": {"quick": {"models": ["shape:gpt3"]}}}, "tiers.quick.models: unknown shape 'gpt3'; did you mean"),
         ({"tiers": {"quick": {"models": ["nowhere"]}}}, "tiers.quick.models: model=nowhere: no such folder"),
         ({"settings": {"windows": 3}}, "windows: unknown key; did you mean 'window'?"),
-        ({"settings": {"window": "wide"}}, "window: Value 'wide'"),
+        ({"settings": {"window": "wide"}}, "window='wide': must be a whole number from 2 up"),
         ({"settings": {"probes": ["spead"]}}, "unknown probe 'spead'; did you mean 'speed'?"),
     ],
 )
@@ -90,7 +99,10 @@ def test_mistakes(write, changes, words):
     [
         ("name: [", "while parsing"),
         ("- a\n- b", "must hold keys"),
-        ("!!python/object/apply:os.system ['true']", "python"),
+        ("!!python/object/apply:os.system ['true']", "tags"),
+        ("name: a\nname: b", "name is given twice"),
+        ("a: &a [*a]", "anchors"),
+        ("name: \0", "unacceptable character"),
     ],
 )
 def test_unreadable_files(tmp_path, text, words):
@@ -98,6 +110,91 @@ def test_unreadable_files(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(Usage, match=words):
         suite.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("010", 10), ("0x10", None), ("1:30", None), ("1_000", None), ("1e3", None), ("yes", None)]
+)
+def test_numbers_are_read_as_written(write, text, limit):
+    path = write()
+    Path(path).write_text(Path(path).read_text().replace("limit: 7", f"limit: {text}"))
+    if limit is None:
+        with pytest.raises(Usage, match=f"settings of tier full: limit={plain_yaml.read(text)!r}: must be"):
+            suite.load(path)
+    else:
+        assert suite.load(path).tier("full").settings["limit"] == limit
+
+
+@pytest.mark.parametrize("name", ["../quant", "/etc/passwd", "quant/../quant", "*", "a" * 5000, "\0", "", ".", "~"])
+def test_names_that_are_none(name):
+    for written in (name, f"{name}.yaml"):
+        with pytest.raises(Usage):
+            suite.load(written)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a b", "-", "a/b", "x" * 65])
+def test_a_suite_s_name_can_be_that_of_a_folder(name, tmp_path):
+    path = tmp_path / f"{name.replace('/', '_')}.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"name": name}))
+    with pytest.raises(Usage, match="name: must be that of the file"):
+        suite.load(str(path))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["${x}", "?", "*", "rtn()"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value, path=()):
+    """Every place in a nested value."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+@st.composite
+def damaged(draw):
+    """A good suite in which something is something else."""
+    body = json.loads(json.dumps(GOOD))
+    for _ in range(draw(st.integers(1, 2))):
+        *path, last = draw(st.sampled_from([place for place in places(body) if place]))
+        inner = body
+        for key in path:
+            inner = inner[key]
+        if isinstance(inner, dict) and draw(st.booleans()):
+            inner[draw(st.text(max_size=8) | st.sampled_from(["recipes", "steps", "limit", "probes"]))] = draw(ANYTHING)
+        else:
+            inner[last] = draw(ANYTHING)
+    return json.dumps(body)
+
+
+def load_or_usage(path, text):
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        suite.load(str(path))
+    except Usage as error:
+        assert str(error).startswith(str(path))
+
+
+FUZZING = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZING
+@given(damaged())
+def test_any_object_is_a_suite_or_usage(tmp_path, text):
+    load_or_usage(tmp_path / "mine.yaml", text)
+
+
+@FUZZING
+@given(st.data())
+def test_any_text_is_a_suite_or_usage(tmp_path, data):
+    text = (SUITES / "quant.yaml").read_text(encoding="utf-8")
+    begin = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(begin, min(len(text), begin + 40)))
+    more = data.draw(st.text(max_size=12) | st.text(alphabet="[]{}&*!|>'\"%:-,. \n0123456789~<", max_size=8))
+    load_or_usage(tmp_path / "quant.yaml", text[:begin] + more + text[end:])
 
 
 def test_unknown_suites():
@@ -122,17 +219,17 @@ def test_quant_sweeps_the_family():
     }  # fmt: skip
     bits = {getattr(step, "bits", 4) for recipe in quant.recipes for step in recipe.steps}
     assert bits == {2, 3, 4, 8}
-    assert quant.plan("quick").seeds == (0,) and len(quant.plan("full").seeds) == 3
+    assert quant.tier("quick").seeds == (0,) and len(quant.tier("full").seeds) == 3
 
 
 def test_choosing_rows():
     quant = suite.load("quant")
-    chosen = quant.plan("quick", "gptq*, nf4")
+    chosen = quant.tier("quick", "gptq*, nf4")
     assert [recipe.name for recipe in chosen.recipes] == ["baseline", "gptq-4b", "gptq-3b", "gptq-2b", "nf4"]
     with pytest.raises(Usage, match="matches 'gtpq-4b'; did you mean 'gptq-4b'"):
-        quant.plan("quick", "gtpq-4b")
+        quant.tier("quick", "gtpq-4b")
     with pytest.raises(Usage, match="the full tier has it"):
-        quant.plan("quick", "gptq-8b")
+        quant.tier("quick", "gptq-8b")
 
 
 def test_seeds_count_where_they_matter():
@@ -143,8 +240,43 @@ def test_seeds_count_where_they_matter():
 
 
 def test_a_recipe_from_the_command_line():
-    adhoc = suite.adhoc("rtn(bits=8), nf4( )")
+    adhoc = suite.adhoc()
     assert (adhoc.name, adhoc.version) == ("adhoc", 1)
-    assert [recipe.name for recipe in adhoc.recipes] == ["baseline", "rtn(bits=8), nf4()"]
+    tier = adhoc.tier("quick").with_row(adhoc.row("rtn(bits=8), nf4( )"))
+    assert [recipe.name for recipe in tier.recipes] == ["baseline", "rtn(bits=8), nf4()"]
     with pytest.raises(Usage, match="at least one step"):
-        suite.adhoc(" ")
+        adhoc.row(" ")
+
+
+def test_a_recipe_joins_a_suite():
+    quant = suite.load("quant")
+    quick = quant.tier("quick", "rtn-4b")
+    joined = quick.with_row(quant.row("rtn(bits=8), nf4( )"))
+    assert [recipe.name for recipe in joined.recipes] == ["baseline", "rtn-4b", "rtn(bits=8), nf4()"]
+    assert (joined.seeds, joined.settings) == (quick.seeds, quick.settings)
+
+
+@pytest.mark.parametrize(("steps", "row"), [("rtn(bits=4)", "rtn-4b"), ("gptq(bits = 8)", "gptq-8b")])
+def test_a_recipe_of_the_same_steps_is_the_row_itself(steps, row):
+    """Whether the tier has it or only the suite."""
+    quant = suite.load("quant")
+    names = [recipe.name for recipe in quant.tier("quick").with_row(quant.row(steps)).recipes]
+    assert names.count(row) == 1 and not any("(" in name for name in names)
+
+
+def test_the_suite_in_the_documentation(tmp_path):
+    text = (PACKAGE.parent / "docs" / "suites.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    mine = suite.load(str(tmp_path / "mine.yaml"))
+    assert [recipe.name for recipe in mine.recipes] == ["baseline", "rtn-4b", "rtn-3b", "gptq-4b"]
+    assert mine.tier("quick").settings["limit"] == 16 and mine.tier("full").seeds == (0, 1, 2)
+
+
+def test_every_key_and_setting_is_documented(capsys):
+    """By the comment beside its field, which `effbench run --help` shows."""
+    assert cli.main(["run", "--help"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    texts = {words[0]: words[1] for words in lines if len(words) == 2}
+    for kind, mark in ((suite.Settings, "="), (suite.SuiteFile, ":"), (suite.Template, ":"), (suite.Stage, ":")):
+        for field in dataclasses.fields(kind):
+            assert texts[field.name + mark].strip()

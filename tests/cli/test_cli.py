@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,10 +19,10 @@ import yaml
 from effbench import sources
 from effbench.cells import local as executors
 from effbench.cells import plan as runner
-from effbench.cells.options import RunOptions
+from effbench.cells.options import PUBLISHED, RunOptions
 from effbench.cli import main as cli
 from effbench.nn.files.load import open_model
-from effbench.records.store import Store
+from effbench.records.store import Store, latest
 
 LIGHT = ("effbench.cells.local", "torch", "effbench.machine.peak")
 
@@ -58,14 +59,25 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
     ("arguments", "words"),
     [
         (["rnu"], "unknown command 'rnu'; did you mean 'run'?"),
-        (["run"], "give either suite=NAME or recipe="),
-        (["run", "suite=quant", "recipe=rtn()"], "not both"),
+        (["run"], "give suite=NAME, recipe='step(), step()' or both"),
+        (["run", "suite=quant", "recipe=rtm()"], "unknown method 'rtm'; did you mean 'rtn'?"),
+        (["run", "suite=./quan.yaml"], "suite=./quan.yaml: no such file"),
+        (["run", "suite=quant", "results=" + str(PUBLISHED)], "holds what is published; choose another folder"),
+        (["run", "suite=quant", "--set", "windw=3"], "unknown setting 'windw'; did you mean 'window'?"),
+        (["run", "suite=quant", "--set", "window"], "write window=VALUE"),
+        (["run", "suite=quant", "--set", "window=1"], "window=1: must be a whole number from 2 up"),
+        (["run", "suite=quant", "--set", "window=9", "--set", "window=9"], "setting window is given twice"),
+        (["run", "suite=quant", "--set", "limit=9", "limit=9"], "limit is given twice"),
+        (["run", "suite=quant", "--set", "seeds=[1]", "seeds=[1]"], "option seeds is given twice"),
+        (["run", "suite=quant", "--set", "tasks=tiny"], "tasks=tiny: must be a list in brackets, each item text"),
+        (["run", "suite=quant", "--set", "speed_points=[[1]]"], "each item a list in brackets"),
+        (["run", "suite=quant", "--set", "probes=[spead]"], "unknown probe 'spead'; did you mean 'speed'?"),
         (["run", "suite=quan"], "unknown suite 'quan'; did you mean 'quant'?"),
         (["run", "recipe=rtm()"], "unknown method 'rtm'; did you mean 'rtn'?"),
         (["run", "recipe=rtn(bit=4)"], "no parameter 'bit'; did you mean 'bits'?"),
-        (["run", "recipe=rtn(bits='4')"], "rtn.bits='4': must be int, not str"),
+        (["run", "recipe=rtn(bits='4')"], "rtn.bits='4': must be a whole number, not str"),
         (["run", "recipe=rtn(bits=5)"], "bits must be one of"),
-        (["run", "recipe=rtn(bits=True)"], "must be int, not bool"),
+        (["run", "recipe=rtn(bits=True)"], "must be a whole number, not bool"),
         (["run", "recipe=rtn(4)"], "arguments must be named"),
         (["run", "recipe=rtn(bits=4, bits=8)"], "bits is given twice"),
         (["run", "recipe=rtn(bits=open('x'))"], "is not a literal"),
@@ -80,26 +92,37 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "limit"], "write limit=VALUE"),
         (["run", "suite=quant", "limit="], "write limit=VALUE"),
         (["run", "suite=quant", "limit=1", "limit=2"], "option limit is given twice"),
-        (["run", "suite=quant", "limit=0"], "limit=0: must be above 0"),
-        (["run", "suite=quant", "limit=-3"], "limit=-3: must be above 0"),
+        (["run", "suite=quant", "limit=0"], "limit=0: must be a whole number from 1 up"),
+        (["run", "suite=quant", "limit=-3"], "limit=-3: must be a whole number from 1 up"),
         (["run", "suite=quant", "limit=ten"], "limit=ten: must be a whole number"),
         (["run", "suite=quant", "limit=2.5"], "limit=2.5: must be a whole number"),
-        (["run", "suite=quant", "jobs=0"], "jobs=0: must be above 0"),
-        (["run", "suite=quant", "threads=0"], "threads=0: must be above 0"),
-        (["run", "suite=quant", "timeout=.nan"], "timeout=nan: must be above 0"),
+        (["run", "suite=quant", "limit=0x10"], "limit=0x10: must be a whole number"),
+        (["run", "suite=quant", "limit=0o10"], "limit=0o10: must be a whole number"),
+        (["run", "suite=quant", "limit=1_000"], "limit=1_000: must be a whole number"),
+        (["run", "suite=quant", "limit=1:30"], "limit=1:30: must be a whole number"),
+        (["run", "suite=quant", "limit=1e3"], "limit=1e3: must be a whole number"),
+        (["run", "suite=quant", "limit=?"], "limit=?: must be a whole number"),
+        (["run", "suite=quant", "jobs=${x}"], "jobs=${x}: must be a whole number"),
+        (["run", "suite=quant", "seeds={}"], "seeds={}: must be a list in brackets"),
+        (["run", "suite=quant", "seeds=[[0]]"], "seeds=[[0]]: must be a list in brackets"),
+        (["run", "suite=quant", "seeds=[4294967296]"], "each item a whole number from 0 to 4294967295"),
+        (["run", "suite=quant", "timeout=1e999"], "timeout=1e999: must be a number above 0"),
+        (["run", "suite=quant", "timeout=1:30"], "timeout=1:30: must be a number above 0"),
+        (["run", "suite=quant", "jobs=0"], "jobs=0: must be a whole number from 1 up"),
+        (["run", "suite=quant", "threads=0"], "threads=0: must be a whole number from 1 up"),
+        (["run", "suite=quant", "timeout=.nan"], "timeout=.nan: must be a number above 0"),
         (["run", "suite=quant", "timeout=soon"], "timeout=soon: must be a number"),
         (["run", "suite=quant", "seeds=[]"], "seeds=[]: name at least one seed"),
-        (["run", "suite=quant", "seeds=3"], "seeds=3: must be a list such as [0,1,2]"),
+        (["run", "suite=quant", "seeds=3"], "seeds=3: must be a list in brackets"),
         (["run", "suite=quant", "seeds=[0,0]"], "must be different whole numbers"),
         (["run", "suite=quant", "seeds=[0"], "seeds=[0: must be a list"),
         (["run", "suite=quant", "tier=fast"], "unknown tier 'fast'"),
         (["run", "suite=quant", "dtype=int4"], "unknown dtype 'int4'"),
-        (["run", "suite=quant", "executor=ray"], "executor=ray: needs an extra that is not installed"),
-        (["run", "suite=quant", "executor=slurm"], "executor=slurm: needs an extra that is not installed"),
-        (["run", "suite=quant", "executor=cloud"], "unknown executor 'cloud'"),
+        (["run", "suite=quant", "executor=local"], "unknown option 'executor'"),
         (["run", "suite=quant", "device=gpu"], "device=gpu: must be cpu, cuda or cuda:N"),
         (["run", "suite=quant", "device=tpu"], "device=tpu: must be cpu, cuda or cuda:N"),
         (["run", "suite=quant", "device=cuda:77"], "device=cuda:77: this machine has"),
+        (["run", "suite=quant", "device=cuda:\u00b2"], "must be cpu, cuda or cuda:N"),
         (["run", "suite=quant", "device=cuda:x"], "device=cuda:x: must be cpu, cuda or cuda:N"),
         pytest.param(
             ["run", "suite=quant", "device=cuda"], "device=cuda: this machine has no CUDA device", marks=needs_no_gpu
@@ -117,6 +140,14 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "data=wiki"], "data=wiki: must be tiny, text:FOLDER or hub:NAME"),
         (["run", "suite=quant", "results=twice.yaml/results"], "cannot write there"),
         (["run", "suite=quant", "results=/proc/results"], "cannot write there"),
+        (["run", "suite=quant", "results=" + "a" * 5000], "File name too long"),
+        (["run", "suite=quant", "results=a\0b"], "must be text"),
+        (["run", "suite=quant", "results=~nobody_of_this_name/x"], "Could not determine home directory"),
+        (["run", "suite=quant", "model=" + "a" * 5000], "File name too long"),
+        (["run", "suite=quant", "data=text:" + "a" * 5000], "File name too long"),
+        (["run", "suite=quant", "tokenizer=" + "a" * 5000], "File name too long"),
+        (["run", "suite=" + "a" * 5000 + ".yaml"], "File name too long"),
+        (["run", "suite=../quant"], "unknown suite '../quant'"),
         (["list", "method"], "cannot list 'method'; did you mean 'methods'?"),
         (["show", "gtpq"], "unknown name 'gtpq'; did you mean 'gptq'?"),
         (["show"], "required: name"),
@@ -149,7 +180,7 @@ def python(*arguments, **options):
 def test_wrong_usage_from_outside(here):
     done = python("-m", "effbench", "run", "suite=quant", "limit=0")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "effbench: limit=0: must be above 0\n"
+    assert done.stderr == "effbench: limit=0: must be a whole number from 1 up\n"
 
 
 # ---- list and show ----
@@ -196,15 +227,18 @@ def test_show_a_method(capsys, here):
     assert "arXiv:2210.17323" in text and "act_order" in text and "tests/" in text
     assert cli.main(["show", "gptq", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["parameters"]["bits"] == "int = 4" and facts["measured"] == []
+    bits = {"type": "int", "default": "4", "comment": "2, 3, 4 or 8"}
+    assert facts["parameters"]["bits"] == bits and facts["measured"] == []
 
 
 def test_show_a_suite(capsys):
     assert cli.main(["show", "quant"]) == 0
-    assert "version: 1" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith("quant v1: ") and re.search(r"rtn-2b +quick, full +rtn\(bits=2\)", text)
+    assert "{" not in text  # values of sweeps are filled in
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.command_names())])
+@pytest.mark.parametrize("arguments", [["--help"], ["help"], *([name, "--help"] for name in cli.command_names())])
 def test_help(arguments, capsys):
     assert cli.main(arguments) == 0
     assert "usage: effbench" in capsys.readouterr().out
@@ -228,15 +262,67 @@ def test_a_run_and_a_second_one(here, fakes, capsys):
     assert run("suite=quant", "recipes=rtn*") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "tier quick" in lines[0] and "5 cells, 0 done, 5 to run" in lines[0]
-    assert [line.split("]")[0] for line in lines[1:6]] == [f"[{i}/5" for i in range(1, 6)]
-    assert lines[6].endswith("5 ok")
-    assert any("rtn-2b" in line for line in lines[7:])  # the table
-    records, notes = Store(here / "results").read("quant", 1)
+    assert lines[1] == lines[-1] == f"records: {here / 'runs'}"
+    assert "libraries are loaded once" in lines[2]
+    assert [line.split("]")[0] for line in lines[3:8]] == [f"[{i}/5" for i in range(1, 6)]
+    assert lines[8].endswith("5 ok")
+    assert any("rtn-2b" in line for line in lines[9:])  # the table
+    records, notes = Store(here / "runs").read("quant", 1)
     assert len(records) == 5 and notes == []
 
     assert run("suite=quant", "recipes=rtn*") == 0
     assert "5 done, 0 to run" in capsys.readouterr().out
-    assert Store(here / "results").read()[0] == records
+    assert Store(here / "runs").read()[0] == records
+
+
+def test_again_runs_what_is_done(here, fakes, capsys):
+    assert run("suite=quant", "recipes=rtn-4b") == 0
+    assert run("suite=quant", "recipes=rtn-4b,rtn-2b", "--again") == 0
+    records = Store(here / "runs").read()[0]
+    assert sorted((record.cell.recipe, record.attempt) for record in records) == [
+        ("baseline", 1), ("baseline", 2), ("rtn-2b", 1), ("rtn-4b", 1), ("rtn-4b", 2),
+    ]  # fmt: skip
+    assert all(record.attempt == 2 for record in latest(records).values() if record.cell.recipe != "rtn-2b")
+    capsys.readouterr()
+    assert run("suite=quant", "recipes=rtn-4b,rtn-2b") == 0
+    assert "3 done, 0 to run" in capsys.readouterr().out
+
+
+def test_published_results_are_never_done(here, fakes, capsys):
+    """A clean clone: the first command measures, although the checkout holds published records of the same cells."""
+    assert PUBLISHED.is_dir()
+    assert run("suite=quant", "--dry-run") == 0
+    assert "16 cells, 0 done, 16 to run" in capsys.readouterr().out
+
+
+def test_a_recipe_is_one_more_row_of_a_suite(here, fakes, capsys):
+    assert run("suite=quant", "recipes=rtn-4*", "recipe=rtn(bits=4, symmetric=True), nf4()") == 0
+    assert "3 cells" in capsys.readouterr().out
+    records = Store(here / "runs").read("quant", 1)[0]
+    assert sorted(record.cell.recipe for record in records) == [
+        "baseline", "rtn(symmetric=True), nf4()", "rtn-4b",
+    ]  # fmt: skip
+    assert len({json.dumps(record.cell.settings, sort_keys=True) for record in records}) == 1
+    assert run("suite=quant", "recipe=rtn(bits=4)", "recipes=rtn-4b") == 0  # that is the row
+    assert "2 cells, 2 done" in capsys.readouterr().out
+
+
+def test_settings_from_the_command_line(here):
+    before = identities(recipes="rtn-4b")["rtn-4b"]
+    changes = {"window": 64, "tasks": ["tiny_facts"], "speed_points": [[2, 32]], "probes": ["cost"]}
+    given = RunOptions(suite="quant", recipes="rtn-4b", device="cpu")
+    after = {planned.job.cell.recipe: planned.job.cell for planned in runner.plan(given, changes).cells}["rtn-4b"]
+    assert after.settings == before.settings | changes and after.identity != before.identity
+    unset = runner.plan(given, {"limit": None}).cells[0].job.cell.settings
+    assert "limit" in before.settings and "limit" not in unset
+
+
+@pytest.mark.parametrize("way", [["seeds=[0,1]", "limit=7"], ["--set", "seeds=[0,1]", "--set", "limit=7"]])
+def test_a_setting_is_given_either_way(here, way, capsys):
+    assert run("suite=quant", "recipes=gptq-4b", "--dry-run", "--json", *way) == 0
+    rows = json.loads(capsys.readouterr().out)
+    given = RunOptions(suite="quant", recipes="gptq-4b", device="cpu", seeds=[0, 1], limit=7)
+    assert [row["identity"] for row in rows] == [planned.job.cell.identity for planned in runner.plan(given).cells]
 
 
 def test_json_is_all_there_is(here, fakes, capfd):
@@ -253,10 +339,10 @@ def test_json_is_all_there_is(here, fakes, capfd):
 
 def test_a_recipe_is_filed_under_adhoc_with_its_baseline(here, fakes):
     assert run("recipe=rtn(bits=8), nf4()") == 0
-    records = Store(here / "results").read("adhoc", 1)[0]
+    records = Store(here / "runs").read("adhoc", 1)[0]
     assert sorted(record.cell.recipe for record in records) == ["baseline", "rtn(bits=8), nf4()"]
     assert run("recipe=nf4()") == 0  # the baseline is done
-    assert len(Store(here / "results").read("adhoc", 1)[0]) == 3
+    assert len(Store(here / "runs").read("adhoc", 1)[0]) == 3
 
 
 def test_exit_codes(here, fakes, faults, capsys):
@@ -267,7 +353,7 @@ def test_exit_codes(here, fakes, faults, capsys):
     assert "2 done, 0 to run" in capsys.readouterr().out
     assert run("recipe=crash()") == 1
     assert run("recipe=crash()") == 1
-    assert [r.attempt for r in Store(here / "results").read()[0] if r.outcome == "crashed"] == [1, 2]
+    assert [r.attempt for r in Store(here / "runs").read()[0] if r.outcome == "crashed"] == [1, 2]
 
 
 def test_a_dry_run(here, fakes, capsys):
@@ -279,7 +365,7 @@ def test_a_dry_run(here, fakes, capsys):
         ["run", "gptq-4b", "0", "new"],
         ["run", "gptq-4b", "1", "new"],
     ]
-    assert not (here / "results").exists()
+    assert not (here / "runs").exists()
     assert run("suite=quant", "recipes=rtn-4b") == 0
     capsys.readouterr()
     assert run("suite=quant", "recipes=rtn-4b,rtn-2b", "--dry-run", "--json") == 0
@@ -290,7 +376,7 @@ def test_a_dry_run(here, fakes, capsys):
 
 
 def test_stray_files_are_noted(here, fakes, capsys):
-    folder = here / "results" / "records" / "adhoc" / "v1"
+    folder = here / "runs" / "records" / "adhoc" / "v1"
     folder.mkdir(parents=True)
     (folder / "half.json").write_text('{"schema": 1, ')
     assert run("recipe=rtn()") == 0
@@ -329,6 +415,12 @@ def suite_file(folder, **changes):
     return str(path)
 
 
+def change_source(patch, module):
+    """Have the source of a module be another one."""
+    digest = runner.digest_source
+    patch.setattr(runner, "digest_source", lambda *roots: "other" if module in roots else digest(*roots))
+
+
 MUTATIONS = {
     "seed": lambda at, patch: {"seeds": [1]},
     "limit": lambda at, patch: {"limit": 3},
@@ -349,10 +441,9 @@ MUTATIONS = {
     "other probes": lambda at, patch: {"probes": "memory, cost"},
     "another tokenizer": lambda at, patch: {"tokenizer": "org/name"},
     "tasks' content": lambda at, patch: patch.setattr(sources, "task_digest", lambda: "other"),
-    "a probe's version": lambda at, patch: patch.setattr(
-        "effbench.probes.versions", lambda: {"memory": 99, "quality": 1}
-    ),
-    "the method's source": lambda at, patch: patch.setattr(runner, "source_digest", lambda key: "other"),
+    "a probe's source": lambda at, patch: change_source(patch, "effbench.probes.memory"),
+    "the method's source": lambda at, patch: change_source(patch, "effbench.methods.quant.gptq"),
+    "what opens a model": lambda at, patch: change_source(patch, "effbench.nn.files.load"),
     "a parameter's default": lambda at, patch: patch.setattr(
         "effbench.core.recipe.Recipe.resolved", lambda self: [{"method": "gptq", "new": 1}]
     ),
@@ -391,9 +482,8 @@ def test_a_renamed_row_is_the_same_cell(here):
 
 
 def test_a_method_s_own_source_matters_to_its_rows_alone(here, monkeypatch):
-    digest = runner.source_digest
     before = identities(recipes="gptq-4b,rtn-4b")
-    monkeypatch.setattr(runner, "source_digest", lambda key: "other" if key == "gptq" else digest(key))
+    change_source(monkeypatch, "effbench.methods.quant.gptq")
     after = identities(recipes="gptq-4b,rtn-4b")
     changed = {name for name in before if before[name].identity != after[name].identity}
     assert changed == {"gptq-4b"}
@@ -479,6 +569,10 @@ def test_an_exported_model_is_measured_like_any_other(here, capsys):
         ([], "recipe= is missing"),
         (["recipe=rtn()"], "to= is missing"),
         (["recipe=rtn()", "to=full"], "to=full: is there already and not empty"),
+        (["recipe=rtn()", "to=" + "a" * 5000], "File name too long"),
+        (["recipe=rtn()", "to=a\0b"], "must be text"),
+        (["recipe=rtn()", "to=/proc/new"], "to=/proc/new: cannot write there"),
+        (["recipe=rtn()", "to=full/file/new"], "cannot write there"),
         (["recipe=rtn()", "to=new", "format=gguf"], "unknown format 'gguf'"),
         (["recipe=rtm()", "to=new"], "did you mean 'rtn'?"),
         (["recipe=rtn()", "to=new", "device=tpu"], "must be cpu, cuda or cuda:N"),

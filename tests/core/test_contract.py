@@ -14,12 +14,14 @@ from effbench.checks import VOCABULARY, fit_two_steps, probe, toy, toy_run
 from effbench.core.errors import Conflict, Outcome, Refused, Unsupported, Usage
 from effbench.core.kinds import Cache, Prompt, Select, Swap, Train, Weights
 from effbench.core.recipe import Recipe, parse, parse_step
-from effbench.nn.data import Segments
+from effbench.core.run import FitReport
+from effbench.core.views import Segments
 from effbench.nn.files import artifact
-from effbench.nn.infer.attention import owned
+from effbench.nn.infer.attention import own_attention
 from effbench.nn.infer.cache import SlotCache
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear, Replaced, dense_weight, kept, rebuilt, stored_bytes
+from effbench.nn.train.fit import FitSettings, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Adapter(Swap):
         return {"penalty": self.penalty * torch.stack(terms).sum()}
 
     def on_step(self, run, step, total):
-        run.log.setdefault("adapter_steps", []).append((step, total))
+        run.log.notes.setdefault("adapter_steps", []).append((step, total))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +91,16 @@ class Precision(Train):
     claims: ClassVar = ("train.precision",)
     name: str = "a"
 
+    def slot_values(self):
+        return {"precision": lambda: torch.autocast("cpu", torch.bfloat16)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Extra(Train):
     """A loss term that must not outlive its fit."""
 
     def loss(self, batch, out, run):
-        run.log["extra"] = run.log.get("extra", 0) + 1
+        run.log.notes["extra"] = run.log.notes.get("extra", 0) + 1
         return {"extra": out.logits.float().mean() * 0}
 
 
@@ -150,22 +155,9 @@ def zeros(run) -> float:
     return sum(int((dense_weight(m) == 0).sum()) for m in linears) / sum(dense_weight(m).numel() for m in linears)
 
 
-def fitted(run, **more: Any) -> dict[str, Any]:
-    return run.fit(
-        **(
-            {
-                "steps": 3,
-                "lr": 1e-2,
-                "batch_size": 4,
-                "warmup": 0.0,
-                "clip": 1.0,
-                "weight_decay": 0.0,
-                "schedule": "constant",
-                "max_length": 32,
-            }
-            | more
-        )
-    )
+def fitted(run, **changes: Any) -> FitReport:
+    settings = FitSettings(steps=3, lr=1e-2, batch_size=4, schedule="constant", warmup=0.0, max_length=32)
+    return fit(run, dataclasses.replace(settings, **changes))
 
 
 # 1. The linear protocol
@@ -190,7 +182,7 @@ def test_weights_method_reads_through_replaced_linears_and_visits_only_the_outer
     run.apply(Prune(sparsity=0.5))
     assert zeros(run) >= 0.5
     run = toy_run()
-    run.swap(Adapter())
+    run.apply(Adapter())
     paths = [path for path, _ in Blocks(run.model).linears()]
     assert len(paths) == len(set(paths)) == 14
     assert not any(path.endswith("base") for path in paths)
@@ -257,9 +249,9 @@ def test_hooks_do_not_leak_into_the_next_fit():
     run = toy_run()
     run.apply(Extra())
     fitted(run)
-    calls = run.log["extra"]
+    calls = run.log.notes["extra"]
     fitted(run)
-    assert run.log["extra"] == calls == 3
+    assert run.log.notes["extra"] == calls == 3
 
 
 # 3. Hooks on every kind
@@ -269,7 +261,7 @@ def test_a_swap_may_bring_loss_terms_and_step_hooks():
     run = toy_run()
     run.apply(Adapter(penalty=1.0))
     fitted(run)
-    assert run.log["adapter_steps"] == [(0, 3), (1, 3), (2, 3)]
+    assert run.log.notes["adapter_steps"] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_on_step_sees_gradients_after_the_step_and_before_they_are_cleared():
@@ -310,7 +302,7 @@ def test_extra_keys_give_the_same_loss_and_gradient_under_checkpointing():
         if checkpointing:
             run.model.gradient_checkpointing_enable()
         run.model.train()
-        with owned(run.model, run.infer):
+        with own_attention(run.model, run.infer):
             ids = torch.arange(1, 17).view(1, 16)
             out = run.model(input_ids=ids, labels=ids, use_cache=False)
             out.loss.backward()
@@ -460,9 +452,9 @@ def test_global_thresholds_gradients_and_raw_inputs_reach_the_method():
         def prepare(self, run):
             found["linears"] = sum(1 for _ in Blocks(run.model).linears())
 
-        def compress_block(self, block, groups):
-            found.setdefault("groups", [group.names for group in groups])
-            layers = block.layers(groups)
+        def compress_block(self, block, shared):
+            found.setdefault("groups", [group.names for group in shared])
+            layers = block.layers(shared)
             for layer in layers:
                 inputs = layer.inputs
                 assert inputs.raw.shape[1] == layer.weight.shape[1]
@@ -516,20 +508,26 @@ def test_gradients_equal_autograd_sequence_by_sequence():
     assert torch.allclose(found[path], total / 3)
 
 
-# 10. Several processes
+# 10. Precision
 
 
-def test_ranks_are_known_before_launch():
+def test_precision_is_that_of_every_forward_pass_and_of_nothing_else():
+    seen = []
+
     @dataclasses.dataclass(frozen=True)
-    class Sharded(Train):
-        world: int = 4
+    class Watch(Train):
+        def loss(self, batch, out, run):
+            seen.append((out.logits.dtype, torch.is_autocast_enabled("cpu")))
+            return {}
 
-        @property
-        def ranks(self):
-            return self.world
-
-    assert Recipe("sharded", (Sharded(), parse_step("fit()"))).ranks == 4
-    assert parse("fit()").ranks == 1
+    run = toy_run()
+    for method in (Precision(), Watch()):
+        run.apply(method)
+    fitted(run)
+    assert seen == [(torch.bfloat16, False)] * 3
+    run.apply(Watch())
+    fitted(run)
+    assert seen[3:] == [(torch.float32, False)] * 3, "the plan was used up"
 
 
 # 11. Optimizers, and methods without effect
@@ -615,9 +613,9 @@ def test_bytes_reported_are_bytes_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rtn(bits='4')", "bits='4': must be int"),
+        ("rtn(bits='4')", "bits='4': must be a whole number, not str"),
         ("rtn(bits=-4)", "bits must be one of"),
-        ("rtn(bits=True)", "must be int, not bool"),
+        ("rtn(bits=True)", "must be a whole number, not bool"),
         ("rtn(4)", "must be named"),
         ("rtn(bits=4, bits=3)", "rtn.*twice|repeated"),
         ("rtn(bit=4)", "did you mean 'bits'"),
@@ -660,6 +658,9 @@ def test_files_that_a_method_reads_are_named(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Reads(Train):
         path: str = str(tmp_path / "labels")
+
+        def batch(self, batch, run):
+            return batch
 
         def files(self):
             from pathlib import Path
@@ -710,7 +711,7 @@ def test_a_diverging_fit_is_an_outcome():
 
 
 def test_prompts_and_padding_are_not_learned():
-    from effbench.nn.data import Example
+    from effbench.core.views import Example
     from effbench.nn.train.fit import collate
 
     batch = collate([Example("a", (1, 2, 3, 4), prompt=2), Example("b", (5, 6))], 32, 0, torch.device("cpu"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from effbench.core.run import InferPlan
+from effbench.core.run import InferPlan, RunLog
 from effbench.machine import ceilings, clock, nvml, peak
 from effbench.machine.clock import Span
 from effbench.machine.watch import Watch
@@ -213,7 +213,7 @@ def test_every_kind_of_peak_of_applying_is_reported():
         {"step": "a()", "seconds": 1.0, "peaks": {"allocated": 5, "process": 9}},
         {"step": "b()", "seconds": 1.0, "peaks": {"allocated": 7}},
     ]
-    reading = cost.take(SimpleNamespace(log={"steps": steps}), {})
+    reading = cost.take(SimpleNamespace(log=RunLog(steps=steps)), {})
     assert reading.metrics["apply_peak_allocated_bytes"].value == 7
     assert reading.metrics["apply_peak_process_bytes"].value == 9
     assert "NVML" in reading.protocols["apply_peak_process_bytes"]
@@ -363,7 +363,7 @@ def run():
         reference=small(),
         seed=0,
         device=torch.device("cpu"),
-        log={"steps": []},
+        log=RunLog(),
         source=SimpleNamespace(kind="folder"),
         infer=InferPlan(),
     )
@@ -448,14 +448,14 @@ def test_decoding_is_charged_for_its_steps_alone(run, graphed, request, monkeypa
 def test_why_energy_is_absent_is_in_the_log(run, library):
     run.device = CUDA
     assert energy.take(run, {}).metrics == {}
-    assert run.log["energy"] == "not measured: the device has no energy counter"
+    assert run.log.energy == "not measured: the device has no energy counter"
     library.plant(**PHYSICAL, GetMigMode=lambda gpu: [1, 1])
     assert energy.take(run, {}).metrics == {}
-    assert run.log["energy"] == "not measured: the counter is the whole GPU's, not a MIG instance's"
+    assert run.log.energy == "not measured: the counter is the whole GPU's, not a MIG instance's"
     nvml.handle.cache_clear()
     library.known_as("another")
     assert energy.take(run, {}).metrics == {}
-    assert run.log["energy"] == "not measured: NVML does not know the device"
+    assert run.log.energy == "not measured: NVML does not know the device"
 
 
 # The device itself

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import platform
@@ -29,7 +30,7 @@ from transformers import (
 
 from effbench import probes
 from effbench.core.errors import Diverged, Refused, Unsupported, Usage
-from effbench.core.run import InferPlan
+from effbench.core.run import InferPlan, Run, RunLog
 from effbench.machine import clock, environment, nvml, peak
 from effbench.machine.clock import Span
 from effbench.nn.files import artifact
@@ -116,11 +117,12 @@ def make_run(tokenizer, model=None, reference=None, engine=Engine):
         device=torch.device("cpu"),
         storage=torch.bfloat16,
         original=Original(sum(stored_bytes(reference, torch.bfloat16)), sum(p.numel() for p in reference.parameters())),
-        log={"steps": []},
-        noted={},
+        log=RunLog(),
+        _shared={},
         source=SimpleNamespace(kind="folder"),
         infer=InferPlan(),
     )
+    run.share = functools.partial(Run.share, run)
     run.engine = lambda model=None: engine(run.model if model is None else model, InferPlan())
     return run
 
@@ -136,12 +138,11 @@ def run(tokenizer):
 def test_probes_are_found_without_torch():
     code = (
         "import sys; from effbench import probes; assert 'torch' not in sys.modules; "
-        "print(sorted(probes.versions()), sorted(probes.EXCLUSIVE))"
+        "print(sorted(probes.names()), sorted(probes.EXCLUSIVE))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == str(list(probes.names())) + " ['energy', 'speed']"
     assert {"quality", "perplexity", "distance", "memory", "speed", "flops", "energy", "cost"} <= set(probes.names())
-    assert all(isinstance(version, int) for version in probes.versions().values())
 
 
 def test_an_unknown_probe_is_named(run):
@@ -264,8 +265,9 @@ def test_distance_of_a_planted_shift_is_its_closed_form(run):
 def test_perplexity_after_distance_is_the_same_without_another_pass(run, monkeypatch):
     settings = {"window": 32, "limit": 20}
     alone = perplexity.take(run, settings).samples
-    run.noted.clear()
-    distance.take(run, settings)
+    again = distance.take(run, settings)  # in either order: the likelihoods are known already
+    run._shared.clear()
+    assert distance.take(run, settings).samples == again.samples
     monkeypatch.setattr(Engine, "logits", None)
     assert perplexity.take(run, settings).samples == alone
     with pytest.raises(TypeError):  # other windows are other numbers
@@ -648,13 +650,11 @@ def test_without_a_counter_there_is_no_energy(run):
 def test_cost_is_read_from_the_log(run):
     metrics = probes.take("cost", run, {}).metrics
     assert metrics["apply_seconds"].value == 0 and "apply_peak_rss_bytes" not in metrics
-    run.log = {
-        "steps": [
-            {"step": "gptq(bits=4)", "seconds": 2.5, "peaks": {"rss": 7_000}},
-            {"step": "fit(steps=1)", "seconds": 1.0, "peaks": {"rss": 9_000}},
-        ],
-        "calibration_tokens": 4096,
-    }
+    run.log.calibration_tokens = 4096
+    run.log.steps = [
+        {"step": "gptq(bits=4)", "seconds": 2.5, "peaks": {"rss": 7_000}},
+        {"step": "fit(steps=1)", "seconds": 1.0, "peaks": {"rss": 9_000}},
+    ]
     reading = probes.take("cost", run, {})
     values = {name: metric.value for name, metric in reading.metrics.items()}
     assert values == {"apply_seconds": 3.5, "apply_peak_rss_bytes": 9_000, "calibration_tokens": 4096}

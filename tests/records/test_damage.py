@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from effbench.records.publication import publish_records
 from effbench.records.record import Record, Summary, read_text, summarize
 from effbench.records.store import Store, latest
-from effbench.report.tables import groups, render
+from effbench.report.groups import group_records
+from effbench.report.pages import render
 
 NASTY = (None, True, -1, 2**70, 1.5, "abc", "", "../x", [], {}, [None], {"a": None}, [[["b"]]])
 anything = st.recursive(
@@ -66,7 +67,7 @@ def survives(store: Store, path: Path) -> bool:
         logging.disable(logging.NOTSET)
     assert all("\n" not in note for note in notes)
     assert records or any(str(path) in note for note in notes)
-    assert groups(latest(records).values()) or not records
+    assert group_records(latest(records).values()) or not records
     return bool(records)
 
 

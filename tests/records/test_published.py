@@ -10,7 +10,7 @@ import pytest
 from effbench.core.paths import PACKAGE
 from effbench.records import files, packed, shared
 from effbench.records.store import Store, latest
-from effbench.report.tables import groups
+from effbench.report.groups import group_records
 
 RESULTS = PACKAGE.parent / "results"
 BUDGET = 1_000_000  # bytes of one suite, tables included
@@ -56,12 +56,12 @@ def test_every_record_is_part_of_a_publication():
 
 def test_no_record_is_superseded(published):
     assert len(latest(published)) == len(published)
-    assert [group.older for group in groups(published)] == [0] * len(groups(published))
+    assert [group.older for group in group_records(published)] == [0] * len(group_records(published))
 
 
 def test_one_table_for_a_tier_on_a_machine(published):
     """Tables of one name would differ in something that their captions do not say."""
-    cells = [(group.records[0].cell, group.records[0].host) for group in groups(published)]
+    cells = [(group.records[0].cell, group.records[0].host) for group in group_records(published)]
     names = Counter((c.suite, c.suite_version, c.tier, c.model, c.settings["machine"], host) for c, host in cells)
     assert max(names.values()) == 1
 

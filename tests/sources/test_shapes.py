@@ -142,7 +142,7 @@ def test_calibrating_methods_pack_for_real_with_two_sequences(small, steps):
     run = opened(None, calibration_sequences=128)
     run.apply(parse_step(steps))
     run.finish()
-    assert run.log["calibration_tokens"] == 2 * 64
+    assert run.log.calibration_tokens == 2 * 64
     packed = [module for path, module in top_linears(run.model) if path != "lm_head"]
     assert len(packed) == 14 and all(isinstance(module, Replaced) and not module.simulated for module in packed)
 
@@ -174,7 +174,7 @@ def test_memory_is_kept_where_the_reference_does_not_fit(execute, monkeypatch):
 def test_gpu_smoke_covers_what_is_asked_of_it():
     smoke = suite.load("gpu-smoke")
     for tier, model in (("quick", "shape:llama-3.2-1b"), ("full", "shape:llama-3.1-8b")):
-        plan = smoke.plan(tier)
+        plan = smoke.tier(tier)
         assert plan.models == (model,)
         batches, contexts = ({point[i] for point in plan.settings["speed_points"]} for i in (0, 1))
         assert batches == {1, 8, 64} and len(contexts) == 2

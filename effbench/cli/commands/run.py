@@ -6,62 +6,83 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from effbench.cells.options import RunOptions
-from effbench.core.usage import parse
+from effbench.cli.command import INTERRUPTED, Command, document_options, print_columns
+from effbench.core.usage import given, parse
 from effbench.records.record import FAILED, Record
 
 if TYPE_CHECKING:
-    from effbench.cells.plan import Run
-from effbench.cli.command import INTERRUPTED, Command, print_columns
+    from effbench.cells.plan import Batch
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from effbench.cells import plan as runner
     from effbench.cells.local import Event, Local
+    from effbench.cells.plan import plan
     from effbench.cells.run import run_cells
+    from effbench.cells.suite import Settings
     from effbench.cli import progress
     from effbench.records.store import Store
 
-    options = parse(RunOptions, arguments.options)
-    run = runner.plan(options)
+    options = parse(RunOptions, [*arguments.options, *(pair for pair in arguments.set if _is_option(pair))])
+    changes = given(Settings, [pair for pair in arguments.set if not _is_option(pair)], "setting")
+    batch = plan(options, changes, arguments.again)
     out = sys.stderr if arguments.json else sys.stdout
-    for note in run.notes:
+    for note in batch.notes:
         print(f"effbench: {note}", file=sys.stderr)
     if arguments.dry_run:
-        _print_plan(run, arguments.json)
+        _print_plan(batch, arguments.json)
         return 0
-    print(progress.opening(run), file=out, flush=True)
-    for record in run.done if arguments.json else []:
+    print(progress.opening(batch), file=out)
+    print(f"records: {options.folder.resolve()}", file=out, flush=True)
+    for record in batch.done if arguments.json else []:
         _print_record(record)
 
     begin = time.monotonic()
-    executor = Local(run.placement.jobs, options.timeout, run.placement.threads)
-    display = (progress.Live if out.isatty() else progress.Lines)(len(run.todo), out)
+    executor = Local(batch.placement.jobs, options.timeout, batch.placement.threads)
+    display = (progress.Live if out.isatty() else progress.Lines)(len(batch.todo), out)
 
     def watch(event: Event) -> None:
         display.watch(event)
         if arguments.json and event.record is not None:
             _print_record(event.record)
 
+    store = Store(options.folder)
     with display:
-        fresh, interrupted = run_cells(run.todo, Store(options.folder), executor, watch)
+        fresh, interrupted = run_cells(batch.todo, store, executor, watch)
     if interrupted:
-        kept = f"{len(fresh)} of {len(run.todo)} cells are done and kept"
+        kept = f"{len(fresh)} of {len(batch.todo)} cells are done and kept in {options.folder.resolve()}"
         print(f"effbench: interrupted; {kept}, the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
-    print(progress.closing(fresh, time.monotonic() - begin), file=out)
-    by_identity = {record.cell.identity: record for record in [*run.done, *fresh]}
-    records = [by_identity[cell.job.cell.identity] for cell in run.cells]
+    print(progress.closing(fresh, time.monotonic() - begin, store), file=out)
+    by_identity = {record.cell.identity: record for record in [*batch.done, *fresh]}
+    records = [by_identity[cell.job.cell.identity] for cell in batch.cells]
     if not arguments.json:
-        from effbench.report.tables import render
-
-        print(f"\n{render(records, run.suite.name, 'rich' if out.isatty() else 'md')}", end="")
+        _print_tables(records, batch.suite.name, "rich" if out.isatty() else "md")
+        print(f"records: {options.folder.resolve()}")
     return int(any(record.outcome in FAILED for record in records))
 
 
-def _print_plan(run: Run, as_json: bool) -> None:
+def _is_option(pair: str) -> bool:
+    """Whether `--set` names what is an option of `run` and no setting of a suite: seeds, model, data."""
+    from effbench.cells.suite import Settings
+
+    name = pair.partition("=")[0]
+    return name in RunOptions.__dataclass_fields__ and name not in Settings.__dataclass_fields__
+
+
+def _print_tables(records: Sequence[Record], suite: str, style: str) -> None:
+    """The tables of a run, and how its rows compare with the published ones."""
+    from effbench.report.pages import render
+    from effbench.report.published import compare_with_published
+
+    print(f"\n{render(list(records), suite, style)}", end="")
+    print(f"\n{compare_with_published(records)}")
+
+
+def _print_plan(batch: Batch, as_json: bool) -> None:
     from effbench.cli.progress import opening
 
     rows = [
@@ -73,12 +94,12 @@ def _print_plan(run: Run, as_json: bool) -> None:
             "why": planned.why,
             "identity": planned.job.cell.identity,
         }
-        for planned in run.cells
+        for planned in batch.cells
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    print(opening(run))
+    print(opening(batch))
     print_columns([[str(row[key]) for key in ("action", "recipe", "seed", "why")] for row in rows])
 
 
@@ -86,12 +107,30 @@ def _print_record(record: Record) -> None:
     print(json.dumps(json.loads(record.to_json())), flush=True)
 
 
+def _document_suites() -> str:
+    """Help on settings and suite files, from the comments beside their fields."""
+    from effbench.cells.suite import Settings, Stage, SuiteFile, Template
+
+    return "\n\n".join(
+        [
+            document_options(Settings, "settings of a suite, each of which --set changes for one run:"),
+            "A suite of your own is a YAML file, suite=FILE.yaml; `effbench show quant` and docs/suites.md show one.",
+            document_options(SuiteFile, "keys of a suite file:", ":"),
+            document_options(Template, "keys of each of its recipes:", ":"),
+            document_options(Stage, "keys of each of its tiers:", ":"),
+        ]
+    )
+
+
 COMMAND = Command(
     _run,
     "run a suite or a recipe; cells that are done are not run again",
     options=RunOptions,
     flags={
+        "--again": "run all chosen cells anew, also those that are done",
         "--dry-run": "say what would run and why, and run nothing",
         "--json": "one record per line on stdout, nothing else",
     },
+    repeated={"--set": "change a setting of the suite, such as --set window=256; any number of times"},
+    notes=_document_suites,
 )

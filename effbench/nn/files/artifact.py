@@ -9,28 +9,60 @@ random numbers without a word; here a missing, unexpected or misshapen tensor is
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
+from msgspec import Meta
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from effbench.core.errors import Unsupported
+from effbench.core.errors import Refused, Unsupported
+from effbench.core.paths import PACKAGE
 from effbench.nn.model.linear import Replaced, stored_as, stored_tensors, top_linears
 
 CONFIG = "effbench.json"
 WEIGHTS = "model.safetensors"
 MASKS = "masks.safetensors"
-HOMES = ("effbench.formats.", "effbench.nn.", "effbench.methods.")  # where classes may be loaded from
+HOMES = ("formats", "nn", "methods")  # folders of the package with classes that an artifact may name
+LINEAR = f"{nn.Linear.__module__}:Linear"
 PLAIN = (bool, int, float)  # attributes of modules that are compared, by type
 
 Described = dict[str, dict[str, Any]]
+Size = Annotated[int, Meta(ge=0, lt=2**48)]
+
+
+class Replacement(msgspec.Struct, forbid_unknown_fields=True):
+    """A module in the place of another: its class, and the arguments that build it."""
+
+    kind: str = msgspec.field(name="class")
+    config: dict[str, bool | int | float | str | None]
+
+
+class Change(msgspec.Struct, forbid_unknown_fields=True):
+    """How a module differs from the one that the configuration describes; a shape of None is no tensor."""
+
+    kind: str | None = msgspec.field(name="class", default=None)
+    attributes: dict[str, bool | int | float] = {}
+    shapes: dict[str, list[Size] | None] = {}
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """What `effbench.json` holds: by path, how a model differs from its configuration, and names of tied tensors."""
+
+    version: Literal[1]
+    replaced: dict[str, Replacement]
+    changed: dict[str, Change]
+    tied: dict[str, str]
 
 
 def save(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = None) -> int:
@@ -117,32 +149,87 @@ def _write(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any) -> tu
 
 
 def load(folder: Path) -> Any:
-    """The model that `save` wrote. Raises `Unsupported` if a tensor is missing, unexpected or of another shape."""
-    body = json.loads((folder / CONFIG).read_text())
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_config(config)
-    for path, entry in sorted(body["replaced"].items()):  # what holds others comes before them
-        parent, _, name = path.rpartition(".")
-        module = _class(entry["class"])(**entry["config"])
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(model.dtype)
-        setattr(_module(model, parent, folder), name, module)
-    for path, entry in body["changed"].items():
-        _change(_module(model, path, folder), entry, model.dtype)
-    tensors = load_file(folder / WEIGHTS)
-    expected = {name for name, _ in stored_tensors(model)} - set(body["tied"])
-    for what, names in (("missing", expected - tensors.keys()), ("unexpected", tensors.keys() - expected)):
-        if names:
-            raise Unsupported(f"{folder.name}: {len(names)} tensors are {what}, the first is {sorted(names)[0]}")
+    """The model that `save` wrote.
+
+    Raises `Unsupported` if the manifest or the configuration is not one that `save` could have written, or if a tensor
+    is missing, unexpected or of another shape. All of that is seen before memory is taken: the model is built without
+    memory first and held against the shapes that the file of tensors names. Raises `Refused` for NaN and infinity.
+    """
+    manifest = read_manifest(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with torch.device("meta"):
+            empty = _build(copy.deepcopy(config), manifest, folder)
+        _check_shapes(empty, manifest, shapes, folder)
+    except Unsupported:
+        raise
+    except Exception as error:  # whatever constructors and transformers raise on sizes that cannot be
+        raise Unsupported(f"{folder.name} cannot be built: {_first_line(error)}") from error
+    model = _build(config, manifest, folder)
     state = dict(stored_tensors(model))
-    for name, tensor in tensors.items():
-        target = state[name]
-        if target.shape != tensor.shape:
-            raise Unsupported(f"{folder.name}: {name} is {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            raise Unsupported(f"{folder.name}: {name} holds {tensor.dtype}, expected {state[name].dtype}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise Refused(f"{folder.name}: {name} holds NaN or infinity")
         with torch.no_grad():
-            target.copy_(tensor)
+            state[name].copy_(tensor)
     model.tie_weights()
     return model.eval()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact, its classes known to be ones of ours. Raises `Unsupported`."""
+    try:
+        manifest = msgspec.json.decode((folder / CONFIG).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
+        raise Unsupported(f"{folder.name}/{CONFIG}: {_first_line(error)}") from None
+    for kind in [*(entry.kind for entry in manifest.replaced.values()), *(c.kind for c in manifest.changed.values())]:
+        if kind is not None and kind != LINEAR and kind not in buildable():
+            raise Unsupported(f"{folder.name}/{CONFIG}: {kind!r} is no class of effbench's formats, models or methods")
+    return manifest
+
+
+@functools.cache
+def buildable() -> frozenset[str]:
+    """Every class, as `module:name`, that an artifact may name: those in the source of `HOMES`."""
+    names = set()
+    for home in HOMES:
+        for path in (PACKAGE / home).rglob("*.py"):
+            module = ".".join(("effbench", *path.relative_to(PACKAGE).with_suffix("").parts))
+            names |= {f"{module}:{name}" for name in re.findall(r"^class (\w+)", path.read_text("utf-8"), re.MULTILINE)}
+    return frozenset(names)
+
+
+def _build(config: Any, manifest: Manifest, folder: Path) -> Any:
+    """The model of a configuration and a manifest, its stored tensors empty."""
+    model = AutoModelForCausalLM.from_config(config)
+    for path, entry in sorted(manifest.replaced.items()):  # what holds others comes before them
+        parent, _, name = path.rpartition(".")
+        module = _class(entry.kind)(**entry.config)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(model.dtype)
+        _module(model, parent, folder).add_module(name, module)
+    for path, change in manifest.changed.items():
+        _change(_module(model, path, folder), change, model.dtype)
+    return model
+
+
+def _check_shapes(model: Any, manifest: Manifest, shapes: Mapping[str, Sequence[int]], folder: Path) -> None:
+    """Raise `Unsupported` unless the model stores tensors of just these names and shapes."""
+    untied = sorted(manifest.tied.keys() - _tied(model).keys())
+    if untied:
+        raise Unsupported(f"{folder.name}: {untied[0]} is not tied to another tensor, and so must be stored")
+    state = dict(stored_tensors(model))
+    expected = state.keys() - manifest.tied.keys()
+    for what, names in (("missing", expected - shapes.keys()), ("unexpected", shapes.keys() - expected)):
+        if names:
+            raise Unsupported(f"{folder.name}: {len(names)} tensors are {what}, the first is {sorted(names)[0]}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != tuple(shape):
+            raise Unsupported(f"{folder.name}: {name} is {tuple(shape)}, expected {tuple(state[name].shape)}")
 
 
 def _compare(path: str, module: nn.Module, plain: nn.Module | None, replaced: Described, changed: Described) -> None:
@@ -154,7 +241,7 @@ def _compare(path: str, module: nn.Module, plain: nn.Module | None, replaced: De
             plain = type(module)(**config)
     entry: dict[str, Any] = {}
     if type(module) is not type(plain):
-        if plain is None or not isinstance(module, type(plain)) or not type(module).__module__.startswith(HOMES):
+        if plain is None or not isinstance(module, type(plain)) or _named(module) not in buildable():
             raise Unsupported(f"{path}: {_named(module)} cannot be built again from a configuration, so not saved")
         entry["class"] = _named(module)
     attributes = {name: value for name, value in _plain(module) if value != getattr(plain, name, None)}
@@ -173,17 +260,21 @@ def _compare(path: str, module: nn.Module, plain: nn.Module | None, replaced: De
         _compare(f"{path}.{name}" if path else name, child, there.get(name), replaced, changed)
 
 
-def _change(module: nn.Module, entry: dict[str, Any], dtype: torch.dtype) -> None:
-    """Make `module` what `entry` describes, with empty tensors."""
-    if "class" in entry:
-        found = _class(entry["class"])
-        if not issubclass(found, type(module)):
-            raise Unsupported(f"{entry['class']} is no {_named(module)}")
-        module.__class__ = found
-    for name, value in entry.get("attributes", {}).items():
+def _change(module: nn.Module, change: Change, dtype: torch.dtype) -> None:
+    """Make `module` what `change` describes, with empty tensors. Raises `Unsupported`."""
+    if change.kind is not None:
+        kind = _class(change.kind)
+        if not issubclass(kind, type(module)):
+            raise Unsupported(f"{change.kind} is no {_named(module)}")
+        module.__class__ = kind
+    for name, value in change.attributes.items():
+        if name.startswith("_") or type(getattr(module, name, None)) not in (*PLAIN, type(None)):
+            raise Unsupported(f"{_named(module)}.{name} is no number and no flag, and cannot become {value}")
         setattr(module, name, value)
-    for name, shape in entry.get("shapes", {}).items():
+    for name, shape in change.shapes.items():
         old = getattr(module, name, None)
+        if old is not None and not isinstance(old, Tensor):
+            raise Unsupported(f"{_named(module)}.{name} is no tensor")
         empty = None if shape is None else torch.zeros(shape, dtype=dtype if old is None else old.dtype)
         if name in module._buffers:
             module.register_buffer(name, empty)
@@ -193,8 +284,8 @@ def _change(module: nn.Module, entry: dict[str, Any], dtype: torch.dtype) -> Non
 
 def _plain(module: nn.Module) -> list[tuple[str, Any]]:
     """Attributes of `module` itself that are numbers or flags."""
-    found = [(name, value) for name, value in vars(module).items() if type(value) in PLAIN]
-    return [(name, value) for name, value in found if name != "training" and not name.startswith("_")]
+    values = [(name, value) for name, value in vars(module).items() if type(value) in PLAIN]
+    return [(name, value) for name, value in values if name != "training" and not name.startswith("_")]
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -212,7 +303,7 @@ def _config(module: nn.Module | None) -> dict[str, Any] | None:
             "bias": module.bias is not None,
         }
     own: Callable[[], dict[str, Any]] | None = getattr(module, "config", None)
-    return own() if type(module).__module__.startswith(HOMES) and callable(own) else None
+    return own() if module is not None and callable(own) and _named(module) in buildable() else None
 
 
 def _module(model: nn.Module, path: str, folder: Path) -> nn.Module:
@@ -235,10 +326,13 @@ def _named(module: nn.Module) -> str:
 
 
 def _class(name: str) -> Any:
+    """The class that a checked manifest names. Raises `Unsupported` for one that is no module."""
     module, _, attribute = name.partition(":")
-    if name != f"{nn.Linear.__module__}:Linear" and not module.startswith(HOMES):
-        raise Unsupported(f"{name} is no format of effbench")
-    found = getattr(importlib.import_module(module), attribute)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise Unsupported(f"{name} is no format of effbench")
-    return found
+    kind = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise Unsupported(f"{name} is no module of a model")
+    return kind
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

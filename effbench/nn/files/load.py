@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
     from effbench.sources import DataSource, Source
 
+SIZES = {  # what every configuration counts, with the most that is taken for a model
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "max_position_embeddings": 2**27,
+}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -53,18 +60,20 @@ def open_run(
     if source.kind == "shape":
         _check_shape(config, place, compute)
     model = build()
-    found: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
-    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
-        raise Unsupported(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
-            "they do not belong together"
-        )
+    texts: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
+    if tokenizer is not None:
+        ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+        if ids > model.config.vocab_size:
+            raise Unsupported(
+                f"the tokenizer has tokens up to {ids - 1}, the model {model.config.vocab_size} in all: "
+                "they do not belong together"
+            )
     run = ModelRun(
         source,
         model,
         functools.partial(_beside, build, config, place, compute) if source.kind == "shape" else build,
         tokenizer,
-        found,
+        texts,
         device=place,
         storage=storage,
         seed=seed,
@@ -73,7 +82,7 @@ def open_run(
         skip=tuple(settings.get("skip") or ()),
     )
     if source.kind == "hub":
-        run.log["commit"] = config._commit_hash
+        run.log.commit = config._commit_hash
     return run
 
 
@@ -206,15 +215,19 @@ def _config(source: Source) -> Any:
         raise Unsupported(f"{_name(folder)}: config.json cannot be read: {str(error).splitlines()[0]}") from error
     if config.model_type not in ARCHITECTURES:
         raise Unsupported(f"architecture {config.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+    for name, most in SIZES.items():
+        value = getattr(config, name, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise Unsupported(f"{_name(folder)}: config.json: {name} is {value!r}, must be from 1 to {most}")
     return config
 
 
 def _storage(config: Any) -> torch.dtype:
     """The 16-bit type that dense tensors are kept in: the checkpoint's, or bfloat16 for a wider one."""
-    found = getattr(config, "dtype", None)
-    if isinstance(found, str):
-        found = getattr(torch, found, None)
-    return found if found in (torch.bfloat16, torch.float16) else torch.bfloat16
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def _tokenizer(source: Source) -> Any:

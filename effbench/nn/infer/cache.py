@@ -14,33 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from effbench.core.run import InferPlan
-
-
-@dataclasses.dataclass
-class Slots:
-    """What one layer holds. Tensors are [B, Hkv, T, D] for keys and values, [B, Hkv, T] for the rest."""
-
-    layer: int
-    keys: Tensor
-    values: Tensor
-    position: Tensor  # where the token stood
-    valid: Tensor  # False for padding
-    mass: Tensor  # attention received so far, float32
-    seen: int  # tokens ever offered
-    prefill: bool  # True at the first settling
-
-    def gather(self, indices: Tensor) -> Slots:
-        """The slots at `indices` [B, Hkv, kept], in ascending order."""
-        indices = indices.sort(-1).values
-        wide = indices.unsqueeze(-1).expand(*indices.shape, self.keys.shape[-1])
-        return dataclasses.replace(
-            self,
-            keys=self.keys.gather(2, wide),
-            values=self.values.gather(2, wide),
-            position=self.position.gather(2, indices),
-            valid=self.valid.gather(2, indices),
-            mass=self.mass.gather(2, indices),
-        )
+from effbench.core.views import Slots
 
 
 class SlotLayer(CacheLayerMixin):
@@ -78,7 +52,7 @@ class SlotLayer(CacheLayerMixin):
         )
         self.padding = None
         if self.slots is not None:
-            old = self._decoded()
+            old = self._decode()
             both: dict[str, Any] = {
                 name: torch.cat([getattr(old, name), getattr(fresh, name)], 2)
                 for name in ("keys", "values", "position", "valid", "mass")
@@ -105,7 +79,7 @@ class SlotLayer(CacheLayerMixin):
             empty = self.slots.keys[:, :, :0]
             self.slots = dataclasses.replace(self.slots, keys=empty, values=empty)
 
-    def _decoded(self) -> Slots:
+    def _decode(self) -> Slots:
         assert self.slots is not None
         if self._stored is None:
             return self.slots
@@ -130,7 +104,7 @@ class SlotLayer(CacheLayerMixin):
         """Forget the last tokens (a negative number), as after rejected drafts."""
         if self.slots is None or tokens_to_remove == 0:
             return
-        slots = self._decoded()
+        slots = self._decode()
         last = slots.seen - abs(tokens_to_remove)
         stay = slots.position[0, 0] < last
         index = stay.nonzero().flatten().expand(*slots.position.shape[:2], -1)

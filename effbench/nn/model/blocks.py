@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
-from effbench.nn.model.linear import top_linears
+from effbench.core.views import SharedInput
+from effbench.nn.model.linear import MaskedLinear, top_linears
+
+if TYPE_CHECKING:
+    from effbench.core.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +105,6 @@ ARCHITECTURES: dict[str, Names] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Linears of a block that share an input."""
-
-    names: tuple[str, ...]  # paths inside the block
-    previous: nn.Module | None  # what produces the input and can absorb a scale per channel, if anything can
-    inspect: nn.Module  # module on whose output the group is judged
-
-
 class Blocks:
     """The parts of a causal language model by their role. Raises `Unsupported` for an unknown architecture."""
 
@@ -138,23 +135,23 @@ class Blocks:
         """Path in the model of a module inside a block."""
         return f"{self.names.blocks}.{block}.{name}"
 
-    def groups(self, block: nn.Module) -> list[Group]:
-        """The block's linears in order of use, those with one input together."""
+    def shared_inputs(self, block: nn.Module) -> list[SharedInput]:
+        """The block's linears in order of use, those that read one input together."""
         names = self.names
         before_attention, before_mlp = (block.get_submodule(name) for name in names.norms)
         config = self.model.config
         if not getattr(config, "do_layer_norm_before", True):  # OPT-350m norms the sum, so nothing absorbs a scale
             before_attention = before_mlp = None  # type: ignore[assignment]
-        value = _weighted(block.get_submodule(names.qkv[-1])) if len(names.qkv) == 3 else None
+        value = _if_matrix(block.get_submodule(names.qkv[-1])) if len(names.qkv) == 3 else None
         out = block.get_submodule(names.out)
         whole = not names.mlp or len(names.up) == 1
         return [
-            Group(names.qkv, _scalable(before_attention), block.get_submodule(names.attention)),
-            Group((names.out,), value if value is not None and _width(value) == _inputs(out) else None, out),
-            Group(names.up, _scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
-            Group(
+            SharedInput(names.qkv, _if_scalable(before_attention), block.get_submodule(names.attention)),
+            SharedInput((names.out,), value if value is not None and _width(value) == _inputs(out) else None, out),
+            SharedInput(names.up, _if_scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
+            SharedInput(
                 (names.down,),
-                _weighted(block.get_submodule(names.up[-1])) if names.linear_between else None,
+                _if_matrix(block.get_submodule(names.up[-1])) if names.linear_between else None,
                 block.get_submodule(names.down),
             ),
         ]
@@ -171,12 +168,21 @@ class Blocks:
                 setattr(config, name, len(self.blocks))
 
 
-def _scalable(norm: nn.Module | None) -> nn.Module | None:
+def dense_linears(run: Run) -> dict[str, nn.Module]:
+    """The targeted linears by path. Raises `Unsupported` where one has no dense weights that could take a gradient."""
+    linears = run.linears()
+    for path, module in linears.items():
+        if not isinstance(module, (nn.Linear, Conv1D, MaskedLinear)):
+            raise Unsupported(f"{path}: gradients need dense weights; put this step first")
+    return linears
+
+
+def _if_scalable(norm: nn.Module | None) -> nn.Module | None:
     """The norm if it has a weight that can absorb a scale per channel."""
     return norm if getattr(norm, "weight", None) is not None else None
 
 
-def _weighted(module: nn.Module) -> nn.Module | None:
+def _if_matrix(module: nn.Module) -> nn.Module | None:
     """The module if its weight is a plain matrix that can be rescaled in place."""
     return module if isinstance(module, nn.Linear) else None
 

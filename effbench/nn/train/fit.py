@@ -1,10 +1,12 @@
 """The one training loop. Every hook of the train plan stands here in its place:
 
 context                              around everything
-    param_groups, optimizer, optimizer_wrap
+    param_groups                     of the optimizer
+    optimizer, optimizer_wrap        AdamW where the slot `optimizer` is empty
     for each step:
         draw (slot sampler), batch   examples to tensors
-        forward, loss                named terms; cross-entropy only if none is called `hard`
+        forward (slot precision)     in a context of its own, if there is one
+        loss                         named terms; cross-entropy only if none is called `hard`
         backward, clip, optimizer step
         weights held at zero are zeroed again
         on_step                      after the step, before gradients are cleared
@@ -13,42 +15,56 @@ context                              around everything
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from effbench.core.errors import Diverged, Unsupported
-from effbench.nn.data import Example
+from effbench.core.run import FitReport
+from effbench.core.views import Example
 from effbench.nn.model.linear import MaskedLinear
 
 if TYPE_CHECKING:
-    from effbench.nn.run import ModelRun
+    from effbench.core.run import Run
 
 IGNORED = -100  # label of a token that is not learned
 
 
-def fit(
-    run: ModelRun,
-    *,
-    steps: int,
-    lr: float,
-    batch_size: int,
-    warmup: float,
-    clip: float | None,
-    weight_decay: float,
-    schedule: str,
-    max_length: int,
-    start: int = 0,
-) -> dict[str, Any]:
-    """Train what is trainable by the train plan. Raises `Unsupported` when nothing is, `Diverged` on a loss that is
-    not finite. Returns the loss at the start and at the end, the steps taken and the tokens seen.
+@dataclasses.dataclass(frozen=True)
+class FitSettings:
+    """The hyper-parameters of a fit."""
 
-    The first `start` of the `steps` count as taken: the data and the learning rate go on from there.
+    steps: int = 200
+    lr: float = 1e-4
+    batch_size: int = 8
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03  # fraction of the steps
+    clip: float | None = 1.0  # largest gradient norm
+    weight_decay: float = 0.0
+    max_length: int = 512  # tokens of an example
+
+
+def fit(run: Run, settings: FitSettings, start: int = 0) -> FitReport:
+    """Train what is trainable by the train plan, use the plan up, write in the log what happened and return it.
+
+    The first `start` steps count as taken: the data and the learning rate go on from there. Raises `Unsupported` when
+    nothing is trainable, `Diverged` on a loss that is not finite.
     """
+    try:
+        report = train(run, settings, start)
+    finally:
+        run.train.close()
+    run.note_fit(report)
+    return report
+
+
+def train(run: Run, settings: FitSettings, start: int) -> FitReport:
+    """The loop of `fit`."""
     plan = run.train
     model = run.model
     examples = run.data.train
@@ -65,7 +81,9 @@ def fit(
         parameters = [p for p in model.parameters() if p.requires_grad]  # contexts may bring some and freeze others
         if not parameters:
             raise Unsupported("fit has nothing to train: every parameter is frozen or packed")
-        groups: list[dict[str, Any]] = [{"params": parameters, "lr": lr, "weight_decay": weight_decay}]
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}
+        ]
         for method in plan.chain("param_groups"):
             groups = method.param_groups(groups, run)
         owner = plan.slot("optimizer")
@@ -75,37 +93,38 @@ def fit(
         peak = [group["lr"] for group in optimizer.param_groups]
         held = [(m, m.kept()) for m in model.modules() if isinstance(m, MaskedLinear)]
         for step in range(start):
-            sampler.draw(step, batch_size)
-        for step in range(start, steps):
+            sampler.draw(step, settings.batch_size)
+        for step in range(start, settings.steps):
             for group, top in zip(optimizer.param_groups, peak, strict=True):
-                group["lr"] = top * rate(step, steps, warmup, schedule)
-            indices = sampler.draw(step, batch_size)
-            batch = collate([examples[i] for i in indices], max_length, run.pad, run.device)
+                group["lr"] = top * rate(step, settings.steps, settings.warmup, settings.schedule)
+            indices = sampler.draw(step, settings.batch_size)
+            batch = collate([examples[i] for i in indices], settings.max_length, run.pad, run.device)
             for method in plan.chain("batch"):
                 batch = method.batch(batch, run)
-            loss, terms = _loss(run, batch)
+            loss, terms = compute_loss(run, batch)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise Diverged(f"the loss is {losses[-1]} at step {step + 1} of {steps}")
+                raise Diverged(f"the loss is {losses[-1]} at step {step + 1} of {settings.steps}")
             if hasattr(sampler, "seen"):
                 sampler.seen(indices, terms)
             loss.backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(parameters, clip)
+            if settings.clip is not None:
+                nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             for module, mask in held:
                 module.weight.data.mul_(mask)
             for method in plan.chain("on_step"):
-                method.on_step(run, step, steps)
+                method.on_step(run, step, settings.steps)
             optimizer.zero_grad(set_to_none=True)
             tokens += int((batch["labels"] != IGNORED).sum())
-    return {"steps": steps - start, "tokens": tokens, "loss_first": losses[0], "loss_last": losses[-1]}
+    return {"steps": settings.steps - start, "tokens": tokens, "loss_first": losses[0], "loss_last": losses[-1]}
 
 
-def _loss(run: ModelRun, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def compute_loss(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all terms, and the terms."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    out = run.model(**inputs, use_cache=False)
+    with run.train.slot("precision", contextlib.nullcontext)():  # of one forward pass: gradients have their own dtype
+        out = run.model(**inputs, use_cache=False)
     terms: dict[str, Tensor] = {}
     for method in run.train.chain("loss"):
         terms |= method.loss(batch, out, run)

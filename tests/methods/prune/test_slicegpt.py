@@ -28,15 +28,6 @@ IDS = torch.arange(48).view(2, 24) * 7 % (VOCABULARY - 1) + 1
 LAYERS, MLP, POSITIONS = 2, 256, 256
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Any:
-    """One thread: several only get in each other's way on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the RMSNorms of transformers compute in float64, too; as they are they go through float32."""
@@ -179,7 +170,7 @@ def test_a_signal_in_a_subspace_of_the_kept_width_loses_nothing(architecture: st
     run.apply(SliceGPT(slicing=0.25, slice_head=slice_head))
     assert view.embedding.weight.shape[1] == 96
     assert distance(logits(run.model), before) < 1e-4
-    assert max(lost["energy_lost"] for lost in run.log["layers"].values()) < 1e-9
+    assert max(lost["energy_lost"] for lost in run.log.layers.values()) < 1e-9
     further = uneven(architecture)
     further.apply(SliceGPT(slicing=0.5, slice_head=slice_head))
     assert distance(logits(further.model), before) > 0.05
@@ -250,7 +241,7 @@ def test_a_sliced_model_is_the_model_with_its_stream_projected(
 def test_the_share_of_the_signal_lost_is_recorded() -> None:
     run = toy_run()
     run.apply(SliceGPT(slicing=0.5))
-    lost = {path: entry["energy_lost"] for path, entry in run.log["layers"].items()}
+    lost = {path: entry["energy_lost"] for path, entry in run.log.layers.items()}
     assert list(lost) == [
         *(f"model.layers.{i}.{name}" for i in range(2) for name in ("input_layernorm", "post_attention_layernorm")),
         "model.norm",

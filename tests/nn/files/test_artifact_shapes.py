@@ -217,6 +217,8 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(found, "__module__", home.__name__)
         setattr(home, found.__name__, found)
     monkeypatch.setitem(sys.modules, home.__name__, home)
+    names = artifact.buildable() | {f"{home.__name__}:{own.__name__}" for own in (Scaled, Doubled)}
+    monkeypatch.setattr(artifact, "buildable", lambda: names)
 
 
 @pytest.mark.usefixtures("at_home")

@@ -39,7 +39,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def weight(name: str) -> tuple[torch.Tensor, str]:
     run = open_run(sources.model(name), sources.data(None), "cpu", None, 0)
     found: torch.Tensor = run.model.model.layers[0].mlp.up_proj.weight
-    return found, run.log["commit"]
+    return found, run.log.commit
 
 
 def test_a_revision_is_what_is_opened_and_recorded(hub: Path) -> None:

@@ -53,7 +53,7 @@ def test_local_folders_run(tmp_path, architecture):
     run.apply(parse_step("rtn()"))
     run.finish()
     assert torch.isfinite(run.engine().logits(run.data.heldout_ids(32)[None])).all()
-    assert len(run.log["layers"]) == {"llama": 14, "opt": 12, "gpt2": 8}[architecture]
+    assert len(run.log.layers) == {"llama": 14, "opt": 12, "gpt2": 8}[architecture]
 
 
 def test_the_model_that_ships_opens_and_has_tasks():

@@ -1,0 +1,188 @@
+"""What methods are given to look at: data, prompts, linears, blocks, caches and the engine, as seen by a method.
+
+Plain dataclasses where there is nothing to compute, protocols where `effbench.nn` computes with torch. This is the one
+file of core that names torch, and only for annotations: the other files take `Tensor`, `Module` and so on from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor as Tensor
+    from torch import device as Device
+    from torch import dtype as DType
+    from torch.nn import Module as Module
+
+    __all__ = ["DType", "Device", "Module", "Tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One training example; tokens before `prompt` are read but not learned."""
+
+    id: str
+    ids: tuple[int, ...]
+    prompt: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """A prompt by its parts, so that compression knows what it may shorten."""
+
+    instruction: str = ""
+    context: str = ""
+    question: str = ""
+    separator: str = ""
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any], prompt: str) -> Segments:
+        """The parts of a task's prompt where its document names them; else all of it counts as context."""
+        parts = {role: str(document.get(role) or "") for role in ("instruction", "context", "question")}
+        named = cls(**parts, separator=" ")
+        return named if named.text() == prompt else cls(context=prompt)
+
+    def text(self) -> str:
+        """The prompt as the model reads it."""
+        return self.separator.join(part for part in (self.instruction, self.context, self.question) if part)
+
+
+class Data(Protocol):
+    """What a run trains on, calibrates on and is measured on. The three never share a document."""
+
+    name: str
+    protocol: str  # how documents become one stream of tokens
+    tasks: tuple[str, ...]  # lm-eval tasks that belong to the data
+    task_paths: tuple[Path, ...]  # folders that define them
+    pool: list[Example]  # everything that may be trained on
+    train: list[Example]  # what the next fit sees: the pool, or what selections have left of it
+
+    def documents(self, part: str) -> list[str]:
+        """The texts of `train`, `calibration` or `heldout`."""
+
+    def ids(self, part: str) -> Tensor:
+        """[N] all tokens of a part, documents joined."""
+
+    def heldout_ids(self, limit: int | None = None) -> Tensor:
+        """[N] tokens of the held-out part, at most `limit`."""
+
+    def calibration(self, sequences: int, length: int, seed: int) -> Tensor:
+        """[sequences, length]: windows of the calibration part, drawn by `seed`."""
+
+
+class Inputs(Protocol):
+    """Statistics of what a linear receives during calibration.
+
+    Only what the method `needs` is gathered; reading anything else raises `AttributeError`. Padding never counts.
+    """
+
+    count: int  # tokens seen
+    grad: Tensor  # [out, in] mean over sequences of the loss's gradient in the weight; need `grad`
+    grad_abs: Tensor  # [out, in] the same of the gradient's magnitude; need `grad_abs`
+    grad2: Tensor  # [out, in] the same of the gradient's square; need `grad2`
+
+    @property
+    def norm(self) -> Tensor:
+        """[in]: L2 norm over all tokens; need `norm`."""
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """[in]: mean of |x| over all tokens; need `norm`."""
+
+    @property
+    def second_moment(self) -> Tensor:
+        """[in, in] float64: mean of x x^T over all tokens; need `hessian`."""
+
+    @property
+    def hessian(self) -> Tensor:
+        """[in, in] float32: 2 E[x x^T], the Hessian of the squared error of one output; need `hessian`."""
+
+    @property
+    def raw(self) -> Tensor:
+        """[N, in]: an evenly spaced sample of at most about 4096 tokens; need `raw`."""
+
+
+@dataclasses.dataclass
+class Layer:
+    """One linear as `Weights.compress` sees it."""
+
+    name: str  # path in the model
+    module: Module  # what stands there now
+    inputs: Inputs
+    seed: int  # of this run and this layer
+    weight: Tensor  # dense float32 [out, in], a copy that may be changed
+    bias: Tensor | None = None  # [out]
+    kept: Tensor | None = None  # bool [out, in]: False must stay zero
+    prepared: Any = None  # what the method's `prepare` returned
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedInput:
+    """Linears of a block that read the same input, and hence share its statistics."""
+
+    names: tuple[str, ...]  # paths inside the block
+    previous: Module | None  # what produces the input and can absorb a scale per channel, if anything can
+    inspect: Module  # module on whose output a change of these linears is judged
+
+
+class Block(Protocol):
+    """One transformer block with the calibration set's hidden states at its input."""
+
+    index: int
+    module: Module
+    hidden: list[Tensor]  # one [1, T, H] per sequence
+    outputs: list[Tensor]  # what the next block is to receive
+
+    def forward(self) -> list[Tensor]:
+        """Outputs of the block as it is now, one per sequence."""
+
+    def output_of(self, module: Module) -> list[Tensor]:
+        """Outputs of a submodule on every sequence."""
+
+    def layers(self, shared: Sequence[SharedInput]) -> list[Layer]:
+        """The linears named by `shared` that may be compressed."""
+
+
+@dataclasses.dataclass
+class Slots:
+    """What one layer's cache holds. Tensors are [B, Hkv, T, D] for keys and values, [B, Hkv, T] for the rest."""
+
+    layer: int
+    keys: Tensor
+    values: Tensor
+    position: Tensor  # where the token stood
+    valid: Tensor  # False for padding
+    mass: Tensor  # attention received so far, float32
+    seen: int  # tokens ever offered
+    prefill: bool  # True at the first settling
+
+    def gather(self, indices: Tensor) -> Slots:
+        """The slots at `indices` [B, Hkv, kept], in ascending order."""
+        indices = indices.sort(-1).values
+        wide = indices.unsqueeze(-1).expand(*indices.shape, self.keys.shape[-1])
+        return dataclasses.replace(
+            self,
+            keys=self.keys.gather(2, wide),
+            values=self.values.gather(2, wide),
+            position=self.position.gather(2, indices),
+            valid=self.valid.gather(2, indices),
+            mass=self.mass.gather(2, indices),
+        )
+
+
+class Engine(Protocol):
+    """Scores and generates with a model through an inference plan."""
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model has."""
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, T, V] float32 logits of tokens [B, T], `mask` True where real (padding on the right or the left)."""
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:
+        """Greedy continuations of the prompts, each ending before its first stop token."""

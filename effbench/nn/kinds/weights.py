@@ -1,0 +1,51 @@
+"""Weights: every targeted linear is compressed, block by block, with the statistics that the method needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from effbench.core.kinds import Weights
+from effbench.nn.calibration import BlockInputs, walk
+from effbench.nn.model.linear import check_module, dense_weight, replace
+
+if TYPE_CHECKING:
+    from effbench.core.run import Run
+
+
+def apply(run: Run, method: Weights) -> None:
+    """Settle what is pending, let the method look at the whole model, and compress it."""
+    run.settle()
+    stream(run, method, method.prepare(run))
+
+
+@torch.no_grad()
+def stream(run: Run, method: Weights, prepared: Any = None) -> None:
+    """Compress every targeted linear of every block with `method`, from the first block to the last."""
+    verb = "compress" if type(method).compress_block is Weights.compress_block else "compress_block"
+    for inputs in walk(run, method.needs, prepared):
+        shared = inputs.view.shared_inputs(inputs.module)
+        for stage in [[part] for part in shared] if method.true_sequence else [shared]:
+            inputs.gather(stage, method.needs)
+            for path, module in method.compress_block(inputs, stage).items():
+                check_module(module, method, verb)
+                if not method.folds:
+                    run.log.layers[path] = measure_error(run.model.get_submodule(path), module, inputs, path)
+                replace(run.model, path, module)
+        if method.sequential:
+            inputs.outputs = inputs.forward()
+
+
+def measure_error(before: nn.Module, after: nn.Module, inputs: BlockInputs, path: str) -> dict[str, float]:
+    """Relative error of the weights, and of the outputs where the inputs' second moment is known."""
+    old = dense_weight(before)
+    delta = dense_weight(after) - old
+    errors = {"weight_error": float(delta.norm() / old.norm().clamp(min=1e-30))}
+    statistics = inputs.statistics(path)
+    if statistics is not None and "hessian" in statistics.needs:
+        moment = statistics.second_moment.float()
+        full = ((old @ moment) * old).sum().clamp(min=1e-30)
+        errors["output_error"] = float(((delta @ moment) * delta).sum().div(full).clamp(min=0).sqrt())
+    return errors

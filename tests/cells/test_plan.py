@@ -1,0 +1,91 @@
+"""Planning: which cells run, why, and that whatever a user writes ends in a plan or in `Usage`."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from effbench.cells.options import RunOptions
+from effbench.cells.plan import Batch, plan
+from effbench.core.errors import Usage
+from effbench.records.record import OUTCOMES, RETRIED, Record
+from effbench.records.store import Store
+
+
+@pytest.fixture
+def options(tmp_path):
+    return RunOptions(suite="quant", recipes="rtn-4b", device="cpu", results=str(tmp_path / "runs"))
+
+
+def reasons(batch: Batch) -> list[str]:
+    return [planned.why for planned in batch.cells]
+
+
+def end(options: RunOptions, outcome: str, again: bool = False) -> None:
+    """Write a record of this outcome for every cell that is to run."""
+    for job in plan(options, again=again).todo:
+        Store(options.folder).write(Record(job.cell, outcome, attempt=job.attempt))
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_what_is_tried_again(options, outcome):
+    assert reasons(plan(options)) == ["new", "new"]
+    end(options, outcome)
+    batch = plan(options)
+    if outcome in RETRIED:
+        assert reasons(batch) == [f"{outcome} before: attempt 2"] * 2 and len(batch.todo) == 2
+    else:
+        assert reasons(batch) == [f"done: {outcome}"] * 2 and batch.todo == []
+    assert [job.attempt for job in plan(options, again=True).todo] == [2, 2]
+
+
+def test_again_counts_every_attempt(options):
+    """An attempt that was cut short does not hide the one that ended, and is not overwritten."""
+    end(options, "ok")
+    end(options, "crashed", again=True)
+    assert reasons(plan(options)) == ["done: ok", "done: ok"]
+    assert [job.attempt for job in plan(options, again=True).todo] == [3, 3]
+    end(options, "diverged", again=True)
+    assert reasons(plan(options)) == ["done: diverged"] * 2
+    assert {record.attempt for record in plan(options).done} == {3}
+
+
+def test_settings_are_resolved_by_the_schema(options):
+    before = plan(options).cells[0].job.cell
+    after = plan(options, {"score_block": 4, "limit": None}).cells[0].job.cell
+    assert after.settings == {name: value for name, value in before.settings.items() if name != "limit"} | {
+        "score_block": 4
+    }
+    for wrong in ({"score_block": 0}, {"score_blok": 4}, {"probes": ["spead"]}, {"probes": []}, {"tasks": "tiny"}):
+        with pytest.raises(Usage):
+            plan(options, wrong)
+
+
+WORDS = st.text() | st.text(alphabet=string.ascii_letters + string.digits + ":,*@[](){}='\"- \0\n²٣")
+FIELDS = {
+    "suite": WORDS,
+    "recipe": WORDS,
+    "model": WORDS | WORDS.map("shape:{}".format),
+    "data": WORDS | WORDS.map("hub:{}".format) | WORDS.map("text:no-such-folder{}".format),
+    "tokenizer": WORDS,
+    "device": WORDS | WORDS.map("cuda:{}".format),
+    "dtype": WORDS,
+    "tier": WORDS,
+    "recipes": WORDS,
+    "probes": WORDS,
+}
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), st.none(), min_size=1, max_size=2), st.data())
+@example({"device": None}, None)
+def test_any_options_are_a_plan_or_usage(options, names, data):
+    changes = {name: data.draw(FIELDS[name]) for name in names} if data is not None else {"device": "cuda:²"}
+    try:
+        plan(dataclasses.replace(options, **changes))
+    except Usage as error:
+        assert str(error).strip()
