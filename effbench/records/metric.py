@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import msgspec
 
-Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-Finding = bool | Whole | float | str
+Finding = bool | int | float | str
 
 
 class Metric(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -20,5 +17,5 @@ class Metric(msgspec.Struct, frozen=True, array_like=True, gc=False):
     value: float
     low: float | None = None
     high: float | None = None
-    n: Whole | None = None
+    n: int | None = None
     findings: dict[str, Finding] = {}

@@ -9,12 +9,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
-from msgspec import Meta
 
-from effbench.records.metric import Metric, Whole
+from effbench.records.metric import Finding, Metric
 from effbench.records.plain import plain
 
 SCHEMA = 3
@@ -24,12 +23,11 @@ OUTCOMES: tuple[OutcomeName, ...] = get_args(OutcomeName)
 RETRIED = ("oom", "unavailable", "timeout", "crashed")  # tried again by the next run; the others are final
 FAILED = ("oom", "unavailable", "diverged", "timeout", "crashed")  # exit code 1
 
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-# Patterns are checked by ourselves: msgspec's own end a process at random by a segmentation fault when it exits
-# (github.com/msgspec/msgspec, issue 717).
+# msgspec's own constraints (`Meta`) now and then crash the interpreter when it ends, so these are checked by hand.
 NAME = re.compile(r"\w[\w.-]{0,99}")  # of a suite: becomes the name of a folder
 REFERENCE = re.compile(r"[0-9a-f]{8,64}")  # digest of what lies in a file beside the record
 DATE = re.compile(r"(\d{4}-\d\d-\d\d.*)?")
+LARGEST = 2**63 - 1
 
 
 class Unreadable(Exception):
@@ -41,14 +39,14 @@ class Cell:
     """What is to be run: one recipe on one model with one seed, and all that decides its numbers."""
 
     suite: str
-    suite_version: Count
+    suite_version: int
     tier: str
     recipe: str  # name of the row
     steps: str  # canonical step string
     resolved: tuple[dict[str, Any], ...]  # every step with all its fields
     model: str
     data: str
-    seed: Whole
+    seed: int
     settings: dict[str, Any]  # probes, limit, dtype, device kind, threads, score_block, tasks ...
     digests: dict[str, str]  # model, data, tasks, methods, probes, files
 
@@ -105,7 +103,7 @@ class Summary(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     outcome: OutcomeName
     reason: str = ""
     traceback: str = ""
-    attempt: Annotated[int, Meta(ge=1, le=2**31)] = 1
+    attempt: int = 1
     simulated: bool = False
     started: str = ""
     seconds: float = 0.0
@@ -114,7 +112,7 @@ class Summary(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     protocols: dict[str, str] | str = {}
     samples: dict[str, list[Any]] | str = {}
     layers: bool = False  # whether the log's layers are with the samples
-    kernels: dict[str, dict[str, Count]] = {}
+    kernels: dict[str, dict[str, int]] = {}
     facts: dict[str, Any] = {}
     log: dict[str, Any] = {}
 
@@ -215,15 +213,19 @@ def _checked(summary: Summary) -> Summary:
     """The summary, if what its types do not say holds as well. Raises `Unreadable`."""
     if summary.schema != SCHEMA:
         raise msgspec.ValidationError(f"written by schema {summary.schema}")
-    patterns = {"cell.suite": (NAME, summary.cell.suite), "started": (DATE, summary.started)}
-    for field in ("environment", "protocols", "samples"):
-        value = getattr(summary, field)
-        patterns |= {field: (REFERENCE, value)} if isinstance(value, str) else {}
-    for field, (pattern, text) in patterns.items():
-        if not pattern.fullmatch(text):
-            raise Unreadable(f"fields do not fit the schema ({field} is {text[:100]!r})")
-    if not all(isinstance(step.get("method"), str) for step in summary.cell.resolved):
-        raise Unreadable("fields do not fit the schema (a step in `cell.resolved` names no method)")
+    cell = summary.cell
+    contents = (summary.environment, summary.protocols, summary.samples)
+    for name, holds in {
+        "cell.suite": NAME.fullmatch(cell.suite),
+        "cell.suite_version": 0 <= cell.suite_version <= LARGEST,
+        "cell.seed": abs(cell.seed) <= LARGEST,
+        "cell.resolved": all(isinstance(step.get("method"), str) for step in cell.resolved),
+        "attempt": 1 <= summary.attempt <= LARGEST,
+        "started": DATE.fullmatch(summary.started),
+        "a digest": all(isinstance(each, dict) or REFERENCE.fullmatch(each) for each in contents),
+    }.items():
+        if not holds:
+            raise Unreadable(f"fields do not fit the schema ({name} is none)")
     return summary
 
 
@@ -232,14 +234,21 @@ def _finite(value: float | None) -> bool:
 
 
 def _written_metric(metric: Metric) -> Metric:
-    findings = {name: value for name, value in plain(metric.findings).items() if value is not None}
+    findings = {str(plain(name)): _finding(value) for name, value in metric.findings.items()}
     return Metric(
         float(metric.value),
         metric.low if _finite(metric.low) else None,
         metric.high if _finite(metric.high) else None,
         metric.n,
-        {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in findings.items()},
+        {name: value for name, value in findings.items() if value is not None},
     )
+
+
+def _finding(value: Any) -> Finding | None:
+    if isinstance(value, (bool, int)):
+        return value
+    value = plain(value)
+    return value if value is None or isinstance(value, (float, str)) else str(value)
 
 
 def _trimmed(metric: Metric) -> list[Any]:
