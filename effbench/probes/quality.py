@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.usage import nearest
 from effbench.core.views import Segments
+from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
 from effbench.probes.inputs import require_quality, score_block
 from effbench.records.metric import Metric
@@ -58,7 +59,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading = Reading()
     if not wanted:
         return reading
-    engine = run.engine()
+    engine = open_engine(run)
     lm = EngineLM(engine, run.tokenizer, *score_block(run, settings))
     lm.rewrite = run.rewrite if run.infer.chain("prompt") else None
     with quiet():

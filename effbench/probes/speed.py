@@ -20,6 +20,7 @@ from effbench.core.errors import Unsupported
 from effbench.machine.ceilings import Ceilings, ceilings, described
 from effbench.machine.clock import Span, timed
 from effbench.machine.watch import Watch
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.infer.graphs import Decoder, decoders
 from effbench.nn.model.linear import top_linears
 from effbench.probes import Reading
@@ -88,7 +89,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 def _take_point(reading: Reading, run: ModelRun, point: Point, new: int, seconds: float, found: Ceilings) -> None:
     """Time one point; its caches and graphs are gone when it is done."""
-    engines = run.engine(), run.engine(run.reference)
+    engines = open_engine(run), open_engine(run, run.reference)
     ids = prompts(run, point, new, engines[0].max_length)
     watch = Watch(run.device)
     ours, theirs = (functools.partial(prefill_seconds, each, ids, run.device) for each in engines)
@@ -108,7 +109,7 @@ def points(run: ModelRun, settings: Mapping[str, Any]) -> list[Point]:
     given = settings.get("speed_points")
     if given:
         return [Point(int(batch), int(context)) for batch, context in given]
-    context = min(128, run.engine().max_length - new_tokens(run, settings))
+    context = min(128, open_engine(run).max_length - new_tokens(run, settings))
     return [Point(1, context)] if slow(run) else [Point(1, context), Point(8, context)]
 
 
