@@ -87,7 +87,7 @@ def test_a_complete_tier_is_published(small, tmp_path):
     assert {(r.cell.recipe, r.cell.seed) for r in load(results, "small")} == {
         ("baseline", 0), ("rtn-4b", 0), ("gptq-4b", 0), ("gptq-4b", 1),
     }  # fmt: skip
-    assert {path.name for path in changed} == {"small.json", "small.md", "small.csv", "small.tex"}
+    assert {path.name for path in changed} == {"small.json", "small.md", "small.csv"}
     assert check(results) == []
     assert publish(small, own, results, stale=fresh)[1] == []
 
