@@ -18,13 +18,11 @@ from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
 from effbench.machine.environment import source
 from effbench.records.publication import publish_records, remove_unreferenced
-from effbench.records.record import RETRIED, Cell, Record
+from effbench.records.record import PLACE, RETRIED, Cell, Record
 from effbench.records.store import Store
 from effbench.report.groups import Row, Table, group_records
 from effbench.report.pages import find_readme, load, write
 from effbench.report.sheets import Stale
-
-PLACE = ("device", "machine", "threads")  # settings that the place of a run decides, not the suite
 
 
 @dataclasses.dataclass(frozen=True)

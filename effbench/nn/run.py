@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Refused, Usage
 from effbench.core.kinds import kind_of, service
-from effbench.core.run import FitReport, InferPlan, Run
+from effbench.core.run import FitReport, Run
 from effbench.nn.data import LONGEST, SEQUENCES, Data
-from effbench.nn.infer.engine import Engine
-from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.blocks import Blocks, count_positions
 from effbench.nn.model.linear import Replaced, check_module, kept, replace, stored_as, stored_bytes, stored_tensors
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class ModelRun(Run):
         self._reference = reference
         self._shelf: dict[str, Any] = {}
         self._swapped: list[Swapped] = []
-        self._calibration = (sequences, length or min(LONGEST, self.engine().max_length))
+        self._calibration = (sequences, length or min(LONGEST, count_positions(self.model)))
         self._skip = skip
         narrow(self.model, storage)
         self.original = Original(sum(stored_bytes(model, storage)), sum(p.numel() for p in model.parameters()))
@@ -94,9 +93,6 @@ class ModelRun(Run):
     def pad(self) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return 0 if pad is None else int(pad)
-
-    def engine(self, model: Any = None) -> Engine:
-        return Engine(self.model, self.infer, self.pad) if model is None else Engine(model, InferPlan(), self.pad)
 
     def targeted(self, path: str) -> bool:
         return not any(fnmatch.fnmatch(path, pattern) for pattern in self._skip)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effbench.machine import nvml
 from effbench.machine.watch import Watch
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.infer.graphs import Decoder, StaticDecoder, decoders
 from effbench.probes import Reading
 from effbench.probes.speed import new_tokens, points, prompts
@@ -34,7 +35,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         return reading
     seconds = max(SECONDS, settings.get("energy_seconds") or SECONDS)
     new = new_tokens(run, settings)
-    engine = run.engine()
+    engine = open_engine(run)
     measure = functools.partial(window, counter, wait=lambda: torch.cuda.synchronize(run.device), seconds=seconds)
     name = torch.cuda.get_device_name(run.device)
     how = f"NVML total energy of {name} over at least {seconds:g} s, idle included"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effbench.machine.peak import SCOPES, PeakMemory
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.linear import Replaced, stored_as, stored_bytes, top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
@@ -79,7 +80,7 @@ def _bias_bytes(module: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _peaks(run: ModelRun, settings: Mapping[str, Any], reading: Reading) -> None:
-    engine = run.engine()
+    engine = open_engine(run)
     batch = settings.get("memory_batch") or (1 if slow(run) else BATCH)
     new = min(settings.get("memory_new_tokens") or (2 if slow(run) else NEW_TOKENS), engine.max_length // 2)
     context = min(settings.get("memory_context") or CONTEXT, engine.max_length - new)

@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.usage import nearest
 from effbench.core.views import Segments
+from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
 from effbench.probes.inputs import require_quality, score_block
 from effbench.records.metric import Metric
@@ -58,19 +59,19 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading = Reading()
     if not wanted:
         return reading
-    engine = run.engine()
+    engine = open_engine(run)
     lm = EngineLM(engine, run.tokenizer, *score_block(run, settings))
     lm.rewrite = run.rewrite if run.infer.chain("prompt") else None
     with quiet():
         tasks = load(wanted, run.data.task_paths)
         limit = settings.get("limit")
-        found = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+        evaluated = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     engine.verify()
     width = str(next(run.model.parameters()).dtype).removeprefix("torch.")
     findings = {"cut_contexts": lm.truncated} if lm.truncated else {}  # of all tasks together
     for name, task in sorted(tasks["tasks"].items()):
         how = f"lm-eval {metadata.version('lm_eval')}, {width}, {lm.protocol(task)}"
-        _report(reading, name, task, found["samples"][name], found["results"][name], how, findings)
+        _report(reading, name, task, evaluated["samples"][name], evaluated["results"][name], how, findings)
     _mean(reading, sorted(tasks["tasks"]))
     if lm.rewrites:
         before, after = (
@@ -134,8 +135,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super().loglikelihood(list(map(self._rewritten, requests)), True)
-        return found
+        scores: list[tuple[float, bool]] = super().loglikelihood(list(map(self._rewritten, requests)), True)
+        return scores
 
     def _rewritten(self, request: Any) -> Any:
         """The request with its prompt shortened by the plan's prompt methods."""

@@ -29,6 +29,7 @@ NAME = re.compile(r"\w[\w.-]{0,99}")  # of a suite: becomes the name of a folder
 REFERENCE = re.compile(r"[0-9a-f]{8,64}")  # digest of what lies in a file beside the record
 DATE = re.compile(r"(\d{4}-\d\d-\d\d.*)?")
 LARGEST = 2**63 - 1
+PLACE = ("device", "machine", "host", "threads")  # settings that say where a cell ran, not what was asked for
 
 
 class Unreadable(Exception):

@@ -209,7 +209,8 @@ def _list_labels(record: Record) -> tuple[tuple[str, str], tuple[str, str]]:
 def _find_place(record: Record) -> tuple[Any, ...]:
     """Where a record belongs as far as a reader sees it, but for the host; sorts as tables are shown."""
     cell = record.cell
-    chosen = {name: value for name, value in cell.settings.items() if value is not None}  # None: the default
+    # None is the default of a setting.
+    chosen = {name: value for name, value in cell.settings.items() if value is not None and name != "host"}
     settings = json.dumps(chosen, sort_keys=True, default=str)
     return (
         cell.suite, -cell.suite_version, cell.tier != "full", cell.tier, cell.model != "tiny", cell.model,

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from effbench.core.paths import PUBLISHED
-from effbench.records.record import Record
+from effbench.records.record import PLACE, Record
 from effbench.records.store import Store, latest
 from effbench.report.differences import estimate_difference
 from effbench.report.groups import Row, Table, get_machine, group_records
@@ -27,7 +27,6 @@ from effbench.stats.paired import Estimate
 DETAIL = "published"  # the grid of this module
 TOLERANCE = 0.001  # of the published value; of one, for an accuracy
 SIZES = ("bits_per_weight", "stored_bytes")
-PLACE = ("machine", "device", "threads", "probes")  # settings that say where and what was measured, not how
 INSTRUMENT = re.compile(r"(speed|memory|energy|flops)_")  # settings of instruments that do not measure quality
 SPEED = re.compile(r"(prefill|decode)_tok_per_s_.*")
 
@@ -182,7 +181,7 @@ def find_obstacle(own: Row, published: Row) -> str:
     if ours.resolved != theirs.resolved:
         return "the method's parameters have other defaults"
     for name in sorted(ours.settings.keys() | theirs.settings.keys()):
-        if name in PLACE or INSTRUMENT.match(name):
+        if name in (*PLACE, "probes") or INSTRUMENT.match(name):
             continue
         left, right = (_name_setting(cell.settings, name) for cell in (ours, theirs))
         if left != right:

@@ -367,7 +367,7 @@ def run():
         source=SimpleNamespace(kind="folder"),
         infer=InferPlan(),
     )
-    found.engine = lambda model=None: Engine(found.model if model is None else model, InferPlan())
+    found.pad = 0
     return found
 
 

@@ -34,7 +34,7 @@ from effbench.core.run import InferPlan, Run, RunLog
 from effbench.machine import clock, environment, nvml, peak
 from effbench.machine.clock import Span
 from effbench.nn.files import artifact
-from effbench.nn.infer.engine import Engine
+from effbench.nn.infer.engine import Engine, open_engine
 from effbench.nn.model.linear import MaskedLinear, stored_bytes
 from effbench.nn.run import Original
 from effbench.probes import distance, energy, flops, inputs, memory, perplexity, quality, speed
@@ -106,7 +106,7 @@ class Texts:
         return self.ids[:limit]
 
 
-def make_run(tokenizer, model=None, reference=None, engine=Engine):
+def make_run(tokenizer, model=None, reference=None):
     reference = reference or llama()
     run = SimpleNamespace(
         model=model if model is not None else copy.deepcopy(reference),
@@ -123,7 +123,7 @@ def make_run(tokenizer, model=None, reference=None, engine=Engine):
         infer=InferPlan(),
     )
     run.share = functools.partial(Run.share, run)
-    run.engine = lambda model=None: engine(run.model if model is None else model, InferPlan())
+    run.pad = 0
     return run
 
 
@@ -306,7 +306,7 @@ PAIRS = [
 
 
 def test_adapter_scores_as_transformers_does(run):
-    lm = quality.EngineLM(run.engine(), run.tokenizer, None, "oneblock")
+    lm = quality.EngineLM(open_engine(run), run.tokenizer, None, "oneblock")
     found = lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     alone = [lm.loglikelihood(requests("loglikelihood", [pair]), disable_tqdm=True)[0] for pair in PAIRS]
     for (context, continuation), (logprob, greedy), single in zip(PAIRS, found, alone, strict=True):
@@ -315,14 +315,14 @@ def test_adapter_scores_as_transformers_does(run):
         if not context:
             ids, start = [0, *ids], 1
         scored = len(ids) - start
-        ids = torch.tensor([ids[-run.engine().max_length - 1 :]])
+        ids = torch.tensor([ids[-open_engine(run).max_length - 1 :]])
         with torch.no_grad():
             rows = run.model(input_ids=ids[:, :-1]).logits.log_softmax(-1)[0, -scored:]
         truth = float(rows.gather(1, ids[0, -scored:, None]).sum())
         assert logprob == pytest.approx(truth, abs=2e-4)
         assert greedy == bool((rows.argmax(-1) == ids[0, -scored:]).all())
         assert single[0] == pytest.approx(logprob, abs=2e-4)
-    streamed = quality.EngineLM(run.engine(), run.tokenizer, 1, "block1")
+    streamed = quality.EngineLM(open_engine(run), run.tokenizer, 1, "block1")
     again = streamed.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     assert [row[0] for row in again] == pytest.approx([row[0] for row in found], abs=2e-4)
     assert lm.truncated == 2  # once in company, once alone
@@ -330,7 +330,7 @@ def test_adapter_scores_as_transformers_does(run):
 
 def test_adapter_agrees_with_lm_evals_own_model(run):
     HFLM = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError).HFLM  # needs accelerate
-    lm = quality.EngineLM(run.engine(), run.tokenizer, None, "oneblock")
+    lm = quality.EngineLM(open_engine(run), run.tokenizer, None, "oneblock")
     with quality.quiet():
         own = HFLM(pretrained=run.model, tokenizer=run.tokenizer, backend="causal", batch_size=2, max_length=96)
         args = requests("loglikelihood", PAIRS)
@@ -349,7 +349,7 @@ def test_adapter_agrees_with_lm_evals_own_model(run):
 
 
 def test_sampling_tasks_are_refused(run):
-    lm = quality.EngineLM(run.engine(), run.tokenizer, None, "oneblock")
+    lm = quality.EngineLM(open_engine(run), run.tokenizer, None, "oneblock")
     with pytest.raises(Refused, match="greedy"):
         lm.generate_until(requests("generate_until", [("a", {"do_sample": True, "temperature": 1.0})]))
 
@@ -518,7 +518,10 @@ def test_the_clock_measures_the_work_it_is_given():
 
 def test_planted_delays_are_read(tokenizer, monkeypatch):
     monkeypatch.setattr(speed, "timed", Sleepy.timed)
-    run = make_run(tokenizer, engine=Sleepy)
+    monkeypatch.setattr(
+        speed, "open_engine", lambda run, model=None: Sleepy(run.model if model is None else model, InferPlan())
+    )
+    run = make_run(tokenizer)
     run.model.train()  # only to tell the two apart
     settings = {"speed_points": [[2, 16]], "speed_new_tokens": 3, "speed_seconds": 1.6}
     reading = speed.take(run, settings)

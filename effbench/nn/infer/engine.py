@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from effbench.core.errors import Refused
-from effbench.core.run import InferPlan
+from effbench.core.run import InferPlan, Run
 from effbench.nn.infer import attention
 from effbench.nn.infer.cache import SlotCache
-from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.blocks import Blocks, count_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,11 @@ class State:
     padding: Tensor | None = None  # bool [B, length], True where real; None when nothing is padded
 
 
+def open_engine(run: Run, model: Any = None) -> Engine:
+    """Scores and generates with the model of a run under its plan, or with another model under an empty one."""
+    return Engine(run.model, run.infer, run.pad) if model is None else Engine(model, InferPlan(), run.pad)
+
+
 class Engine:
     """Runs `model` under `plan`."""
 
@@ -60,7 +65,7 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Positions the model has."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2048))
+        return count_positions(self.model)
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, T, V] float32 logits of tokens [B, T], `mask` True where real (padding on the right or the left)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -193,3 +193,8 @@ def _width(module: nn.Module) -> int:
 
 def _inputs(module: nn.Module) -> int:
     return int(module.in_features) if hasattr(module, "in_features") else int(module.weight.shape[0])  # type: ignore
+
+
+def count_positions(model: Any) -> int:
+    """Positions that a model has, the most tokens that it can see."""
+    return int(getattr(model.config, "max_position_embeddings", 2048))

@@ -14,6 +14,7 @@ from effbench.methods.prune.head_pruning import HeadPruning
 from effbench.methods.prune.layer_pruning import LayerPruning
 from effbench.methods.prune.neuron_pruning import NeuronPruning
 from effbench.nn.files import artifact
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.structure import heads, keep_groups, keep_neurons, neurons
 
@@ -75,7 +76,7 @@ def test_caches_shrink_with_their_heads_and_generation_equals_the_whole_forward_
         assert cache.layers[index].keys.shape == (2, found.groups, 24, found.size)
     assert cache.layers[0].values.numel() < cache.layers[1].values.numel()
 
-    engine = run.engine()
+    engine = open_engine(run)
     state = engine.prefill(IDS)
     told = [state.ids]
     for _ in range(4):
