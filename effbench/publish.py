@@ -91,7 +91,7 @@ def _choose_model(chosen: Suite, tier: str, model: str, tables: Sequence[Table],
     if len(alike) > 1:
         places = ", ".join(sorted(f"{table.host} ({len(table.records)} cells)" for table in alike))
         raise Usage(f"{what}: measured on several hosts, or with several settings of one: {places}; keep one in runs=")
-    rows = {row.steps: row for row in alike[0].rows}
+    rows = {row.steps: row for row in alike[0].rows if not row.elsewhere}
     due = {str(recipe): tuple(plan.seeds if seeded(recipe) else plan.seeds[:1]) for recipe in plan.recipes}
     names = {str(recipe): recipe.name for recipe in plan.recipes}
     missing = [
