@@ -55,8 +55,7 @@ class Cell:
     @functools.cached_property
     def identity(self) -> str:
         """Hex digest of everything above but the row's name; equal identities measure the same thing."""
-        body = dataclasses.asdict(self)
-        del body["recipe"]
+        body = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "recipe"}
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -241,7 +241,7 @@ def test_narrow_enough_for_a_terminal():
 
 
 def test_rendering_does_not_depend_on_the_order_of_records():
-    for style in pages.WRITTEN:
+    for style in (*pages.WRITTEN, "tex"):
         assert render(RECORDS, "quant", style) == render(RECORDS[::-1], "quant", style)
 
 
