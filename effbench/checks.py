@@ -1,20 +1,28 @@
-"""The contract that every method must pass; tests run it over the registry, authors over their own file.
+"""The contract that every method must pass; tests run it over the registry, `effbench check` over an author's file.
 
-    for check in checks.all_checks():
-        check(MyMethod(**MyMethod.trial))
+>>> from effbench import checks
+>>> from effbench.methods.quant.rtn import RTN
+>>> for check in checks.all_checks():
+...     check(RTN(**RTN.trials[0]))
 
 Each check takes a method and raises `AssertionError` with what is wrong. A method that must fail one
-says so in its class: `exceptions = {"check_name": "why"}`.
+says so in its class: `exceptions = {"check_name": "why"}`. `examine` runs them all and gives a verdict for each:
+
+>>> [verdict.check for verdict in checks.examine(RTN) if not verdict.ok]
+[]
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from effbench.core.kinds import Cache, Prompt, Select, Train, Weights
 from effbench.core.method import Method
+from effbench.core.packages import method_line
 from effbench.core.recipe import parse_step
 from effbench.core.run import FitReport
-from effbench.core.views import Example
+from effbench.core.source import document_fields
+from effbench.core.views import Example, Segments
 from effbench.nn.data import Data
 from effbench.nn.files import artifact
 from effbench.nn.model.linear import Replaced, dense_weight, stored_bytes, top_linears
@@ -98,9 +108,41 @@ def probe(run: ModelRun) -> Tensor:
     return run.engine().logits(ids)
 
 
-def applied(method: Method, seed: int = 0) -> ModelRun:
-    """A toy run that `method` has been applied to, with two steps of fit after it where it needs them."""
+PROMPT = Segments(
+    instruction="Read.", context="one two three four five six", question="What comes next?", separator=" "
+)
+
+
+class Behaviour(NamedTuple):
+    """What a run does that a method may change."""
+
+    logits: Tensor  # [2, 24, V]
+    continuation: list[list[int]]  # greedy, through the cache
+    prompt: Segments  # after the methods that rewrite prompts
+    examples: tuple[str, ...]  # that the next fit sees, by id
+
+    def same(self, other: Behaviour) -> bool:
+        """Whether two runs do exactly the same."""
+        return torch.equal(self.logits, other.logits) and self[1:] == other[1:]
+
+    def in_any_order(self) -> Behaviour:
+        """The same with the examples sorted."""
+        return self._replace(examples=tuple(sorted(self.examples)))
+
+
+def behave(run: ModelRun) -> Behaviour:
+    """Have a toy run do everything that a method may change."""
+    continuation = run.engine().generate([list(range(1, 25)), list(range(30, 40))], 8, set())
+    return Behaviour(probe(run), continuation, run.rewrite(PROMPT), tuple(example.id for example in run.data.train))
+
+
+def applied(method: Method, seed: int = 0, chance: int = 0) -> ModelRun:
+    """A toy run that `method` has been applied to, with two steps of fit after it where it needs them.
+
+    `chance` seeds torch's own generator, on which nothing may depend.
+    """
     run = toy_run(seed=seed)
+    torch.manual_seed(chance)
     run.apply(method)
     if method.trains:
         fit_two_steps(run)
@@ -130,28 +172,37 @@ def check_step_string(method: Method) -> None:
 
 
 def check_facts(method: Method) -> None:
-    """The paper is named and the module says in one line what it is."""
-    assert type(method).paper, "paper is empty"
-    assert type(method).__doc__, "the class has no docstring"
+    """A reader learns what the method is, where it was published and what each of its parameters means."""
+    cls = type(method)
+    summary = inspect.getdoc(sys.modules[cls.__module__])
+    assert summary, "the file does not begin with a docstring whose first line says what the method is"
+    assert cls.paper, "the paper is not named: paper = 'arXiv:...', or where else it was published"
+    made = f"{cls.__name__}("  # by dataclass, for a class without
+    assert not (cls.__dict__["__doc__"] or made).startswith(made), "the class has no docstring"
+    bare = [field.name for field in document_fields(cls).values() if not field.comment]
+    assert not bare, f"without a comment beside or above the field: {', '.join(bare)}"
 
 
 def check_identity(method: Method) -> None:
-    """At its `identity` settings a method leaves the logits unchanged."""
+    """At its `identity` settings a method changes nothing; training goes as it would without it."""
     if method.identity is None:
         return
-    plain = probe(toy_run())
-    same = probe(applied(dataclasses.replace(method, **method.identity)))
     run = toy_run()
+    plain = [behave(run)]
+    if isinstance(method, Train):
+        fit_two_steps(run)
+        plain = []
     run.finish(recipe_is_empty=True)
-    assert torch.equal(same, plain) or torch.equal(same, probe(run)), "logits differ at the identity settings"
+    plain.append(behave(run))
+    same = behave(applied(dataclasses.replace(method, **method.identity))).in_any_order()
+    assert any(same.same(other.in_any_order()) for other in plain), "logits or text differ at the identity settings"
 
 
 def check_deterministic(method: Method) -> None:
-    """The same seed gives the same model."""
-    torch.manual_seed(5)
-    first = probe(applied(method))
-    torch.manual_seed(6)
-    assert torch.equal(first, probe(applied(method))), "two runs with one seed differ"
+    """The same seed gives the same model, which does the same."""
+    assert behave(applied(method, chance=5)).same(behave(applied(method, chance=6))), (
+        "two runs with one seed differ: draw from a generator seeded by `run.seed` or `layer.seed`"
+    )
 
 
 def check_touches_only_its_part(method: Method) -> None:
@@ -233,13 +284,54 @@ def check_architectures(method: Method) -> None:
         run = toy_run(architecture)
         try:
             run.apply(method)
-            assert torch.isfinite(probe(run)).all(), architecture
+            assert torch.isfinite(behave(run).logits).all(), architecture
         except Outcome as outcome:
             assert str(outcome), architecture
         finally:
             run.close()
 
 
-def all_checks() -> dict[str, Check]:
-    """Every check by name, in the order written."""
-    return {name: value for name, value in globals().items() if name.startswith("check_")}
+PACKING = (check_linear_protocol, check_save_and_load)  # that other settings than the first must pass too
+
+
+def all_checks() -> tuple[Check, ...]:
+    """Every check, in the order written."""
+    return tuple(value for name, value in globals().items() if name.startswith("check_"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What came of one check with one setting of a method."""
+
+    check: str  # name of the function
+    settings: dict[str, Any]  # one of the method's `trials`
+    reason: str  # why it failed, or may fail; empty if it passed
+    ok: bool
+    seconds: float
+
+
+def examine(cls: type[Method]) -> Iterator[Verdict]:
+    """Run every check with the first of a method's `trials`, those of packing with all. Raises `Usage` for settings
+    that the method itself refuses."""
+    for number, settings in enumerate(cls.trials):
+        method = cls(**settings)
+        for check in PACKING if number else all_checks():
+            begin = time.perf_counter()
+            reason = _run_check(check, method)
+            allowed = method.exceptions.get(check.__name__)
+            ok = not reason
+            if allowed is not None:
+                ok = bool(reason)
+                reason = f"fails as declared: {allowed}" if reason else "passes: take it out of `exceptions`"
+            yield Verdict(check.__name__, settings, reason, ok, time.perf_counter() - begin)
+
+
+def _run_check(check: Check, method: Method) -> str:
+    """Why a check fails, with the line of the method's file that crashed; empty if it passes."""
+    try:
+        check(method)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        name = "" if message and isinstance(error, AssertionError) else type(error).__name__
+        return ": ".join(filter(None, (name, message))) + method_line(error)
+    return ""

@@ -20,7 +20,7 @@ from effbench.core.recipe import Recipe, parse
 from effbench.core.run import RunLog
 from effbench.machine import devices
 from effbench.machine.gate import Gate, Tell
-from effbench.ops import ran
+from effbench.ops import backend_calls
 from effbench.records.record import Record
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         metrics=findings.metrics,
         samples=findings.samples,
         protocols=findings.protocols,
-        kernels=ran(),
+        kernels=backend_calls(),
         facts=facts(recipe, log.calibration_sequences or settings.get("calibration_sequences")),
         log=log.to_json() | {"phases": findings.seconds} | shortfall,
         environment=environment,

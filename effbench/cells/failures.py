@@ -10,6 +10,7 @@ import sys
 import traceback
 
 from effbench.core.errors import Outcome, OutOfMemory, Unavailable, Usage
+from effbench.core.packages import method_line
 from effbench.machine.devices import gib
 from effbench.records.record import OutcomeName
 
@@ -65,7 +66,7 @@ def diagnose(error: BaseException) -> Failure:
         message = "no space left on the disk"
     return Failure(
         "crashed",
-        f"{type(error).__name__}: {message}".removesuffix(": "),
+        f"{type(error).__name__}: {message}".removesuffix(": ") + method_line(error),
         "".join(traceback.format_exception(error)),
     )
 

@@ -20,7 +20,8 @@ from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
 from effbench.core.kinds import kind_of
 from effbench.core.method import Method
-from effbench.core.provenance import digest_source, find_file
+from effbench.core.packages import module_file
+from effbench.core.provenance import digest_source
 from effbench.core.recipe import Recipe
 from effbench.core.usage import one_of
 from effbench.machine.gate import gate_file
@@ -157,7 +158,7 @@ def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict
 def _digest_method(step: Method) -> str:
     """Digest of the source of a method and of what serves its kind."""
     service = f"effbench.nn.kinds.{kind_of(type(step)).lower()}"
-    return digest_source(type(step).__module__, *([service] if find_file(service) else []))
+    return digest_source(type(step).__module__, *([service] if module_file(service) else []))
 
 
 class _Before:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from effbench.core.errors import Usage
-
-if TYPE_CHECKING:
-    pass
-
+from effbench.core.source import document_fields
 
 INTERRUPTED = 130
 
@@ -63,22 +58,22 @@ class Command:
 
 def document_options(cls: type, title: str = "options:", mark: str = "=") -> str:
     """Help on the fields of an options class, from the comments beside them."""
-    fields = re.findall(
-        r"^    (\w+): .*?(?: = (?:dataclasses\.field\(.*\)|(.*?)))?  # (.*)$", inspect.getsource(cls), re.MULTILINE
-    )
-    width = max(len(name) for name, _, _ in fields) + len(mark) + 1
+    fields = document_fields(cls).values()
+    width = max(len(field.name) for field in fields) + len(mark) + 1
     lines = [
-        f"  {name + mark:<{width}}{text}" + ("" if default in ("", "None") else f" [{default}]")
-        for name, default, text in fields
+        f"  {field.name + mark:<{width}}{field.comment}"
+        + ("" if field.default in (None, "None") or "field(" in field.default else f" [{field.default}]")
+        for field in fields
     ]
     return "\n".join([title, *lines])
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of equal length, columns aligned."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
 
 
-JSON = {"--json": "for machines"}
+JSON = {"--json": "print JSON"}

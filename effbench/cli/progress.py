@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from effbench.cells.plan import Batch
+    from effbench.records.store import Store
 
 STARTING = "starting: libraries are loaded once, which takes 10 to 30 s"
 DOING = {  # phases that do not say by themselves what happens
@@ -35,11 +36,16 @@ def opening(batch: Batch) -> str:
     )
 
 
-def closing(records: list[Record], seconds: float) -> str:
-    """One line that counts the outcomes."""
+def closing(records: list[Record], seconds: float, store: Store) -> str:
+    """One line that counts the outcomes, and one for each traceback with the file that holds it."""
     count = Counter(record.outcome for record in records)
     outcomes = ", ".join(f"{count[outcome]} {outcome}" for outcome in OUTCOMES if count[outcome])
-    return f"{len(records)} cells in {_duration(seconds)}: {outcomes or 'nothing to do'}"
+    lines = [f"{len(records)} cells in {_duration(seconds)}: {outcomes or 'nothing to do'}"]
+    for record in records:
+        if record.traceback:
+            path = store.folder(record.cell.suite, record.cell.suite_version) / record.name
+            lines.append(f"traceback of {record.cell.recipe}, seed {record.cell.seed}: {path}")
+    return "\n".join(lines)
 
 
 def line(record: Record) -> str:

@@ -55,3 +55,8 @@ class OutOfMemory(Outcome):
     def __init__(self, message: str, **shortfall: int) -> None:
         super().__init__(message)
         self.shortfall = shortfall  # asked_bytes, free_bytes, total_bytes, as far as they are known
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

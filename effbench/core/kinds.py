@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effbench.core.method import Method, Need
+from effbench.core.method import HOOKS, Alternatives, Method, Need
 
 if TYPE_CHECKING:
     from collections.abc import Sequence, Set
@@ -27,6 +27,8 @@ class Select(Method):
     selections refine each other; `run.data.pool` stays whole. Override `score` (larger is kept first) or `order`
     (example indices, best first).
     """
+
+    must_define: ClassVar[Alternatives] = (("score",), ("order",))
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
         """[N]: the larger, the more worth keeping."""
@@ -46,6 +48,7 @@ class Select(Method):
 class Weights(Method):
     """Rewrites the weights of every linear in the blocks, layer by layer, from streamed calibration statistics."""
 
+    must_define: ClassVar[Alternatives] = (("compress",), ("compress_block",))
     sequential: ClassVar[bool] = True  # a block's statistics come from inputs that compressed blocks produced
     folds: ClassVar[bool] = False  # moves scales into other modules, so weights do not compare before and after
     settles: ClassVar[bool] = True
@@ -83,6 +86,7 @@ class Swap(Method):
     """Replaces linears by trainable ones; `settle` turns them into their final form once, after training."""
 
     trains: ClassVar[bool] = True
+    must_define: ClassVar[Alternatives] = (("replace",),)
 
     @property
     def targets(self) -> Literal["all"] | tuple[str, ...]:
@@ -112,6 +116,7 @@ class Train(Method):
     """Changes the next `fit` through hooks and slots, and is undone at its end."""
 
     trains: ClassVar[bool] = True
+    must_define: ClassVar[Alternatives] = (*((hook,) for hook in HOOKS), ("slot_values",), ("claims",))
 
     def apply(self, run: Run) -> None:
         run.serve(self)
@@ -120,6 +125,8 @@ class Train(Method):
 @dataclasses.dataclass(frozen=True)
 class Cache(Method):
     """Keeps fewer cached tokens (`keep`), or stores them in fewer bits (`encode`, `decode`), during inference."""
+
+    must_define: ClassVar[Alternatives] = (("keep",), ("encode", "decode"))
 
     def keep(self, layer: Slots) -> Tensor:
         """Indices of the slots that stay, [B, Hkv, kept]."""
@@ -149,6 +156,8 @@ class Cache(Method):
 @dataclasses.dataclass(frozen=True)
 class Prompt(Method):
     """Shortens prompts before they reach the model."""
+
+    must_define: ClassVar[Alternatives] = (("rewrite",),)
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
         """Segments with the same roles and fewer tokens."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import inspect
+import os
 import typing
 from collections.abc import Set
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from effbench.core.errors import Usage
+from effbench.core.packages import class_file, method_key
 from effbench.core.usage import convert
 
 if TYPE_CHECKING:
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from effbench.core.views import Tensor
 
 Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
+HOOKS = ("batch", "loss", "param_groups", "optimizer", "context", "on_step")
+Alternatives = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Method:
 
     paper: ClassVar[str] = ""  # where the method was published
     identity: ClassVar[dict[str, Any] | None] = None  # settings at which the model must be unchanged
-    trial: ClassVar[dict[str, Any]] = {}  # settings for contract checks where the defaults would take long
+    trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings to test: the first by every check of the contract,
+    # all of them by those of packing and saving, which run code that the defaults do not reach
     claims: ClassVar[tuple[str, ...]] = ()  # slots this method writes, e.g. "train.precision"
     consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
@@ -38,6 +45,29 @@ class Method:
     type: ClassVar[str] = ""  # for comparison tables: what sort of method it is; empty: its kind
     weight_update: ClassVar[str] = ""  # for comparison tables: what happens to weights that stay; empty: not said
     exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
+    # What a method has to define itself, all names of at least one group. A class that sets this is a base of methods.
+    must_define: ClassVar[Alternatives] = (("apply",), *((hook,) for hook in HOOKS))
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        cls.check_definition()
+        return super().__new__(cls)
+
+    @classmethod
+    def check_definition(cls) -> None:
+        """Raise `Usage` for a class that is no complete method, before anything runs."""
+        where = f"{cls.__name__} in {class_file(cls) or cls.__module__}"
+        if "__dataclass_params__" not in cls.__dict__:
+            raise Usage(f"{where}: write @dataclass(frozen=True) above the class")
+        base = cast(type[Method], next(ancestor for ancestor in cls.__mro__ if "must_define" in ancestor.__dict__))
+        missing = [[name for name in group if getattr(cls, name) is getattr(base, name)] for group in base.must_define]
+        begun = [names for names, group in zip(missing, base.must_define, strict=True) if 0 < len(names) < len(group)]
+        if begun or all(missing):
+            lacking = begun or missing
+            own = [name for name, value in cls.__dict__.items() if callable(value) and not hasattr(base, name)]
+            slips = [(name, difflib.get_close_matches(name, own, 1)) for names in lacking for name in names]
+            hint = next((f"; it has {close[0]!r}: did you mean {name!r}?" for name, close in slips if close), "")
+            calls = " or ".join(" and ".join(_call(base, name) for name in names) for names in lacking)
+            raise Usage(f"{where} does not define {calls}{hint}")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -48,14 +78,23 @@ class Method:
 
     @property
     def key(self) -> str:
-        """Registry key: the stem of the file that defines the method."""
-        return type(self).__module__.rpartition(".")[2]
+        """Name in recipes: the stem of the file that defines the method, FILE:CLASS where no registry has it."""
+        return method_key(type(self))
 
     def __str__(self) -> str:
         """The step in canonical form: key and the fields that differ from their defaults."""
+        return f"{self.key if self.key.isidentifier() else repr(self.key)}({self._arguments()})"
+
+    @property
+    def label(self) -> str:
+        """The step as a person writes it: a file below the working folder by its path from there."""
+        inside = self.key.startswith(os.path.join(os.getcwd(), ""))
+        return f"./{os.path.relpath(self.key)}({self._arguments()})" if inside else str(self)
+
+    def _arguments(self) -> str:
         default = {field.name: field.default for field in dataclasses.fields(self)}
         given = {name: getattr(self, name) for name in default}
-        return f"{self.key}({', '.join(f'{k}={v!r}' for k, v in given.items() if v != default[k])})"
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != default[name])
 
     def check(self) -> None:
         """Raise `Usage` for settings that no data can make right."""
@@ -123,6 +162,12 @@ class Method:
     def on_step(self, run: Run, step: int, total: int) -> None:
         """Called once per optimizer step: after it, before gradients are cleared, gradients unscaled."""
         raise NotImplementedError
+
+
+def _call(base: type, name: str) -> str:
+    """A name that a method has to define, with its arguments."""
+    value = getattr(base, name)
+    return f"{name}({', '.join(list(inspect.signature(value).parameters)[1:])})" if inspect.isfunction(value) else name
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from effbench.core import registry
+from effbench.core.packages import module_file
 from effbench.core.paths import PACKAGE
 
 ROOT = PACKAGE.name  # its own module holds the version and is no part of a digest: a release changes no number
@@ -41,11 +41,11 @@ def follow_imports(modules: Iterable[str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     queue = list(modules)
     for name in queue:
-        if find_file(name) is None:
+        if module_file(name) is None:
             raise ValueError(f"{name} is no module of effbench")
     while queue:
         name = queue.pop()
-        path = find_file(name)
+        path = module_file(name)
         if name in files or path is None or name == ROOT:
             continue
         files[name] = path
@@ -53,15 +53,6 @@ def follow_imports(modules: Iterable[str]) -> dict[str, Path]:
         queue += _parents(name)  # importing a module runs the packages that it is in
         queue += (absolute for imported in _read(path).imports if (absolute := _absolute(imported, package)))
     return files
-
-
-def find_file(module: str) -> Path | None:
-    """The file of a module of effbench or of an outside method; None for others and folders without `__init__.py`."""
-    top, *parts = module.split(".")
-    if top != ROOT:
-        return registry.module_file(module)
-    place = PACKAGE.joinpath(*parts)
-    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
 
 
 def _parents(module: str) -> Iterator[str]:

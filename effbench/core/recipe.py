@@ -1,12 +1,15 @@
 """Recipes: ordered lists of methods, written as step strings such as `"nf4(), lora(rank=16), fit(steps=50)"`.
 
-Parsing is strict: calls with literal keyword arguments and nothing else, never evaluated as code.
+Parsing is strict: calls with literal keyword arguments and nothing else, never evaluated as code. A method that is
+in no registry is written as its file and class, `./mine.py:Mine(x=1)`, with quotes around a path of spaces:
+`'./my methods/mine.py:Mine'(x=1)`.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +18,9 @@ from effbench.core.errors import Conflict, Usage
 from effbench.core.method import Method
 from effbench.core.run import conflict
 from effbench.core.usage import nearest
+
+# A quoted string, left as it is, or FILE.py:CLASS before its bracket.
+REFERENCE = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^\s,'"()=]+\.py(?::\w+)?)(?=\s*\()""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,11 @@ class Recipe:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.steps))
+
+    @property
+    def label(self) -> str:
+        """The steps as a person writes them."""
+        return ", ".join(step.label for step in self.steps)
 
     def check(self) -> Recipe:
         """Raise `Conflict` where two steps write one slot; each fit uses the train plan up."""
@@ -80,12 +91,16 @@ def _calls(text: str) -> list[ast.Call]:
     if not text.strip():
         return []
     try:
-        tree = ast.parse(f"({text}\n,)", mode="eval").body
+        quoted = REFERENCE.sub(lambda match: match[1] or repr(match[2]), text)
+        tree = ast.parse(f"({quoted}\n,)", mode="eval").body
         ast.unparse(tree)
     except (RecursionError, MemoryError):
         raise Usage(f"recipe {text[:60]!r}... is nested too deeply") from None
     except (SyntaxError, ValueError) as error:
-        raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; write steps as name(key=value), ...") from None
+        form = "name(key=value), ..."
+        if ".py" in text:
+            form += " or './my file.py:Class'(key=value), in quotes where the path has spaces"
+        raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; write steps as {form}") from None
     assert isinstance(tree, ast.Tuple)
     for node in tree.elts:
         if not isinstance(node, ast.Call):
@@ -96,6 +111,8 @@ def _calls(text: str) -> list[ast.Call]:
 
 
 def _name(call: ast.Call, text: str) -> str:
+    if isinstance(call.func, ast.Constant) and isinstance(call.func.value, str):
+        return call.func.value
     if not isinstance(call.func, ast.Name):
         raise Usage(f"recipe {text!r}: {ast.unparse(call.func)!r} is not the name of a method")
     return call.func.id

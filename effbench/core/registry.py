@@ -1,7 +1,8 @@
 """Methods by name. The registry is the folder tree: `methods/<family>/<key>.py` defines the method `key`.
 
 Names, papers and parameters are read from source without importing, so listing needs no torch; a class is imported
-when a recipe asks for it. `EFFBENCH_METHODS` may name further folders of the same shape, separated as in PATH.
+when a recipe asks for it. `EFFBENCH_METHODS` may name further folders of the same shape, separated as in PATH, and
+`FILE.py:CLASS` names a method in any other file.
 """
 
 from __future__ import annotations
@@ -10,21 +11,24 @@ import ast
 import dataclasses
 import functools
 import importlib
-import importlib.util
-import itertools
 import os
-import sys
+import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 
 from effbench.core.errors import Usage
 from effbench.core.kinds import KINDS
+from effbench.core.lineage import trace
 from effbench.core.method import Method
+from effbench.core.packages import SHIPPED, absolute, method_line, package
 from effbench.core.paths import PACKAGE, SUITES
+from effbench.core.source import Module, Parameter, read_fields, read_module
 from effbench.core.usage import nearest
+
+VARIABLE = "EFFBENCH_METHODS"
+FILE = re.compile(r"(?P<file>.+\.py)(:(?P<cls>\w+))?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Entry:
     """What is known of a method without importing it."""
 
     key: str
-    family: str
-    kind: str
+    family: str  # folder that holds the file; empty for FILE.py:CLASS
+    kind: str  # `broken` for a file that defines no method
     paper: str
-    summary: str  # first line of the module's docstring
-    parameters: dict[str, str]  # name: "type = default" as written
+    summary: str  # first line of the module's docstring; of a broken file, what is wrong with it
+    parameters: dict[str, Parameter]
     facts: dict[str, Any]  # literal class attributes: needs, type, weight_update ...
     path: Path
     cls: str
@@ -44,9 +48,25 @@ class Entry:
 
 
 def roots() -> list[Path]:
-    """Folders that hold families of methods."""
-    extra = os.environ.get("EFFBENCH_METHODS", "")
-    return [PACKAGE / "methods", *(Path(part) for part in extra.split(os.pathsep) if part)]
+    """Folders that hold families of methods. Raises `Usage` where `EFFBENCH_METHODS` names anything else."""
+    given = os.environ.get(VARIABLE, "")
+    return [PACKAGE / "methods", *(_checked(absolute(part)) for part in given.split(os.pathsep) if part)]
+
+
+def _checked(root: Path) -> Path:
+    shape = "it names folders that hold FAMILY/NAME.py"
+    if not root.is_dir():
+        raise Usage(f"{VARIABLE}: {root} is {'no folder' if root.exists() else 'not there'}; {shape}")
+    flat = sorted(root.glob("*.py"))
+    if flat and not any(_files(root)):
+        raise Usage(f"{VARIABLE}: {root} holds {flat[0].name} itself; {shape}: name the folder above, {root.parent}")
+    return root
+
+
+def _files(root: Path) -> list[Path]:
+    """Files of methods in a folder of families; names that begin with a dot or an underscore are private."""
+    files = (path for path in root.glob("*/*.py") if path.stem[0] != "_" and path.parent.name[0] not in "._")
+    return sorted(files)
 
 
 def catalog() -> dict[str, Entry]:
@@ -58,139 +78,133 @@ def catalog() -> dict[str, Entry]:
 def _catalog(folders: tuple[Path, ...]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for root in folders:
-        for path in sorted(root.glob("*/*.py")):
-            if path.stem.startswith("_"):
-                continue
-            entry = _entry(path, root)
-            if entry.key in entries:
-                raise Usage(f"two methods are called {entry.key!r}: {entries[entry.key].path} and {path}")
-            entries[entry.key] = entry
+        for path in _files(root):
+            if path.stem in entries:
+                raise Usage(f"two methods are called {path.stem!r}: {entries[path.stem].path} and {path}")
+            entries[path.stem] = _family_entry(path, root)
     return dict(sorted(entries.items()))
 
 
-def _entry(path: Path, root: Path) -> Entry:
-    family = path.parent.name
-    module = f"effbench.methods.{family}.{path.stem}" if root == PACKAGE / "methods" else path.stem
+def _family_entry(path: Path, root: Path) -> Entry:
+    """The method that a file in a family is named after."""
+    family, key = path.parent.name, path.stem
+    parent = SHIPPED if root == PACKAGE / "methods" else f"{package(root)}."
+    module = f"{parent}{family}.{key}"
     try:
-        tree = ast.parse(path.read_bytes())
+        if not (key.isidentifier() and family.isidentifier()):
+            raise SyntaxError("its name and its folder's may hold letters, digits and _ only")
+        source = read_module(path, module)
+        wanted = key.replace("_", "").lower()
+        classes = [n for n in source.tree.body if isinstance(n, ast.ClassDef) and n.name.lower() == wanted]
+        if len(classes) != 1:
+            raise SyntaxError(f"defines no class {wanted!r} (capitals as in the paper)")
+        return _entry(key, family, path, classes[0], source)
     except SyntaxError as error:
-        return Entry(path.stem, family, "broken", "", f"cannot be read: {error}", {}, {}, path, "", module)
-    wanted = path.stem.replace("_", "")
-    classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.lower() == wanted}
-    if len(classes) != 1:
-        reason = f"defines no class {wanted!r} (capitals as in the paper)"
-        return Entry(path.stem, family, "broken", "", reason, {}, {}, path, "", module)
-    ((name, node),) = classes.items()
-    lineage, kind = _lineage(node, tree)
-    parameters: dict[str, str] = {}
+        reason = str(error.args[0]) if error.lineno is None else f"cannot be read: {error}"
+        return Entry(key, family, "broken", "", reason, {}, {}, path, "", module)
+
+
+def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module) -> Entry:
+    """What the source of a class says of a method."""
+    lineage, kind = trace(node, source)
+    parameters: dict[str, Parameter] = {}
     facts: dict[str, Any] = {}
-    for line in itertools.chain.from_iterable(ancestor.body for ancestor in lineage):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            note = ast.unparse(line.annotation)
-            if not note.startswith("ClassVar"):
-                default = f" = {ast.unparse(line.value)}" if line.value else ""
-                parameters[line.target.id] = note + default
-            elif line.value is not None:
-                _literal(facts, line.target.id, line.value)
-        elif isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-            _literal(facts, line.targets[0].id, line.value)
+    for ancestor, module in lineage:
+        parameters |= read_fields(ancestor, module)
+        for line in ancestor.body:
+            target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+            value = getattr(line, "value", None)
+            if isinstance(target, ast.Name) and target.id not in parameters and value is not None:
+                try:
+                    facts[target.id] = ast.literal_eval(value)
+                except ValueError:
+                    continue  # no fact but code
     return Entry(
-        key=path.stem,
+        key=key,
         family=family,
-        kind=kind,
+        kind=kind or "apply",
         paper=facts.pop("paper", ""),
-        summary=(ast.get_docstring(tree) or "").partition("\n")[0],
+        summary=(ast.get_docstring(source.tree) or "").partition("\n")[0],
         parameters=parameters,
         facts=facts,
         path=path,
-        cls=name,
-        module=module,
+        cls=node.name,
+        module=source.name,
     )
 
 
-def _lineage(node: ast.ClassDef, tree: ast.Module) -> tuple[list[ast.ClassDef], str]:
-    """The class behind those that it inherits from within its family, and the kind they all are of."""
-    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-    for base in bases:
-        if base == Method.__name__:
-            continue
-        if base in KINDS:
-            return [node], base
-        for line in tree.body:
-            if isinstance(line, ast.ClassDef) and line.name == base:
-                found, kind = _lineage(line, tree)
-                return [*found, node], kind
-            imported = isinstance(line, ast.ImportFrom) and any(alias.name == base for alias in line.names)
-            file = _file(line.module) if imported and isinstance(line, ast.ImportFrom) else None
-            if file is not None:
-                other = ast.parse(file.read_bytes())
-                parent = next(n for n in other.body if isinstance(n, ast.ClassDef) and n.name == base)
-                found, kind = _lineage(parent, other)
-                return [*found, node], kind
-    return [node], "apply"
+def entry(key: str) -> Entry:
+    """What is known of a method by its name or as FILE.py:CLASS. Raises `Usage` for an unknown or broken one."""
+    reference = FILE.fullmatch(key)
+    if reference is None:
+        entries = catalog()
+        if key not in entries:
+            raise Usage(f"unknown method {key!r}{nearest(key, [*entries, *presets()])}")
+        if entries[key].kind == "broken":
+            raise Usage(f"method {key!r}: {entries[key].path} {entries[key].summary}")
+        return entries[key]
+    entries = {method.cls: method for method in entries_in(reference["file"])}
+    if reference["cls"] is None:
+        raise Usage(f"{key}: name the class, {' or '.join(f'{key}:{name}' for name in entries)}")
+    if reference["cls"] not in entries:
+        raise Usage(f"{reference['file']}: defines no method {reference['cls']!r}{nearest(reference['cls'], entries)}")
+    return entries[reference["cls"]]
 
 
-def _source(module: str | None) -> Path | None:
-    """File of a module of the package whose code decides what a method computes; None for any other."""
-    parts = (module or "").split(".")
-    return _file(module) if len(parts) > 2 and parts[1] in ("methods", "formats", "kernels") else None
+def find(name: str) -> Entry:
+    """`entry`, which for a FILE.py that defines one method needs no class. Raises `Usage`."""
+    reference = FILE.fullmatch(name)
+    if reference is not None and reference["cls"] is None:
+        entries = entries_in(name)
+        if len(entries) == 1:
+            return entries[0]
+    return entry(name)
 
 
-def _file(module: str | None) -> Path | None:
-    """File of a module of the package; None for any other."""
-    top, *parts = (module or "").split(".")
-    file = PACKAGE.joinpath(*parts).with_suffix(".py")
-    return file if top == "effbench" and parts and file.is_file() else None
-
-
-def _literal(facts: dict[str, Any], name: str, value: ast.expr) -> None:
+def entries_in(file: str) -> list[Entry]:
+    """The methods that a file defines; what is in the catalog keeps its key. Raises `Usage` for a file without any."""
+    path = absolute(file)
+    if not path.is_file():
+        raise Usage(f"{file}: no such file")
+    if not path.stem.isidentifier():
+        raise Usage(f"{file}: the file's name may hold letters, digits and _ only")
+    named = [known for known in catalog().values() if known.path.name == path.name and known.path.samefile(path)]
     try:
-        facts[name] = ast.literal_eval(value)
-    except ValueError:
-        return
+        source = read_module(path, f"{package(path.parent)}.{path.stem}")
+        entries = [
+            _entry(f"{path}:{node.name}", "", path, node, source)
+            for node in source.tree.body
+            if isinstance(node, ast.ClassDef)
+            and trace(node, source)[1] is not None
+            and node.name not in {known.cls for known in named}
+        ]
+    except SyntaxError as error:
+        raise Usage(f"{file}: cannot be read: {error}") from None
+    if not named + entries:
+        raise Usage(f"{file}: defines no method: a class whose base is {', '.join(KINDS)} or Method")
+    return named + entries
 
 
 def load(key: str) -> type[Method]:
     """The class of a method. Raises `Usage` for an unknown name or a file that cannot be imported."""
-    entries = catalog()
-    if key not in entries:
-        raise Usage(f"unknown method {key!r}{nearest(key, [*entries, *presets()])}")
-    entry = entries[key]
-    if entry.kind == "broken":
-        raise Usage(f"method {key!r}: {entry.path} {entry.summary}")
+    known = entry(key)
     try:
-        module = _import(entry)
-    except Exception as error:
-        raise Usage(f"method {key!r}: {entry.path} cannot be imported: {error!r}") from error
-    cls: type[Method] = getattr(module, entry.cls)
+        importlib.invalidate_caches()  # the file may be younger than the folder's listing
+        module = importlib.import_module(known.module)
+    except (Exception, SystemExit) as error:
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and (known.path.parent / f"{error.name}.py").is_file():
+            hint = f"; import a file beside it as `from . import {error.name}`"
+        raise Usage(f"method {key!r}: {known.path} cannot be imported: {error!r}{method_line(error)}{hint}") from error
+    cls: type[Method] = getattr(module, known.cls)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise Usage(f"method {key!r}: {entry.cls} in {entry.path} is not a Method")
+        raise Usage(f"method {key!r}: {known.cls} in {known.path} is not a Method")
+    cls.check_definition()
     return cls
-
-
-def _import(entry: Entry) -> ModuleType:
-    if entry.module.startswith("effbench."):
-        return importlib.import_module(entry.module)
-    if entry.module not in sys.modules:
-        spec = importlib.util.spec_from_file_location(entry.module, entry.path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[entry.module] = module  # dataclasses and pickle look their module up by name
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[entry.module]
-            raise
-    return sys.modules[entry.module]
 
 
 @functools.cache
 def presets() -> dict[str, str]:
     """Named step strings of `suites/presets.yaml`."""
-    found = yaml.safe_load((SUITES / "presets.yaml").read_text()) or {}
-    return {str(name): str(steps) for name, steps in found.items()}
-
-
-def module_file(module: str) -> Path | None:
-    """The file of a module outside effbench that holds a method; None for all others."""
-    return next((entry.path for entry in catalog().values() if entry.module == module), None)
+    texts = yaml.safe_load((SUITES / "presets.yaml").read_text()) or {}
+    return {str(name): str(steps) for name, steps in texts.items()}

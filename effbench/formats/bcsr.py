@@ -9,7 +9,6 @@ from torch import Tensor
 
 from effbench.formats.csr import Compressed
 from effbench.kernels.bcsr_linear.cases import OP
-from effbench.kernels.bcsr_linear.reference import dense
 
 
 def blocked(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -31,7 +30,6 @@ class BCSRLinear(Compressed):
     """The kept blocks of `rows` x `columns` weights of every block row, `number` in all, each with its block column."""
 
     op = OP
-    decode = staticmethod(dense)
 
     def __init__(
         self, in_features: int, out_features: int, rows: int, columns: int, number: int, bias: bool = False

@@ -11,7 +11,7 @@ from effbench.formats.packed import Packed
 from effbench.formats.packing import pack, word_count
 from effbench.kernels._common.csr import positions
 from effbench.kernels.lut_linear.cases import OP
-from effbench.kernels.lut_linear.reference import dense
+from effbench.kernels.lut_linear.reference import LutMatrix
 
 ABSMAX_BLOCK = 256  # factors that share a second-level factor
 
@@ -179,7 +179,7 @@ class LutLinear(Packed):
 
     def dense_weight(self) -> Tensor:
         sparse = (self.crow, self.col, self.values)
-        return dense(self.in_features, self.weight, self.lut, self.factors(), *sparse, self.bits, self.block)
+        return LutMatrix(self.weight, self.lut, self.factors(), *sparse, self.bits, self.block).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> LutLinear:
         """The same tables, factors and outlier positions; outliers take up what their codes leave over."""
@@ -193,7 +193,8 @@ class LutLinear(Packed):
         module = LutLinear(**self.config()).to(self.weight.device)
         if self.crow is None or self.col is None:
             return module.fill(self.bias, **tensors)
-        rounded = dense(self.in_features, tensors["weight"], self.lut, absmax, None, None, None, self.bits, self.block)
+        matrix = LutMatrix(tensors["weight"], self.lut, absmax, bits=self.bits, block=self.block)
+        rounded = matrix.dense(self.in_features)
         left = (weight - rounded)[positions(self.crow, self.col)]
         return module.fill(self.bias, **tensors | {"values": left})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 
 from effbench.formats.packed import Packed
 from effbench.kernels.csr_linear.cases import OP
-from effbench.kernels.csr_linear.reference import dense
-from effbench.ops import Op
+from effbench.ops import LinearOp
 
 
 class Compressed(Packed):
@@ -21,8 +19,7 @@ class Compressed(Packed):
     positions are exactly the kept ones.
     """
 
-    op: ClassVar[Op]
-    decode: ClassVar[Callable[..., Tensor]]  # (in_features, crow, col, values) -> matrix [out, in]
+    op: ClassVar[LinearOp]
     maskable = False  # the indices say what is kept
     metadata = frozenset({"crow", "col"})
     crow: Tensor
@@ -45,17 +42,16 @@ class Compressed(Packed):
         return self.op(x, self.crow, self.col, self.values)
 
     def dense_weight(self) -> Tensor:
-        return type(self).decode(self.in_features, self.crow, self.col, self.values).float()
+        return self.op.matrix(self.crow, self.col, self.values).dense(self.in_features).float()
 
     def kept(self) -> Tensor:
-        return type(self).decode(self.in_features, self.crow, self.col, torch.ones_like(self.values)).bool()
+        return self.op.matrix(self.crow, self.col, torch.ones_like(self.values)).dense(self.in_features).bool()
 
 
 class CSRLinear(Compressed):
     """The kept weights of every row, `number` in all, each with its column."""
 
     op = OP
-    decode = staticmethod(dense)
 
     def __init__(self, in_features: int, out_features: int, number: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)

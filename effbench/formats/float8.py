@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effbench.formats.packed import Packed
 from effbench.kernels.fp8_linear.cases import OP
-from effbench.kernels.fp8_linear.reference import LARGEST, dense
+from effbench.kernels.fp8_linear.reference import LARGEST, Fp8Matrix
 
 
 class FP8Linear(Packed):
@@ -70,7 +70,7 @@ class FP8Linear(Packed):
         return OP(x, self.weight, self.scale, self.activations)
 
     def dense_weight(self) -> Tensor:
-        return dense(self.in_features, self.weight, self.scale, self.activations)
+        return Fp8Matrix(self.weight, self.scale, self.activations).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> FP8Linear:
         rounded = FP8Linear.rounded(

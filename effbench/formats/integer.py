@@ -10,7 +10,7 @@ from torch import Tensor
 from effbench.formats.packed import Packed
 from effbench.formats.packing import pack, word_count
 from effbench.kernels.int_linear.cases import OP
-from effbench.kernels.int_linear.reference import dense, zero_points
+from effbench.kernels.int_linear.reference import IntMatrix, zero_points
 
 
 class Codes(Packed):
@@ -137,7 +137,7 @@ class IntLinear(Codes):
         return OP(x, self.weight, self.scale, self.zero, self.g_idx, self.bits)
 
     def dense_weight(self) -> Tensor:
-        return dense(self.in_features, self.weight, self.scale, self.zero, self.g_idx, self.bits)
+        return IntMatrix(self.weight, self.scale, self.zero, self.g_idx, self.bits).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> IntLinear:
         """The same scales, zero-points and zeros; every weight goes to the nearest code."""

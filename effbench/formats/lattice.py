@@ -11,7 +11,7 @@ from effbench.formats.packed import Packed
 from effbench.formats.packing import pack, unpack, word_count
 from effbench.kernels.e8p_linear.cases import OP, RESIDUAL_SCALE
 from effbench.kernels.e8p_linear.codebook import ONE_BIT, ORDER, PATTERNS, decode
-from effbench.kernels.e8p_linear.reference import dense
+from effbench.kernels.e8p_linear.reference import E8PMatrix
 from effbench.kernels.hadamard.cases import OP as HADAMARD
 from effbench.kernels.hadamard.matrices import factors
 
@@ -183,7 +183,8 @@ class E8PLinear(Packed):
         return HADAMARD(y, transpose=True) * signs_out
 
     def dense_weight(self) -> Tensor:
-        rotated = dense(self.in_features, self.weight, self.scale, self.residual, RESIDUAL_SCALE[self.bits])
+        matrix = E8PMatrix(self.weight, self.scale, self.residual, RESIDUAL_SCALE[self.bits])
+        rotated = matrix.dense(self.in_features)
         return rotate_back(rotated, *self.signs())
 
     def rebuilt(self, weight: Tensor) -> E8PLinear:

@@ -12,9 +12,9 @@ from effbench.formats.packed import Packed
 from effbench.formats.packing import pack
 from effbench.kernels._common.nm import columns, index_words, place_bits
 from effbench.kernels.nm_int_linear.cases import OP as INT_OP
-from effbench.kernels.nm_int_linear.reference import dense as int_dense
+from effbench.kernels.nm_int_linear.reference import NmIntMatrix
 from effbench.kernels.nm_linear.cases import OP
-from effbench.kernels.nm_linear.reference import dense
+from effbench.kernels.nm_linear.reference import NmMatrix
 
 PATTERNS = ((2, 4), (4, 8))  # patterns that hardware and papers know
 
@@ -92,7 +92,7 @@ class NMLinear(_NM):
         return OP(x, self.values, self.index, self.n, self.m)
 
     def dense_weight(self) -> Tensor:
-        return dense(self.in_features, self.values, self.index, self.n, self.m)
+        return NmMatrix(self.values, self.index, self.n, self.m).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> NMLinear:
         module = NMLinear(**self.config()).to(self.index.device).fill(self.bias, **self.like())
@@ -146,7 +146,7 @@ class NMIntLinear(_NM, Codes):
 
     def dense_weight(self) -> Tensor:
         rest = (self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
-        return int_dense(self.in_features, self.weight, self.index, *rest)
+        return NmIntMatrix(self.weight, self.index, *rest).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> NMIntLinear:
         """The same scales, zero-points and places; every stored weight goes to the nearest code."""

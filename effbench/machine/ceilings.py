@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from effbench.machine.capture import capture
 from effbench.machine.clock import timed
+from effbench.records.timings import Ceilings as Ceilings
 
 BUFFER = {"cpu": 2**28, "cuda": 2**30}  # bytes copied and read
 PATTERN = 2**18  # random numbers that fill a buffer by repetition
@@ -19,22 +19,6 @@ MATMUL = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}  # rows 
 NODES = 512  # of the graph that does next to nothing
 REPEATS = 5  # at least
 SECONDS = {"cpu": 0.0, "cuda": 0.25}  # at least: clocks have to rise first
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """The best of several tries each."""
-
-    copy_bytes_per_s: float  # read and written
-    read_bytes_per_s: float
-    matmul_flop_per_s: float  # a multiply-add is 2
-    matmul_dtype: str
-    graph_node_s: float | None  # one kernel of one number within a CUDA graph; None where there are no graphs
-
-    @property
-    def bandwidth(self) -> float:
-        """Attainable bytes/s: the ceiling of a step that reads every weight once."""
-        return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
 
 @functools.cache

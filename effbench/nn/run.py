@@ -22,7 +22,7 @@ from effbench.core.run import FitReport, InferPlan, Run
 from effbench.nn.data import LONGEST, SEQUENCES, Data
 from effbench.nn.infer.engine import Engine
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.linear import Replaced, kept, replace, stored_as, stored_bytes, stored_tensors
+from effbench.nn.model.linear import Replaced, check_module, kept, replace, stored_as, stored_bytes, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,6 +130,7 @@ class ModelRun(Run):
         for entry in trained:
             if entry.module in paths:  # its block may be gone
                 path, final = paths[entry.module], entry.method.settle(entry.module)
+                check_module(final, entry.method, "settle")
                 if entry.held and final is not entry.module and kept(final) is None:
                     self.log.densified.append(path)
                 dtype: torch.dtype = self.model.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -48,7 +49,7 @@ class Cell:
     settings: dict[str, Any]  # probes, limit, dtype, device kind, threads, score_block, tasks ...
     digests: dict[str, str]  # model, data, tasks, methods, probes, files
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """Hex digest of everything above but the row's name; equal identities measure the same thing."""
         body = dataclasses.asdict(self)

@@ -2,77 +2,111 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from effbench.core.errors import Usage
 from effbench.core.usage import nearest
-from effbench.records.record import Unreadable, from_json
-from effbench.report.tables import ACCURACY, LEVEL, PPL, Row, groups, items, load, natural, paired, places, tasks
-from effbench.report.text import DASH, markdown_table, rounded
+from effbench.records.record import Record, Unreadable, from_json
+from effbench.report.differences import LEVEL, difference, items, mean_items
+from effbench.report.groups import Row, group_records
+from effbench.report.metrics import ACCURACY, DISTANCES, PPL, TASKS, natural, quality, scale, tasks
+from effbench.report.pages import load
+from effbench.report.text import DASH, markdown_table, one_line, places
 from effbench.stats.paired import Estimate, holm
 
 LEGEND = (
-    "Paired by item. Accuracies in %, a change of perplexity in %. p: McNemar's exact test for one seed\n"
-    f"of a task, a studentized bootstrap for the rest. *: at most {LEVEL} after Holm over the table."
+    "Paired by item; an item is averaged over the seeds of each side first. Accuracies in %. A perplexity is that of\n"
+    "the mean log-likelihood, and the interval of its change is that of the ratio, at the geometric mean of both.\n"
+    "p: McNemar's exact test for right and wrong answers to one task, else Student's t, or a studentized bootstrap\n"
+    f"where fewer than 30 items differ. *: at most {LEVEL} after Holm over the table."
 )
-DISTANCES = ("kl_nats_per_token", "top1_agreement")
+LONGEST = 100  # characters of a name that are looked at
+FEW = 20  # names that are worth listing
+SEE = "; `effbench report` shows the recipes that have records"
 HEADER = ("metric", "A", "B", "B - A", "95 % interval", "n", "lost, gained", "p", "p (Holm)")
 
 
-def main(options: Mapping[str, Any]) -> int:
-    """`effbench compare A B [suite=NAME] [results=DIR]`: paired tests per task, perplexity and distance.
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One metric of two rows, in the units in which it is shown."""
 
-    A and B are record files or names of recipes, of one suite where one is named. Raises `Usage` where they
-    cannot be found, were not measured alike, or have nothing in common.
-    """
-    names = str(options["a"]), str(options["b"])
-    before, after = sides(names, Path(options.get("results") or "results"), options.get("suite"))
-    print(compare(before, after))
-    return 0
+    metric: str
+    before: float
+    after: float
+    low: float | None  # bounds of after - before
+    high: float | None
+    test: Estimate  # of the differences per item; of logarithms for a perplexity
+
+    @property
+    def value(self) -> float:
+        return self.after - self.before
 
 
 def compare(before: Row, after: Row) -> str:
     """The comparison as a table with notes above and below. Raises `Usage` for rows not measured alike."""
     refuse(before, after)
-    measured = set(before.records[0].metrics) & set(after.records[0].metrics)
-    metrics = [
-        *sorted(filter(PPL.search, measured), key=natural),
-        *(name for name in DISTANCES if name in measured),
-        *(["tasks_acc"] if "tasks_acc" in measured else []),
-        *tasks(measured),
-    ]
-    found = {metric: test for metric in metrics if (test := paired(before.records, after.records, metric))}
-    if not found:
+    changes = list(compare_metrics(before.records, after.records))
+    if not changes:
         raise Usage(f"{before.recipe} and {after.recipe}: no metric of both has results per item")
-    adjusted = holm([test.p for test in found.values()])
-    tests = zip(found.items(), adjusted, strict=True)
-    table = markdown_table(HEADER, [_line(before, after, metric, test, p) for (metric, test), p in tests])
-    return f"A: {_named(before)}\nB: {_named(after)}\n\n{table}\n\n{LEGEND}"
+    adjusted = holm([change.test.p for change in changes])
+    lines = [_line(before, after, change, p) for change, p in zip(changes, adjusted, strict=True)]
+    return f"A: {_describe(before)}\nB: {_describe(after)}\n\n{markdown_table(HEADER, lines)}\n\n{LEGEND}"
 
 
-def sides(names: tuple[str, str], results: Path, suite: str | None) -> tuple[Row, Row]:
+def compare_metrics(before: Sequence[Record], after: Sequence[Record]) -> Iterator[Change]:
+    """The change of every metric of quality whose items can be paired."""
+    for metric in quality(set(before[0].metrics) & set(after[0].metrics)):
+        test = difference(before, after, metric)
+        if test is not None:
+            with contextlib.suppress(OverflowError):  # a perplexity beyond all numbers
+                yield _change(metric, _level(before, metric), _level(after, metric), test)
+
+
+def _level(records: Sequence[Record], metric: str) -> float:
+    """The metric as the mean of its items, each averaged over the records; the logarithm for a perplexity."""
+    parts = tasks(records[0].metrics) if metric == TASKS else [metric]
+    means = [float(values.mean()) for part in parts if (values := mean_items(records, part)) is not None]
+    return math.fsum(means) / len(means)
+
+
+def _change(metric: str, before: float, after: float, test: Estimate) -> Change:
+    if PPL.search(metric):
+        middle = 2 * math.exp((before + after) / 2)
+        before, after = math.exp(before), math.exp(after)
+        low, high = (None if bound is None else middle * math.sinh(bound / 2) for bound in (test.low, test.high))
+    else:
+        before, after = scale(metric) * before, scale(metric) * after
+        low, high = (None if bound is None else scale(metric) * bound for bound in (test.low, test.high))
+    return Change(metric, before, after, low, high, test)
+
+
+def find_rows(names: tuple[str, str], results: Path, suite: str | None) -> tuple[Row, Row]:
     """The rows of two record files or recipe names; names are looked up in the first table that has both.
 
     Raises `Usage`.
     """
-    given = [_file(Path(name)) if Path(name).is_file() else None for name in names]
-    if given[0] is not None and given[1] is not None:
-        return given[0], given[1]
+    files = [_read_file(name) for name in names]
+    if files[0] is not None and files[1] is not None:
+        return files[0], files[1]
     known: set[str] = set()
-    for group in groups(load(results, suite)):
-        rows = {row.recipe: row for row in group.rows} | {row.steps: row for row in group.rows if row.steps}
+    for table in group_records(load(results, suite)):
+        rows = {row.recipe: row for row in table.rows} | {row.steps: row for row in table.rows if row.steps}
         known |= set(rows)
-        before, after = (row or rows.get(name) for row, name in zip(given, names, strict=True))
+        before, after = (row or rows.get(name) for row, name in zip(files, names, strict=True))
         if before is not None and after is not None:
             return before, after
-    for row, name in zip(given, names, strict=True):
+    for row, name in zip(files, names, strict=True):
         if row is None and name not in known:
-            raise Usage(f"{name!r} is neither a record file nor a recipe with records{nearest(name, known)}")
+            shown = name[:LONGEST]
+            hint = nearest(shown, known) if len(known) <= FEW or get_close_matches(shown, known) else SEE
+            raise Usage(f"{shown!r} is neither a record file nor a recipe with records{hint}")
     raise Usage(f"{names[0]} and {names[1]} were never measured alike: no table has both")
 
 
@@ -94,55 +128,54 @@ def refuse(before: Row, after: Row) -> None:
             raise Usage(f"{pair}: {metric} was measured as {left!r} for one and as {right!r} for the other")
 
 
-def _file(path: Path) -> Row:
+def _read_file(name: str) -> Row | None:
+    """The row of a record's file; None for what is no file. Raises `Usage` for a file that is no record."""
+    path = Path(name)
     try:
+        if not path.is_file():
+            return None
         return Row((from_json(path.read_text(encoding="utf-8")),))
-    except (Unreadable, OSError, UnicodeDecodeError) as error:
+    except (Unreadable, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, PermissionError):
+            return None  # no file can have such a name
         raise Usage(f"{path}: {error}") from None
 
 
-def _named(row: Row) -> str:
+def _describe(row: Row) -> str:
     cell = row.records[0].cell
     seeds = ", ".join(str(record.cell.seed) for record in row.records)
     what = row.recipe if row.recipe == row.steps or not row.steps else f"{row.recipe} = {row.steps}"
-    outcome = "" if row.worst.outcome == "ok" else f"; {row.worst.outcome}: {row.worst.reason}"
+    outcome = "" if row.worst.outcome == "ok" else f"; {row.worst.outcome}: {one_line(row.worst.reason)}"
     where = f"{cell.suite} v{cell.suite_version}, {cell.tier} tier, model {cell.model}, seed {seeds}"
     return f"{what} ({where}{outcome})"
 
 
-def _line(before: Row, after: Row, metric: str, test: Estimate, adjusted: float) -> list[str]:
-    """One metric's row of the table."""
-    scale: Callable[[float], float]
-    if PPL.search(metric):
-        factor, scale = 1.0, lambda value: 100 * math.expm1(value)
-    else:
-        factor = 1.0 if metric == "kl_nats_per_token" else 100.0
-        scale = factor.__mul__
-    unit = " %" if PPL.search(metric) else ""
-    values = [estimate.value * factor if (estimate := row.estimate(metric)) else None for row in (before, after)]
-    change, interval = scale(test.value), DASH
-    decimals = max(1, 2 - math.floor(math.log10(abs(change) or 1)))
-    if test.low is not None and test.high is not None:
-        low, high = scale(test.low), scale(test.high)
-        decimals = places(high - low) if high > low else decimals
-        interval = f"{low:+.{decimals}f} to {high:+.{decimals}f}{unit}"
+def _line(before: Row, after: Row, change: Change, adjusted: float) -> list[str]:
+    """One metric's line of the table; both sides have the decimals of their difference."""
+    decimals = max(2, 2 - math.floor(math.log10(abs(change.value) or 1)))
+    interval = DASH
+    if change.low is not None and change.high is not None:
+        if change.high > change.low:
+            decimals = max(2, places(change.high - change.low))
+        interval = f"{change.low:+.{decimals}f} to {change.high:+.{decimals}f}"
     return [
-        metric,
-        *(DASH if value is None else rounded(value, 4) for value in values),
-        f"{change:+.{decimals}f}{unit}",
+        change.metric,
+        f"{change.before:.{decimals}f}",
+        f"{change.after:.{decimals}f}",
+        f"{change.value:+.{decimals}f}",
         interval,
-        str(test.n),
-        _changed(before, after, metric),
-        f"{test.p:.2g}",
+        str(change.test.n),
+        _lost_and_gained(before, after, change.metric),
+        f"{change.test.p:.2g}",
         f"{adjusted:.2g}{' *' if adjusted <= LEVEL else ''}",
     ]
 
 
-def _changed(before: Row, after: Row, metric: str) -> str:
+def _lost_and_gained(before: Row, after: Row, metric: str) -> str:
     """Right answers lost and gained, where one seed stands against one."""
     if not ACCURACY.search(metric) or len(before.records) > 1 or len(after.records) > 1:
         return DASH
     left, right = items(before.records[0], metric), items(after.records[0], metric)
     if left is None or right is None:
         return DASH
-    return f"{np.sum(right < left)}, {np.sum(right > left)}"
+    return f"{np.count_nonzero(right < left)}, {np.count_nonzero(right > left)}"

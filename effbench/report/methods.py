@@ -1,19 +1,17 @@
-"""Pages generated from the source: the index of methods. A check in CI keeps them from going stale."""
+"""The index of methods as a page, made from their source."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import os
 import re
-import sys
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from effbench.core import registry
 from effbench.core.errors import Usage
-from effbench.core.paths import PACKAGE
-from effbench.methods.prune._common import Scope
-from effbench.report.tables import difference
 from effbench.report.text import markdown_table
 
 HEADER = """\
@@ -21,69 +19,85 @@ HEADER = """\
 # Methods
 
 One file per method: the file's name is the name used in recipes, its folder the family. The parameters are
-the fields of the class, with their types and defaults. `effbench show NAME` tells more about one of them.
+the fields of the class, with their types and defaults. `effbench show NAME` says what each of them means.
 """
-PATTERNS = ("unstructured", "2:4", "4:8", "block:16x16")
-SUPPORT = """\
-Patterns of zeros, and the scopes in which each method compares: within a matrix (local), within an output row or row of
-blocks (row), or over the whole model (global). Other combinations are wrong usage.
+CHOICES = """\
+Values of `{field}` that tests try, and whether a method takes them: where it takes them with some of its other choices
+only, these are named. Any other combination is wrong usage.
 """
 COLUMNS = ("key", "kind", "what it does", "paper", "parameters")
 
 
-def main(options: Mapping[str, Any]) -> int:
-    """`effbench docs [--check]`: write the index of methods, or with `check` return 1 when it is stale.
+def index(folder: Path) -> str:
+    """The page, for a file in `folder`: a table for each family of methods, and what their open parameters take.
 
-    Raises `Usage` outside a source checkout and for a method file that cannot be read.
+    Raises `Usage` for a method file that cannot be read.
     """
-    checkout = PACKAGE.parent
-    if not (checkout / "pyproject.toml").is_file():
-        raise Usage("effbench docs works in a source checkout: an installed package has no pages to generate")
-    path, text = checkout / "methods" / "README.md", index()
-    stale = difference(path, text)
-    if options.get("check"):
-        if stale:
-            print(f"{stale}\nrun `effbench docs`", file=sys.stderr)
-        return int(bool(stale))
-    if stale:
-        path.write_text(text, encoding="utf-8")
-        print(f"wrote {path.relative_to(checkout)}")
-    return 0
-
-
-def index() -> str:
-    """The index of the package's methods, a table per family, and what patterns of zeros they take. Raises `Usage`."""
     families: dict[str, list[registry.Entry]] = {}
     for entry in registry.catalog().values():
-        if not entry.path.is_relative_to(PACKAGE):
-            continue  # folders named by EFFBENCH_METHODS are documented by their owner
         if entry.kind == "broken":
             raise Usage(f"method {entry.key!r}: {entry.path} {entry.summary}")
         families.setdefault(entry.family, []).append(entry)
     parts = [HEADER]
     for family, entries in sorted(families.items()):
-        parts.append(f"## {family}\n\n{markdown_table(COLUMNS, [_cells(entry) for entry in entries], pad=False)}\n")
-        patterned = [entry for entry in entries if "pattern" in entry.parameters]
-        if patterned:
-            rows = [[entry.key, *(_support(entry, pattern) for pattern in PATTERNS)] for entry in patterned]
-            parts.append(f"{SUPPORT}\n{markdown_table(('key', *PATTERNS), rows, pad=False)}\n")
+        rows = [_cells(entry, folder) for entry in entries]
+        parts.append(f"## {family}\n\n{markdown_table(COLUMNS, rows, pad=False)}\n")
+        for field, values in _tried(entries).items():
+            takers = [entry for entry in entries if field in entry.parameters]
+            table = [[entry.key, *(_taken(entry, field, value) for value in values)] for entry in takers]
+            parts.append(f"{CHOICES.format(field=field)}\n{markdown_table(('key', *values), table, pad=False)}\n")
     return "\n".join(parts)
 
 
-def _support(entry: registry.Entry, pattern: str) -> str:
-    """The scopes in which a method prunes in `pattern`, found by asking it for each."""
-    method = registry.load(entry.key)
-    found = []
-    for scope in get_args(Scope) if "scope" in entry.parameters else ("yes",):
-        with contextlib.suppress(Usage):
-            method(pattern=pattern, **({} if scope == "yes" else {"scope": scope}))  # type: ignore[call-arg]
-            found.append(scope)
-    return ", ".join(found) or "-"
+def _tried(entries: list[registry.Entry]) -> dict[str, list[str]]:
+    """Parameters of free text that several methods of a family share, with the values their tests try."""
+    values: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        for name, parameter in entry.parameters.items():
+            if parameter.type == "str" and sum(name in other.parameters for other in entries) > 1:
+                settings: list[dict[str, Any]] = [{}, *registry.load(entry.key).trials]
+                defaults = registry.load(entry.key)().__dict__
+                values.setdefault(name, {}).update(dict.fromkeys((defaults | given)[name] for given in settings))
+    return {name: list(tried) for name, tried in values.items() if len(tried) > 1}
 
 
-def _cells(entry: registry.Entry) -> list[str]:
+def _taken(entry: registry.Entry, field: str, value: str) -> str:
+    """`yes`, `-`, or the choices of other parameters with which a method takes a value; found by asking its class."""
+    cls = registry.load(entry.key)
+    hints = typing.get_type_hints(cls)
+    others = {name: get_args(hints[name]) for name in entry.parameters if get_origin(hints[name]) is Literal}
+    accepted = [
+        choice
+        for choice in itertools.product(*others.values())
+        if _accepts(cls, {field: value} | dict(zip(others, choice, strict=True)))
+    ]
+    if len(accepted) in (0, len(list(itertools.product(*others.values())))):
+        return "yes" if accepted else "-"
+    return "; ".join(_restrictions(others, accepted))
+
+
+def _accepts(cls: Any, settings: dict[str, Any]) -> bool:
+    try:
+        cls(**settings)
+    except Usage:
+        return False
+    return True
+
+
+def _restrictions(others: dict[str, tuple[Any, ...]], accepted: list[tuple[Any, ...]]) -> Iterator[str]:
+    """The parameters of which not every choice is accepted, with those that are."""
+    for place, (name, choices) in enumerate(others.items()):
+        left = [choice for choice in choices if any(chosen[place] == choice for chosen in accepted)]
+        if len(left) < len(choices):
+            yield f"{name} {', '.join(map(str, left))}"
+
+
+def _cells(entry: registry.Entry, folder: Path) -> list[str]:
     """Markdown of one row."""
-    file = Path(entry.family, entry.path.name).as_posix()
+    file = Path(os.path.relpath(entry.path.resolve(), folder.resolve())).as_posix()
     paper = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", entry.paper)
-    parameters = "<br>".join(f"`{name}: {rest}`" for name, rest in entry.parameters.items())
+    parameters = "<br>".join(
+        f"`{parameter}`" + (f" {parameter.comment}" if parameter.comment else "")
+        for parameter in entry.parameters.values()
+    )
     return [f"[{entry.key}]({file})", entry.kind, entry.summary, paper, parameters]

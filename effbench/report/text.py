@@ -4,9 +4,60 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from effbench.stats.paired import Estimate
 
 DASH = "–"
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def one_line(value: Any) -> str:
+    """Anything as one line of text."""
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
+    return " ".join(str(value).split())
+
+
+def superscript(number: int) -> str:
+    """The number as a footnote's mark."""
+    return str(number).translate(SUPERSCRIPTS)
+
+
+def with_interval(
+    estimate: Estimate | None, scale: float = 1, digits: int = 3, limits: tuple[float, float] = (-math.inf, math.inf)
+) -> str:
+    """A value to at least so many digits, and its interval; `ˢ` marks that of seeds. A dash for None.
+
+    The interval is `±` its longer half. Where that would leave the limits of what the value can be, and for the
+    range of two seeds, its bounds are printed instead, cut to the limits.
+    """
+    if estimate is None:
+        return DASH
+    value = estimate.value * scale
+    least, most = (limit * scale for limit in limits)
+    low, high = (value if bound is None else bound * scale for bound in (estimate.low, estimate.high))
+    reach = max(high - value, value - low)
+    if reach <= 1e-6 * abs(value) or max(abs(value), reach) >= 1e5:
+        return rounded(value, digits)
+    text: Callable[[float], str] = rounded
+    if abs(value) >= 1e-3 or not value:
+        fewest = digits - 1 - math.floor(math.log10(abs(value))) if abs(value) >= 0.1 else 0
+        text = f"{{:.{max(places(reach), fewest)}f}}".format
+    mark = "ˢ" if estimate.n > 1 else ""
+    if estimate.n == 2 or value - reach < least or value + reach > most:
+        return f"{text(value)} [{text(max(low, least))}–{text(min(high, most))}]{mark}"
+    return f"{text(value)} ±{text(reach)}{mark}"
+
+
+def places(reach: float) -> int:
+    """Decimals worth showing of a number this uncertain.
+
+    Two digits of the uncertainty where it begins with 1 or 2, else one: rounding changes it by 1/6 at most.
+    """
+    mantissa, exponent = f"{reach:.1e}".split("e")
+    return max(0, (mantissa < "3") - int(exponent))
 
 
 def rounded(value: float, digits: int = 3) -> str:

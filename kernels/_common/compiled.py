@@ -16,7 +16,7 @@ from effbench.kernels._common.launch import Launch
 class Compiled(NamedTuple):
     """One kernel, compiled."""
 
-    name: str
+    kernel: str  # its name
     registers: int
     spills: int  # bytes of registers that did not fit and live in local memory
     shared: int  # bytes of shared memory
@@ -25,7 +25,7 @@ class Compiled(NamedTuple):
     lane_instructions: float  # instructions of all lanes per number, in the longest loop
 
 
-def compiled(launch: Launch, capability: int = 90) -> Compiled:
+def compile_launch(launch: Launch, capability: int = 90) -> Compiled:
     """Compile `launch` for an NVIDIA GPU of that compute capability."""
     kernel = launch.kernel
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
@@ -44,20 +44,20 @@ def compiled(launch: Launch, capability: int = 90) -> Compiled:
     target = GPUTarget("cuda", capability, 32)
     result = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
     lines = [line.split(";")[0] for line in result.asm["sass"].splitlines()]
-    usage = _resources(result.asm["cubin"])
+    usage = _read_resources(result.asm["cubin"])
     loads = [line for line in lines if re.search(r"\b(LDG|LDGSTS)\.", line)]  # to registers, to shared memory
     return Compiled(
-        name=result.metadata.name,
+        kernel=result.metadata.name,
         registers=usage["REG"],
         spills=usage["LOCAL"] + usage["STACK"],
         shared=result.metadata.shared,
         matrix_products=sum("HGMMA" in line or "HMMA" in line for line in lines),
         wide_loads=sum(".128" in line for line in loads) / max(1, len(loads)),
-        lane_instructions=_longest_loop(lines) * launch.num_warps * 32 / launch.numbers,
+        lane_instructions=_measure_longest_loop(lines) * launch.num_warps * 32 / launch.numbers,
     )
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def _read_resources(cubin: bytes) -> dict[str, int]:
     """What the code occupies: REG registers, bytes of STACK, SHARED and LOCAL memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -67,7 +67,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", output)}
 
 
-def _longest_loop(lines: list[str]) -> int:
+def _measure_longest_loop(lines: list[str]) -> int:
     """Instructions in the body of the longest loop of a SASS listing; all of them where there is no loop."""
     labels = {line.rstrip(":"): at for at, line in enumerate(lines) if line.startswith("LBB")}
     bodies = []

@@ -8,7 +8,7 @@ import torch
 
 
 class Launch(NamedTuple):
-    """One kernel launch, and how many numbers one step of its main loop (or a loopless program) works off."""
+    """One kernel launch, and how many numbers a step of its main loop processes (all of a program without a loop)."""
 
     kernel: Any
     numbers: int
@@ -22,7 +22,7 @@ _recorded: list[Launch] | None = None
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
+def record_launches() -> Iterator[list[Launch]]:
     """Inside, kernels are not run; the launches they would have made are in the list."""
     global _recorded
     before, _recorded = _recorded, []
@@ -55,7 +55,7 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(batch: int) -> Tile:
+def choose_tile(batch: int) -> Tile:
     """One vector: many small programs without barriers, as reading the matrix is what takes time."""
     return Tile(1, 4, 1) if batch == 1 else Tile(16, 32, 4)
 
@@ -66,22 +66,26 @@ def launch_linear(
     out_features: int,
     *arguments: Any,
     block_k: int,
+    tile: Tile | None = None,
+    operand: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     **constants: Any,
 ) -> torch.Tensor:
     """y [..., out] of a kernel over blocks of rows of x and of the matrix, `kernel(x, *arguments, y, rows of x, ...)`.
 
-    `constants` go with IN, OUT and the BLOCK sizes; y has the dtype of x unless `dtype` says otherwise.
+    tile       what one program works on; by default `choose_tile`
+    operand    x as the kernel reads it, where that is not [rows, in]
+    dtype      of y, where that is not the dtype of x
+    constants  of the kernel beside IN, OUT and the BLOCK sizes
     """
-    flat = matrix(x)
-    batch, in_features = flat.shape
-    block_m, block_n, num_warps = tile(batch)
+    batch, in_features = count_rows(x), x.shape[-1]
+    block_m, block_n, num_warps = tile or choose_tile(batch)
     y = torch.empty(batch, out_features, dtype=dtype or x.dtype, device=x.device)
     launch(
         kernel,
         (-(-out_features // block_n), -(-batch // block_m)),
-        flat,
-        *arguments,
+        flatten_rows(x) if operand is None else operand,
+        *make_contiguous(*arguments),
         y,
         batch,
         IN=in_features,
@@ -96,12 +100,17 @@ def launch_linear(
     return y.view(*x.shape[:-1], out_features)
 
 
-def rows(x: torch.Tensor) -> int:
+def make_contiguous(*arguments: Any) -> Iterator[Any]:
+    """The arguments, tensors among them contiguous, as kernels index them. For what a kernel reads, not writes."""
+    return (value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments)
+
+
+def count_rows(x: torch.Tensor) -> int:
     """Rows of x [..., n] seen as a matrix."""
     return x.shape[:-1].numel()
 
 
-def matrix(x: torch.Tensor) -> torch.Tensor:
+def flatten_rows(x: torch.Tensor) -> torch.Tensor:
     """x [..., n] as contiguous [rows, n]."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 

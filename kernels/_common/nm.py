@@ -21,7 +21,7 @@ def columns(index: Tensor, in_features: int, n: int, m: int) -> Tensor:
     return place + torch.arange(stored, device=index.device) // n * m
 
 
-def scattered(values: Tensor, column: Tensor, in_features: int) -> Tensor:
+def scatter(values: Tensor, column: Tensor, in_features: int) -> Tensor:
     """The matrix [out, in] with `values` at `column` [out, stored] and zero elsewhere."""
     return values.new_zeros(len(values), in_features).scatter_(1, column, values)
 

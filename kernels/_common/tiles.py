@@ -22,18 +22,18 @@ def load_codes(words, rows, start, OUT: tl.constexpr, IN: tl.constexpr, BITS: tl
         codes = packed[:, :, None] >> shift[None, None, :] & (1 << BITS) - 1
         return tl.reshape(codes, (rows.shape[0], BLOCK_K))
     bit = (start + tl.arange(0, BLOCK_K)) * BITS
-    return _straddling(words + rows[:, None] * WORDS, bit[None, :], inside, WORDS, 1, BITS)
+    return _load_straddling(words + rows[:, None] * WORDS, bit[None, :], inside, WORDS, 1, BITS)
 
 
 @triton.jit
 def load_places(words, rows, at, inside, COUNT: tl.constexpr, BITS: tl.constexpr):
     """Codes number `at` [BLOCK_K] of `rows` [BLOCK_N] with COUNT codes each, in any order, [BLOCK_N, BLOCK_K]."""
     WORDS: tl.constexpr = (COUNT * BITS + 31) // 32
-    return _straddling(words + rows[:, None] * WORDS, at[None, :] * BITS, inside, WORDS, 1, BITS)
+    return _load_straddling(words + rows[:, None] * WORDS, at[None, :] * BITS, inside, WORDS, 1, BITS)
 
 
 @triton.jit
-def _straddling(words, bit, inside, WORDS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr):
+def _load_straddling(words, bit, inside, WORDS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr):
     """Codes that start at `bit` of a sequence of words; words follow each other at STRIDE."""
     word = bit // 32
     shift = bit % 32
@@ -51,11 +51,11 @@ def _straddling(words, bit, inside, WORDS: tl.constexpr, STRIDE: tl.constexpr, B
 def load_zeros(zero, rows, group, inside, ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr):
     """Zero-points of (rows, group), which are broadcast; they are packed along the rows."""
     WORDS: tl.constexpr = (ROWS * BITS + 31) // 32
-    return _straddling(zero + group, rows * BITS, inside, WORDS, GROUPS, BITS)
+    return _load_straddling(zero + group, rows * BITS, inside, WORDS, GROUPS, BITS)
 
 
 @triton.jit
-def empty_sum(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def start_sum(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """The accumulator to start from."""
     if BLOCK_M == 1:
         return tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
@@ -83,7 +83,7 @@ def add_product(total, x, start, M, weight, IN: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
-def finished(total, BLOCK_M: tl.constexpr):
+def finish_sum(total, BLOCK_M: tl.constexpr):
     """The sum as [BLOCK_M, BLOCK_N]."""
     if BLOCK_M == 1:
         return tl.sum(total, axis=1)[None, :]

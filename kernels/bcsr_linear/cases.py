@@ -4,48 +4,41 @@ from typing import Any
 
 import torch
 
-from effbench.kernels._common.dense import activations, adjoint
-from effbench.kernels._common.shapes import timed
-from effbench.kernels.bcsr_linear.reference import bcsr_linear, dense
-from effbench.kernels.csr_linear.cases import scattered
-from effbench.ops import Case, Op
+from effbench.kernels._common.csr import random_positions
+from effbench.kernels._common.shapes import size_cases
+from effbench.kernels.bcsr_linear.reference import BcsrMatrix
+from effbench.ops import Case, LinearOp, linear_case
 
 
-def inputs(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    """Fields of a case: batch, in_features, out_features, block (its rows and columns), number of blocks; uneven,
-    wide (int32 columns)."""
+def random_matrix(case: Case, dtype: torch.dtype, on: dict[str, Any]) -> BcsrMatrix:
+    """Fields of a case: block (its rows and columns), number of blocks; uneven, wide, see `random_positions`."""
     rows, columns = case["block"]
-    block_rows, block_columns = case["out_features"] // rows, case["in_features"] // columns
-    crow, col = scattered(case, block_rows, block_columns, device, generator)
-    return {
-        "x": activations(case, device, dtype, generator),
-        "crow": crow,
-        "col": col,
-        "values": torch.randn(case["number"], rows, columns, device=device, generator=generator).to(dtype),
-    }
+    crow, col = random_positions(case, case["out_features"] // rows, case["in_features"] // columns, on)
+    return BcsrMatrix(crow, col, torch.randn(case["number"], rows, columns, **on).to(dtype))
 
 
-def _case(
-    batch: int | list[int], in_features: int, out_features: int, block: tuple[int, int], number: int, **more: bool
-) -> Case:
-    return dict(batch=batch, in_features=in_features, out_features=out_features, block=block, number=number, **more)
+NARROW = ((16, 16), (8, 4), (1, 8))
+BLOCKS = (*NARROW[:2], (32, 32), NARROW[2])
 
-
-OP = Op(
+OP = LinearOp(
     name="bcsr_linear",
-    reference=bcsr_linear,
-    adjoint=adjoint(dense),
-    out_features=lambda x, crow, col, values: (crow.shape[0] - 1) * values.shape[1],
-    inputs=inputs,
+    matrix=BcsrMatrix,
+    random=random_matrix,
     cases=[
-        *(_case(1, 128, 96, block, 11, uneven=True) for block in ((16, 16), (8, 4), (32, 32), (1, 8))),
-        *(_case(17, 96, 64, block, 5) for block in ((16, 16), (8, 4), (32, 32), (1, 8))),
-        *(_case(3, 256, 128, block, 24, uneven=True, wide=True) for block in ((16, 16), (8, 4), (1, 8))),
-        _case([2, 3], 64, 48, (16, 16), 12),  # everything kept
-        _case([2, 3], 45, 21, (7, 5), 11, uneven=True),
-        _case(1, 45, 21, (7, 5), 11, uneven=True),
-        _case(17, 36, 60, (20, 12), 4),
+        *(
+            linear_case(1, 128, 96, block=block, number=11, uneven=True)
+            for block in ((16, 16), (8, 4), (32, 32), (1, 8))
+        ),
+        *(linear_case(17, 96, 64, block=block, number=5) for block in ((16, 16), (8, 4), (32, 32), (1, 8))),
+        *(
+            linear_case(3, 256, 128, block=block, number=24, uneven=True, wide=True)
+            for block in ((16, 16), (8, 4), (1, 8))
+        ),
+        linear_case([2, 3], 64, 48, block=(16, 16), number=12),  # everything kept
+        linear_case([2, 3], 45, 21, block=(7, 5), number=11, uneven=True),
+        linear_case(1, 45, 21, block=(7, 5), number=11, uneven=True),
+        linear_case(17, 36, 60, block=(20, 12), number=4),
     ],
     backends={"triton": "effbench.kernels.bcsr_linear.triton:bcsr_linear"},
-    timed=timed(lambda inputs, outputs: {"block": (16, 16), "number": inputs * outputs // 512}),
+    timed=size_cases(lambda inputs, outputs: {"block": (16, 16), "number": inputs * outputs // 512}),
 )

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import covering_power, launch, matrix
+from effbench.kernels._common.launch import Tile, covering_power, flatten_rows, launch_linear
 from effbench.kernels._common.tiles import store
+from effbench.kernels.csr_linear.reference import CsrMatrix
 from effbench.ops import Declined
 
 LARGEST = 32  # rows of a batch that one program works on
@@ -19,18 +20,19 @@ LARGEST = 32  # rows of a batch that one program works on
 @triton.jit
 def _csr_linear(
     x,  # [IN, STRIDE], or [IN] for a batch of one
+    STRIDE,
     crow,
     col,
     values,
     y,
     M,
-    STRIDE,
+    IN: tl.constexpr,
     OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Tiles are flat, BLOCK_K entries of every row after another, so that neighbours are read by neighbouring threads.
+    # Tiles are flat, BLOCK_K entries of one row after those of another, so that neighbouring threads read neighbours.
     place = tl.arange(0, BLOCK_N * BLOCK_K)
     row = tl.program_id(0) * BLOCK_N + place // BLOCK_K
     batch = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -54,35 +56,24 @@ def _csr_linear(
     store(y, tl.trans(result), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), M, OUT, BLOCK_M)
 
 
-def csr_linear(x: Tensor, crow: Tensor, col: Tensor, values: Tensor) -> Tensor:
-    """See `reference.csr_linear`."""
-    if x.dtype == torch.float64:  # which is more than the sums have
-        raise Declined
-    flat = matrix(x)
-    batch, in_features = flat.shape
-    out_features = len(crow) - 1
-    inputs = flat
+def csr_linear(x: Tensor, matrix: CsrMatrix) -> Tensor:
+    """See `CsrMatrix`; Declined for float64."""
+    if x.dtype == torch.float64:
+        raise Declined("sums have float32")
+    inputs = flatten_rows(x)
+    batch, in_features = inputs.shape
     if batch > 1:
-        inputs = flat.new_zeros(in_features, triton.cdiv(batch, LARGEST) * LARGEST)
-        inputs[:, :batch] = flat.T
+        turned = inputs.new_zeros(in_features, triton.cdiv(batch, LARGEST) * LARGEST)
+        turned[:, :batch] = inputs.T
+        inputs = turned
     block_m = min(covering_power(batch), LARGEST)
-    block_n, block_k, num_warps = (4, 128, 1) if batch == 1 else (4, min(64, 1024 // block_m), 4)
-    y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
-    launch(
+    return launch_linear(
         _csr_linear,
-        (triton.cdiv(out_features, block_n), triton.cdiv(batch, block_m)),
-        inputs,
-        crow.contiguous(),
-        col.contiguous(),
-        values.contiguous(),
-        y,
-        batch,
+        x,
+        matrix.out_features(in_features),
         inputs.shape[1],
-        OUT=out_features,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        numbers=block_n * block_k,
-        num_warps=num_warps,
+        *matrix,
+        block_k=128 if batch == 1 else min(64, 1024 // block_m),
+        tile=Tile(block_m, 4, 1 if batch == 1 else 4),
+        operand=inputs,
     )
-    return y.view(*x.shape[:-1], out_features)

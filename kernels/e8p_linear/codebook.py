@@ -22,7 +22,7 @@ _NORM_12 = (
 )
 
 
-def _patterns() -> Tensor:
+def _build_patterns() -> Tensor:
     """Absolute values, float32 [256, 8]: the 227 of squared norm up to 10, sorted, then the 29."""
     short = [
         values
@@ -33,7 +33,7 @@ def _patterns() -> Tensor:
     return torch.tensor([*short, *long])
 
 
-def _one_bit() -> Tensor:
+def _build_one_bit() -> Tensor:
     """Points of the third bit, float32 [256, 8]: E8 up to squared norm 2 (241), then 15 of norm 4."""
     integers = [
         point
@@ -45,8 +45,8 @@ def _one_bit() -> Tensor:
     return torch.cat([torch.tensor(integers), torch.tensor(halves), doubled])
 
 
-PATTERNS = _patterns()
-ONE_BIT = _one_bit()
+PATTERNS = _build_patterns()
+ONE_BIT = _build_one_bit()
 
 
 def decode(codes: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import launch_linear, rows
-from effbench.kernels._common.tiles import add_product, empty_sum, finished, store
+from effbench.kernels._common.launch import count_rows, launch_linear
+from effbench.kernels._common.tiles import add_product, finish_sum, start_sum, store
 from effbench.kernels.e8p_linear.codebook import ONE_BIT, PATTERNS
+from effbench.kernels.e8p_linear.reference import E8PMatrix
 
 
 @cache
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+def _build_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """Patterns, 2 bits per coordinate (value - 1/2) and bit 16 (odd sum); points, 4 bits (2 value + 4)."""
     place = torch.arange(8, dtype=torch.int32)
     patterns = ((PATTERNS - 0.5).int() << 2 * place).sum(1) | (PATTERNS.sum(1) % 2).int() << 16
@@ -25,15 +26,19 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 def _e8p_points(codes, table):
     """Points [BLOCK_N, BLOCK_K / 8, 8] of 16-bit codes [BLOCK_N, BLOCK_K / 8]."""
     codes = codes.to(tl.int32)
+    # 1. The high byte picks a pattern of absolute values.
     pattern = tl.load(table + (codes >> 8 & 255))
+    # 2. The parity of the low byte says which way the point is shifted, and turns its own lowest sign bit.
     parity = codes ^ codes >> 4
     parity = parity ^ parity >> 2
     parity = (parity ^ parity >> 1) & 1
-    # Bit 8 of the signs holds the sign that an odd pattern adds to coordinate 7.
+    # 3. Sign bit p negates coordinate ORDER[p] of the codebook, so coordinate i has bit i // 2 + i % 2 * 4. Bit 8 holds
+    #    the sign that a pattern of odd sum adds to coordinate 7, which has bit 7.
     signs = (codes ^ parity) & 255 | (pattern >> 8 & 256)
     i = tl.arange(0, 8)[None, None, :]
     negative = signs[:, :, None] >> (i // 2 + i % 2 * 4)
     negative = (tl.where(i == 7, negative ^ negative >> 1, negative) & 1) != 0
+    # 4. Two bits a coordinate are its absolute value minus 1/2; then signs, and the shift by 1/4.
     value = (pattern[:, :, None] >> 2 * i & 3).to(tl.float32) + 0.5
     return tl.where(negative, -value, value) + (0.25 - 0.5 * parity.to(tl.float32))[:, :, None]
 
@@ -64,8 +69,10 @@ def _e8p_linear(
     BLOCK_K: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    total = start_sum(BLOCK_M, BLOCK_N, BLOCK_K)
     for start in range(0, IN, BLOCK_K):
+        # One code for 8 inputs: a point of the codebook, and with more than 2 bits a second, finer one, added after
+        # division by its scale (residual vector quantization, QuIP#, arXiv:2402.04396, section 4).
         column = (start // 8 + tl.arange(0, BLOCK_K // 8))[None, :]
         at = rows[:, None] * (IN // 8) + column
         inside = (rows[:, None] < OUT) & (column < IN // 8)
@@ -78,19 +85,19 @@ def _e8p_linear(
                 decoded += _e8p_points(codes, patterns) * inverse_residual_scale
         decoded = tl.reshape(decoded, (BLOCK_N, BLOCK_K))
         total = add_product(total, x, start, M, decoded, IN, BLOCK_M, BLOCK_K)
-    store(y, finished(total, BLOCK_M) * tl.load(scale), rows, M, OUT, BLOCK_M)
+    store(y, finish_sum(total, BLOCK_M) * tl.load(scale), rows, M, OUT, BLOCK_M)
 
 
-def e8p_linear(x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None, residual_scale: float) -> Tensor:
-    """See `reference.e8p_linear`."""
+def e8p_linear(x: Tensor, matrix: E8PMatrix) -> Tensor:
+    """See `E8PMatrix`."""
     return launch_linear(
         _e8p_linear,
         x,
-        weight.shape[0],
-        weight.contiguous(),
-        scale,
-        None if residual is None else residual.contiguous(),
-        *_tables(x.device),
-        1 / residual_scale,
-        block_k=128 if rows(x) == 1 else 64,
+        matrix.out_features(x.shape[-1]),
+        matrix.weight,
+        matrix.scale,
+        matrix.residual,
+        *_build_tables(x.device),
+        1 / matrix.residual_scale,
+        block_k=128 if count_rows(x) == 1 else 64,
     )

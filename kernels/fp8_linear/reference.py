@@ -1,16 +1,28 @@
 """y = x W^T with W = scale * E4M3 weights; x as it is, or rounded to E4M3 per token or per tensor."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from effbench.kernels._common.dense import multiply
+from effbench.ops import multiply
 
 LARGEST = 448.0  # of E4M3
 
 
-def dense(in_features: int, weight: Tensor, scale: Tensor, activations: str) -> Tensor:
-    """The decoded matrix, float32 [out, in]."""
-    return scale * weight.float()
+class Fp8Matrix(NamedTuple):
+    """W [out, in] as E4M3 numbers and their factors, and how x is rounded before it is multiplied."""
+
+    weight: Tensor  # float8_e4m3fn [out, in]
+    scale: Tensor  # float32 [out, 1] or [1, 1]
+    activations: str = "none"  # "none", "token" or "tensor"; the gradient of x treats this rounding as the identity
+
+    def out_features(self, in_features: int) -> int:
+        return self.weight.shape[0]
+
+    def dense(self, in_features: int) -> Tensor:
+        """The decoded matrix, float32 [out, in]."""
+        return self.scale * self.weight.float()
 
 
 def quantize(x: Tensor, activations: str) -> tuple[Tensor, Tensor]:
@@ -25,16 +37,11 @@ def quantize(x: Tensor, activations: str) -> tuple[Tensor, Tensor]:
     return (x / factor).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), factor
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str = "none") -> Tensor:
-    """x [..., in] -> [..., out].
-
-    weight       float8_e4m3fn [out, in]
-    scale        float32 [out, 1] or [1, 1]
-    activations  "none", "token" or "tensor"; the gradient of x treats this rounding as the identity
-    """
-    decoded = dense(x.shape[-1], weight, scale, activations)
-    if activations == "none":
+def fp8_linear(x: Tensor, matrix: Fp8Matrix) -> Tensor:
+    """x [..., in] -> [..., out]."""
+    decoded = matrix.dense(x.shape[-1])
+    if matrix.activations == "none":
         return multiply(x, decoded)
-    codes, factor = quantize(x, activations)
+    codes, factor = quantize(x, matrix.activations)
     wide = torch.promote_types(x.dtype, torch.float32)
     return (multiply(codes.to(wide), decoded) * factor).to(x.dtype)

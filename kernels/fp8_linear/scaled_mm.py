@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from effbench.kernels._common.launch import matrix
-from effbench.kernels.fp8_linear.reference import quantize
+from effbench.kernels._common.launch import flatten_rows
+from effbench.kernels.fp8_linear.reference import Fp8Matrix, quantize
 from effbench.ops import Declined
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str) -> Tensor:
+def fp8_linear(x: Tensor, matrix: Fp8Matrix) -> Tensor:
     """See `reference.fp8_linear`; Declined for float activations, float32 outputs and sizes not in sixteens."""
-    flat = matrix(x)
+    weight, scale, activations = matrix
+    flat = flatten_rows(x)
     out_features, in_features = weight.shape
     if activations == "none" or x.dtype not in (torch.bfloat16, torch.float16):
         raise Declined("needs E4M3 activations and 16-bit outputs")

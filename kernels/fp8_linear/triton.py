@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import launch_linear, matrix
-from effbench.kernels._common.tiles import add_product, empty_sum, finished, store
-from effbench.kernels.fp8_linear.reference import quantize
+from effbench.kernels._common.launch import flatten_rows, launch_linear
+from effbench.kernels._common.tiles import add_product, finish_sum, start_sum, store
+from effbench.kernels.fp8_linear.reference import Fp8Matrix, quantize
 
 
 @triton.jit
@@ -26,13 +26,13 @@ def _fp8_linear(
     BLOCK_K: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    total = start_sum(BLOCK_M, BLOCK_N, BLOCK_K)
     for start in range(0, IN, BLOCK_K):
         column = (start + tl.arange(0, BLOCK_K))[None, :]
         inside = (rows[:, None] < OUT) & (column < IN)
         decoded = tl.load(weight + rows[:, None] * IN + column, mask=inside, other=0.0).to(tl.float32)
         total = add_product(total, x, start, M, decoded, IN, BLOCK_M, BLOCK_K)
-    result = finished(total, BLOCK_M)
+    result = finish_sum(total, BLOCK_M)
     if PER_ROW:
         result *= tl.load(scale + rows, mask=rows < OUT, other=0)[None, :]
     else:
@@ -46,21 +46,21 @@ def _fp8_linear(
     store(y, result, rows, M, OUT, BLOCK_M)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, activations: str) -> Tensor:
+def fp8_linear(x: Tensor, matrix: Fp8Matrix) -> Tensor:
     """See `reference.fp8_linear`."""
-    flat, factor = matrix(x), None
-    if activations != "none":
-        flat, factor = quantize(flat, activations)
+    flat, factor = flatten_rows(x), None
+    if matrix.activations != "none":
+        flat, factor = quantize(flat, matrix.activations)
     y = launch_linear(
         _fp8_linear,
         flat,
-        weight.shape[0],
-        weight.contiguous(),
-        scale.contiguous(),
+        matrix.out_features(x.shape[-1]),
+        matrix.weight,
+        matrix.scale,
         factor,
         block_k=128,
         dtype=x.dtype,
-        PER_ROW=scale.numel() > 1,
-        PER_TOKEN=activations == "token",
+        PER_ROW=matrix.scale.numel() > 1,
+        PER_TOKEN=matrix.activations == "token",
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], matrix.out_features(x.shape[-1]))

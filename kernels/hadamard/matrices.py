@@ -34,11 +34,11 @@ _WILLIAMSON = {
 }
 
 
-def _prime(n: int) -> bool:
+def _is_prime(n: int) -> bool:
     return n > 1 and all(n % divisor for divisor in range(2, int(n**0.5) + 1))
 
 
-def _residues(q: int) -> np.ndarray:
+def _characters(q: int) -> np.ndarray:
     """Quadratic character of i - j modulo the prime q, int8 [q, q]."""
     character = np.full(q, -1, dtype=np.int8)
     character[[i * i % q for i in range(1, q)]] = 1
@@ -51,7 +51,7 @@ def _residues(q: int) -> np.ndarray:
 def _paley_one(q: int) -> np.ndarray:
     """Order q + 1, q = 3 mod 4."""
     matrix = np.ones((q + 1, q + 1), dtype=np.int8)
-    matrix[1:, 1:] = _residues(q) + np.eye(q, dtype=np.int8)
+    matrix[1:, 1:] = _characters(q) + np.eye(q, dtype=np.int8)
     matrix[1:, 0] = -1
     return matrix
 
@@ -60,7 +60,7 @@ def _paley_two(q: int) -> np.ndarray:
     """Order 2 (q + 1), q = 1 mod 4: the symmetric conference matrix with its entries blown up to 2 x 2."""
     conference = np.ones((q + 1, q + 1), dtype=np.int8)
     conference[0, 0] = 0
-    conference[1:, 1:] = _residues(q)
+    conference[1:, 1:] = _characters(q)
     sign = np.array([[1, 1], [1, -1]], dtype=np.int8)
     zero = np.array([[1, -1], [-1, -1]], dtype=np.int8)
     return np.kron(conference, sign) + np.kron(np.eye(q + 1, dtype=np.int8), zero)
@@ -79,9 +79,9 @@ def _base(m: int) -> np.ndarray | None:
         return np.ones((1, 1), dtype=np.int8)
     if m % 4:
         return None
-    if _prime(m - 1):
+    if _is_prime(m - 1):
         return _paley_one(m - 1)
-    if m % 8 == 4 and _prime(m // 2 - 1):
+    if m % 8 == 4 and _is_prime(m // 2 - 1):
         return _paley_two(m // 2 - 1)
     return _williamson(m // 4) if m // 4 in _WILLIAMSON else None
 

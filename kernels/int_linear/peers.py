@@ -5,18 +5,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effbench.kernels._common.launch import matrix
+from effbench.kernels._common.launch import flatten_rows
 from effbench.kernels._common.packing import unpack
-from effbench.kernels.int_linear.reference import zero_points
+from effbench.kernels.int_linear.reference import IntMatrix, zero_points
 from effbench.ops import Declined
 
 INNER_TILES = 8  # tiles of 16 inputs that tinygemm keeps together
 
 
-def tinygemm(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
-) -> Callable[[], Tensor]:
+def tinygemm(x: Tensor, matrix: IntMatrix) -> Callable[[], Tensor]:
     """torch's product with W = (code - 8) * scale + shift; scales and shifts are rounded to the type of x."""
+    weight, scale, zero, g_idx, bits = matrix
     outputs, inputs = weight.shape[0], x.shape[-1]
     group = inputs // scale.shape[1]
     if bits != 4 or g_idx is not None or scale.shape[0] == 1:
@@ -30,7 +29,7 @@ def tinygemm(
     codes = unpack(weight, bits, inputs)
     shift = scale.float() * (8 - zero_points(scale, zero, bits))
     grid = torch.stack([scale.float(), shift], dim=-1).transpose(0, 1).to(x.dtype).contiguous()  # [groups, out, 2]
-    flat, shape = matrix(x), (*x.shape[:-1], outputs)
+    flat, shape = flatten_rows(x), (*x.shape[:-1], outputs)
     aten = torch.ops.aten
     if x.is_cuda:
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)  # the earlier code is the higher half
@@ -40,10 +39,9 @@ def tinygemm(
     return lambda: aten._weight_int4pack_mm_for_cpu(flat, packed, group, grid).view(shape)
 
 
-def gemlite(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
-) -> Callable[[], Tensor]:
+def gemlite(x: Tensor, matrix: IntMatrix) -> Callable[[], Tensor]:
     """gemlite's product, chosen and tuned by its first call; scales and zeros are rounded to the type of x."""
+    weight, scale, zero, g_idx, bits = matrix
     outputs, inputs = weight.shape[0], x.shape[-1]
     if bits == 3 or g_idx is not None or 1 in scale.shape or x.dtype not in (torch.bfloat16, torch.float16):
         raise Declined("takes 2, 4 or 8 bits, scales by row and group, and 16-bit x")

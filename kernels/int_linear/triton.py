@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from effbench.kernels._common.launch import largest_power, launch_linear
-from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_codes, load_zeros, store
+from effbench.kernels._common.tiles import add_product, finish_sum, load_codes, load_zeros, start_sum, store
+from effbench.kernels.int_linear.reference import IntMatrix
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _int_linear(
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale_row = (rows if ROWS > 1 else rows * 0)[:, None]
-    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    total = start_sum(BLOCK_M, BLOCK_N, BLOCK_K)
     for start in range(0, IN, BLOCK_K):
         codes = load_codes(weight, rows, start, OUT, IN, BITS, BLOCK_K)
         if GATHER:
@@ -49,29 +50,27 @@ def _int_linear(
         else:
             decoded = step * (codes - (1 << BITS - 1)).to(tl.float32)
         total = add_product(total, x, start, M, decoded, IN, BLOCK_M, BLOCK_K)
-    store(y, finished(total, BLOCK_M), rows, M, OUT, BLOCK_M)
+    store(y, finish_sum(total, BLOCK_M), rows, M, OUT, BLOCK_M)
 
 
-def int_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
-) -> Tensor:
-    """See `reference.int_linear`."""
-    in_features, groups = x.shape[-1], scale.shape[1]
+def int_linear(x: Tensor, matrix: IntMatrix) -> Tensor:
+    """See `IntMatrix`."""
+    in_features, groups = x.shape[-1], matrix.scale.shape[1]
     block_k = 128
-    aligned = groups == 1 or (g_idx is None and largest_power(in_features // groups, block_k) >= 32)
+    aligned = groups == 1 or (matrix.g_idx is None and largest_power(in_features // groups, block_k) >= 32)
     if groups > 1 and aligned:
         block_k = largest_power(in_features // groups, block_k)
     return launch_linear(
         _int_linear,
         x,
-        weight.shape[0],
-        weight.contiguous(),
-        scale.contiguous(),
-        None if zero is None else zero.contiguous(),
-        g_idx,
+        matrix.out_features(in_features),
+        matrix.weight,
+        matrix.scale,
+        matrix.zero,
+        matrix.g_idx,
         block_k=block_k,
-        BITS=bits,
-        ROWS=scale.shape[0],
+        BITS=matrix.bits,
+        ROWS=matrix.scale.shape[0],
         GROUPS=groups,
         GATHER=not aligned,
     )

@@ -1,14 +1,26 @@
 """`int_linear` of 4-bit weights for few rows of x: on tensor cores, two weights per instruction, split along the input.
 
-The matrix is the large operand of the product, so that rows of x fill columns of 8 and a batch of one wastes nothing
-that counts. A word holds the codes k = 0 ... 7 from its low bits up: shifted by 4j and masked by 0x000f000f
-it shows the codes j and j + 4 in two halves, and with the bits of a float16 1024 (bfloat16 128) above them the halves
-are floats 1024 + code (128 + code), from which 1024 + zero-point is subtracted exactly, for both at once. Sums are
-float32, and the scale comes once per group.
+What is computed, for row m of x, output o, and groups g of inputs k:
 
-Nothing is packed anew: a product may add up its inputs in any order if both operands agree on it, and the order
-here is the one in which a lane of the tensor cores multiplies the words that it has loaded 16 bytes at a time.
-Where a tile of inputs has several groups, each gets columns of its own, in which x is zero elsewhere.
+    y[m, o] = sum over g of scale[o, g] * sum over k in g of (code[o, k] - zero[o, g]) * x[m, k]          (1)
+
+Operands. The matrix is the tall operand of the tensor cores' product and x the narrow one, which comes in columns of 8:
+a batch of one is filled up to 8 columns, which is little beside reading the matrix.
+
+Decoding. A word holds the codes k = 0 ... 7 from its low bits up. Shifted right by 4j and masked by 0x000f000f it shows
+the codes j and j + 4 in its two halves. A float16 with the bits 0x6400 is 1024, and its last bit is worth 1 (bfloat16:
+0x4300 is 128), so a code in the lowest bits of those makes 1024 + code (Kim et al., 2022, arXiv:2211.10017). Adding
+-(1024 + zero) is exact, and one instruction does it for both halves. The inner sum of (1) is then a product of 16 bits
+with float32 sums, and its scale is applied once per group.
+
+Order. Nothing is packed anew: a product may add up its inputs in any order if both operands agree on it. The order here
+is the one in which a lane of the tensor cores multiplies the words that it has loaded 16 bytes at a time.
+
+Groups. Where a tile of inputs has several groups, each gets columns of its own, in which x is zero for all other
+groups.
+
+Splits. With few outputs there are too few programs to keep a GPU busy, so the inputs of an output are split among
+several programs, whose sums a second kernel adds up.
 
 So far the arithmetic has run in the interpreter only, the inline PTX has been compiled only, and tile sizes and splits
 follow from instruction and register counts, not from times.
@@ -19,8 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import covering_power, largest_power, launch, matrix
+from effbench.kernels._common.launch import covering_power, flatten_rows, largest_power, launch, make_contiguous
 from effbench.kernels._common.tiles import load_zeros
+from effbench.kernels.int_linear.reference import IntMatrix
 from effbench.ops import Declined
 
 BATCH = 64  # the most rows of x that are taken
@@ -28,8 +41,9 @@ BLOCK_K = 128
 STAGES = 3  # tiles of x and of the matrix in use or on their way
 
 
-# Bits 0-3 and 16-19 of a word become two floats, to which two more are added. In Triton's own words it would take two
-# instructions to mask and to set bits, and a sum for each half. Times one, because plain sums of bfloat16 need sm_90.
+# Bits 0-3 and 16-19 of a word ($1) become two floats, to which the two in $2 are added. One `lop3` masks and sets bits,
+# one `add` adds both halves; Triton's own operations would take two instructions for the bits and a sum for each half.
+# bfloat16 multiplies by one and adds, because its plain sum needs sm_90.
 _ADD_FP16 = tl.constexpr("{.reg .b32 t; lop3.b32 t, $1, 0x000f000f, 0x64006400, 0xea; add.f16x2 $0, t, $2;}")
 _ADD_BF16 = tl.constexpr(
     "{.reg .b32 t, one; mov.b32 one, 0x3f803f80; lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea;"
@@ -38,23 +52,25 @@ _ADD_BF16 = tl.constexpr(
 
 
 @triton.jit
-def _low(words, half: tl.constexpr):
+def _low_half(words, half: tl.constexpr):
     """The low 16 bits as a float."""
     return words.to(tl.int16).to(half, bitcast=True)
 
 
 @triton.jit
-def _decoded(words, zero, half: tl.constexpr, PTX: tl.constexpr):
+def _decode(words, zero, half: tl.constexpr, PTX: tl.constexpr):
     """The codes in bits 0-3 and 16-19 of `words` minus `zero`, exactly, as floats of type `half` [..., 2]."""
-    # In both halves 0xe400 + zero, that is -(1024 + zero) in float16, or 0xc300 + zero, -(128 + zero) in bfloat16.
+    # Both halves of `minus` hold 0xe400 + zero, which is -(1024 + zero) in float16, or 0xc300 + zero, which is
+    # -(128 + zero) in bfloat16: zero goes to both by the factor 0x10001, the constant is subtracted modulo 2^32.
     minus = zero * 0x10001 - (0x1BFF1C00 if half == tl.float16 else 0x3CFF3D00)
     if PTX:
         asm: tl.constexpr = _ADD_FP16 if half == tl.float16 else _ADD_BF16
         pair = tl.inline_asm_elementwise(asm, "=r,r,r", [words, minus], dtype=tl.int32, is_pure=True, pack=1)
-        return tl.join(_low(pair, half), _low(pair >> 16, half))
+        return tl.join(_low_half(pair, half), _low_half(pair >> 16, half))
     else:
         pair = words & 0x000F000F | (0x64006400 if half == tl.float16 else 0x43004300)
-        return tl.join(_low(pair, half) + _low(minus, half), _low(pair >> 16, half) + _low(minus, half))
+        offset = _low_half(minus, half)
+        return tl.join(_low_half(pair, half) + offset, _low_half(pair >> 16, half) + offset)
 
 
 @triton.jit
@@ -80,15 +96,21 @@ def _w4_linear(
 ):
     WORDS: tl.constexpr = (IN + 7) // 8
     QUAD: tl.constexpr = BLOCK_K // 32  # words of a row for each of the four lanes that share it
-    WHOLE: tl.constexpr = IN % (BLOCK_K * TILES) == 0
-    column = tl.arange(0, BLOCK_M * PARTS)  # of the product: row of x, then part
+    WHOLE: tl.constexpr = IN % (BLOCK_K * TILES) == 0  # no tile reaches beyond the last input
+
+    # 1. What this program computes: BLOCK_N rows of the matrix (axis 0 of the grid) times BLOCK_M rows of x (axis 2),
+    #    over TILES tiles of inputs (axis 1). Column c of the product is row c // PARTS of x, in part c % PARTS of a
+    #    tile; `taken` leaves x zero where an input belongs to another part, so that every column sums over one group.
+    column = tl.arange(0, BLOCK_M * PARTS)
     sample = tl.program_id(2) * BLOCK_M + column // PARTS
     k = tl.arange(0, BLOCK_K)
     taken = (sample < M)[:, None] & (column[:, None] % PARTS == k[None, :] // (BLOCK_K // PARTS))
+
+    # 2. The rows in two orders: `rows` as the product has them, `tall` as they are loaded. Loads spread the warps over
+    #    rows in steps of 8, tensor cores in steps of 16; so a warp loads the rows that it will multiply.
     n = tl.arange(0, BLOCK_N)
     rows = tl.program_id(0) * BLOCK_N + n
     inside = (rows < OUT) | (OUT % BLOCK_N == 0)
-    # Loads spread the warps over rows in steps of 8, tensor cores in steps of 16.
     tall = n // (16 * WARPS) * (16 * WARPS) + n // 8 % WARPS * 16 + n // (8 * WARPS) % 2 * 8 + n % 8
     tall += tl.program_id(0) * BLOCK_N
     within = (tall < OUT) | (OUT % BLOCK_N == 0)
@@ -96,10 +118,13 @@ def _w4_linear(
     steps = scale + rows[:, None] * GROUPS
     first = tl.program_id(1) * TILES
 
+    # 3. The scales of the first tile, [BLOCK_N, PARTS].
     group = (first * PARTS + part) // SPAN
     step = tl.load(steps + group[None, :], mask=inside[:, None] & (group < GROUPS)[None, :], other=0.0)
     total = tl.zeros((BLOCK_N, BLOCK_M, PARTS), dtype=tl.float32)
     for tile in tl.range(0, TILES, num_stages=STAGES):
+        # 4. Load a tile of the matrix and of x, and the scales of the next tile: the compiler loads ahead by itself,
+        #    but not what has two bytes.
         at = first + tile
         word = at * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
         words = tl.load(
@@ -114,9 +139,10 @@ def _w4_linear(
             mask=taken & ((start + k < IN) | WHOLE)[None, :],
             other=0.0,
         )
-        # One tile ahead: loads of two bytes are not made ahead by the compiler.
         group = ((at + 1) * PARTS + part) // SPAN
         ahead = tl.load(steps + group[None, :], mask=inside[:, None] & (group < GROUPS)[None, :], other=0.0)
+        # 5. The zero-point of every row and part: 8 where none is stored. 4 // PARTS of a row's four lanes are in each
+        #    part.
         if zero is None:
             middle = tl.full((BLOCK_N, PARTS), 8, dtype=tl.int32)
         else:
@@ -125,9 +151,11 @@ def _w4_linear(
             middle = load_zeros(zero, tall[:, None], own[None, :], known, OUT, GROUPS, 4)
         middle = tl.broadcast_to(middle[:, :, None], (BLOCK_N, PARTS, 4 // PARTS))
         middle = tl.reshape(middle, (BLOCK_N, 4, 1, 1))
+        # 6. Decode: four shifts of a word, two codes each, [BLOCK_N, lane, word, shift j, code j or j + 4], minus zero.
         shifted = tl.reshape(words, (BLOCK_N, 4, QUAD, 1)) >> (tl.arange(0, 4) * 4)[None, None, None, :]
-        decoded = _decoded(shifted, middle, x.dtype.element_ty, PTX)
-        # Axes: 16 WARPS rows, half of 16 rows, warp, 8 rows, lane, its word, shift, half of the word.
+        decoded = _decode(shifted, middle, x.dtype.element_ty, PTX)
+        # 7. Put both operands in the order of the tensor cores' lanes, so that nothing moves between lanes. Axes: 16
+        #    WARPS rows, half of 16 rows, warp, 8 rows, lane, its word, shift j (j // 2, j % 2), half of the word.
         decoded = tl.reshape(decoded, (BLOCK_N // (16 * WARPS), 2, WARPS, 8, 4, QUAD, 2, 2, 2))
         values = tl.reshape(values, (BLOCK_M * PARTS, 4, QUAD, 2, 2, 2))
         if WARPS < 4:  # mma: a lane has four neighbours along the input
@@ -136,12 +164,14 @@ def _w4_linear(
         else:  # wgmma: two
             decoded = tl.permute(decoded, (0, 2, 1, 3, 5, 6, 7, 4, 8))
             values = tl.permute(values, (2, 4, 5, 1, 3, 0))
+        # 8. The inner sums of (1), in float32; times the scale of their group, added up over the tiles.
         product = tl.dot(
             tl.reshape(decoded, (BLOCK_N, BLOCK_K)),
             tl.reshape(values, (BLOCK_K, BLOCK_M * PARTS)),
         )
         total += tl.reshape(product, (BLOCK_N, BLOCK_M, PARTS)) * step.to(tl.float32)[:, None, :]
         step = ahead
+    # 9. Add up the parts and store, as a part of the result where the inputs are split.
     result = tl.sum(total, axis=2)
     sample = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(
@@ -161,21 +191,14 @@ def _sum_splits(partial, y, SIZE, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + at, total.to(y.dtype.element_ty), mask=at < SIZE)
 
 
-def int_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    g_idx: Tensor | None,
-    bits: int,
-    ptx: bool = not triton.knobs.runtime.interpret,
-) -> Tensor:
-    """See `reference.int_linear`; Declined but for 4 bits, 1 to 64 rows of x in 16 bits, and scales of rows and groups.
+def int_linear(x: Tensor, matrix: IntMatrix, ptx: bool = not triton.knobs.runtime.interpret) -> Tensor:
+    """See `IntMatrix`; Declined but for 4 bits, 1 to 64 rows of x in 16 bits, and scales of rows and groups.
 
     A group is the whole row or a multiple of 32 consecutive inputs. `ptx=False` decodes without inline PTX, which
     the interpreter does not know.
     """
-    flat = matrix(x)
+    weight, scale, zero, g_idx, bits = matrix
+    flat = flatten_rows(x)
     batch, in_features = flat.shape
     out_features, groups = len(weight), scale.shape[1]
     if bits != 4 or x.dtype not in (torch.bfloat16, torch.float16) or scale.dtype != torch.float16:
@@ -186,15 +209,16 @@ def int_linear(
     if g_idx is not None or len(scale) != out_features or unit < 32:
         raise Declined("needs scales per row and group of a multiple of 32 consecutive inputs")
 
+    # Sizes of a program: warps work alone (1 or 2 of them) as long as their registers hold the sums.
     parts = BLOCK_K // unit
     block_m = min(covering_power(batch), BATCH // parts)
-    # Warps work alone as long as their registers hold the sums. Splitting goes on until there are programs enough for
-    # 132 multiprocessors to overlap their loads and to end together; but not below four tiles for each.
     columns = block_m * parts
     block_n, warps, enough = (32, 1, 1320) if columns <= 8 else (64, 2, 460) if columns <= 32 else (128, 4, 220)
     across, down, tiles = -(-out_features // block_n), -(-batch // block_m), -(-in_features // BLOCK_K)
-    wanted = covering_power(-(-enough // (across * down)))
-    per_program = max(-(-tiles // wanted), min(tiles, 4))
+    # Split the input until there are programs enough for 132 multiprocessors to overlap their loads and to end
+    # together, but not below four tiles for each.
+    ways = covering_power(-(-enough // (across * down)))
+    per_program = max(-(-tiles // ways), min(tiles, 4))
     splits = -(-tiles // per_program)
 
     y = torch.empty(batch, out_features, dtype=x.dtype, device=x.device)
@@ -203,9 +227,7 @@ def int_linear(
         _w4_linear,
         (across, splits, down),
         flat,
-        weight.contiguous(),
-        scale.contiguous(),
-        None if zero is None else zero.contiguous(),
+        *make_contiguous(weight, scale, zero),
         sums,
         batch,
         IN=in_features,

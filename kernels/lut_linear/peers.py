@@ -6,22 +6,14 @@ import torch
 from torch import Tensor
 
 from effbench.kernels._common.packing import unpack
+from effbench.kernels.lut_linear.reference import LutMatrix
 from effbench.ops import Declined
 
 
-def bitsandbytes(
-    x: Tensor,
-    weight: Tensor,
-    lut: Tensor,
-    absmax: Tensor | None,
-    crow: Tensor | None,
-    col: Tensor | None,
-    values: Tensor | None,
-    bits: int,
-    block: int,
-) -> Callable[[], Tensor]:
+def bitsandbytes(x: Tensor, matrix: LutMatrix) -> Callable[[], Tensor]:
     """The one product of theirs that takes any table; that for matrices knows NF4 and FP4 alone."""
-    if bits != 4 or lut.dim() != 1 or absmax is None or crow is not None:
+    weight, lut, absmax, bits, block = matrix.weight, matrix.lut, matrix.absmax, matrix.bits, matrix.block
+    if bits != 4 or lut.dim() != 1 or absmax is None or matrix.crow is not None:
         raise Declined("takes 4 bits, one table, blocks and no outliers")
     if x.numel() != x.shape[-1] or x.shape[-1] % block:
         raise Declined("takes one vector whose size is a multiple of the block's")

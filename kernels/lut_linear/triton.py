@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from effbench.kernels._common.launch import largest_power, launch_linear
-from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_codes, store
+from effbench.kernels._common.tiles import add_product, finish_sum, load_codes, start_sum, store
+from effbench.kernels.lut_linear.reference import LutMatrix
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _lut_linear(
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows[:, None] < OUT
-    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    total = start_sum(BLOCK_M, BLOCK_N, BLOCK_K)
     for start in range(0, IN, BLOCK_K):
         codes = load_codes(weight, rows, start, OUT, IN, BITS, BLOCK_K)
         level = codes + rows[:, None] * (1 << BITS) if PER_ROW else codes
@@ -44,7 +45,7 @@ def _lut_linear(
                 number = (rows[:, None] * IN + column) // BLOCK
                 decoded = decoded * tl.load(absmax + number, mask=inside & (column < IN), other=0)
         total = add_product(total, x, start, M, decoded, IN, BLOCK_M, BLOCK_K)
-    result = finished(total, BLOCK_M)
+    result = finish_sum(total, BLOCK_M)
     if crow is not None:
         batch = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         first = tl.load(crow + rows, mask=rows < OUT, other=0)
@@ -58,30 +59,20 @@ def _lut_linear(
     store(y, result, rows, M, OUT, BLOCK_M)
 
 
-def lut_linear(
-    x: Tensor,
-    weight: Tensor,
-    lut: Tensor,
-    absmax: Tensor | None,
-    crow: Tensor | None,
-    col: Tensor | None,
-    values: Tensor | None,
-    bits: int,
-    block: int,
-) -> Tensor:
-    """See `reference.lut_linear`."""
+def lut_linear(x: Tensor, matrix: LutMatrix) -> Tensor:
+    """See `LutMatrix`."""
     return launch_linear(
         _lut_linear,
         x,
-        weight.shape[0],
-        weight.contiguous(),
-        lut.contiguous(),
-        absmax,
-        crow,
-        col,
-        values,
-        block_k=max(32, largest_power(block, 128)) if block else 128,
-        BITS=bits,
-        PER_ROW=lut.dim() == 2,
-        BLOCK=block,
+        matrix.out_features(x.shape[-1]),
+        matrix.weight,
+        matrix.lut,
+        matrix.absmax,
+        matrix.crow,
+        matrix.col,
+        matrix.values,
+        block_k=max(32, largest_power(matrix.block, 128)) if matrix.block else 128,
+        BITS=matrix.bits,
+        PER_ROW=matrix.lut.dim() == 2,
+        BLOCK=matrix.block,
     )

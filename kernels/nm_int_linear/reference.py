@@ -1,47 +1,33 @@
 """y = x W^T with an n:m sparse W of integer codes: what is kept of every m inputs is `scale * (code - zero)`."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from effbench.kernels._common.dense import multiply
-from effbench.kernels._common.nm import columns, scattered
+from effbench.kernels._common.nm import columns, scatter
 from effbench.kernels._common.packing import unpack
 from effbench.kernels.int_linear.reference import zero_points
 
 
-def dense(
-    in_features: int,
-    weight: Tensor,
-    index: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    g_idx: Tensor | None,
-    bits: int,
-    n: int,
-    m: int,
-) -> Tensor:
-    """The decoded matrix, float32 [out, in]."""
-    column = columns(index, in_features, n, m)
-    zeros = zero_points(scale, zero, bits)
-    group = column // (in_features // scale.shape[1]) if g_idx is None else g_idx.long()[column]
-    step, origin = (table.expand(len(column), -1).gather(1, group) for table in (scale.float(), zeros))
-    return scattered(step * (unpack(weight, bits, column.shape[1]) - origin), column, in_features)
+class NmIntMatrix(NamedTuple):
+    """W [out, in] as the codes of its stored weights, their places, and a grid for each group of inputs."""
 
+    weight: Tensor  # int32 [out, words], the codes of the in / m * n stored weights of a row, packed
+    places: Tensor  # int32 [out, words], the place of each among its m inputs, packed
+    scale: Tensor  # with `zero` and `g_idx` as in `IntMatrix`: by input, not by stored weight
+    zero: Tensor | None = None
+    g_idx: Tensor | None = None
+    bits: int = 4
+    n: int = 2
+    m: int = 4
 
-def nm_int_linear(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    scale: Tensor,
-    zero: Tensor | None = None,
-    g_idx: Tensor | None = None,
-    bits: int = 4,
-    n: int = 2,
-    m: int = 4,
-) -> Tensor:
-    """x [..., in] -> [..., out].
+    def out_features(self, in_features: int) -> int:
+        return self.weight.shape[0]
 
-    weight  int32 [out, words], the codes of the in / m * n stored weights of a row, packed
-    index   int32 [out, words], the place of each among its m inputs, packed
-    scale, zero, g_idx   as in `int_linear`, by input (not by stored weight)
-    """
-    return multiply(x, dense(x.shape[-1], weight, index, scale, zero, g_idx, bits, n, m))
+    def dense(self, in_features: int) -> Tensor:
+        """The decoded matrix, float32 [out, in]."""
+        column = columns(self.places, in_features, self.n, self.m)
+        zeros = zero_points(self.scale, self.zero, self.bits)
+        group = column // (in_features // self.scale.shape[1]) if self.g_idx is None else self.g_idx.long()[column]
+        step, origin = (table.expand(len(column), -1).gather(1, group) for table in (self.scale.float(), zeros))
+        return scatter(step * (unpack(self.weight, self.bits, column.shape[1]) - origin), column, in_features)

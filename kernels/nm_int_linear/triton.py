@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbench.kernels._common.launch import launch_linear, rows
+from effbench.kernels._common.launch import count_rows, launch_linear
 from effbench.kernels._common.nm import place_bits
-from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_places, load_zeros, store
+from effbench.kernels._common.tiles import add_product, finish_sum, load_places, load_zeros, start_sum, store
+from effbench.kernels.nm_int_linear.reference import NmIntMatrix
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _nm_int_linear(
     STORED: tl.constexpr = IN // OF * KEEP
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale_row = (rows if ROWS > 1 else rows * 0)[:, None]
-    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    total = start_sum(BLOCK_M, BLOCK_N, BLOCK_K)
     for start in range(0, IN, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         inside = (rows[:, None] < OUT) & (column[None, :] < IN)
@@ -52,35 +53,25 @@ def _nm_int_linear(
             level = tl.where(here, load_places(weight, rows, at, inside, STORED, BITS) - origin, level)
         step = tl.load(scale + scale_row * GROUPS + group, mask=inside, other=0).to(tl.float32)
         total = add_product(total, x, start, M, step * level.to(tl.float32), IN, BLOCK_M, BLOCK_K)
-    store(y, finished(total, BLOCK_M), rows, M, OUT, BLOCK_M)
+    store(y, finish_sum(total, BLOCK_M), rows, M, OUT, BLOCK_M)
 
 
-def nm_int_linear(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    g_idx: Tensor | None,
-    bits: int,
-    n: int,
-    m: int,
-) -> Tensor:
-    """See `reference.nm_int_linear`."""
+def nm_int_linear(x: Tensor, matrix: NmIntMatrix) -> Tensor:
+    """See `NmIntMatrix`."""
     return launch_linear(
         _nm_int_linear,
         x,
-        weight.shape[0],
-        weight.contiguous(),
-        index.contiguous(),
-        scale.contiguous(),
-        None if zero is None else zero.contiguous(),
-        g_idx,
-        block_k=128 if rows(x) == 1 else 32,  # more would not fit in registers
-        KEEP=n,
-        OF=m,
-        PLACE_BITS=place_bits(m),
-        BITS=bits,
-        ROWS=scale.shape[0],
-        GROUPS=scale.shape[1],
+        matrix.out_features(x.shape[-1]),
+        matrix.weight,
+        matrix.places,
+        matrix.scale,
+        matrix.zero,
+        matrix.g_idx,
+        block_k=128 if count_rows(x) == 1 else 32,  # more would not fit in registers
+        KEEP=matrix.n,
+        OF=matrix.m,
+        PLACE_BITS=place_bits(matrix.m),
+        BITS=matrix.bits,
+        ROWS=matrix.scale.shape[0],
+        GROUPS=matrix.scale.shape[1],
     )

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from effbench.kernels._common.launch import matrix
-from effbench.kernels._common.nm import columns, scattered
+from effbench.kernels._common.launch import flatten_rows
+from effbench.kernels._common.nm import columns, scatter
+from effbench.kernels.nm_linear.reference import NmMatrix
 from effbench.ops import Declined
 
 FEWEST_ROWS = 16  # of x; with fewer, the product is one with padding, and reading the stored form once is cheaper
@@ -26,16 +27,17 @@ class _Compressed:
     """The vendor's form of a matrix, and what it was made from."""
 
     packed: Tensor
-    index: weakref.ref[Tensor]
+    places: weakref.ref[Tensor]
     versions: tuple[int, int]
 
 
 _known: MutableMapping[Tensor, _Compressed] = WeakTensorKeyDictionary()  # by values
 
 
-def nm_linear(x: Tensor, values: Tensor, index: Tensor, n: int, m: int) -> Tensor:
-    """See `reference.nm_linear`; Declined for all but 2:4, 16 bits and sizes that cuSPARSELt takes, and without it."""
-    flat = matrix(x)
+def nm_linear(x: Tensor, matrix: NmMatrix) -> Tensor:
+    """See `NmMatrix`; Declined for all but 2:4, 16 bits and sizes that cuSPARSELt takes, and without it."""
+    values, places, n, m = matrix
+    flat = flatten_rows(x)
     rows, in_features = flat.shape
     if (n, m) != (2, 4) or x.dtype not in (torch.bfloat16, torch.float16) or values.dtype != x.dtype:
         raise Declined("needs 2:4 and 16-bit numbers of one type")
@@ -46,7 +48,7 @@ def nm_linear(x: Tensor, values: Tensor, index: Tensor, n: int, m: int) -> Tenso
         raise Declined(f"needs sizes in multiples of {least.sparse_min_rows} and {least.sparse_min_cols}")
     if not _has_cusparselt(x.device):
         raise Declined("no cuSPARSELt here")
-    packed = _compressed(values, index, in_features)
+    packed = _compress(values, places, in_features)
     padded = torch.nn.functional.pad(flat, (0, 0, 0, -rows % least.dense_min_rows))
     y = torch._cslt_sparse_mm(packed, padded.T, transpose_result=True)[:rows]
     return y.reshape(*x.shape[:-1], len(values))
@@ -60,16 +62,16 @@ def _has_cusparselt(device: torch.device) -> bool:
     )
 
 
-def _compressed(values: Tensor, index: Tensor, in_features: int) -> Tensor:
+def _compress(values: Tensor, places: Tensor, in_features: int) -> Tensor:
     """The vendor's form of the matrix, made anew when the tensors have changed; Declined inside a graph capture."""
-    if values.is_inference() or index.is_inference():
+    if values.is_inference() or places.is_inference():
         raise Declined("changes of inference tensors cannot be noticed")
-    versions = values._version, index._version
-    found = _known.get(values)
-    if found is not None and found.index() is index and found.versions == versions:
-        return found.packed
+    versions = values._version, places._version
+    kept = _known.get(values)
+    if kept is not None and kept.places() is places and kept.versions == versions:
+        return kept.packed
     if torch.cuda.is_current_stream_capturing():
         raise Declined("not compressed yet, and a capture would only note down how to")
-    packed = torch._cslt_compress(scattered(values, columns(index, in_features, 2, 4), in_features))
-    _known[values] = _Compressed(packed, weakref.ref(index), versions)
+    packed = torch._cslt_compress(scatter(values, columns(places, in_features, 2, 4), in_features))
+    _known[values] = _Compressed(packed, weakref.ref(places), versions)
     return packed

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from effbench.kernels._common.launch import launch_linear
 from effbench.kernels._common.nm import place_bits
-from effbench.kernels._common.tiles import add_product, empty_sum, finished, load_places, store
+from effbench.kernels._common.tiles import add_product, finish_sum, load_places, start_sum, store
+from effbench.kernels.nm_linear.reference import NmMatrix
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def _nm_linear(
 ):
     STORED: tl.constexpr = IN // OF * KEEP
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = empty_sum(BLOCK_M, BLOCK_N, BLOCK_K)
+    total = start_sum(BLOCK_M, BLOCK_N, BLOCK_K)
     for start in range(0, IN, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         inside = (rows[:, None] < OUT) & (column[None, :] < IN)
@@ -37,19 +38,19 @@ def _nm_linear(
             here = inside & (load_places(index, rows, at, inside, STORED, PLACE_BITS) == column[None, :] % OF)
             decoded += tl.load(values + rows[:, None] * STORED + at[None, :], mask=here, other=0).to(tl.float32)
         total = add_product(total, x, start, M, decoded, IN, BLOCK_M, BLOCK_K)
-    store(y, finished(total, BLOCK_M), rows, M, OUT, BLOCK_M)
+    store(y, finish_sum(total, BLOCK_M), rows, M, OUT, BLOCK_M)
 
 
-def nm_linear(x: Tensor, values: Tensor, index: Tensor, n: int, m: int) -> Tensor:
-    """See `reference.nm_linear`."""
+def nm_linear(x: Tensor, matrix: NmMatrix) -> Tensor:
+    """See `NmMatrix`."""
     return launch_linear(
         _nm_linear,
         x,
-        values.shape[0],
-        values.contiguous(),
-        index.contiguous(),
+        matrix.out_features(x.shape[-1]),
+        matrix.values,
+        matrix.places,
         block_k=128,
-        KEEP=n,
-        OF=m,
-        PLACE_BITS=place_bits(m),
+        KEEP=matrix.n,
+        OF=matrix.m,
+        PLACE_BITS=place_bits(matrix.m),
     )

@@ -107,11 +107,11 @@ class LoRA(Swap):
     type = "PEFT"
     weight_update = "low rank"
 
-    rank: int = 16
+    rank: int = 16  # of the trained product
     alpha: float = 32.0  # the product counts alpha / rank times
     dropout: float = 0.0  # of what the product reads, in training
     targets: Literal["all"] | tuple[str, ...] = "all"  # or names of linears such as ('q_proj', 'v_proj')
-    merge: Literal["masked", "dense", "separate"] = "masked"
+    merge: Literal["masked", "dense", "separate"] = "masked"  # what becomes of the product after the fit
 
     def check(self) -> None:
         self.require(self.rank > 0, "rank must be at least 1")

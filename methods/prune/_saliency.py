@@ -19,6 +19,7 @@ class Saliency(Weights):
     """One-shot pruning by a score per weight: the lowest of every comparison group go, the rest stays as it is."""
 
     type = "post-training"
+    must_define = (("zeros", "score"),)
 
     sparsity: float = 0.5  # fraction of the weights set to zero
     scope: Scope = "local"  # what is compared: a matrix, an output row (or row of blocks), or the whole model

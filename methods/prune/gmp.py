@@ -47,6 +47,7 @@ class GMP(Train):
     paper = "arXiv:1710.01878"
     type = "sparse training"
     settles = True
+    trials = ({}, {"pattern": "2:4"}, {"pattern": "block:16x16"})
 
     sparsity: float = 0.5  # at the end, of every matrix
     pattern: str = "unstructured"  # or "n:m", "block:RxC"

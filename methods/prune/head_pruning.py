@@ -66,7 +66,7 @@ class HeadPruning(Method):
     needs = {"grad"}
     settles = True
     identity = {"sparsity": 0.0}
-    trial = {"sparsity": 0.25}  # the default is less than one of the few key-value heads of a toy
+    trials = ({"sparsity": 0.25},)  # the default is less than one of the few key-value heads of a toy
 
     sparsity: float = 0.2  # fraction of the heads, rounded down to whole (key-value) heads
     normalize: bool = True  # divide by the l2 norm of the block's importances, or compare them as they are

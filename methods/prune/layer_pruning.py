@@ -70,7 +70,7 @@ class LayerPruning(Method):
     identity = {"fraction": 0.0}
 
     fraction: float = 0.25  # of the blocks, rounded to the nearest whole number, halves up
-    score: Literal["block_influence", "angular"] = "block_influence"
+    score: Literal["block_influence", "angular"] = "block_influence"  # what says how little a block does
 
     def check(self) -> None:
         self.require(0 <= self.fraction < 1, "fraction must be in [0, 1)")

@@ -80,13 +80,14 @@ class LearnedMask(Train):
     paper = "arXiv:2409.17481"
     type = "sparse training"
     settles = True
+    trials = ({}, {"pattern": "unstructured"})
 
     pattern: str = "2:4"  # or another "n:m", or "unstructured" for L0 gates (arXiv:1712.01312)
-    sparsity: float = 0.5
+    sparsity: float = 0.5  # at the end; n:m fixes it at 1 - n/m
     lr: float | None = None  # peak, of the logits; None: 5e-4 for n:m, 0.1 for unstructured
     temperature: tuple[float, float] = (4.0, 0.05)  # of the softmax, from the first step to the last
     scale: tuple[float, float] = (100.0, 500.0)  # of the logits, from the first step to the last
-    prior: Literal["magnitude"] | None = "magnitude"
+    prior: Literal["magnitude"] | None = "magnitude"  # masks that the logits start from; None: no preference
     prior_strength: float = 3.0  # in standard deviations of the logits
     weights: str = "model"  # what n:m masks choose from: the weights of the model, the reference or a snapshot
     weight_reg: float = 1e-5  # reward for the squared norm of the kept weights, removed linearly over the fit

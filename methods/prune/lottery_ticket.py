@@ -33,15 +33,15 @@ class LotteryTicket(Method):
     type = "sparse training"
     consumes = True
     settles = True
-    trial = {"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32}
+    trials = ({"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32},)
 
     sparsity: float = 0.5  # after the last round, of every matrix
-    rounds: int = 3
+    rounds: int = 3  # of pruning, each followed by a fit
     rewind: int = 0  # optimizer step whose parameters every round starts from, above 0 as in arXiv:1912.05671
     control: Literal["none", "reinit"] = "none"  # reinit: the last round trains the same masks from random parameters
     steps: int = 200  # of a fit; after rewinding, those beyond `rewind`
     lr: float = 1e-4  # peak, on a cosine
-    batch_size: int = 8
+    batch_size: int = 8  # examples per step
     max_length: int = 512  # tokens of an example
 
     def check(self) -> None:

@@ -17,6 +17,7 @@ class Magnitude(Patterned):
     paper = "arXiv:1506.02626"
     weight_update = "none"
     identity = {"sparsity": 0.0}
+    trials = ({}, {"scope": "global"})
 
     def score(self, layer: Layer) -> Tensor:
         return layer.weight.abs()

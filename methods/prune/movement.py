@@ -49,6 +49,7 @@ class Movement(Train):
     paper = "arXiv:2005.07683"
     type = "sparse training"
     settles = True
+    trials = ({}, {"pattern": "2:4"})
 
     sparsity: float = 0.5  # at the end, of every matrix
     pattern: str = "unstructured"  # or "n:m", "block:RxC"

@@ -46,7 +46,7 @@ class NeuronPruning(Method):
     identity = {"sparsity": 0.0}
 
     sparsity: float = 0.2  # fraction of the neurons; int(width * (1 - sparsity)) stay, as with the authors
-    score: Literal["taylor", "taylor_vector", "magnitude", "activation"] = "taylor"
+    score: Literal["taylor", "taylor_vector", "magnitude", "activation"] = "taylor"  # what a neuron is worth
     scope: Literal["local", "global"] = "local"  # compare within each block, or over the whole model
     multiple: int = 1  # widths are rounded up to a multiple, as group-wise quantization or tensor cores may want
 

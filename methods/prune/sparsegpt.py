@@ -75,6 +75,7 @@ class SparseGPT(Weights):
     type = "post-training"
     weight_update = "Hessian-based compensation"
     needs = {"hessian"}
+    trials = ({}, {"pattern": "2:4", "bits": 4})
 
     sparsity: float = 0.5  # fraction of the weights set to zero; n:m fixes it at 1 - n/m
     pattern: str = "unstructured"  # or n:m (keep n of every m inputs of a row), such as "2:4"

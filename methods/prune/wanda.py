@@ -19,6 +19,7 @@ class Wanda(Patterned):
     weight_update = "none"
     needs = {"norm"}
     identity = {"sparsity": 0.0}
+    trials = ({}, {"pattern": "4:8"}, {"pattern": "block:16x16"})
 
     scope: Scope = "row"  # the published comparison group; the others are variants
 

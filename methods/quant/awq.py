@@ -29,15 +29,16 @@ class AWQ(Weights):
     type = "PTQ"
     weight_update = "per-channel scaling and clipping"
     needs = {"norm", "hessian"}
+    trials = ({}, {"bits": 3})
     sequential: ClassVar[bool] = False
     folds: ClassVar[bool] = True
 
     bits: int = 4  # 2, 3, 4 or 8
     group_size: int = 128  # consecutive inputs of a row that share a scale
-    symmetric: bool = False
+    symmetric: bool = False  # zero in the middle of the codes instead of a zero-point of its own
     grid: int = 20  # alphas tried: 0, 1/grid, ... (grid - 1)/grid
     clip: bool = True  # search clipping thresholds; never for q and k
-    scale: Literal["paper", "duo", "seed"] = "paper"
+    scale: Literal["paper", "duo", "seed"] = "paper"  # the formula of the channel scales
 
     def check(self) -> None:
         self.require(self.bits in WIDTHS, f"bits must be one of {WIDTHS}")

@@ -22,9 +22,10 @@ class FP8Weight(Weights):
     paper = "arXiv:2209.05433"
     type = "PTQ"
     weight_update = "none"
+    trials = ({}, {"granularity": "tensor", "activations": False})
 
-    granularity: Literal["tensor", "row"] = "row"
-    activations: bool = True
+    granularity: Literal["tensor", "row"] = "row"  # what shares a scale
+    activations: bool = True  # round the inputs of the linears as well
 
     @property
     def rounds_activations(self) -> bool:

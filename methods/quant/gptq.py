@@ -55,12 +55,19 @@ class GPTQ(Weights):
     type = "PTQ"
     weight_update = "Hessian-based compensation"
     needs = {"hessian"}
+    trials = (
+        {},
+        {"bits": 3, "act_order": True},
+        {"bits": 2, "group_size": None},
+        {"static_groups": True, "act_order": True, "symmetric": True},
+        {"true_sequential": True, "mse": True},
+    )
 
     bits: int = 4  # 2, 3, 4 or 8
     group_size: int | None = 128  # consecutive inputs of a row that share a scale
-    symmetric: bool = False
+    symmetric: bool = False  # zero in the middle of the codes instead of a zero-point of its own
     act_order: bool = False  # columns in the order of falling Hessian diagonal
-    static_groups: bool = False
+    static_groups: bool = False  # fix the grids of all groups before the first column is rounded
     true_sequential: bool = False  # recalibrate between q/k/v, o, gate/up and down
     mse: bool = False  # shrink ranges where that lowers the error
     damp: float = 0.01  # of the mean Hessian diagonal, added to every diagonal entry

@@ -40,9 +40,10 @@ class NF4(Weights):
     paper = "arXiv:2305.14314"
     type = "PTQ"
     weight_update = "none"
+    trials = ({}, {"double_quant": True})
 
     block: int = 64  # weights of the flattened matrix that share a factor
-    double_quant: bool = False
+    double_quant: bool = False  # store the factors in 8 bits
 
     def check(self) -> None:
         self.require(self.block > 0, "block must be positive")

@@ -12,7 +12,7 @@ from effbench.core.kinds import Weights
 from effbench.core.views import Layer
 from effbench.formats.lattice import E8PLinear, encode, rotate
 from effbench.kernels.e8p_linear.cases import RESIDUAL_SCALE
-from effbench.kernels.e8p_linear.reference import dense
+from effbench.kernels.e8p_linear.reference import E8PMatrix
 
 SPAN = 8  # weights that share a lattice point
 SCALE = {2: 0.9, 3: 0.98, 4: 1.03}  # spread of the rotated weights over the codebook, as the authors set it
@@ -40,7 +40,7 @@ def ldlq(weight: Tensor, hessian: Tensor, bits: int, tune_iters: int) -> tuple[T
     def settle(start: int, target: Tensor) -> None:
         """Encode `target` [8, out] as the block at `start`."""
         codes, residual = parts[start] = encode(target.T.unsqueeze(1), bits)  # [out, 1, 8]
-        points = dense(SPAN, codes, one, residual, RESIDUAL_SCALE[bits])
+        points = E8PMatrix(codes, one, residual, RESIDUAL_SCALE[bits]).dense(SPAN)
         left[start : start + SPAN] = (weight[:, start : start + SPAN] - points).T
 
     starts = range(weight.shape[1] - SPAN, -1, -SPAN)
@@ -70,7 +70,7 @@ class QuIPSharp(Weights):
     type = "PTQ"
     weight_update = "block LDLQ"
     needs = {"hessian"}
-    trial = {"tune_iters": 1}
+    trials = ({"tune_iters": 1}, {"bits": 3, "tune_iters": 1}, {"bits": 4, "tune_iters": 0})
 
     bits: int = 2  # 2, 3 or 4
     tune_iters: int = 10  # passes of coordinate descent after LDLQ

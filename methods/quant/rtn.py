@@ -19,6 +19,15 @@ class RTN(Weights):
     paper = "arXiv:1712.05877"
     type = "PTQ"
     weight_update = "none"
+    trials = (
+        {},
+        {"bits": 2},
+        {"bits": 3},
+        {"bits": 8},
+        {"granularity": "tensor", "bits": 8},
+        {"granularity": "channel", "symmetric": True},
+        {"grid": "awq"},
+    )
 
     bits: int = 4  # 2, 3, 4 or 8
     granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale; channel: an output

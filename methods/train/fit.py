@@ -14,7 +14,7 @@ class Fit(FitSettings, Method):
     paper = "arXiv:1711.05101"
     type = "fine-tuning"
     consumes = True
-    trial = {"steps": 2, "max_length": 32}
+    trials = ({"steps": 2, "max_length": 32},)
 
     def check(self) -> None:
         self.require(self.steps > 0, "steps must be at least 1")

@@ -8,23 +8,27 @@ import json
 import subprocess
 import sys
 import tarfile
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from effbench.bench import compile as compiling
+from effbench.bench import document as command
 from effbench.bench import measure as bench
 from effbench.cli import main as cli
 from effbench.core.errors import Usage
-from effbench.kernels._common.dense import activations, adjoint, multiply
-from effbench.machine.ceilings import Ceilings
-from effbench.ops import Case, Declined, Goal, Op, Peer, load, ops
+from effbench.ops import Case, Declined, Goal, LinearOp, Op, Peer, list_ops, load, multiply
+from effbench.records.timings import Ceilings, Compilation, CompiledRow, Document, Quartiles, Row, Timings, encode, read
 from effbench.report import kernels as timings
-from effbench.report import tables as report
+from effbench.report import pages as report
 
 GPU = Path(__file__).parent.parent / "gpu"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -37,32 +41,40 @@ SIZES = dict(in_features=64, out_features=32)
 # ---- an op with peers of every kind ----
 
 
-def _reference(x: Tensor, weight: Tensor) -> Tensor:
-    return multiply(x, weight)
+class Plain(NamedTuple):
+    """A matrix stored as it is."""
+
+    weight: Tensor
+
+    def out_features(self, in_features: int) -> int:
+        return self.weight.shape[0]
+
+    def dense(self, in_features: int) -> Tensor:
+        return self.weight
 
 
-def right(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+def right(x: Tensor, matrix: Plain) -> Callable[[], Tensor]:
     """Converts first, and keeps only what it made of the weights."""
-    turned = weight.T.contiguous()
+    turned = matrix.weight.T.contiguous()
     return lambda: x @ turned
 
 
-def wrong(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+def wrong(x: Tensor, matrix: Plain) -> Callable[[], Tensor]:
     """Forgets an input."""
-    return lambda: x[:, 1:] @ weight[:, 1:].T
+    return lambda: x[:, 1:] @ matrix.weight[:, 1:].T
 
 
-def unwritten(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """Leaves memory as it found it."""
-    return lambda: torch.empty(len(x), len(weight))
+def unwritten(x: Tensor, matrix: Plain) -> Callable[[], Tensor]:
+    """Leaves memory as it was."""
+    return lambda: torch.empty(len(x), len(matrix.weight))
 
 
-def absent(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+def absent(x: Tensor, matrix: Plain) -> Callable[[], Tensor]:
     """Is not there."""
     raise Declined("cannot be imported")
 
 
-def broken(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+def broken(x: Tensor, matrix: Plain) -> Callable[[], Tensor]:
     """Raises when called."""
 
     def call() -> Tensor:
@@ -74,26 +86,22 @@ def broken(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 @pytest.fixture(scope="module")
 def toy() -> Iterator[Op]:
     """y = x W^T."""
-    _reference.__annotations__ = {"x": Tensor, "weight": Tensor, "return": Tensor}  # the schema is made of types
 
-    def inputs(case: Case, device: Any, dtype: Any, generator: torch.Generator) -> dict[str, Any]:
-        weight = torch.randn(case["out_features"], case["in_features"], device=device, generator=generator)
-        return {"x": activations(case, device, dtype, generator), "weight": weight.to(dtype)}
+    def random(case: Case, dtype: torch.dtype, on: dict[str, Any]) -> Plain:
+        return Plain(torch.randn(case["out_features"], case["in_features"], **on).to(dtype))
 
     module = sys.modules["peers_for_tests"] = types.ModuleType("peers_for_tests")
-    found = (right, wrong, unwritten, absent, broken)
-    vars(module).update({peer.__name__: peer for peer in found})
-    yield Op(
+    peers = (right, wrong, unwritten, absent, broken)
+    vars(module).update({peer.__name__: peer for peer in peers})
+    yield LinearOp(
         name="toy_bench",
-        reference=_reference,
-        adjoint=adjoint(lambda in_features, weight: weight),
-        out_features=lambda x, weight: weight.shape[0],
-        inputs=inputs,
+        matrix=Plain,
+        random=random,
         cases=[dict(batch=3, **SIZES)],
         timed=[dict(batch=batch, **SIZES) for batch in (1, 3)] + [dict(batch=1, in_features=4096, out_features=4096)],
         backends={"fast": "peers_for_tests:fast"},
-        peers={peer.__name__: Peer(f"peers_for_tests:{peer.__name__}", "torch", note="a note") for peer in found},
-        goals=[Goal("H200", 1, 1000, must={"dense_speedup": 2.0}, target={"dense_speedup": 2.0, "copy_percent": 90})],
+        peers={peer.__name__: Peer(f"peers_for_tests:{peer.__name__}", "torch", note="a note") for peer in peers},
+        goals=[Goal("H200", 1, 1000, must={"speedup": 2.0}, target={"speedup": 2.0, "copy_percent": 90})],
     )
     del sys.modules["peers_for_tests"]
 
@@ -101,42 +109,46 @@ def toy() -> Iterator[Op]:
 @pytest.fixture
 def only_toy(toy: Op, monkeypatch: pytest.MonkeyPatch) -> Op:
     """The toy is the only op, and the ceilings are known."""
-    monkeypatch.setattr(bench, "ops", lambda: [toy.name])
+    monkeypatch.setattr(command, "list_ops", lambda: [toy.name])
+    monkeypatch.setattr(command, "load", lambda name: toy)
     monkeypatch.setattr(bench, "load", lambda name: toy)
     monkeypatch.setattr(bench, "ceilings", lambda device: CEILING)
     return toy
 
 
-def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in rows}
+def by_name(rows: list[Row]) -> dict[str, Row]:
+    return {row.name: row for row in rows}
+
+
+CONTROL = timings.CONTROL[timings.DENSE]
 
 
 def test_only_what_is_correct_has_a_speed(toy: Op) -> None:
-    rows = by_name(bench.measured(toy, toy.timed[1], CPU, torch.float32, CEILING))
-    assert list(rows) == [timings.DENSE, "reference", *toy.peers, timings.CONTROL]
-    timed = {name for name, row in rows.items() if "call_us" in row}
-    assert timed == {timings.DENSE, "reference", "right", timings.CONTROL}
-    assert rows["wrong"]["ok"] is False and rows["wrong"]["error"] > 0.01
-    assert rows["unwritten"]["ok"] is False and rows["unwritten"]["error"] == "nan"
-    assert rows["absent"]["absent"] == "cannot be imported"
-    assert rows["broken"]["failed"] == "RuntimeError: no kernel image"
+    rows = by_name(bench.measure_case(toy, toy.timed[1], CPU, torch.float32, CEILING))
+    assert list(rows) == [timings.DENSE, "reference", *toy.peers, CONTROL]
+    timed = {name for name, row in rows.items() if row.call_us}
+    assert timed == {timings.DENSE, "reference", "right", CONTROL}
+    assert rows["wrong"].ok is False and rows["wrong"].error > 0.01
+    assert rows["unwritten"].ok is False and rows["unwritten"].error == "nan"
+    assert rows["absent"].absent == "cannot be imported"
+    assert rows["broken"].failed == "RuntimeError: no kernel image"
     for name in timed - {timings.DENSE}:
-        ratio, times = rows[name]["dense_speedup"], rows[name]["call_us"]
-        assert 0 < ratio["p25"] <= ratio["median"] <= ratio["p75"]
-        assert 0 < times["p25"] <= times["median"] <= times["p75"]
-    assert "graph_us" not in rows["right"]  # a processor has no graphs
+        ratio, times = rows[name].speedup, rows[name].call_us
+        assert 0 < ratio.p25 <= ratio.median <= ratio.p75
+        assert 0 < times.p25 <= times.median <= times.p75
     row = rows["right"]
-    assert row["bytes"] == 4 * (3 * 64 + 32 * 64 + 3 * 32)
-    seconds = row["call_us"]["median"] / 1e6
-    assert row["copy_percent"] == pytest.approx(100 * row["bytes"] / seconds / 1e9)
-    assert row["read_percent"] == pytest.approx(row["copy_percent"] / 2)
-    assert row["matmul_percent"] == pytest.approx(100 * 2 * 3 * 64 * 32 / seconds / 1e12)
-    assert row["rotated_bytes"] == 2 * 4 * 32 * 64  # over two copies of the weights
+    assert row.graph_us is None  # a processor has no graphs
+    assert row.bytes == 4 * (3 * 64 + 32 * 64 + 3 * 32)
+    seconds = row.call_us.median / 1e6
+    assert row.copy_percent == pytest.approx(100 * row.bytes / seconds / 1e9)
+    assert row.read_percent == pytest.approx(row.copy_percent / 2)
+    assert row.matmul_percent == pytest.approx(100 * 2 * 3 * 64 * 32 / seconds / 1e12)
+    assert row.rotated_bytes == 2 * 4 * 32 * 64  # over two copies of the weights
 
 
 def test_every_call_has_its_own_copy_of_the_weights_and_the_same_x(toy: Op) -> None:
     arguments = toy.arguments(toy.timed[0])
-    copies = bench._copied(arguments, 3)
+    copies = bench.copy_arguments(toy, arguments, 3)
     assert len({each["weight"].data_ptr() for each in copies}) == 3
     assert len({each["x"].data_ptr() for each in copies}) == 1
     assert all(torch.equal(each["weight"], arguments["weight"]) for each in copies)
@@ -151,13 +163,13 @@ def test_timing_by_graphs(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
         return step
 
     monkeypatch.setattr(bench, "CAPTURES", {"cpu": capture})
-    rows = by_name(bench.measured(toy, toy.timed[1], CPU, torch.float32, CEILING))
-    assert {name for name, row in rows.items() if "graph_us" in row} == {
-        timings.DENSE, "reference", "right", timings.CONTROL,
+    rows = by_name(bench.measure_case(toy, toy.timed[1], CPU, torch.float32, CEILING))
+    assert {name for name, row in rows.items() if row.graph_us} == {
+        timings.DENSE, "reference", "right", CONTROL,
     }  # fmt: skip
     assert len(passes) == 3 and all(calls % 2 == 0 and calls > 2 for calls in passes)  # a graph takes a while
-    seconds = rows["right"]["graph_us"]["median"] / 1e6
-    assert rows["right"]["copy_percent"] == pytest.approx(100 * rows["right"]["bytes"] / seconds / 1e9)
+    seconds = rows["right"].graph_us.median / 1e6
+    assert rows["right"].copy_percent == pytest.approx(100 * rows["right"].bytes / seconds / 1e9)
 
 
 def test_rounds_alternate_and_ratios_are_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,12 +187,13 @@ def test_rounds_alternate_and_ratios_are_per_round(monkeypatch: pytest.MonkeyPat
         return types.SimpleNamespace(wall=now[order[-1]], device=now[order[-1]])
 
     monkeypatch.setattr(bench, "timed", timed)
-    dense, other = {"name": timings.DENSE}, {"name": "other"}
-    bench._time([bench.Contender(dense, [lambda: "dense"], None), bench.Contender(other, [lambda: "other"], None)], CPU)
+    dense, other = Row(op="toy", case={}, name=timings.DENSE), Row(op="toy", case={}, name="other")
+    contenders = [bench.Contender(dense, [lambda: "dense"], None), bench.Contender(other, [lambda: "other"], None)]
+    bench._time(contenders, timings.DENSE, CPU)
     assert order[:8] == ["dense", "other", "other", "dense"] * 2
     assert len(order) == 2 * bench.ROUNDS and bench.ROUNDS >= 30
-    assert other["dense_speedup"] == {"p25": 4, "median": 4, "p75": 4}
-    assert dense["call_us"]["median"] == 4 * other["call_us"]["median"]
+    assert other.speedup == Quartiles(4, 4, 4) and dense.speedup is None
+    assert dense.call_us.median == 4 * other.call_us.median
 
 
 def test_turns_on_a_device_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,66 +213,61 @@ def test_turns_on_a_device_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    took = bench._in_turns([lambda: log.append("a"), lambda: log.append("b")], CUDA)
+    took = bench._time_in_turns([lambda: log.append("a"), lambda: log.append("b")], CUDA)
     assert log == ["a", "mark", "a", "mark", "b", "mark", "wait"]
     assert took == [0.002, 0.005]
 
 
-def test_copies_exceed_the_cache_and_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_exceed_the_cache_and_fit_in_memory(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = types.SimpleNamespace(L2_cache_size=100_000_000)
     free = [10**12]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 10**12))
     arguments = {"x": torch.empty(1000, device="meta"), "weight": torch.empty(10**7, dtype=torch.int8, device="meta")}
-    assert bench.copies(arguments, CUDA, 5) == 40  # four times the cache
+    assert bench.count_copies(toy, arguments, CUDA, 5) == 40  # four times the cache
     gpu.L2_cache_size = 50_000_000
-    assert bench.copies(arguments, CUDA, 5) == -(-(2**28) // 10**7)
+    assert bench.count_copies(toy, arguments, CUDA, 5) == -(-(2**28) // 10**7)
     free[0] = 10**9
-    assert bench.copies(arguments, CUDA, 5) == 10
+    assert bench.count_copies(toy, arguments, CUDA, 5) == 10
     free[0] = 0
-    assert bench.copies(arguments, CUDA, 5) == 1
-    assert bench.copies(arguments, CPU, 5) == 2
+    assert bench.count_copies(toy, arguments, CUDA, 5) == 1
+    assert bench.count_copies(toy, arguments, CPU, 5) == 2
 
 
 def test_goals_are_judged_on_their_device_alone(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(device: str, batch: int = 1, size: int = 2000, name: str = "fast") -> Any:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
-        row = {
-            "name": name,
-            "case": dict(batch=batch, **SIZES),
-            "bytes": size,
-            "graph_us": {"median": 4.0},
-            "dense_speedup": {"median": 2.5},
-        }
+        row = Row(op="toy", case=dict(batch=batch, **SIZES), name=name, bytes=size)
+        row.graph_us, row.speedup = Quartiles(4.0, 4.0, 4.0), Quartiles(2.5, 2.5, 2.5)
         bench._rate(toy, row, CUDA, CEILING)
-        return row.get("goals")
+        return row.goals
 
     assert judged("NVIDIA H200") == {"must": True, "target": False}
     assert judged("NVIDIA H200", size=4000) == {"must": True, "target": True}
-    assert judged("NVIDIA H100 80GB HBM3") is None
-    assert judged("NVIDIA H200", batch=3) is None
-    assert judged("NVIDIA H200", size=999) is None
-    assert judged("NVIDIA H200", name="right") is None
+    assert judged("NVIDIA H100 80GB HBM3") == {}
+    assert judged("NVIDIA H200", batch=3) == {}
+    assert judged("NVIDIA H200", size=999) == {}
+    assert judged("NVIDIA H200", name="right") == {}
 
 
 def test_what_suits_the_device_and_in_which_order(toy: Op) -> None:
-    assert bench.planned([], CPU) == []
-    small, large = (bench.planned(ops(), device) for device in (CPU, CUDA))
-    assert {op.name for op, _ in small} == {op.name for op, _ in large} == set(ops())
-    assert [op.name for op, _ in large[: len(ops())]] == ops()  # the first of each comes first
+    assert bench.plan_cases([], CPU) == []
+    small, large = (bench.plan_cases(list_ops(), device) for device in (CPU, CUDA))
+    assert {op.name for op, _ in small} == {op.name for op, _ in large} == set(list_ops())
+    assert [op.name for op, _ in large[: len(list_ops())]] == list_ops()  # the first of each comes first
     biggest = max(
         op.bytes(case, torch.bfloat16) for op, case in large if op.name == "int_linear" and case["batch"] == 1
     )
     assert biggest > load("int_linear").goals[0].least_bytes
 
 
-@pytest.mark.parametrize("name", ops())
+@pytest.mark.parametrize("name", list_ops())
 def test_small_cases_are_right(name: str) -> None:
     op = load(name)
-    for op_, case in bench.planned([name], CPU):
+    for op_, case in bench.plan_cases([name], CPU):
         error, fine = op_.check(case, "reference")
         assert fine, error
-    described = op.described(op.timed[-1], torch.bfloat16)
+    described = op.describe_arguments(op.timed[-1], torch.bfloat16)
     assert described["x"].device.type == "meta" and described["x"].dtype == torch.bfloat16
 
 
@@ -272,7 +280,7 @@ def test_the_command(only_toy: Op, tmp_path: Path, capsys: pytest.CaptureFixture
     document = json.loads(capsys.readouterr().out)
     (path,) = out.glob("*.json")
     assert path.stem == document["environment"]["machine"]
-    assert json.loads(path.read_text()) == document
+    assert json.loads(path.read_text()) == document and encode(read(path)) == path.read_text()
     assert document["ceilings"]["copy_bytes_per_s"] == 1e9 and document["dtype"] == "float32"
     assert [row["case"]["batch"] for row in document["rows"] if row["name"] == "right"] == [1, 3]
     assert cli.main(["bench", "device=cpu", f"out={out}"]) == 2  # nothing is overwritten
@@ -312,72 +320,185 @@ def test_wrong_usage(arguments: list[str], words: str, capsys: pytest.CaptureFix
     assert out == "" and words in err and err.count("\n") == 1
 
 
-def test_compiled_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_without_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     op = load("fp8_linear")
     token = next(case for case in op.timed if case["activations"] == "token" and case["in_features"] > 4096)
-    monkeypatch.setattr(bench, "planned", lambda names, device: [(op, token)])
+    monkeypatch.setattr(compiling, "plan_cases", lambda names, device: [(op, token)])
     assert cli.main(["bench", "op=fp8_linear", "--compile", "--json"]) == 0
-    vendor, ours = json.loads(capsys.readouterr().out)["compiled"]
-    assert vendor["name"] == "scaled_mm" and vendor["absent"] == "launches no kernel of ours"
-    assert (ours["name"], ours["kernel"], ours["spills"]) == ("triton", "_fp8_linear", 0)
-    assert ours["registers"] > 0 and ours["matrix_products"] > 0 and ours["lane_instructions"] > 1
-    assert "| 16×8192→28672, activations token |" in timings.compiled_page(
-        {"compiled": [vendor, ours], "environment": {"packages": {}}}
-    )
+    path = tmp_path / "compiled.json"
+    path.write_text(capsys.readouterr().out)
+    document = read(path)
+    vendor, ours = document.rows
+    assert vendor.name == "scaled_mm" and vendor.absent == "launches no kernel of ours"
+    assert (ours.name, ours.kernel, ours.spills) == ("triton", "_fp8_linear", 0)
+    assert ours.registers > 0 and ours.matrix_products > 0 and ours.lane_instructions > 1
+    assert "| 16×8192→28672, activations token |" in timings.page(document)
 
 
 # ---- tables ----
 
 
-def document(**changes: Any) -> dict[str, Any]:
-    facts = {"machine": "gpu-of-tests", "packages": {"torch": "2.13.0"}, "driver": "1.2.3"}
-    ceilings = dict(
-        copy_bytes_per_s=1e9, read_bytes_per_s=1e9, matmul_flop_per_s=1e12, matmul_dtype="bfloat16", graph_node_s=1e-6
+def document(**changes: Any) -> Timings:
+    facts = {"machine": "gpu-of-tests", "packages": {"torch": "2.13.0"}, "driver": "1.2.3", "cores": 4}
+    case = dict(batch=1, zero=True, wide=False, **SIZES)
+    graph, call = Quartiles(1.0, 2.0, 3.0), Quartiles(10.0, 20.0, 30.0)
+    dense, control = (
+        Row(op="toy", case=case, name=name, error=1e-3, ok=True, version="1", graph_us=graph, call_us=call)
+        for name in (timings.DENSE, CONTROL)
     )
-    row = {
-        "op": "toy",
-        "case": dict(batch=1, zero=True, wide=False, **SIZES),
-        "error": 1e-3,
-        "ok": True,
-        "version": "1",
-    }
-    times = {"graph_us": dict(p25=1.0, median=2.0, p75=3.0), "call_us": dict(p25=10.0, median=20.0, p75=30.0)}
-    ratio = {"dense_speedup": dict(p25=0.99, median=1.0, p75=1.01)}
-    rows = [row | times | {"name": timings.DENSE}, row | times | ratio | {"name": timings.CONTROL}]
-    made = {"schema": 1, "environment": facts, "dtype": "bfloat16", "rounds": 30, "ceilings": ceilings, "rows": rows}
-    return made | {"left_out": []} | changes
+    control.speedup = Quartiles(0.99, 1.0, 1.01)
+    fields = dict(dtype="bfloat16", rounds=30, ceilings=CEILING, rows=[dense, control], left_out=[])
+    return Timings(environment=facts, **fields | changes)
 
 
 def test_a_noisy_machine_is_called_so() -> None:
     quiet = timings.page(document())
     assert "Too noisy" not in quiet and "1.00 [0.990–1.01] |" in quiet and "1×64→32, zero" in quiet
-    rows = document()["rows"]
-    rows[1]["dense_speedup"]["median"] = 1.03
+    rows = document().rows
+    rows[1].speedup = Quartiles(0.99, 1.03, 1.01)
     assert "**Too noisy:** in 1 of 1 cases" in (text := timings.page(document(rows=rows)))
     assert "1.03 [0.990–1.01]!" in text
 
 
 def test_goals_in_the_table() -> None:
-    rows = document()["rows"]
-    rows[1] |= {"name": "triton", "goals": {"must": True, "target": False}}
+    rows = document().rows
+    rows[1].name, rows[1].goals = "triton", {"must": True, "target": False}
     assert "must: met; target: missed" in timings.page(document(rows=rows))
+
+
+def test_an_op_that_multiplies_no_matrix_is_timed_against_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(x: Tensor, value: float) -> None:
+        x.fill_(value)
+
+    def inputs(case: Case, device: Any, dtype: Any, generator: Any) -> dict[str, Any]:
+        return {"x": torch.randn(case["rows"], 8, device=device, generator=generator).to(dtype), "value": 2.0}
+
+    op = Op(name="toy_fill", reference=fill, inputs=inputs, cases=[], timed=[{"rows": 4}], mutates=("x",))
+    monkeypatch.setattr(bench, "load", lambda name: op)
+    ((_, case),) = bench.plan_cases(["toy_fill"], CPU)
+    first, again = bench.measure_case(op, case, CPU, torch.float32, CEILING)
+    assert (first.name, again.name) == ("reference", "reference, again") and first.ok and first.error == 0
+    assert again.speedup.median > 0 and again.matmul_percent == 0 and first.bytes == 2 * 4 * 4 * 8
+    assert "| rows 4 " in timings.page(document(rows=[first, again]))
 
 
 def test_tables_of_committed_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "load", lambda results, suite: [])
     path = tmp_path / "results" / "bench" / "gpu-of-tests.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(document()))
+    path.write_text(encode(document()))
     results = tmp_path / "results"
     table = results / "tables" / "bench-gpu-of-tests.md"
-    assert report.check(results) == 1
-    assert report.write(results) == [table] and report.check(results) == 0
+    assert len(report.check(results)) == 1
+    assert report.write(results) == [table] and report.check(results) == []
     assert timings.page(document()) in table.read_text()
     assert report.pages(results, "quant") == {}
-    for text in ("{", "[]", json.dumps({"schema": 1}), json.dumps(document(schema=2))):
-        path.write_text(text)
-        with pytest.raises(Usage, match=r"gpu-of-tests\.json"):
-            report.check(results)
+    path.write_text("{")
+    with pytest.raises(Usage, match=r"gpu-of-tests\.json"):
+        report.check(results)
+
+
+# ---- documents ----
+
+COMPILATION = Compilation(
+    environment={"machine": "none", "packages": {"triton": "3.6"}},
+    rows=[CompiledRow(op="toy", case=dict(SIZES, batch=1), name="triton", kernel="k", registers=32, wide_loads=0.5)],
+)
+
+
+@pytest.mark.parametrize("original", [document(), COMPILATION], ids=["timed", "compiled"])
+def test_a_document_is_read_as_it_was_written(original: Document, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(encode(original))
+    assert read(path) == original and timings.page(read(path)) == timings.page(original)
+
+
+def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is a value in JSON data, at any depth."""
+    yield place
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from _places(value[key], (*place, key))
+
+
+def _refused(path: Path, content: bytes) -> bool:
+    """Whether the file is refused by one line that names it; otherwise it must make a page."""
+    path.write_bytes(content)
+    try:
+        timings.page(read(path))
+    except Usage as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return True
+    return False
+
+
+FOREIGN = [None, -1, 0.5, True, "abc", [], [None], {}, {"a": []}, "x" * 3000, 10**400]
+
+
+@pytest.mark.parametrize("original", [document(), COMPILATION], ids=["timed", "compiled"])
+def test_a_document_with_any_one_value_replaced_is_read_or_refused(original: Document, tmp_path: Path) -> None:
+    text = encode(original)
+    refused = 0
+    for place in _places(json.loads(text)):
+        for value in FOREIGN:
+            data = json.loads(text)
+            if not place:
+                data = value
+            else:
+                parent = data
+                for key in place[:-1]:
+                    parent = parent[key]
+                parent[place[-1]] = value
+            refused += _refused(tmp_path / "a.json", json.dumps(data).encode())
+    assert refused > 100
+
+
+@given(st.data())
+def test_a_document_cut_short_or_with_other_bytes_is_refused(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        content = encode(document()).encode()
+        at = data.draw(st.integers(0, len(content) - 3))
+        assert _refused(Path(folder) / "a.json", content[:at])
+        _refused(Path(folder) / "a.json", content[:at] + data.draw(st.binary(max_size=9)) + content[at:])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "Input data was truncated"),
+        (b"\xff\xfe", "not a document"),
+        (b"[" * 100_000, "not a document"),
+        (b"[]", "Expected `object`"),
+        (b'{"schema": 1, "rows": []}', "another version of effbench"),
+        (encode(document()).replace('"rounds": 30', '"rounds": "abc"').encode(), "rounds"),
+        (encode(document()).replace('"machine"', '"machines"').encode(), "machine"),
+        (encode(document()).replace('"rounds"', '"round"').encode(), "round"),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_document_is_named(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_bytes(content)
+    with pytest.raises(Usage, match=words) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(Usage, match="No such file"):
+        read(tmp_path / "none.json")
+
+
+def test_a_file_that_came_in_between_is_kept(only_toy: Op, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    path = tmp_path / "a.json"
+    monkeypatch.setattr(command, "_choose_path", lambda out, machine: path)
+    path.write_text("another run's")
+    assert cli.main(["bench", "device=cpu", "--json", f"out={path}"]) == 2
+    out, err = capsys.readouterr()
+    assert "is not overwritten" in err.splitlines()[-1] and json.loads(out)["rows"]  # nothing measured is lost
+    assert path.read_text() == "another run's" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(command, "_choose_path", lambda out, machine: path / "b.json")
+    assert cli.main(["bench", "device=cpu", "--json", f"out={path}/b.json"]) == 2
+    out, err = capsys.readouterr()
+    assert "cannot be written (Not a directory)" in err.splitlines()[-1] and json.loads(out)["rows"]
 
 
 # ---- peers ----
@@ -464,7 +585,7 @@ def test_scaled_mm() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in ops() if load(name).peers])
+@pytest.mark.parametrize("name", [name for name in list_ops() if load(name).peers])
 def test_peers_on_the_device(name: str) -> None:
     op, case = load(name), load(name).timed[0]
     right = {}
@@ -481,9 +602,9 @@ def test_peers_on_the_device(name: str) -> None:
 def test_bench_on_the_device() -> None:
     op = load("int_linear")
     case = dict(batch=1, in_features=4096, out_features=4096, bits=4, groups=32, zero=True)
-    rows = by_name(bench.measured(op, case, torch.device("cuda:0"), torch.bfloat16, CEILING))
-    assert rows["triton"]["graph_us"]["median"] > 0 and rows["triton"]["rotated_bytes"] >= bench.COLD
-    assert rows[timings.CONTROL]["dense_speedup"]["median"] == pytest.approx(1, abs=0.1)
+    rows = by_name(bench.measure_case(op, case, torch.device("cuda:0"), torch.bfloat16, CEILING))
+    assert rows["triton"].graph_us.median > 0 and rows["triton"].rotated_bytes >= bench.COLD
+    assert rows[CONTROL].speedup.median == pytest.approx(1, abs=0.1)
 
 
 # ---- the scripts ----

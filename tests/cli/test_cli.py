@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import yaml
 from effbench import sources
 from effbench.cells import local as executors
 from effbench.cells import plan as runner
-from effbench.cells.options import PUBLISHED, RunOptions
+from effbench.cells.options import RunOptions
 from effbench.cli import main as cli
+from effbench.core.paths import PUBLISHED
 from effbench.nn.files.load import open_model
 from effbench.records.store import Store, latest
 
@@ -226,15 +228,18 @@ def test_show_a_method(capsys, here):
     assert "arXiv:2210.17323" in text and "act_order" in text and "tests/" in text
     assert cli.main(["show", "gptq", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["parameters"]["bits"] == "int = 4" and facts["measured"] == []
+    bits = {"type": "int", "default": "4", "comment": "2, 3, 4 or 8"}
+    assert facts["parameters"]["bits"] == bits and facts["measured"] == []
 
 
 def test_show_a_suite(capsys):
     assert cli.main(["show", "quant"]) == 0
-    assert "version: 1" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith("quant v1: ") and re.search(r"rtn-2b +quick, full +rtn\(bits=2\)", text)
+    assert "{" not in text  # values of sweeps are filled in
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.command_names())])
+@pytest.mark.parametrize("arguments", [["--help"], ["help"], *([name, "--help"] for name in cli.command_names())])
 def test_help(arguments, capsys):
     assert cli.main(arguments) == 0
     assert "usage: effbench" in capsys.readouterr().out

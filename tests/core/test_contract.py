@@ -659,6 +659,9 @@ def test_files_that_a_method_reads_are_named(tmp_path):
     class Reads(Train):
         path: str = str(tmp_path / "labels")
 
+        def batch(self, batch, run):
+            return batch
+
         def files(self):
             from pathlib import Path
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effbench.core import provenance
+from effbench.core import packages, provenance
+from effbench.core.packages import module_file
 from effbench.core.paths import PACKAGE
-from effbench.core.provenance import digest_source, find_file, follow_imports, strip_prose
+from effbench.core.provenance import digest_source, follow_imports, strip_prose
 
 CODE = '''\
 """What this is."""
@@ -79,7 +80,7 @@ def test_what_is_left_of_our_own_files_means_the_same():
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package `effbench` of a few files in place of the real one; returns a function that writes files."""
-    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "effbench")
+    monkeypatch.setattr(packages, "PACKAGE", tmp_path / "effbench")
 
     def write(**files):
         for name, content in files.items():
@@ -135,6 +136,6 @@ def test_a_release_and_prose_change_nothing(package):
 
 
 def test_what_is_not_ours_is_no_module():
-    assert find_file("torch") is None and find_file("effbench.kernels") is None
+    assert module_file("torch") is None and module_file("effbench.kernels") is None
     with pytest.raises(ValueError, match=r"effbench.nowhere is no module"):
         digest_source("effbench.nowhere")

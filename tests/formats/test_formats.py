@@ -23,7 +23,7 @@ from effbench.formats.packing import pack, unpack, word_count
 from effbench.kernels.e8p_linear.codebook import ONE_BIT, PATTERNS, decode
 from effbench.methods.quant.nf4 import LEVELS as NF4
 from effbench.nn.model.linear import dense_weight, kept, rebuilt, stored_bytes
-from effbench.ops import ran, reset_ran
+from effbench.ops import backend_calls, reset_backend_calls
 
 OUT, IN = 24, 96
 
@@ -122,9 +122,9 @@ def test_packing_layout() -> None:
 def test_forward_multiplies_by_the_dense_weight(name: str) -> None:
     module = MAKERS[name]()
     bias = torch.zeros(OUT) if module.bias is None else module.bias.detach()
-    reset_ran()
+    reset_backend_calls()
     columns = (module(torch.eye(IN)) - bias).T
-    assert all(set(backends) == {"reference"} for backends in ran().values()) and ran()
+    assert all(set(backends) == {"reference"} for backends in backend_calls().values()) and backend_calls()
     torch.testing.assert_close(columns, dense_weight(module), atol=2e-6, rtol=1e-6)
     assert dense_weight(module).dtype == torch.float32
     for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)):

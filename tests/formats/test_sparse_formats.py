@@ -17,8 +17,8 @@ from torch import Tensor
 
 from effbench.formats.bcsr import BCSRLinear, blocked
 from effbench.formats.csr import Compressed, CSRLinear
-from effbench.kernels._common.compiled import compiled
-from effbench.kernels._common.launch import recording
+from effbench.kernels._common.compiled import compile_launch
+from effbench.kernels._common.launch import record_launches
 from effbench.nn.model.linear import dense_weight, kept, rebuilt, stored_as, stored_bytes
 from effbench.ops import Declined, load
 
@@ -221,11 +221,11 @@ def test_blocks_of_a_transposed_matrix() -> None:
 
 NOTHING_KEPT = """
 import torch
-from effbench.ops import load, poisoned
+from effbench.ops import load, poison_memory
 for name, shape in (("csr_linear", (0,)), ("bcsr_linear", (0, 4, 8)), ("bcsr_linear", (0, 16, 16))):
     for batch in (0, 1, 3, 17):
         crow, col = torch.zeros(4, dtype=torch.int32), torch.zeros(0, dtype=torch.int16)
-        with poisoned():
+        with poison_memory():
             y = load(name).run("triton", x=torch.ones(batch, 32), crow=crow, col=col, values=torch.zeros(shape))
         assert y.shape == (batch, 3 * (shape[1] if shape[1:] else 1)) and (y == 0).all(), (name, y)
 """
@@ -256,13 +256,13 @@ def test_kernels_leave_to_the_reference_what_they_cannot_do() -> None:
 )
 def test_compiled_for_hopper(name: str, fields: dict[str, object], ceiling: float) -> None:
     op = load(name)
-    with recording() as launches:
+    with record_launches() as launches:
         op.run(
             "triton",
             **op.arguments(dict(batch=16, in_features=4096, out_features=4096, **fields), dtype=torch.bfloat16),
         )
     (launch,) = launches
-    result = compiled(launch)
+    result = compile_launch(launch)
     print(result)
     assert result.spills == 0
     assert result.lane_instructions <= ceiling

@@ -41,7 +41,7 @@ device = torch.device(sys.argv[1])
 found = {"environment": describe(str(device)), "ceilings": dataclasses.asdict(ceilings(device))}
 print(json.dumps(found, indent=1))
 """
-IMPORTS = "from effbench.ops import load, ops; print(*[load(name).name for name in ops()])"
+IMPORTS = "from effbench.ops import list_ops, load; print(*[load(name).name for name in list_ops()])"
 
 
 @dataclasses.dataclass

@@ -8,81 +8,26 @@ import re
 
 import numpy as np
 import pytest
+from fake_records import PROTOCOL, RECORDS, failed, make
+from hypothesis import given
+from hypothesis import strategies as st
 
-from effbench.core import registry
+from effbench.cli.commands import report
+from effbench.cli.main import main
 from effbench.core.errors import Usage
-from effbench.records.record import Cell, Metric, Record
+from effbench.records.record import Metric
 from effbench.records.store import Store
-from effbench.report import compare
-from effbench.report import methods as docs
-from effbench.report import tables as report
-from effbench.report.tables import groups, headline, render, sheet, write
+from effbench.report import pages
+from effbench.report.differences import difference, table_tests
+from effbench.report.groups import group_records
+from effbench.report.metrics import limits, scale
+from effbench.report.pages import check, headline, render, write
+from effbench.report.sheets import page_sheets
+from effbench.report.text import bytes_text, rounded, with_interval
 from effbench.stats.paired import Estimate
 
-WINDOWS, QUESTIONS = 60, 120
-PROTOCOL = "ppl.world.joined.window512.stride512.token.first-of-window-unscored.windows60.oneblock"
 
-
-def make(recipe="baseline", seed=0, outcome="ok", *, worse=0.0, wrong=0, bits=16.0, rng_seed=0, **changes):
-    """A record whose windows are `worse` nats worse, and whose task has `wrong` more wrong answers."""
-    steps = "" if recipe == "baseline" else recipe
-    cell = Cell(
-        suite="quant", suite_version=1, tier="quick", recipe=recipe, steps=steps, resolved=(), model="tiny",
-        data="tiny", seed=seed, settings={"threads": 1, "dtype": "float32"},
-        digests={"model": "m1", "data": "d1", "tasks": "t1", "probes": "p1", "methods": recipe},
-    )  # fmt: skip
-    cell = dataclasses.replace(cell, **{k: changes.pop(k) for k in list(changes) if hasattr(cell, k) and k != "name"})
-    noise = np.random.default_rng(rng_seed + seed)
-    nll = np.random.default_rng(99).normal(2.3, 0.3, WINDOWS) + worse + noise.normal(0, 0.002, WINDOWS) * (bits < 16)
-    right = [int(i >= 20 + wrong) for i in range(QUESTIONS)]
-    middle, reach = float(nll.mean()), 1.96 * float(nll.std()) / math.sqrt(WINDOWS)
-    share = sum(right) / QUESTIONS
-    accuracy = Metric(share, share - 0.05, share + 0.05, QUESTIONS)
-    metrics = {
-        "token_ppl": Metric(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), WINDOWS),
-        "kl_nats_per_token": Metric(worse / 2, n=WINDOWS),
-        "top1_agreement": Metric(1 - worse / 3, n=WINDOWS),
-        "recall_acc": accuracy,
-        "tasks_acc": accuracy,
-        "bits_per_weight": Metric(bits),
-        "stored_bytes": Metric(16e6 * bits / 16),
-        "compression": Metric(16 / bits),
-        "weight_bytes": Metric(1e6 * bits),
-        "prefill_speedup_b1_c128": Metric(0.81, 0.79, 0.83, 12),
-        "decode_speedup_b1_c128": Metric(1.26, 1.2, 1.31, 12),
-        "decode_speedup_b8_c128": Metric(0.97, 0.95, 0.99, 12),
-        "apply_seconds": Metric(1.25),
-        "apply_peak_rss_bytes": Metric(2.5e7),
-        "score_peak_rss_bytes": Metric(1.2e8),
-    }
-    values = {
-        "metrics": metrics,
-        "samples": {"token_ppl_window_nll": nll.tolist(), "recall_acc": right},
-        "protocols": {"token_ppl": PROTOCOL, "recall_acc": "task recall v1, 0-shot"},
-        "facts": {"type": "PTQ", "calibration_data": "128 sequences", "weight_update": "Hessian"} if steps else {},
-        "environment": {"machine": "acme-cpu-2core"},
-        "started": "2026-01-02T03:04:05+00:00",
-    }
-    return Record(cell=cell, outcome=outcome, **values | changes)
-
-
-def failed(recipe, seed=0, outcome="oom", reason="needs 9 GiB", **changes):
-    return make(recipe, seed, outcome, reason=reason, metrics={}, samples={}, protocols={}, **changes)
-
-
-RECORDS = [
-    make(),
-    make("gptq(bits=4)", 0, worse=0.02, bits=4.25, rng_seed=1),
-    make("gptq(bits=4)", 1, worse=0.021, bits=4.25, rng_seed=1),
-    make("gptq(bits=4)", 2, worse=0.022, bits=4.25, rng_seed=1),
-    make("rtn(bits=2)", worse=0.9, wrong=40, bits=2.25, rng_seed=2),
-    make("rtn(bits=8)", worse=0.0, bits=8.25, rng_seed=3),
-    make("fp8_weight()", worse=0.0, bits=8.0, rng_seed=4, simulated=True),
-    failed("squeezellm(bits=3)"),
-]
-
-
-def table(text, title="What is saved and what is kept"):
+def table(text, title="Size and quality"):
     """Rows of one Markdown table, by recipe."""
     lines = text[text.index(f"*{title}*") :].split("\n\n")[1].splitlines()
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
@@ -129,19 +74,19 @@ def test_the_arrows_mark_what_differs_from_the_baseline():
 
 
 def test_one_wrong_answer_more_is_no_difference():
-    (group,) = groups([make(), make("rtn(bits=4)", worse=0.5, wrong=1)])
-    assert group.tests["rtn(bits=4)", "recall_acc"][1] == 1.0
-    assert group.tests["rtn(bits=4)", "token_ppl"][1] < 0.05
+    (group,) = group_records([make(), make("rtn(bits=4)", worse=0.5, wrong=1)])
+    assert table_tests(group)["rtn(bits=4)", "recall_acc"].p == 1.0
+    assert table_tests(group)["rtn(bits=4)", "token_ppl"].p < 0.05
 
 
 def test_holm_counts_every_test_of_the_table():
     rows = [make(f"rtn(bits={i})", wrong=7) for i in range(2, 9)]
-    (alone,) = groups([make(), rows[0]])
-    (many,) = groups([make(), *rows])
+    (alone,) = group_records([make(), rows[0]])
+    (many,) = group_records([make(), *rows])
     raw = 2 * 0.5**7
     # per row: perplexity, the task and the mean of the tasks
-    assert alone.tests["rtn(bits=2)", "recall_acc"][1] == pytest.approx(3 * raw)
-    assert many.tests["rtn(bits=2)", "recall_acc"][1] == pytest.approx(21 * raw)
+    assert table_tests(alone)["rtn(bits=2)", "recall_acc"].p == pytest.approx(3 * raw)
+    assert table_tests(many)["rtn(bits=2)", "recall_acc"].p == pytest.approx(21 * raw)
 
 
 def test_simulated_rows_have_no_speed():
@@ -190,14 +135,14 @@ def test_seeds_are_aggregated():
     def cell(records):
         return table(render([make(), *records], "quant"))["gptq()"]["perplexity"]
 
-    assert cell(ppl(10.0)) == "10.00 ±89.00"
-    assert cell(ppl(10.0, 10.4)) == "10.20 [10.00–10.40]"
+    assert cell(ppl(10.0)) == "10.00 [1.00–99.00]"  # no perplexity is below 1
+    assert cell(ppl(10.0, 10.4)) == "10.20 [10.00–10.40]ˢ"
     assert cell(ppl(10.0, 10.2, 10.4)).removesuffix(" ↑") == "10.20 ±0.50ˢ"  # 4.30 x 0.2 / sqrt(3)
     assert cell(ppl(10.0, 10.0, 10.0)).removesuffix(" ↑") == "10.00"
 
 
 def test_facts_and_cost_columns():
-    rows = table(render(RECORDS, "quant"), "What the methods are and what applying them costs")
+    rows = table(render(RECORDS, "quant"), "Methods and the cost of applying them")
     assert rows["gptq(bits=4)"] == {
         "recipe": "gptq(bits=4)", "type": "PTQ", "calibration data": "128 sequences",
         "weight update": "Hessian", "seeds": "3", "apply, s": "1.25", "apply peak (rss)": "25.0 MB",
@@ -207,7 +152,7 @@ def test_facts_and_cost_columns():
 
 def test_recipes_with_names_of_their_own_show_their_steps():
     named = make("four bits", bits=4.25, steps="rtn(bits=4)")
-    rows = table(render([make(), named], "quant"), "What the methods are and what applying them costs")
+    rows = table(render([make(), named], "quant"), "Methods and the cost of applying them")
     assert rows["four bits"]["steps"] == "rtn(bits=4)"
 
 
@@ -237,12 +182,12 @@ def test_caption_says_where_the_numbers_come_from():
 )
 def test_only_like_is_put_beside_like(change):
     records = [make(), make("rtn(bits=4)"), make(**change), make("rtn(bits=4)", **change)]
-    assert [len(group.rows) for group in groups(records)] == [2, 2]
-    assert render(records, "quant").count("*What is saved and what is kept*") == 2
+    assert [len(group.rows) for group in group_records(records)] == [2, 2]
+    assert render(records, "quant").count("*Size and quality*") == 2
 
 
 def test_newest_version_and_full_tier_come_first():
-    found = groups([make(), make(tier="full"), make(suite_version=2)])
+    found = group_records([make(), make(tier="full"), make(suite_version=2)])
     assert [(g.records[0].cell.suite_version, g.records[0].cell.tier) for g in found] == [
         (2, "quick"), (1, "full"), (1, "quick"),
     ]  # fmt: skip
@@ -252,25 +197,25 @@ def test_newer_records_take_the_place_of_older_ones():
     old = [make(), make("rtn(bits=4)", 0), make("rtn(bits=4)", 1)]
     source = dataclasses.replace(old[1].cell, digests=old[1].cell.digests | {"methods": "edited"})
     newer = dataclasses.replace(old[1], cell=source, started="2026-02-01T00:00:00+00:00")
-    (group,) = groups([*old, newer])
+    (group,) = group_records([*old, newer])
     assert group.rows[1].records == (newer,)
     assert group.older == 2
     retrained = make(digests={"model": "m2"}, started="2026-03-01T00:00:00+00:00")
-    (group,) = groups([*old, retrained])
+    (group,) = group_records([*old, retrained])
     assert group.records == [retrained]
-    assert "3 records of an older source, model or data are left out" in render([*old, retrained], "quant")
+    assert "3 records of an older source, model or data left out" in render([*old, retrained], "quant")
 
 
 def test_a_record_without_an_environment_stays_with_its_kind():
     dead = failed("rtn(bits=4)", outcome="crashed", reason="killed by signal 9", environment={})
-    (group,) = groups([make(), dead])
+    (group,) = group_records([make(), dead])
     assert group.rows[1].records == (dead,)
 
 
 def test_protocols_that_differ_are_not_tested():
     other = make("rtn(bits=2)", worse=0.9, protocols={"token_ppl": "ppl.elsewhere", "recall_acc": "other"})
-    (group,) = groups([make(), other])
-    assert group.tests == {}
+    (group,) = group_records([make(), other])
+    assert table_tests(group) == {}
 
 
 def test_a_renamed_row_keeps_one_place():
@@ -279,24 +224,24 @@ def test_a_renamed_row_keeps_one_place():
         make("rtn-new", steps="rtn()", started="2026-02-01T00:00:00+00:00"),
     )
     edited = make("rtn-new", steps="rtn(bits=3)", started="2026-03-01T00:00:00+00:00")
-    assert [row.recipe for row in groups([make(), old, new])[0].rows] == ["baseline", "rtn-new"]
-    assert [row.steps for row in groups([make(), old, new, edited])[0].rows] == ["", "rtn(bits=3)"]
+    assert [row.recipe for row in group_records([make(), old, new])[0].rows] == ["baseline", "rtn-new"]
+    assert [row.steps for row in group_records([make(), old, new, edited])[0].rows] == ["", "rtn(bits=3)"]
 
 
 def test_without_a_baseline_nothing_is_tested():
-    (group,) = groups(RECORDS[1:])
-    assert group.baseline is None and group.tests == {}
+    (group,) = group_records(RECORDS[1:])
+    assert group.baseline is None and table_tests(group) == {}
     assert "↑" not in render(RECORDS[1:], "quant")
 
 
 def test_narrow_enough_for_a_terminal():
-    grids = sheet(groups(RECORDS)[0]).grids
+    grids = page_sheets(group_records(RECORDS))[0].grids
     assert all(len(grid.header) <= 10 for grid in grids)
-    assert max(map(len, headline(groups(RECORDS)[0]).splitlines()[2:-4])) < 150
+    assert max(map(len, headline(group_records(RECORDS)).splitlines()[2:-4])) < 150
 
 
 def test_rendering_does_not_depend_on_the_order_of_records():
-    for style in report.WRITTEN:
+    for style in pages.WRITTEN:
         assert render(RECORDS, "quant", style) == render(RECORDS[::-1], "quant", style)
 
 
@@ -313,7 +258,7 @@ def test_perplexity_over_texts_is_paired_by_text():
         sums = [[-float(n) * (3.0 + worse + 0.01 * (n % 3)), int(n)] for n in words]
         mean = -sum(s for s, _ in sums) / sum(n for _, n in sums)
         rows.append(make(recipe, metrics={"x_word_ppl": Metric(math.exp(mean))}, samples={"x_word_ppl": sums}))
-    test = report.paired(rows[:1], rows[1:], "x_word_ppl")
+    test = difference(rows[:1], rows[1:], "x_word_ppl")
     assert test is not None
     assert test.value == pytest.approx(0.05)
     before, after = (row.metrics["x_word_ppl"].value for row in rows)
@@ -328,7 +273,7 @@ def test_unknown_suite_is_usage():
 
 def test_terminal_format_shows_the_same_cells():
     text = render(RECORDS, "quant", "rich")
-    assert "What is saved" in text and "\x1b" not in text
+    assert "15.95" not in text and "rtn(bits=2)" in text and "\x1b" not in text
 
 
 # ---- formats ---------------------------------------------------------------------------------------------
@@ -389,7 +334,7 @@ def test_markdown_is_escaped():
     ],
 )  # fmt: skip
 def test_rounded(value, text):
-    assert report.rounded(value) == text
+    assert rounded(value) == text
 
 
 @pytest.mark.parametrize(
@@ -409,199 +354,177 @@ def test_rounded(value, text):
     ],
 )
 def test_with_interval(found, text):
-    assert report.with_interval(found) == text
+    assert with_interval(found) == text
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "low", "high", "text"),
+    [
+        ("tasks_acc", 1.0, 0.89, 1.0, "100 [89–100]"),
+        ("tasks_acc", 0.0938, 0.03, 0.2422, "9 [3–24]"),
+        ("tasks_acc", 0.5, 0.4, 0.6, "50.0 ±10.0"),
+        ("top1_agreement", 0.9966, 0.9902, 0.9989, "99.7 [99.0–99.9]"),
+        ("token_ppl", 1.4, 0.9, 2.2, "1.4 [1.0–2.2]"),
+        ("kl_nats_per_token", 0.474, -0.028, 0.976, "0.474 [0.000–0.976]"),
+        ("decode_speedup_b1_c1", 0.3, -0.1, 0.7, "0.3 [0.0–0.7]"),
+    ],
+)
+def test_no_interval_leaves_what_is_possible(metric, value, low, high, text):
+    shown = with_interval(Estimate(value, low, high), scale(metric), limits=limits(metric))
+    bounds = [float(number) for number in re.findall(r"[\d.]+", shown.partition("[")[2])]
+    assert all(limits(metric)[0] * scale(metric) <= bound <= limits(metric)[1] * scale(metric) for bound in bounds)
+    assert ("[" in shown) == ("[" in text)
+
+
+@given(
+    st.sampled_from(["tasks_acc", "top1_agreement", "token_ppl", "kl_nats_per_token", "decode_speedup_b1_c1"]),
+    st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(1, 3),
+)  # fmt: skip
+def test_what_an_interval_prints_is_possible(metric, value, below, above, seeds):
+    """Also for means over seeds, whose symmetric interval knows no bounds."""
+    least, most = limits(metric)
+    value = value if math.isfinite(most) else least + 20 * value
+    shown = with_interval(Estimate(value, value - below, value + above, n=seeds), scale(metric), limits=limits(metric))
+    numbers = [float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", shown)]
+    if "±" in shown:
+        numbers = [numbers[0] - numbers[1], numbers[0] + numbers[1]]
+    rounding = 0.5 * scale(metric) * 0.02 + 0.51
+    assert min(numbers) >= least * scale(metric) - rounding and max(numbers) <= most * scale(metric) + rounding
 
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (4.25e6, "4.25 MB"), (16e9, "16.0 GB"), (2e15, "2000 TB")])
 def test_bytes_text(size, text):
-    assert report.bytes_text(size) == text
+    assert bytes_text(size) == text
 
 
 # ---- files -----------------------------------------------------------------------------------------------
 
 
-def test_written_files_check_out_and_are_written_once(results, capsys):
-    assert report.main({"results": str(results), "check": True}) == 1
-    changed = write(results, "quant")
-    assert [path.name for path in changed] == ["quant.md", "quant.csv", "quant.tex", "README.md"]
-    assert write(results, "quant") == []
-    assert report.main({"results": str(results), "suite": "quant", "check": True}) == 0
-    readme = (results.parent / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("# Top\n<!-- effbench:table quant -->\n**quant v1") and readme.endswith("Rest `x`\n")
-    assert "old" not in readme and readme.count("| recipe") == 1
+@pytest.fixture
+def readme(results):
+    """The README beside the results folder."""
+    return results.parent / "README.md"
+
+
+def test_written_files_check_out_and_are_written_once(results, readme):
+    assert len(check(results, None, readme)) == 5
+    changed = write(results, "quant", readme)
+    assert [path.name for path in changed] == ["quant.json", "quant.md", "quant.csv", "quant.tex", "README.md"]
+    assert write(results, "quant", readme) == []
+    assert check(results, "quant", readme) == []
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("# Top\n<!-- effbench:table quant -->\n**quant v1") and text.endswith("Rest `x`\n")
+    assert "old" not in text and text.count("| recipe") == 1
+
+
+def test_only_the_published_folder_has_a_readme(results, readme, monkeypatch, capsys):
+    before = readme.read_text(encoding="utf-8")
+    assert main(["report", f"results={results}", "--write"]) == 0
+    assert readme.read_text(encoding="utf-8") == before
+    monkeypatch.setattr(report, "PUBLISHED", results)
+    monkeypatch.setattr(report, "CHECKOUT", results.parent)
+    assert main(["report", "--check"]) == 1
+    assert main(["report", "--write"]) == 0
+    assert "**quant v1" in readme.read_text(encoding="utf-8")
+    assert main(["report", "--check"]) == 0
 
 
 @pytest.mark.parametrize("name", ["results/tables/quant.md", "results/tables/quant.csv", "README.md"])
-def test_check_names_a_hand_edited_file_and_its_line(results, name, capsys):
-    write(results)
+def test_check_names_a_hand_edited_file_and_its_line(results, readme, name):
+    write(results, None, readme)
     path = results.parent / name
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     at = next(i for i, line in enumerate(lines) if "gptq" in line)
     lines[at] = lines[at].replace("4.25", "3.25")
     path.write_text("".join(lines), encoding="utf-8")
-    assert report.main({"results": str(results), "check": True}) == 1
-    said = capsys.readouterr().err
-    assert f"{path.name}: line {at + 1} differs" in said
-    assert "3.25" in said
+    (difference_,) = check(results, None, readme)
+    assert f"{path.name}: line {at + 1} differs" in difference_
+    assert "3.25" in difference_
 
 
 def test_check_sees_lines_cut_off(results, capsys):
     write(results)
     path = results / "tables" / "quant.tex"
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
-    assert report.main({"results": str(results), "check": True}) == 1
+    assert main(["report", f"results={results}", "--check"]) == 1
     assert "(no such line)" in capsys.readouterr().err
 
 
-def test_a_block_of_a_suite_without_records_is_named(results):
-    readme = results.parent / "README.md"
+def test_a_block_of_a_suite_without_records_is_named(results, readme):
     readme.write_text("<!-- effbench:table quantt -->\n<!-- /effbench:table -->\n", encoding="utf-8")
     with pytest.raises(Usage, match=r"README.md: no records of suite 'quantt'; did you mean 'quant'"):
-        write(results)
-    assert write(results, "quant")
+        write(results, None, readme)
+    assert write(results, "quant", readme)
 
 
-@pytest.mark.parametrize("style", report.WRITTEN)
+@pytest.mark.parametrize("style", pages.WRITTEN)
 def test_printing_gives_the_committed_file(results, style, capsys):
     write(results)
-    assert report.main({"results": str(results), "suite": "quant", "format": style}) == 0
+    assert main(["report", f"results={results}", "suite=quant", f"format={style}"]) == 0
     assert capsys.readouterr().out == (results / "tables" / f"quant.{style}").read_text(encoding="utf-8")
 
 
 def test_recipes_from_the_command_line_are_written_only_by_name(results):
     Store(results).write(make("rtn(bits=5)", suite="adhoc"))
     write(results)
-    assert report.main({"results": str(results), "check": True}) == 0
+    assert check(results) == []
     assert not (results / "tables" / "adhoc.md").exists()
-    assert [path.stem for path in write(results, "adhoc")] == ["adhoc"] * 3
+    assert [path.stem for path in write(results, "adhoc")] == ["adhoc"] * 4
 
 
 def test_foreign_files_are_named_and_skipped(results, capsys):
     (results / "records" / "quant" / "v1" / "cut.json").write_text('{"schema": 1, "cel')
-    assert report.main({"results": str(results), "format": "md"}) == 0
+    assert main(["report", f"results={results}", "format=md"]) == 0
     assert "cut.json: skipped" in capsys.readouterr().err
 
 
 def test_last_attempt_counts(results, capsys):
     Store(results).write(make("squeezellm(bits=3)", bits=3.25, attempt=2))
-    report.main({"results": str(results), "format": "csv"})
+    main(["report", f"results={results}", "format=csv"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["outcome"] for row in rows if row["recipe"] == "squeezellm(bits=3)"] == ["ok"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"suite": "nothing"}, "no records of suite 'nothing'"),
-        ({"format": "mdd"}, "did you mean 'md'"),
-        ({"suite": "../x"}, "not the name of a suite"),
-    ],
-)
-def test_wrong_usage(results, options, message):
-    with pytest.raises(Usage, match=message):
-        report.main({"results": str(results)} | options)
+def test_own_runs_are_reported_by_default(results, monkeypatch, capsys):
+    monkeypatch.chdir(results.parent)
+    assert main(["report", "suite=quant"]) == 2
+    assert "no records of suite 'quant' in runs/records" in capsys.readouterr().err
+    results.rename("runs")
+    assert main(["report", "suite=quant"]) == 0
+    assert "gptq(bits=4)" in capsys.readouterr().out
 
 
-# ---- compare ---------------------------------------------------------------------------------------------
-
-
-def test_compare_recipes_by_name(results, capsys):
-    options = {"a": "baseline", "b": "rtn(bits=2)", "results": str(results), "suite": "quant"}
-    assert compare.main(options) == 0
-    lines = capsys.readouterr().out.splitlines()
-    ppl = next(line for line in lines if "token_ppl" in line)
-    assert re.search(r"\+14\d.\d+ % .*\+14\d.\d+ to \+14\d.\d+ % .*\*", ppl)
-    recall = next(line for line in lines if "recall_acc" in line)
-    assert "40, 0" in recall and "-42 to -25" in recall and "*" in recall
-
-
-def test_compare_files_with_themselves(results, capsys):
-    path = next((results / "records").rglob("rtn_bits_8*.json"))
-    assert compare.main({"a": str(path), "b": str(path)}) == 0
-    assert " *" not in capsys.readouterr().out.split("Paired")[0]
-
-
-def test_compare_pairs_seeds_with_the_one_seed_of_the_other_side(results):
-    before, after = compare.sides(("baseline", "gptq(bits=4)"), results, None)
-    text = compare.compare(before, after)
-    assert "seed 0, 1, 2" in text and "token_ppl" in text
+def test_one_detail_is_one_grid(results, capsys):
+    assert main(["report", f"results={results}", "detail=speed"]) == 0
+    text = capsys.readouterr().out
+    assert "decode b8 c128" in text and "tasks, %" not in text
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("words", "message"),
     [
-        ({"protocols": {"token_ppl": "p64"}}, "token_ppl was measured as .*window512.* and as 'p64'"),
-        ({"model": "other"}, "model is tiny for one and other for the other"),
-        ({"digests": {"model": "m1", "data": "d2", "tasks": "t1"}}, "the data digest is d1 for one and d2"),
-        ({"samples": {}}, "no metric of both has results per item"),
+        (["suite=nothing"], "no records of suite 'nothing'"),
+        (["format=mdd"], "did you mean 'md'"),
+        (["detail=speeds"], "did you mean 'speed'"),
+        (["detail=published"], "unknown detail 'published'"),
+        (["--published", "format=csv"], "--published has a table of its own"),
+        (["suite=../x"], "not the name of a suite"),
+        (["suite=/etc"], "not the name of a suite"),
+        (["suite=*"], "not the name of a suite"),
+        (["suite=a\0b"], "must be text"),
+        (["suite=" + "x" * 5000], "not the name of a suite"),
+        (["results=" + "x" * 5000], "not the name of a folder"),
+        (["results=" + "x" * 500], "cannot be read"),
+        (["results=a\0b"], "must be text"),
+        (["results=a\nb"], "not the name of a folder"),
     ],
 )
-def test_compare_refuses_what_was_measured_differently(change, message):
-    rows = [report.Row((record,)) for record in (make(), make("rtn(bits=4)", **change))]
-    with pytest.raises(Usage, match=message) as caught:
-        compare.compare(*rows)
-    assert "\n" not in str(caught.value)
-
-
-def test_compare_answers_unknown_names(results):
-    with pytest.raises(Usage, match="did you mean 'rtn"):
-        compare.main({"a": "baseline", "b": "rtn(bits=9)", "results": str(results)})
-    Store(results).write(make("rtn(bits=3)", tier="full"))
-    with pytest.raises(Usage, match="never measured alike"):
-        compare.main({"a": "rtn(bits=2)", "b": "rtn(bits=3)", "results": str(results)})
-
-
-# ---- docs ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A source tree with one method."""
-    package = tmp_path / "effbench"
-    (package / "methods" / "quant").mkdir(parents=True)
-    (tmp_path / "methods").mkdir()
-    (tmp_path / "pyproject.toml").touch()
-    (package / "methods" / "quant" / "wanda.py").write_text(
-        '"""Wanda: |weight| x norm."""\n'
-        "@dataclass(frozen=True)\nclass Wanda(Weights):\n"
-        '    paper = "arXiv:2306.11695"\n'
-        "    sparsity: float = 0.5\n    group_size: int | None = None\n"
-    )
-    monkeypatch.setattr(docs, "PACKAGE", package)
-    monkeypatch.setattr(registry, "PACKAGE", package)
-    registry._catalog.cache_clear()
-    yield tmp_path
-    registry._catalog.cache_clear()
-
-
-def test_index_of_methods(checkout, capsys):
-    assert docs.main({"check": True}) == 1
-    assert docs.main({}) == 0
-    text = (checkout / "methods" / "README.md").read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines() if "wanda" in line)
-    assert row == (
-        r"| [wanda](quant/wanda.py) | Weights | Wanda: \|weight\| x norm. | "
-        "[arXiv:2306.11695](https://arxiv.org/abs/2306.11695) | "
-        r"`sparsity: float = 0.5`<br>`group_size: int \| None = None` |"
-    )
-    assert docs.main({"check": True}) == 0
-
-
-def test_stale_index_is_named_with_its_line(checkout, capsys):
-    docs.main({})
-    path = checkout / "methods" / "README.md"
-    path.write_text(path.read_text(encoding="utf-8").replace("0.5", "0.6"), encoding="utf-8")
-    assert docs.main({"check": True}) == 1
-    assert re.search(r"README.md: line \d+ differs", capsys.readouterr().err)
-
-
-def test_a_broken_method_file_is_not_indexed(checkout):
-    (checkout / "effbench" / "methods" / "quant" / "bad.py").write_text("class Other: pass\n")
-    with pytest.raises(Usage, match=r"bad\.py defines no class"):
-        docs.main({})
-
-
-def test_no_pages_outside_a_checkout(checkout):
-    (checkout / "pyproject.toml").unlink()
-    with pytest.raises(Usage, match="source checkout"):
-        docs.main({})
+@pytest.mark.parametrize("command", [["report"], ["report", "--check"], ["compare", "a", "b"]])
+def test_wrong_usage(results, command, words, message, capsys):
+    if command[0] == "compare" and not words[0].startswith(("suite", "results")):
+        return
+    given = words if words[0].startswith("results=") else [*words, f"results={results}"]
+    assert main([*command, *given]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err
+    assert err.count("\n") == 1 and len(err) < 1500

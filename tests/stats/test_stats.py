@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from effbench.stats.paired import Estimate, holm, mcnemar, mean_interval, over_seeds
+from effbench.stats.paired import Estimate, bootstrap, holm, mcnemar, mean_interval, over_seeds, student
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def rng():
 @pytest.mark.parametrize("n", [12, 60, 400])
 def test_bootstrap_agrees_with_student_on_normal_values(rng, n):
     values = rng.normal(0.4, 1.0, n)
-    found = mean_interval(values)
+    found = bootstrap([values])
     student = scipy_stats.ttest_1samp(values, 0)
     low, high = student.confidence_interval()
     assert found.value == pytest.approx(values.mean())
@@ -38,8 +40,60 @@ def test_equal_sides_are_called_different_at_most_six_times_in_a_hundred(rng, dr
             differences = rng.standard_t(3, n)
         else:
             differences = rng.normal(size=n) - rng.normal(size=n)
-        alarms += mean_interval(differences, resamples=499).p <= 0.05
+        alarms += mean_interval(differences).p <= 0.05
     assert alarms / 600 <= 0.06
+
+
+@pytest.mark.parametrize("n", [2, 7, 30, 500])
+def test_student_is_that_of_scipy(rng, n):
+    values = rng.normal(0.1, 1.0, n)
+    estimate, theirs = student([values]), scipy_stats.ttest_1samp(values, 0)
+    assert estimate.p == pytest.approx(theirs.pvalue)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(theirs.confidence_interval()))
+
+
+def test_student_of_two_strata_is_that_of_welch(rng):
+    """The mean of two strata is half the difference between one and the other with its sign changed."""
+    first, second = rng.normal(0.2, 1.0, 40), rng.normal(0.1, 3.0, 60)
+    estimate, theirs = student([first, second]), scipy_stats.ttest_ind(first, -second, equal_var=False)
+    assert estimate.p == pytest.approx(theirs.pvalue)
+    low, high = theirs.confidence_interval()
+    assert (estimate.low, estimate.high) == pytest.approx((low / 2, high / 2))
+
+
+@pytest.mark.parametrize("changed", [6, 12, 25])
+def test_bootstrap_counts_only_the_items_that_are_not_zero(rng, changed):
+    """The same answer as drawing all items."""
+    values = np.zeros(200)
+    values[:changed] = rng.choice([-1.0, 1.0, 1.0], changed)
+    estimate = bootstrap([values])
+    draws = values[rng.integers(0, 200, (9999, 200))]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.abs(draws.mean(axis=1) - values.mean()) / (draws.std(axis=1, ddof=1) / math.sqrt(200))
+    error = values.std(ddof=1) / math.sqrt(200)
+    p = np.mean(np.nan_to_num(t, nan=0.0, posinf=math.inf) >= abs(values.mean()) / error)
+    assert estimate.p == pytest.approx(p, abs=0.02)
+
+
+def test_a_plain_difference_survives_thousands_of_tests(rng):
+    """No p is bound by a number of resamples where the items are enough."""
+    clear = mean_interval(rng.normal(1.0, 0.5, 64))
+    tasks = mean_interval(*(rng.choice([0.0, -1.0], 100, p=[0.8, 0.2]) for _ in range(7)))
+    assert max(holm([clear.p, tasks.p, *[1.0] * 100_000])[:2]) < 0.001
+
+
+values = st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(values, min_size=1, max_size=3))
+def test_exchanging_the_sides_changes_the_sign_and_nothing_else(strata):
+    there, back = mean_interval(*strata), mean_interval(*([-value for value in stratum] for stratum in strata))
+    assert back.value == -there.value and back.p == there.p and back.n == there.n
+    if there.low is None or there.high is None:
+        assert back.low is back.high is None
+    else:
+        assert (back.low, back.high) == pytest.approx((-there.high, -there.low), abs=1e-12)
 
 
 def test_mcnemar_false_alarm_rate(rng):
@@ -56,7 +110,7 @@ def test_pairing_sees_what_unpaired_intervals_cannot(rng):
 
 def test_p_below_the_level_exactly_when_the_interval_excludes_zero(rng):
     for shift in np.linspace(0, 0.5, 30):
-        found = mean_interval(rng.normal(shift, 1, 50), resamples=999)
+        found = bootstrap([rng.normal(shift, 1, 50)], resamples=999)
         if abs(found.p - 0.05) > 0.003:
             assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from effbench.core.usage import parse
-
-if TYPE_CHECKING:
-    pass
 from effbench.cli.command import Command
+from effbench.core.usage import parse
 
 
 @dataclasses.dataclass
@@ -18,14 +15,16 @@ class CompareOptions:
     """What `effbench compare` can be told."""
 
     suite: str | None = None  # the suite in which the names are looked up
-    results: str = "results"  # folder of records and tables
+    results: str = "runs"  # folder of records; results for the published ones
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from effbench.report import compare
+    from effbench.report.compare import compare, find_rows
 
-    options = dataclasses.asdict(parse(CompareOptions, arguments.options))
-    return compare.main(options | {"a": arguments.a, "b": arguments.b})
+    options = parse(CompareOptions, arguments.options)
+    names = arguments.a, arguments.b
+    print(compare(*find_rows(names, Path(options.results).expanduser(), options.suite)))
+    return 0
 
 
 COMMAND = Command(

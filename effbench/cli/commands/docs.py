@@ -1,19 +1,40 @@
-"""`effbench docs`: write the generated pages."""
+"""`effbench docs`: write the pages that are generated from the source of the methods."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import dataclasses
+from pathlib import Path
 
-if TYPE_CHECKING:
-    pass
 from effbench.cli.command import Command
+from effbench.core.errors import Usage
+from effbench.core.usage import parse
+
+
+@dataclasses.dataclass
+class DocsOptions:
+    """What `effbench docs` can be told."""
+
+    to: str | None = None  # folder for the pages, made if it is not there
 
 
 def _docs(arguments: argparse.Namespace) -> int:
-    from effbench.report import methods as docs
+    options = parse(DocsOptions, arguments.options)
+    if options.to is None:
+        raise Usage("to= is missing: effbench docs to=FOLDER")
 
-    return docs.main({"check": arguments.check})
+    from effbench.report.methods import index
+
+    folder = Path(options.to).expanduser()
+    path = folder / "methods.md"
+    text = index(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Usage(f"to={options.to}: cannot write there ({error.strerror})") from None
+    print(f"wrote {path}")
+    return 0
 
 
-COMMAND = Command(_docs, "write the generated pages", flags={"--check": "1 if they are not up to date"})
+COMMAND = Command(_docs, "write the index of methods as a page", options=DocsOptions)

@@ -1,65 +1,81 @@
-"""`effbench list`: name what there is."""
+"""`effbench list`: methods, suites, models and whatever else can be named in commands."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from effbench.cli.command import JSON, Command, print_columns
 from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
 from effbench.core.usage import nearest
 
-if TYPE_CHECKING:
-    pass
-from effbench.cli.command import JSON, Command, print_columns
-
 
 def _list(arguments: argparse.Namespace) -> int:
-    listings: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "methods": method_rows,
+    of_package: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "methods": lambda: [describe(entry) for entry in registry.catalog().values()],
         "suites": _suites,
+        "presets": lambda: [{"name": name, "steps": steps} for name, steps in registry.presets().items()],
         "models": _models,
         "ops": _ops,
         "tasks": _tasks,
     }
+    of_file: dict[str, Callable[[str], list[dict[str, Any]]]] = {
+        "methods": lambda file: [describe(entry) for entry in registry.entries_in(file)],
+        "suites": lambda file: [_suite(file)],
+    }
     what = arguments.what or "methods"
-    if what not in listings:
-        raise Usage(f"cannot list {what!r}{nearest(what, listings)}")
-    rows = listings[what]()
+    if what not in of_package:
+        raise Usage(f"cannot list {what!r}{nearest(what, of_package)}")
+    if arguments.file is not None and what not in of_file:
+        raise Usage(f"{what} are not listed from a file, {' and '.join(of_file)} are")
+    rows = of_package[what]() if arguments.file is None else of_file[what](arguments.file)
     if arguments.json:
         print(json.dumps(rows, indent=1, default=str))
+    elif rows:
+        print_columns(
+            [[str(value) for key, value in row.items() if key not in ("parameters", "facts")] for row in rows]
+        )
     else:
-        shown = [key for key in (rows[0] if rows else {}) if key not in ("parameters", "facts")]
-        print_columns([[str(row[key]) for key in shown] for row in rows])
+        print(f"effbench: there are no {what}", file=sys.stderr)
     return 0
 
 
-def method_rows() -> list[dict[str, Any]]:
-    return [
-        {
-            "key": entry.key,
-            "family": entry.family,
-            "kind": entry.kind,
-            "paper": entry.paper,
-            "summary": entry.summary,
-            "parameters": entry.parameters,
-            "facts": {name: sorted(fact) if isinstance(fact, set) else fact for name, fact in entry.facts.items()},
-        }
-        for entry in registry.catalog().values()
-    ]
+def describe(entry: registry.Entry) -> dict[str, Any]:
+    """What is known of a method, as plain values."""
+    return {
+        "key": entry.key,
+        "family": entry.family,
+        "kind": entry.kind,
+        "paper": entry.paper,
+        "summary": entry.summary,
+        "parameters": {
+            name: {key: value for key, value in dataclasses.asdict(parameter).items() if key != "name"}
+            for name, parameter in entry.parameters.items()
+        },
+        "facts": {name: sorted(fact) if isinstance(fact, set) else fact for name, fact in entry.facts.items()},
+    }
 
 
 def _suites() -> list[dict[str, Any]]:
     from effbench.cells import suite
 
-    headers = [suite.header(name) for name in suite.names()]
-    return [{key: header.get(key) for key in ("name", "version", "description")} for header in headers]
+    return [_suite(name) for name in suite.names()]
+
+
+def _suite(name: str) -> dict[str, Any]:
+    from effbench.cells import suite
+
+    header = suite.header(name)
+    return {key: header.get(key) for key in ("name", "version", "description")}
 
 
 def _models() -> list[dict[str, Any]]:
@@ -80,10 +96,10 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _ops() -> list[dict[str, Any]]:
-    from effbench.ops import ops
+    from effbench.ops import list_ops
 
     folder = PACKAGE / "kernels"
-    return [{"name": name, "summary": _summary(folder / name / "reference.py")} for name in ops()]
+    return [{"name": name, "summary": _summary(folder / name / "reference.py")} for name in list_ops()]
 
 
 def _summary(path: Path) -> str:
@@ -92,15 +108,21 @@ def _summary(path: Path) -> str:
 
 
 def _tasks() -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for path in sorted((PACKAGE / "tiny" / "tasks").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         fields = dict(re.findall(r"^(task|output_type): *(\S+)$", text, re.MULTILINE))
         if "task" in fields:
-            found.append({"name": fields["task"], "type": fields.get("output_type", "multiple_choice")})
-    return found
+            rows.append({"name": fields["task"], "type": fields.get("output_type", "multiple_choice")})
+    return rows
 
 
 COMMAND = Command(
-    _list, "name what there is", {"[what]": "methods (if left out), suites, models, ops or tasks"}, flags=JSON
+    _list,
+    "list methods, suites, presets, models, ops or tasks",
+    {
+        "[what]": "methods (if left out), suites, presets, models, ops or tasks",
+        "[file]": "list what this file holds: methods of a FILE.py, or the suite of a FILE.yaml",
+    },
+    flags=JSON,
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING
+import os
+import sys
+from pathlib import Path
 
-from effbench.core.usage import parse
-
-if TYPE_CHECKING:
-    pass
 from effbench.cli.command import Command
+from effbench.core.errors import Usage
+from effbench.core.paths import CHECKOUT, PUBLISHED
+from effbench.core.usage import one_of, parse
 
 
 @dataclasses.dataclass
@@ -18,20 +19,64 @@ class ReportOptions:
     """What `effbench report` can be told."""
 
     suite: str | None = None  # only this suite
-    results: str = "results"  # folder of records and tables
-    format: str | None = None  # md, csv, tex or rich
+    results: str | None = None  # folder of records; by default runs, for --write and --check the published ones
+    format: str | None = None  # md, csv, tex, or rich for a terminal
+    detail: str | None = None  # only summary, quality, speed, memory, compute or methods
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from effbench.report import tables as report
+    from effbench.report import pages, published
+    from effbench.report.sheets import DETAILS
 
-    options = dataclasses.asdict(parse(ReportOptions, arguments.options))
-    return report.main(options | {"check": arguments.check, "write": arguments.write})
+    options = parse(ReportOptions, arguments.options)
+    style = options.format or ("rich" if sys.stdout.isatty() else "md")
+    one_of("format", style, pages.FORMATS)
+    one_of("detail", options.detail, [name for name in DETAILS if name != published.DETAIL])
+    if arguments.published and (style == "csv" or options.detail or arguments.write or arguments.check):
+        raise Usage("--published has a table of its own: leave out detail=, format=csv, --write and --check")
+    if arguments.write or arguments.check:
+        results = _folder(options.results, PUBLISHED)
+        pages.check_folder_name(results)
+        readme = CHECKOUT / "README.md" if CHECKOUT and PUBLISHED and results.resolve() == PUBLISHED.resolve() else None
+        return _check(results, options.suite, readme) if arguments.check else _write(results, options.suite, readme)
+    records = pages.load(_folder(options.results, Path("runs")), options.suite)
+    if not arguments.published:
+        pages.print_tables(records, style, options.detail)
+    else:
+        pages.print_sheets(published.published_sheets(records), style, published.DETAIL)
+    return 0
+
+
+def _folder(given: str | None, default: Path | None) -> Path:
+    if given is None and default is None:
+        raise Usage("results=: name the folder; nothing is published with an installed package")
+    return Path(given).expanduser() if given is not None else default  # type: ignore[return-value]
+
+
+def _check(results: Path, suite: str | None, readme: Path | None) -> int:
+    from effbench.report import pages
+
+    differences = pages.check(results, suite, readme)
+    if differences:
+        print("\n".join([*differences, "regenerate with `effbench report --write`"]), file=sys.stderr)
+    return int(bool(differences))
+
+
+def _write(results: Path, suite: str | None, readme: Path | None) -> int:
+    from effbench.report import pages
+
+    for path in pages.write(results, suite, readme):
+        print(f"wrote {os.path.relpath(path)}")
+    return 0
 
 
 COMMAND = Command(
     _report,
     "print the tables of the records",
     options=ReportOptions,
-    flags={"--check": "1 if the written tables are not these", "--write": "write them to results/tables"},
+    flags={
+        "--published": "set the published results beside your own, with a verdict per row",
+        "--check": "exit code 1 if the written tables are not what the published records say",
+        "--write": "write the tables, and the blocks of the README beside the published ones",
+    },
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import sys
 import time
@@ -51,13 +49,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.json and event.record is not None:
             _print_record(event.record)
 
+    store = Store(options.folder)
     with display:
-        fresh, interrupted = run_cells(batch.todo, Store(options.folder), executor, watch)
+        fresh, interrupted = run_cells(batch.todo, store, executor, watch)
     if interrupted:
         kept = f"{len(fresh)} of {len(batch.todo)} cells are done and kept in {options.folder.resolve()}"
         print(f"effbench: interrupted; {kept}, the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
-    print(progress.closing(fresh, time.monotonic() - begin), file=out)
+    print(progress.closing(fresh, time.monotonic() - begin, store), file=out)
     by_identity = {record.cell.identity: record for record in [*batch.done, *fresh]}
     records = [by_identity[cell.job.cell.identity] for cell in batch.cells]
     if not arguments.json:
@@ -76,12 +75,11 @@ def _is_option(pair: str) -> bool:
 
 def _print_tables(records: Sequence[Record], suite: str, style: str) -> None:
     """The tables of a run, and how its rows compare with the published ones."""
-    from effbench.report.tables import render
+    from effbench.report.pages import render
+    from effbench.report.published import compare_with_published
 
     print(f"\n{render(list(records), suite, style)}", end="")
-    if importlib.util.find_spec("effbench.report.published") is not None:
-        published = importlib.import_module("effbench.report.published")
-        print(f"\n{published.compare_with_published(records)}")
+    print(f"\n{compare_with_published(records)}")
 
 
 def _print_plan(batch: Batch, as_json: bool) -> None:

@@ -1,25 +1,24 @@
-"""`effbench show`: tell about a method, suite or preset."""
+"""`effbench show`: describe a method, suite or preset."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from effbench.cli.command import JSON, Command, print_columns
+from effbench.cli.commands.list import describe
 from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
 from effbench.core.usage import nearest, parse
 
-if TYPE_CHECKING:
-    pass
-from effbench.cli.command import JSON, Command, print_columns
-from effbench.cli.commands.list import method_rows
-
-SHOWN = ("bits_per_weight", "token_ppl", "kl_nats_per_token", "tasks_acc")  # metrics of `effbench show`
+METRICS = ("bits_per_weight", "token_ppl", "kl_nats_per_token", "tasks_acc")  # units are part of the names
+NEWEST = 12  # measured rows that are printed
 
 
 @dataclasses.dataclass
@@ -30,70 +29,139 @@ class ShowOptions:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    results = Path(parse(ShowOptions, arguments.options).results)
+    name = arguments.name
+    if name.endswith((".yaml", ".yml")):
+        return _show_suite(name, arguments.json)
+    if registry.FILE.fullmatch(name):
+        return _show_method(registry.find(name), results, arguments.json)
+
     from effbench.cells import suite
 
-    results = Path(parse(ShowOptions, arguments.options).results)
-    name, methods, presets = arguments.name, registry.catalog(), registry.presets()
+    methods, presets = registry.catalog(), registry.presets()
     if name in methods:
-        facts = next(row for row in method_rows() if row["key"] == name)
-        facts |= {
-            "file": str(methods[name].path),
-            "tests": _tests(name),
-            "measured": _measured(name, results),
-        }
-    elif name in presets:
-        facts = {"preset": name, "steps": presets[name]}
-    elif name in suite.names():
-        facts = suite.header(name)
-    else:
-        raise Usage(f"unknown name {name!r}{nearest(name, [*methods, *presets, *suite.names()])}")
-    if arguments.json:
+        return _show_method(methods[name], results, arguments.json)
+    if name in suite.names():
+        return _show_suite(name, arguments.json)
+    if name in presets:
+        print(json.dumps({"preset": name, "steps": presets[name]}) if arguments.json else f"{name}: {presets[name]}")
+        return 0
+    raise Usage(f"unknown name {name!r}{nearest(name, [*methods, *presets, *suite.names()])}")
+
+
+def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
+    checkout = PACKAGE.parent
+    path = checkout / entry.path.relative_to(PACKAGE) if entry.path.is_relative_to(PACKAGE) else entry.path
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    tests = _tests(entry, checkout / "tests")
+    measured = _measured(entry.key, results)
+    if as_json:
+        facts = describe(entry) | {"file": str(path), "tests": tests, "measured": measured}
         print(json.dumps(facts, indent=1, default=str))
         return 0
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            print(f"{key}:")
-            print_columns([[f"  {field}", str(text)] for field, text in value.items()])
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            print(f"{key}:")
-            print_columns([["  ", *(str(text) for text in row.values())] for row in value])
-        else:
-            print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    print(f"{entry.key}: {entry.summary or 'no summary'}\n")
+    about = {"kind": entry.kind, "paper": entry.paper or "not named", "file": str(path)}
+    about |= {"needs": ", ".join(sorted(entry.facts.get("needs", ()))), "tests": ", ".join(tests)}
+    print_columns([[name, text] for name, text in about.items() if text])
+    print("\nparameters" if entry.parameters else "\nno parameters")
+    print_columns(
+        [f"  {parameter.name}", parameter.default or "to be given", parameter.type, parameter.comment]
+        for parameter in entry.parameters.values()
+    )
+    if not measured:
+        print(f"\nnot measured yet in {results}")
+        return 0
+    newest = sorted(measured, key=lambda row: row["date"], reverse=True)[:NEWEST]
+    more = f", the newest {NEWEST} of {len(measured)} rows" if len(measured) > NEWEST else ""
+    print(f"\nmeasured{more}; metrics are means over seeds")
+    header = dict(zip(newest[0], newest[0], strict=True))
+    print_columns(["", *map(str, row.values())] for row in (header, *newest))
     return 0
 
 
-def _tests(key: str) -> list[str]:
-    """Test files of the checkout that name a method."""
-    folder = PACKAGE.parent / "tests"
-    return sorted(
-        str(path.relative_to(folder.parent))
-        for path in folder.rglob("test_*.py")
-        if f"{key}(" in path.read_text(encoding="utf-8") or f".{key}" in path.read_text(encoding="utf-8")
-    )
+def _show_suite(name: str, as_json: bool) -> int:
+    from effbench.cells import suite
+
+    loaded = suite.load(name)
+    rows = [
+        {
+            "recipe": recipe.name,
+            "steps": str(recipe),
+            "tiers": [tier for tier, plan in loaded.tiers.items() if recipe in plan.recipes],
+        }
+        for recipe in loaded.recipes
+    ]
+    tiers = {
+        tier: {"models": plan.models, "seeds": plan.seeds, "budget_minutes": plan.budget_minutes, **plan.settings}
+        for tier, plan in loaded.tiers.items()
+    }
+    if as_json:
+        header = {"name": loaded.name, "version": loaded.version, "description": loaded.description}
+        print(json.dumps(header | {"tiers": tiers, "recipes": rows}, indent=1, default=str))
+        return 0
+    print(f"{loaded.name} v{loaded.version}: {loaded.description}")
+    for tier, settings in tiers.items():
+        print(f"\ntier {tier}")
+        print_columns([f"  {key}", _spell(value)] for key, value in settings.items() if value is not None)
+    print("\nrecipes")
+    print_columns([f"  {row['recipe']}", ", ".join(row["tiers"]), str(row["steps"])] for row in rows)
+    return 0
+
+
+def _spell(value: Any) -> str:
+    """A setting without Python's brackets and quotes."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _tests(entry: registry.Entry, folder: Path) -> list[str]:
+    """Test files that use a method: in a step string, or by importing its module."""
+    step = re.compile(rf"(?<![\w.]){re.escape(entry.key)}\(")
+    files = []
+    for path in sorted(folder.rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if entry.key not in text:
+            continue
+        nodes = list(ast.walk(ast.parse(text)))
+        strings = (n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        imports = (n.module for n in nodes if isinstance(n, ast.ImportFrom))
+        if entry.module in imports or any(step.search(string) for string in strings):
+            files.append(str(path.relative_to(folder.parent)))
+    return files
 
 
 def _measured(key: str, results: Path) -> list[dict[str, Any]]:
-    """The last records of recipes that use a method, with their telling metrics."""
+    """The rows whose recipes use a method, each by its newest records, a row of several seeds once."""
+    from effbench.records.record import Record
     from effbench.records.store import Store, latest
 
-    return [
-        {
-            "suite": f"{record.cell.suite} v{record.cell.suite_version}",
-            "recipe": record.cell.recipe,
-            "model": record.cell.model,
-            "seed": record.cell.seed,
-            "outcome": record.outcome,
-            **{name: f"{record.metrics[name].value:.4g}" for name in SHOWN if name in record.metrics},
+    newest: dict[tuple[str, ...], dict[int, Record]] = {}
+    for record in latest(Store(results).read()[0]).values():
+        cell = record.cell
+        if any(step["method"] == key for step in cell.resolved):
+            seeds = newest.setdefault((f"{cell.suite} v{cell.suite_version}", cell.tier, cell.recipe, cell.model), {})
+            if cell.seed not in seeds or seeds[cell.seed].started < record.started:
+                seeds[cell.seed] = record
+    rows = []
+    for row, seeds in sorted(newest.items()):
+        records = list(seeds.values())
+        means = {
+            name: sum(values) / len(values)
+            for name in METRICS
+            if (values := [record.metrics[name].value for record in records if name in record.metrics])
         }
-        for record in latest(Store(results).read()[0]).values()
-        if any(step["method"] == key for step in record.cell.resolved)
-    ]
+        rows.append(
+            dict(zip(("suite", "tier", "recipe", "model"), row, strict=True))
+            | {"seeds": len(seeds), "outcome": ", ".join(sorted({record.outcome for record in records}))}
+            | {name: f"{means[name]:.4g}" if name in means else "-" for name in METRICS}
+            | {"date": max(record.started for record in records)[:10]}
+        )
+    return rows
 
 
 COMMAND = Command(
     _show,
-    "tell about a method, suite or preset, and its last measured rows",
-    {"name": "of a method, suite or preset"},
+    "describe a method, suite or preset: parameters, rows, what was measured",
+    {"name": "of a method, suite or preset; or FILE.py, FILE.py:CLASS, FILE.yaml"},
     ShowOptions,
     JSON,
 )

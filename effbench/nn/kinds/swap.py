@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from effbench.core.errors import Unsupported
-from effbench.nn.model.linear import kept, replace
+from effbench.nn.model.linear import check_module, kept, replace
 
 if TYPE_CHECKING:
     from effbench.core.kinds import Swap
@@ -27,6 +27,7 @@ def apply(run: Run, method: Swap) -> None:
         torch.manual_seed(run.seed)
         for path in chosen:
             held = kept(linears[path]) is not None
-            module = method.replace(linears[path]).to(run.device)
-            replace(run.model, path, module)
+            module = method.replace(linears[path])
+            check_module(module, method, "replace")
+            replace(run.model, path, module.to(run.device))
             run.note_swap(module, method, held)

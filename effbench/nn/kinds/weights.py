@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from effbench.core.kinds import Weights
 from effbench.nn.calibration import BlockInputs, walk
-from effbench.nn.model.linear import dense_weight, replace
+from effbench.nn.model.linear import check_module, dense_weight, replace
 
 if TYPE_CHECKING:
-    from effbench.core.kinds import Weights
     from effbench.core.run import Run
 
 
@@ -24,11 +24,13 @@ def apply(run: Run, method: Weights) -> None:
 @torch.no_grad()
 def stream(run: Run, method: Weights, prepared: Any = None) -> None:
     """Compress every targeted linear of every block with `method`, from the first block to the last."""
+    verb = "compress" if type(method).compress_block is Weights.compress_block else "compress_block"
     for inputs in walk(run, method.needs, prepared):
         shared = inputs.view.shared_inputs(inputs.module)
         for stage in [[part] for part in shared] if method.true_sequence else [shared]:
             inputs.gather(stage, method.needs)
             for path, module in method.compress_block(inputs, stage).items():
+                check_module(module, method, verb)
                 if not method.folds:
                     run.log.layers[path] = measure_error(run.model.get_submodule(path), module, inputs, path)
                 replace(run.model, path, module)

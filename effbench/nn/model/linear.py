@@ -12,11 +12,17 @@ through these four and never asks which method it was.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from effbench.core.packages import shorten
+
+if TYPE_CHECKING:
+    from effbench.core.method import Method
 
 
 class Bytes(NamedTuple):
@@ -185,3 +191,12 @@ def top_linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             yield path, child
         else:
             yield from top_linears(child, path)
+
+
+def check_module(module: Any, method: Method, verb: str) -> None:
+    """Raise `TypeError` unless what `verb` of a method returned is a module."""
+    if not isinstance(module, nn.Module):
+        code = getattr(type(method), verb).__code__
+        returned = "None" if module is None else f"a {type(module).__name__}"
+        where = f"{shorten(Path(code.co_filename))}:{code.co_firstlineno}"
+        raise TypeError(f"{type(method).__name__}.{verb} returned {returned}; it must return a module ({where})")

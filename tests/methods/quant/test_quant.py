@@ -23,7 +23,7 @@ from effbench.formats.integer import IntLinear
 from effbench.formats.lattice import encode, rotate, rotate_back
 from effbench.kernels.e8p_linear.cases import RESIDUAL_SCALE
 from effbench.kernels.e8p_linear.codebook import decode
-from effbench.kernels.e8p_linear.reference import dense as e8p_dense
+from effbench.kernels.e8p_linear.reference import E8PMatrix
 from effbench.methods.quant import nf4
 from effbench.methods.quant._kmeans import Sums, kmeans, lloyd
 from effbench.methods.quant.awq import AWQ
@@ -663,7 +663,7 @@ def test_ldlq_equals_the_plain_loops(bits: int) -> None:
 
     def points(target: Tensor) -> Tensor:
         codes, residual = encode(target.unsqueeze(1), bits)
-        return e8p_dense(8, codes, torch.ones(()), residual, RESIDUAL_SCALE[bits])
+        return E8PMatrix(codes, torch.ones(()), residual, RESIDUAL_SCALE[bits]).dense(8)
 
     hat, lower = torch.zeros_like(weight), block_ldl(hessian)
     for k in range(24, -8, -8):
@@ -674,7 +674,7 @@ def test_ldlq_equals_the_plain_loops(bits: int) -> None:
                 own = torch.linalg.inv(hessian[k : k + 8, k : k + 8])
                 hat[:, k : k + 8] = points(hat[:, k : k + 8] + (weight - hat) @ hessian[:, k : k + 8] @ own)
         codes, residual = ldlq(weight, hessian, bits, tuned)
-        got = e8p_dense(32, codes, torch.ones(()), residual, RESIDUAL_SCALE[bits])
+        got = E8PMatrix(codes, torch.ones(()), residual, RESIDUAL_SCALE[bits]).dense(32)
         assert ((got - hat).abs() < 1e-4).double().mean() > 0.99
 
 

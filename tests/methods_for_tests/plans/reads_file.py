@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from effbench.core.kinds import Weights
+from effbench.nn.calibration import Layer
 
 
 @dataclass(frozen=True)
@@ -16,3 +19,6 @@ class ReadsFile(Weights):
 
     def files(self) -> tuple[Path, ...]:
         return (Path(self.path),)
+
+    def compress(self, layer: Layer) -> nn.Module:
+        return layer.module

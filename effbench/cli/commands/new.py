@@ -1,0 +1,84 @@
+"""`effbench new`: write the file of a new method, which works and passes `effbench check`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import keyword
+import re
+import shlex
+from pathlib import Path
+
+from effbench.cli import templates
+from effbench.cli.command import Command
+from effbench.core import registry
+from effbench.core.errors import Usage
+from effbench.core.kinds import KINDS
+from effbench.core.usage import nearest, parse
+
+EXAMPLE = "Example"  # the class of every template
+
+
+@dataclasses.dataclass
+class NewOptions:
+    """What `effbench new` can be told."""
+
+    to: str = "."  # folder of the file: a family of methods, such as methods/quant, or any other
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    options = parse(NewOptions, arguments.options)
+    if arguments.what != "method":
+        raise Usage(f"cannot write a new {arguments.what!r}: effbench new method KIND NAME")
+    text = write_template(arguments.kind, arguments.name)
+    folder = Path(options.to).expanduser()
+    path = folder / f"{arguments.name}.py"
+    if folder.exists() and not folder.is_dir():
+        raise Usage(f"to={options.to}: is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise Usage(f"{path} is there already; choose another name or folder") from None
+    except OSError as error:
+        raise Usage(f"to={options.to}: cannot write there ({error.strerror})") from None
+    if any(path.parent.absolute().parent.samefile(root) for root in registry.roots()):
+        target, step = arguments.name, f"{arguments.name}()"
+    else:
+        target = str(path) if path.is_absolute() else f"./{path}"
+        step = f"{target}:{class_name(arguments.name)}()"
+    print(
+        f"wrote {path}; go on with\n  effbench check {shlex.quote(target)}\n  effbench run recipe={shlex.quote(step)}"
+    )
+    return 0
+
+
+def write_template(kind: str, name: str) -> str:
+    """Source of a working method of `kind` that is called `name`. Raises `Usage` for a kind or name that cannot be."""
+    kinds = {known.lower(): known for known in (*KINDS, "apply")}
+    if kind.lower() not in kinds:
+        raise Usage(f"unknown kind {kind!r}{nearest(kind, kinds.values())}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise Usage(f"{name!r} cannot name a method: write small letters, digits and _, a letter first")
+    taken = {**registry.catalog(), **registry.presets()}
+    if name in taken:
+        raise Usage(f"{name!r} is taken by a method or preset of that name; see `effbench show {name}`")
+    text = Path(templates.__path__[0], f"{kind.lower()}.py").read_text(encoding="utf-8")
+    title = name.replace("_", " ").capitalize()
+    return re.sub(rf"\bclass {EXAMPLE}\b", f"class {class_name(name)}", text).replace(
+        f'"""{EXAMPLE}:', f'"""{title}:', 1
+    )
+
+
+def class_name(name: str) -> str:
+    """Name of the class that the file of a method has to define."""
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+COMMAND = Command(
+    _new,
+    "write the file of a new method that works, for an author to change",
+    {"what": "method", "kind": f"{', '.join(KINDS)} or apply", "name": "of the method in recipes, such as my_method"},
+    options=NewOptions,
+)

@@ -1,0 +1,48 @@
+"""What a class of methods inherits, read from source: the classes above it, and the kind of method they make it."""
+
+from __future__ import annotations
+
+import ast
+
+from effbench.core.kinds import KINDS
+from effbench.core.packages import module_file
+from effbench.core.source import Module, read_module
+
+CONTRACT = ("effbench.core.kinds", "effbench.core.method")  # where the bases of all methods are defined
+
+Lineage = list[tuple[ast.ClassDef, Module]]  # classes from the top down, each with the module that defines it
+
+
+def trace(node: ast.ClassDef, module: Module) -> tuple[Lineage, str | None]:
+    """A class behind those that it inherits from within the code of methods, and its kind; None where it has none.
+
+    Bases are followed however they are written (`Weights`, `kinds.Weights`, `_common.Base`) and from file to file.
+    Raises `SyntaxError` for a file on the way that cannot be read.
+    """
+    return _trace_class(node, module, frozenset())
+
+
+def _trace_class(node: ast.ClassDef, module: Module, seen: frozenset[str]) -> tuple[Lineage, str | None]:
+    own = [(node, module)]
+    for base in node.bases:
+        above, kind = _trace_name(ast.unparse(base), module, node.lineno, seen)
+        if kind is not None:
+            return [*above, *own], kind
+    return own, None
+
+
+def _trace_name(name: str, module: Module, before: float, seen: frozenset[str]) -> tuple[Lineage, str | None]:
+    """`trace` of what a name stands for above line `before` of a module."""
+    node = module.find_class(name, before)
+    if node is not None:
+        return _trace_class(node, module, seen)
+    first, dot, rest = name.partition(".")
+    target = module.imports().get(first, first) + dot + rest
+    owner, _, attribute = target.rpartition(".")
+    if owner in CONTRACT:
+        return [], "apply" if attribute == "Method" else attribute if attribute in KINDS else None
+    file = module_file(owner)
+    if file is None or target in seen:
+        return [], None
+    other = read_module(file, owner)
+    return _trace_name(attribute, other, len(other.lines) + 1, seen | {target})

@@ -1,0 +1,41 @@
+"""The records behind tables as CSV: one row per record, columns agreed in results/README.md."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from effbench.report.groups import Table, machine
+from effbench.report.metrics import natural
+from effbench.report.text import one_line
+
+START = (
+    "suite", "suite_version", "recipe", "steps", "model", "seed", "outcome", "reason", "simulated", "machine",
+)  # fmt: skip
+END = ("tier", "record")
+
+
+def page(tables: Sequence[Table]) -> str:
+    """One row per record that the tables stand on; where a metric has intervals, their bounds follow it."""
+    records = [record for table in tables for record in table.records]
+    bounded = {name for r in records for name, metric in r.metrics.items() if metric.low is not None}
+    columns = [
+        (name, part)
+        for name in sorted({name for record in records for name in record.metrics}, key=natural)
+        for part in (("value", "low", "high") if name in bounded else ("value",))
+    ]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [name if part == "value" else f"{name}_{part}" for name, part in columns]
+    writer.writerow([*START, *names, *END])
+    for record in records:
+        cell = record.cell
+        start = (
+            cell.suite, cell.suite_version, cell.recipe, cell.steps, cell.model, cell.seed, record.outcome,
+            one_line(record.reason), str(record.simulated).lower(),
+            machine(record) or cell.settings.get("machine"),
+        )  # fmt: skip
+        values = [getattr(record.metrics.get(name), part, None) for name, part in columns]
+        writer.writerow([*start, *values, cell.tier, record.name])
+    return out.getvalue()

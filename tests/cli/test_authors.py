@@ -1,0 +1,348 @@
+"""What an author of a method meets: `new`, `check`, `show`, `list`, `docs`, and a toy method by every way in."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import effbench
+from effbench.cli import main as cli
+from effbench.core import registry
+from effbench.core.kinds import KINDS
+from effbench.records.store import Store
+
+ROOT = Path(effbench.__file__).parent.parent
+
+TOY = '''"""{name}: halves every weight (Nobody, 2026)."""
+
+from dataclasses import dataclass
+
+from effbench.core.kinds import Weights
+from effbench.nn.model.linear import rebuilt
+
+
+@dataclass(frozen=True)
+class {name}(Weights):
+    """For tests."""
+
+    paper = "unpublished"
+    identity = {{"factor": 1.0}}
+
+    factor: float = 0.5  # of every weight
+
+    def compress(self, layer):
+        return rebuilt(layer.module, layer.weight * self.factor)
+'''
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def run_cells(folder, *arguments, **environment):
+    """`effbench run` in a process of its own, with cells that take next to nothing."""
+    command = [sys.executable, "-P", "-m", "effbench", "run", "device=cpu", "probes=memory", "results=out", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    return done, {record.cell.recipe: record for record in Store(folder / "out").read()[0]}
+
+
+# ---- new and check ----
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "apply"])
+def test_a_new_method_passes_the_contract(kind, here, capsys):
+    name = f"toy_of_{kind.lower()}"
+    assert cli.main(["new", "method", kind, name, "to=sub/folder"]) == 0
+    said = capsys.readouterr().out
+    assert f"effbench check ./sub/folder/{name}.py" in said
+    (entry,) = registry.entries_in(f"sub/folder/{name}.py")
+    assert entry.kind == kind and entry.summary.startswith(f"Toy of {kind.lower()}:")
+    assert entry.facts["identity"] and all(parameter.comment for parameter in entry.parameters.values())
+    assert cli.main(["check", f"sub/folder/{name}.py"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "all checks passed" and all(line.startswith("ok ") for line in lines[:-1])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "apply"])
+def test_templates_follow_the_style(kind, here):
+    cli.main(["new", "method", kind, "my_toy"])
+    for action in (["check"], ["format", "--check"]):
+        command = [Path(sys.executable).parent / "ruff", *action, "--stdin-filename", "methods/mine/my_toy.py", "-"]
+        text = (here / "my_toy.py").read_text()
+        done = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_new_method_in_a_family_is_known_by_its_name(here, monkeypatch, capsys):
+    (here / "methods").mkdir()
+    monkeypatch.setenv("EFFBENCH_METHODS", str(here / "methods"))
+    assert cli.main(["new", "method", "weights", "toy", "to=methods/mine"]) == 0
+    assert "effbench check toy\n" in capsys.readouterr().out
+    registry._catalog.cache_clear()
+    assert cli.main(["check", "toy", "--json"]) == 0
+    verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert verdicts and all(verdict["ok"] for verdict in verdicts)
+
+
+FAULTS = {
+    "identity": ("layer.weight * self.factor", "layer.weight * 0.5 * self.factor", "logits or text differ"),
+    "facts": ("  # of every weight", "", "without a comment beside or above the field: factor"),
+    "deterministic": ("* self.factor", "* self.factor + __import__('torch').rand(1)", "two runs with one seed differ"),
+    "save and load": ("return rebuilt(", "return None and (", r"Toy\.compress returned None.*module \(.*toy\.py:18\)"),
+    "architectures": ("layer.weight *", "layer.wait *", r"AttributeError: 'Layer'.* 'wait' \(.*/toy\.py:19\)"),
+}
+
+
+@pytest.mark.parametrize("check", FAULTS)
+def test_a_fault_fails_its_check(check, here, capsys):
+    before, after, reason = FAULTS[check]
+    write(here / "toy.py", TOY.format(name="Toy").replace(before, after))
+    assert cli.main(["check", "toy.py"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(rf"^FAILED  {check}: .*{reason}", out, re.MULTILINE), out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ('"""Toy: halves every weight (Nobody, 2026)."""', "", "does not begin with a docstring"),
+        ('    paper = "unpublished"\n', "", "paper is not named"),
+        ('    """For tests."""\n', "", "class has no docstring"),
+    ],
+)
+def test_what_a_reader_needs_is_checked(before, after, reason, here, capsys):
+    write(here / "toy.py", TOY.format(name="Toy").replace(before, after))
+    assert cli.main(["list", "methods", "toy.py"]) == 0  # it is listed all the same
+    assert cli.main(["check", "toy.py"]) == 1
+    assert re.search(rf"^FAILED  facts: .*{reason}", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_declared_exceptions_must_fail(here, capsys):
+    text = TOY.format(name="Toy").replace("    paper =", '    exceptions = {"check_facts": "no time"}\n    paper =')
+    write(here / "toy.py", text)
+    assert cli.main(["check", "toy.py"]) == 1
+    assert "FAILED  facts: passes: take it out of `exceptions`" in capsys.readouterr().out
+    write(here / "toy2.py", text.replace("  # of every weight", "").replace("Toy", "Toy2"))
+    assert cli.main(["check", "toy2.py"]) == 0
+    assert "ok      facts: fails as declared: no time" in capsys.readouterr().out
+
+
+def test_further_trials_are_checked(here, capsys):
+    text = TOY.format(name="Toy").replace("    paper =", '    trials = ({}, {"factor": 0.25})\n    paper =')
+    write(here / "toy.py", text)
+    assert cli.main(["check", "toy.py"]) == 0
+    assert "ok      save and load with factor=0.25" in capsys.readouterr().out
+
+
+# ---- show, list and docs ----
+
+
+def test_show_explains_parameters_and_heads_what_was_measured(capsys):
+    assert cli.main(["show", "wanda", f"results={ROOT / 'results'}"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"sparsity +0\.5 +float +fraction of the weights set to zero\n", text)
+    assert "Literal['local', 'row', 'global']" in text
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:3] == ["suite", "tier", "recipe"])
+    rows = [tuple(line.split()[:4]) for line in lines[head + 1 :]]
+    assert 0 < len(rows) <= 12 and len(set(rows)) == len(rows), "rows are printed twice"
+    assert "kl_nats_per_token" in lines[head]
+
+
+def test_tests_are_those_that_use_the_method(capsys, here):
+    assert cli.main(["show", "lottery_ticket", "--json"]) == 0
+    tests = json.loads(capsys.readouterr().out)["tests"]
+    assert tests and all("lottery_ticket" in (ROOT / path).read_text() for path in tests)
+    write(here / "plain.py", TOY.format(name="Plain"))  # there are calls of functions called `plain` in tests
+    assert cli.main(["show", "plain.py", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tests"] == []
+
+
+def test_own_files_are_listed_and_shown(here, capsys):
+    write(here / "toy.py", TOY.format(name="Toy") + TOY.format(name="Other").partition('"""\n')[2])
+    suite = {"name": "mine", "version": 3, "description": "My rows.", "tiers": {"quick": {"seeds": [0]}}}
+    suite["recipes"] = [{"name": "r{bits}", "steps": "rtn(bits={bits})", "sweep": {"bits": [2, 3]}}]
+    write(here / "mine.yaml", yaml.safe_dump(suite))
+    assert cli.main(["list", "methods", "toy.py"]) == 0
+    assert re.findall(r"toy\.py:(\w+)", capsys.readouterr().out) == ["Toy", "Other"]
+    assert cli.main(["list", "suites", "mine.yaml"]) == 0
+    assert capsys.readouterr().out.split() == ["mine", "3", "My", "rows."]
+    assert cli.main(["show", "toy.py:Other"]) == 0
+    assert re.search(r"factor +0\.5 +float +of every weight", capsys.readouterr().out)
+    assert cli.main(["show", "mine.yaml"]) == 0
+    assert re.search(r"r3 +quick +rtn\(bits=3\)", capsys.readouterr().out)
+    assert cli.main(["show", "mine.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipes"][1]["steps"] == "rtn(bits=2)"
+
+
+def test_presets_are_listed(capsys, monkeypatch):
+    assert cli.main(["list", "presets"]) == 0
+    assert capsys.readouterr().err == "effbench: there are no presets\n"
+    monkeypatch.setattr(registry, "presets", lambda: {"small": "rtn(bits=2)"})
+    assert cli.main(["list", "presets"]) == 0
+    assert capsys.readouterr().out.split() == ["small", "rtn(bits=2)"]
+
+
+def test_the_index_is_written_where_it_is_wanted(here, capsys):
+    assert cli.main(["docs", "to=site/pages"]) == 0
+    text = (here / "site" / "pages" / "methods.md").read_text()
+    for key, entry in registry.catalog().items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| [{key}]("))
+        assert entry.summary.replace("|", r"\|") in row
+        link = re.match(r"\| \[\w+\]\((.*?)\)", row)[1]
+        assert (here / "site" / "pages" / link).resolve() == entry.path.resolve()
+        assert all(parameter.comment.replace("|", r"\|") in row for parameter in entry.parameters.values())
+    assert re.search(r"^\| wanda \|.* scope local, row \|", text, re.MULTILINE)
+    assert re.search(r"^\| sparsegpt \|.* -", text, re.MULTILINE)
+    assert cli.main(["docs", "to=site/pages"]) == 0  # again is no trouble
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["new"], "required: what, kind, name"),
+        (["new", "suite", "Weights", "toy"], "cannot write a new 'suite'"),
+        (["new", "method", "Wieghts", "toy"], "unknown kind 'Wieghts'; did you mean 'Weights'?"),
+        (["new", "method", "Weights", "My-Toy"], "'My-Toy' cannot name a method"),
+        (["new", "method", "Weights", "../toy"], "'../toy' cannot name a method"),
+        (["new", "method", "Weights", "class"], "'class' cannot name a method"),
+        (["new", "method", "Weights", "_toy"], "'_toy' cannot name a method"),
+        (["new", "method", "Weights", "rtn"], "'rtn' is taken"),
+        (["new", "method", "Weights", "there"], "there.py is there already"),
+        (["new", "method", "Weights", "toy", "to=there.py"], "to=there.py: is a file"),
+        (["new", "method", "Weights", "toy", "to=/proc/toy"], "to=/proc/toy: cannot write there"),
+        (["new", "method", "Weights", "toy", "too=x"], "unknown option 'too'; did you mean 'to'?"),
+        (["new", "method", "Weights", "toy", "extra"], "unexpected 'extra'"),
+        (["check"], "required: name"),
+        (["check", "gtpq"], "unknown method 'gtpq'; did you mean 'gptq'?"),
+        (["check", "nowhere.py"], "nowhere.py: no such file"),
+        (["check", "there.py"], "there.py: defines no method"),
+        (["check", "two.py"], "two.py: name the class, two.py:One or two.py:Two"),
+        (["check", "two.py:Three"], "two.py: defines no method 'Three'"),
+        (["check", "two.py:One"], "does not define compress(layer)"),
+        (["check", "rtn", "gptq"], "unrecognized arguments: gptq"),
+        (["show", "there.py"], "there.py: defines no method"),
+        (["show", "nowhere.yaml"], "unknown suite 'nowhere.yaml'"),
+        (["list", "methods", "nowhere.py"], "nowhere.py: no such file"),
+        (["list", "tasks", "there.py"], "tasks are not listed from a file, methods and suites are"),
+        (["list", "suites", "there.py"], "unknown suite 'there.py'"),
+        (["list", "preset"], "did you mean 'presets'?"),
+        (["docs"], "to= is missing"),
+        (["docs", "to=there.py"], "to=there.py: cannot write there"),
+        (["docs", "--check"], "unrecognized arguments: --check"),
+    ],
+)
+def test_wrong_usage(arguments, words, here, capsys):
+    write(here / "there.py", "x = 1\n")
+    one = "from effbench.core.kinds import Weights\nfrom dataclasses import dataclass\n"
+    one += "@dataclass(frozen=True)\nclass One(Weights): pass\nclass Two(One): pass\n"
+    write(here / "two.py", one)
+    before = sorted(here.rglob("*"))
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("effbench: ") and err.count("\n") == 1 and words in err
+    assert [path for path in sorted(here.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "rtn"], ["check", "rtn"], ["run", "suite=quant"], ["doctor"]])
+def test_a_wrong_folder_of_methods_is_named_by_every_command(command, here, monkeypatch, capsys):
+    monkeypatch.setenv("EFFBENCH_METHODS", str(here / "nowhere"))
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "EFFBENCH_METHODS: " in err and err.count("\n") == 1
+
+
+# ---- one file, every way in ----
+
+
+def test_a_method_outside_is_one_file(here, capsys, monkeypatch):
+    """Listed, shown, parsed, checked and measured by a suite, in workers too, beside what it may not shadow."""
+    folder = here / "my methods"
+    names = ["halves", "random", "psutil", "json", "torch"]
+    for name in names:
+        write(folder / "mine" / f"{name}.py", TOY.format(name=name.capitalize()))
+    write(here / "loose" / "loose.py", TOY.format(name="Loose"))
+    rows = [{"name": name, "steps": f"{name}(factor=0.25)"} for name in names]
+    rows += [{"name": "loose", "steps": "'loose/loose.py:Loose'(factor=0.75), halves()"}]
+    tiers = {"quick": {"settings": {"calibration_sequences": 2}}}
+    suite = {"name": "mine", "version": 1, "description": "", "recipes": rows, "tiers": tiers}
+    write(here / "mine.yaml", yaml.safe_dump(suite))
+
+    monkeypatch.setenv("EFFBENCH_METHODS", str(folder))
+    assert cli.main(["list"]) == 0
+    assert re.search(
+        r"^halves +mine +Weights +unpublished +Halves: halves every", capsys.readouterr().out, re.MULTILINE
+    )
+    assert cli.main(["check", "halves"]) == 0
+    done, records = run_cells(here, "suite=mine.yaml", EFFBENCH_METHODS=str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name: record.outcome for name, record in records.items()} == dict.fromkeys(
+        ["baseline", "loose", *names], "ok"
+    )
+    assert records["loose"].cell.resolved[0] == {"method": f"{here}/loose/loose.py:Loose", "factor": 0.75}
+    capsys.readouterr()
+    for name, recipe in [("halves", "loose"), ("loose/loose.py", "loose"), ("torch", "torch")]:
+        assert cli.main(["show", name, "results=out"]) == 0
+        assert re.search(rf"mine v1 +quick +{recipe} +tiny +1 +ok", capsys.readouterr().out)
+    again, _ = run_cells(here, "suite=mine.yaml", EFFBENCH_METHODS=str(folder))
+    assert "7 done, 0 to run" in again.stdout
+    path = folder / "mine" / "halves.py"
+    path.write_text(path.read_text() + "CHANGED = 1\n")
+    planned, _ = run_cells(here, "suite=mine.yaml", "--dry-run", EFFBENCH_METHODS=str(folder))
+    assert re.findall(r"^run +(\S+)", planned.stdout, re.MULTILINE) == ["halves", "loose"]
+
+
+def test_a_crash_names_file_line_and_record(here):
+    write(here / "toy.py", TOY.format(name="Toy").replace("layer.weight *", "layer.wait *"))
+    done, records = run_cells(here, "recipe=./toy.py:Toy()")
+    assert done.returncode == 1
+    record = records["./toy.py:Toy()"]
+    place = rf"\({here.name}/toy\.py:19\)"
+    assert re.search(rf"AttributeError: 'Layer' object has no attribute 'wait' {place}$", record.reason)
+    assert re.search(rf"^\[\d/2\] \./toy\.py:Toy\(\) seed 0: crashed in .* {place}$", done.stdout, re.MULTILINE)
+    (path,) = re.findall(r"^traceback of \./toy\.py:Toy\(\), seed 0: (.*)$", done.stdout, re.MULTILINE)
+    assert "in compress" in json.loads((here / path).read_text())["traceback"]
+
+
+def test_a_method_inside_is_one_file(here):
+    """A copy of the source tree with one file more."""
+    tree = here / "tree"
+    left_out = shutil.ignore_patterns("__pycache__", ".*", "results", "tests", "docs")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)
+    before = {path for path in tree.rglob("*") if path.is_file()}
+    write(tree / "methods" / "quant" / "halves.py", TOY.format(name="Halves"))
+    assert {path for path in tree.rglob("*") if path.is_file()} - before == {tree / "methods" / "quant" / "halves.py"}
+
+    def ask(*arguments):
+        command = [sys.executable, "-P", "-m", "effbench", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert re.search(r"^halves +quant +Weights", ask("list"), re.MULTILINE)
+    assert re.search(r"factor +0\.5 +float +of every weight", ask("show", "halves"))
+    assert "all checks passed" in ask("check", "halves")
+    ask("docs", "to=pages")
+    assert "[halves](" in (here / "pages" / "methods.md").read_text()
+    done, records = run_cells(here, "recipe=halves(factor=0.25)", PYTHONPATH=str(tree))
+    assert done.returncode == 0 and records["halves(factor=0.25)"].outcome == "ok"

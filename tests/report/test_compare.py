@@ -1,0 +1,176 @@
+"""`effbench compare`: two rows item by item, whichever of them is named first."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+from fake_records import RECORDS, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effbench.cli.main import main
+from effbench.core.errors import Usage
+from effbench.core.paths import PUBLISHED
+from effbench.records.record import Metric
+from effbench.records.store import Store
+from effbench.report.compare import compare, compare_metrics, find_rows
+from effbench.report.groups import Row, group_records
+from effbench.report.metrics import PPL, quality, scale
+from effbench.report.pages import load
+
+
+@pytest.fixture
+def results(tmp_path):
+    store = Store(tmp_path / "results")
+    for record in RECORDS:
+        store.write(record)
+    return tmp_path / "results"
+
+
+def run(results, *words):
+    return main(["compare", *words, f"results={results}"])
+
+
+def cells(text):
+    """Lines of the table by metric, cells by header."""
+    header, _, *lines = (
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.split("\n\n")[1].splitlines()
+    )
+    return {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+
+
+def test_recipes_by_name(results, capsys):
+    assert run(results, "baseline", "rtn(bits=2)", "suite=quant") == 0
+    table = cells(capsys.readouterr().out)
+    ppl = table["token_ppl"]
+    assert float(ppl["B - A"]) == pytest.approx(float(ppl["B"]) - float(ppl["A"]), abs=0.011)
+    assert re.fullmatch(r"\+15\.\d+ to \+15\.\d+", ppl["95 % interval"]) and ppl["p (Holm)"].endswith("*")
+    recall = table["recall_acc"]
+    assert (
+        recall["lost, gained"] == "40, 0" and recall["B - A"].startswith("-33.3") and recall["p (Holm)"].endswith("*")
+    )
+
+
+def test_a_file_with_itself(results, capsys):
+    path = next((results / "records").rglob("rtn_bits_8*.json"))
+    assert main(["compare", str(path), str(path)]) == 0
+    assert " *" not in capsys.readouterr().out.split("Paired")[0]
+
+
+def seeds(recipe, answers):
+    """A row whose seeds answered as given, a list of zeros and ones for each."""
+    return Row(
+        tuple(
+            make(recipe, seed, metrics={"recall_acc": Metric(float(np.mean(one)))}, samples={"recall_acc": list(one)})
+            for seed, one in enumerate(answers)
+        )
+    )
+
+
+answers = st.integers(5, 40).flatmap(
+    lambda n: st.tuples(
+        *(st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1, max_size=3) for _ in range(2))
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(answers)
+def test_the_order_of_the_sides_changes_the_sign_and_nothing_else(sides):
+    """However many seeds each side has, B - A is the difference of the columns and has one p."""
+    before, after = (seeds(name, side) for name, side in zip(("a()", "b()"), sides, strict=True))
+    (there,), (back,) = (
+        list(compare_metrics(one.records, other.records)) for one, other in ((before, after), (after, before))
+    )
+    assert back.value == pytest.approx(-there.value, abs=1e-12) and back.test.p == there.test.p
+    assert (back.low, back.high) == pytest.approx((-there.high, -there.low), abs=1e-9)
+    assert there.before == pytest.approx(100 * before.estimate("recall_acc").value)
+    assert there.after == pytest.approx(100 * after.estimate("recall_acc").value)
+    assert there.value == pytest.approx(100 * there.test.value, abs=1e-9)
+
+
+def test_a_row_without_seeds_meets_all_seeds_of_the_other():
+    """The mean over the seeds, and not the first of them alone."""
+    one, three = seeds("a()", [[1] * 40]), seeds("b()", [[1] * 40, [0] * 40, [0] * 40])
+    (change,) = compare_metrics(one.records, three.records)
+    assert change.value == pytest.approx(-200 / 3) and change.test.p < 1e-6
+    (change,) = compare_metrics(three.records, one.records)
+    assert change.value == pytest.approx(200 / 3) and change.test.p < 1e-6
+
+
+def test_perplexity_and_its_interval_change_sign_too():
+    before, after = make(), make("gptq(bits=4)", 0, worse=0.1, bits=4.25, rng_seed=1)
+    there, back = (next(compare_metrics([a], [b])) for a, b in ((before, after), (after, before)))
+    assert there.metric == "token_ppl"
+    assert there.before == pytest.approx(before.metrics["token_ppl"].value)
+    assert there.after == pytest.approx(after.metrics["token_ppl"].value)
+    assert there.low < there.value < there.high
+    assert (back.low, back.value, back.high) == pytest.approx((-there.high, -there.value, -there.low))
+
+
+@pytest.mark.skipif(PUBLISHED is None or not PUBLISHED.is_dir(), reason="nothing published here")
+@pytest.mark.parametrize("suite", ["quant", "prune"])
+def test_columns_are_the_published_numbers(suite):
+    """A and B are means of items, and those are what the records say; of logarithms for perplexities."""
+    table = group_records(load(PUBLISHED, suite))[0]
+    for row in table.rows[1:]:
+        changes = {change.metric: change for change in compare_metrics(table.baseline.records, row.records)}
+        assert changes.keys() == set(quality(row.records[0].metrics)), row.recipe
+        for metric, change in changes.items():
+            values = [record.metrics[metric].value for record in row.records]
+            mean = math.exp(np.mean(np.log(values))) if PPL.search(metric) else np.mean(values) * scale(metric)
+            assert change.after == pytest.approx(mean, rel=1e-6, abs=1e-9), (row.recipe, metric)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocols": {"token_ppl": "p64"}}, "token_ppl was measured as .*window512.* and as 'p64'"),
+        ({"model": "other"}, "model is tiny for one and other for the other"),
+        ({"digests": {"model": "m1", "data": "d2", "tasks": "t1"}}, "the data digest is d1 for one and d2"),
+        ({"samples": {}}, "no metric of both has results per item"),
+    ],
+)
+def test_what_was_measured_differently_is_refused(change, message):
+    rows = [Row((record,)) for record in (make(), make("rtn(bits=4)", **change))]
+    with pytest.raises(Usage, match=message) as caught:
+        compare(*rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_perplexity_beyond_all_numbers_is_left_out():
+    worse = dataclasses.replace(make("rtn()"), samples={"token_ppl_window_nll": [800.0] * 60, "recall_acc": [1] * 120})
+    assert [change.metric for change in compare_metrics([make()], [worse])] == ["tasks_acc", "recall_acc"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ("baseline", "rtn(bits=9)", "did you mean 'rtn"),
+        ("rtn(bits=2)", "rtn(bits=3)", "never measured alike"),
+        ("baseline", "a\0b", "neither a record file nor a recipe"),
+        ("baseline", "x" * 5000, "neither a record file nor a recipe"),
+        ("/etc", "baseline", "neither a record file nor a recipe"),
+        ("baseline", __file__, "not JSON"),
+    ],
+)
+def test_wrong_names_cost_one_line(results, capsys, a, b, message):
+    Store(results).write(make("rtn(bits=3)", tier="full"))
+    assert run(results, a, b) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1 and len(err) < 1500
+
+
+def test_many_names_are_not_listed(results, capsys):
+    for bits in range(100, 140):
+        Store(results).write(make(f"rtn(bits={bits})"))
+    assert run(results, "baseline", "qqq") == 2
+    assert "`effbench report` shows the recipes that have records" in capsys.readouterr().err
+
+
+def test_rows_of_a_file_and_of_a_name(results):
+    path = next((results / "records").rglob("gptq*s1*.json"))
+    before, after = find_rows(("baseline", str(path)), results, None)
+    assert before.is_baseline and [record.cell.seed for record in after.records] == [1]
