@@ -37,6 +37,7 @@ from effbench.core.source import document_fields
 from effbench.core.views import Example, Segments
 from effbench.nn.data import Data
 from effbench.nn.files import artifact
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.linear import Replaced, dense_weight, stored_bytes, top_linears
 from effbench.nn.run import ModelRun, narrow
 from effbench.nn.train.fit import FitSettings, fit
@@ -105,7 +106,7 @@ def toy_run(architecture: str = "llama", seed: int = 0, **settings: Any) -> Mode
 def probe(run: ModelRun) -> Tensor:
     """[2, 24, V] logits of fixed tokens."""
     ids = torch.arange(48).view(2, 24) * 7 % (VOCABULARY - 1) + 1
-    return run.engine().logits(ids)
+    return open_engine(run).logits(ids)
 
 
 PROMPT = Segments(
@@ -132,7 +133,7 @@ class Behaviour(NamedTuple):
 
 def behave(run: ModelRun) -> Behaviour:
     """Have a toy run do everything that a method may change."""
-    continuation = run.engine().generate([list(range(1, 25)), list(range(30, 40))], 8, set())
+    continuation = open_engine(run).generate([list(range(1, 25)), list(range(30, 40))], 8, set())
     return Behaviour(probe(run), continuation, run.rewrite(PROMPT), tuple(example.id for example in run.data.train))
 
 

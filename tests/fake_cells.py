@@ -15,7 +15,8 @@ from typing import Any
 from effbench.cells.job import Job
 from effbench.core.run import RunLog
 from effbench.machine.gate import Gate, Tell
-from effbench.records.record import Metric, Record
+from effbench.records.metric import Metric
+from effbench.records.record import Record
 
 HERE = Path(__file__).parent
 
@@ -135,7 +136,8 @@ def take(name: str, run: FakeRun, settings: dict[str, Any]) -> Any:
     if isinstance(found, Exception):
         raise found
     reading = Reading(samples={name: [found]})
-    reading.add(name, found, "fake")
+    reading.metrics[name] = Metric(found)  # of no definition
+    reading.protocols[name] = "fake"
     return reading
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.cells.failures import Failure, broken, diagnose
 from effbench.machine.gate import Tell
-from effbench.records.record import Metric, OutcomeName
+from effbench.records.metric import Metric
+from effbench.records.record import OutcomeName
 
 if TYPE_CHECKING:
     from effbench.probes import Reading

@@ -18,12 +18,13 @@ from effbench.cells.job import Job, Place
 from effbench.cells.options import RunOptions
 from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
-from effbench.core.kinds import kind_of
+from effbench.core.kinds import kind_of, service
 from effbench.core.method import Method
 from effbench.core.packages import module_file
 from effbench.core.provenance import digest_source
 from effbench.core.recipe import Recipe
 from effbench.core.usage import one_of
+from effbench.machine import environment
 from effbench.machine.gate import gate_file
 from effbench.machine.placement import Placement, place
 from effbench.records.record import RETRIED, Cell, Record
@@ -109,6 +110,7 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
     settings = tier.settings | {
         "device": kind,  # which of several that are alike does not matter
         "machine": placement.machine,
+        "host": environment.host(),
         "threads": placement.threads,
         "dtype": options.dtype or ("float32" if kind == "cpu" else None),
     }
@@ -157,8 +159,8 @@ def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict
 
 def _digest_method(step: Method) -> str:
     """Digest of the source of a method and of what serves its kind."""
-    service = f"effbench.nn.kinds.{kind_of(type(step)).lower()}"
-    return digest_source(type(step).__module__, *([service] if module_file(service) else []))
+    serving = service(kind_of(type(step)))
+    return digest_source(type(step).__module__, *([serving] if module_file(serving) else []))
 
 
 class _Before:

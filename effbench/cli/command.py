@@ -62,7 +62,7 @@ def document_options(cls: type, title: str = "options:", mark: str = "=") -> str
     width = max(len(field.name) for field in fields) + len(mark) + 1
     lines = [
         f"  {field.name + mark:<{width}}{field.comment}"
-        + ("" if field.default in (None, "None") or "field(" in field.default else f" [{field.default}]")
+        + ("" if field.default in (None, "None") else f" [{field.default}]")
         for field in fields
     ]
     return "\n".join([title, *lines])

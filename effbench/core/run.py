@@ -17,7 +17,7 @@ from effbench.core.errors import Conflict
 if TYPE_CHECKING:
     from effbench.core.kinds import Swap
     from effbench.core.method import Method
-    from effbench.core.views import Data, Device, DType, Engine, Module, Segments, Tensor
+    from effbench.core.views import Data, Device, DType, Module, Segments, Tensor
 
 T = TypeVar("T")
 HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # of methods, each a chain of the train plan
@@ -186,10 +186,6 @@ class Run(abc.ABC):
     @abc.abstractmethod
     def pad(self) -> int:
         """Token id for padding."""
-
-    @abc.abstractmethod
-    def engine(self, model: Any = None) -> Engine:
-        """Scores and generates with the model under `infer`, or with another under an empty plan."""
 
     @abc.abstractmethod
     def targeted(self, path: str) -> bool:

@@ -113,7 +113,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         return [convert(item, arms[0], f"{where}[{index}]") for index, item in enumerate(value)]
     try:
         converted = msgspec.convert(value, kind)
-    except (msgspec.ValidationError, OverflowError):
+    except (msgspec.ValidationError, OverflowError, UnicodeEncodeError):  # the last for halves of characters
         wrong = type(value).__name__
         shown = f"{where}={_SHORT.repr(value)}"
         raise Usage(f"{shown}: must be {describe(kind)}, not {wrong}") from None

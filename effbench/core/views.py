@@ -1,4 +1,4 @@
-"""What methods are given to look at: data, prompts, linears, blocks, caches and the engine, as seen by a method.
+"""What methods are given to look at: data, prompts, linears, blocks and caches, as seen by a method.
 
 Plain dataclasses where there is nothing to compute, protocols where `effbench.nn` computes with torch. This is the one
 file of core that names torch, and only for annotations: the other files take `Tensor`, `Module` and so on from here.
@@ -172,17 +172,3 @@ class Slots:
             valid=self.valid.gather(2, indices),
             mass=self.mass.gather(2, indices),
         )
-
-
-class Engine(Protocol):
-    """Scores and generates with a model through an inference plan."""
-
-    @property
-    def max_length(self) -> int:
-        """Positions the model has."""
-
-    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, T, V] float32 logits of tokens [B, T], `mask` True where real (padding on the right or the left)."""
-
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:
-        """Greedy continuations of the prompts, each ending before its first stop token."""

@@ -11,7 +11,7 @@ from effbench.formats.csr import Compressed
 from effbench.kernels.bcsr_linear.cases import OP
 
 
-def blocked(matrix: Tensor, rows: int, columns: int) -> Tensor:
+def split_blocks(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """Matrix [out, in] as blocks [out / rows, in / columns, rows, columns]; ValueError where they do not tile it."""
     out_features, in_features = matrix.shape
     if out_features % rows or in_features % columns:
@@ -19,9 +19,9 @@ def blocked(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return matrix.reshape(out_features // rows, rows, in_features // columns, columns).transpose(1, 2)
 
 
-def whole_blocks(keep: Tensor, rows: int, columns: int) -> Tensor | None:
+def find_whole_blocks(keep: Tensor, rows: int, columns: int) -> Tensor | None:
     """Which blocks `keep` (bool [out, in]) takes, bool [out / rows, in / columns]; None where it cuts one."""
-    parts = blocked(keep, rows, columns)
+    parts = split_blocks(keep, rows, columns)
     whole = parts.all((2, 3))
     return whole if torch.equal(whole, parts.any((2, 3))) else None
 
@@ -43,10 +43,10 @@ class BCSRLinear(Compressed):
 
         block  rows and columns of a block; ValueError where they do not tile the matrix or `keep` cuts a block
         """
-        whole = whole_blocks(keep, *block)
+        whole = find_whole_blocks(keep, *block)
         if whole is None:
             raise ValueError(f"some blocks of {block[0]} x {block[1]} are kept only in part")
-        values = blocked(weight, *block)[whole]
+        values = split_blocks(weight, *block)[whole]
         module = cls(weight.shape[1], weight.shape[0], *block, len(values), bias is not None)
         return module._store(bias, whole, values)
 

@@ -101,7 +101,7 @@ class LutLinear(Packed):
             self.reserve("lut", out_features, 2**bits, dtype=torch.float16)
         else:
             self.reserve("lut", 2**bits, dtype=torch.float32)
-        self.absent("absmax", "crow", "col", "values")
+        self.declare_optional("absmax", "crow", "col", "values")
         blocks = -(-in_features * out_features // block) if block else 0
         if double_quant:
             self.reserve("absmax_code", blocks, dtype=torch.uint8)
@@ -143,7 +143,7 @@ class LutLinear(Packed):
         tensors = {"weight": pack(codes, bits), "lut": lut}
         number = 0
         if absmax is not None:
-            tensors |= double_quantized(absmax) if double_quant else {"absmax": absmax}
+            tensors |= quantize_factors(absmax) if double_quant else {"absmax": absmax}
         if outliers is not None:
             row, col = outliers.nonzero(as_tuple=True)
             number = len(row)
@@ -154,7 +154,7 @@ class LutLinear(Packed):
         module = cls(
             in_features, out_features, bits, lut.dim() == 2, block, double_quant, number, bias=bias is not None
         )
-        return module.fill(bias, **tensors).holding(keep)
+        return module.fill(bias, **tensors).hold(keep)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
@@ -183,7 +183,7 @@ class LutLinear(Packed):
 
     def rebuilt(self, weight: Tensor) -> LutLinear:
         """The same tables, factors and outlier positions; outliers take up what their codes leave over."""
-        weight = self.held(weight)
+        weight = self.mask_weight(weight)
         absmax = self.factors()
         scaled = weight
         if absmax is not None:
@@ -199,7 +199,7 @@ class LutLinear(Packed):
         return module.fill(self.bias, **tensors | {"values": left})
 
 
-def double_quantized(absmax: Tensor) -> dict[str, Tensor]:
+def quantize_factors(absmax: Tensor) -> dict[str, Tensor]:
     """QLoRA's double quantization: 8-bit dynamic codes of absmax - mean, in blocks of 256 factors."""
     mean = absmax.mean()
     centred = absmax - mean

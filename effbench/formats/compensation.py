@@ -1,4 +1,7 @@
-"""Column by column, every error made up for by the columns that follow: the loop of GPTQ and of SparseGPT."""
+"""The loop of GPTQ and SparseGPT: columns are settled one by one, and those that follow compensate each error.
+
+Numbers of equations are those of GPTQ (Frantar et al., 2023); SparseGPT runs the same loop.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ Settle = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def compensate(weight: Tensor, factor: Tensor, settle: Settle, block: int = 128) -> None:
-    """Settle `weight` [out, in] input by input in the order of its columns.
+    """Settle `weight` [out, in] input by input in the order of its columns: Algorithm 1.
 
     `factor` [in, in] is upper triangular with U^T U = H^-1. `settle(column, ahead, rest)` gives the final values
-    [out] of a column. `ahead` [columns left in its block, out] are the weights from this column on with all errors
-    so far made up for, `rest` [in, out] those with the errors of finished blocks only.
+    [out] of a column. `ahead` [columns left in its block, out] are the weights from this column on, with all errors
+    so far compensated, `rest` [in, out] those with the errors of finished blocks compensated.
     """
     rest = weight.T.clone(memory_format=torch.contiguous_format)  # columns become rows, together in memory
     width = len(rest)
@@ -28,12 +31,16 @@ def compensate(weight: Tensor, factor: Tensor, settle: Settle, block: int = 128)
         for column in range(start, stop):
             i = column - start
             final = settle(column, work[i:], rest)
+            # The error of equation (2) over the root of [H_F^-1]_qq, where F are the columns not yet settled. Row q of
+            # U is row q of H_F^-1 over that root, so the inverse need not be updated by equation (3).
             error = torch.sub(work[i], final, out=errors[i]).div_(factor[column, column])
+            # The update delta_F of equation (2), within the block.
             work[i + 1 :] -= factor[column, column + 1 : stop, None] * error
+        # The same update for all columns behind the block, of the block's errors at once (equation 4).
         rest[stop:] -= factor[start:stop, stop:].T @ errors
 
 
-def without_dead(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def neutralize_dead(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Copies of `weight` [out, in] and `hessian` [in, in] in which inputs that are always zero do no harm."""
     hessian = hessian.clone()
     dead = hessian.diagonal() == 0
@@ -53,6 +60,6 @@ def inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                found: Tensor = upper.to(hessian.dtype)
-                return found
+                factor: Tensor = upper.to(hessian.dtype)
+                return factor
     raise Unsupported(f"{name}: the Hessian is not positive definite at damp={damp}; raise damp")

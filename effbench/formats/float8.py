@@ -48,7 +48,7 @@ class FP8Linear(Packed):
         )
 
     @classmethod
-    def rounded(
+    def from_weight(
         cls,
         weight: Tensor,
         *,
@@ -73,7 +73,7 @@ class FP8Linear(Packed):
         return Fp8Matrix(self.weight, self.scale, self.activations).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> FP8Linear:
-        rounded = FP8Linear.rounded(
-            self.held(weight), per_row=self.per_row, activations=self.activations, bias=self.bias
+        rounded = FP8Linear.from_weight(
+            self.mask_weight(weight), per_row=self.per_row, activations=self.activations, bias=self.bias
         )
-        return rounded.holding(self.kept())
+        return rounded.hold(self.kept())

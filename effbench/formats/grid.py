@@ -32,7 +32,7 @@ class Grid(NamedTuple):
         """The weights that `codes` stand for."""
         return (codes - self.zero).mul_(self.scale)
 
-    def rounded(self, weight: Tensor) -> Tensor:
+    def round(self, weight: Tensor) -> Tensor:
         """`weight` moved to the nearest grid points."""
         return self.decode(self.codes(weight))
 
@@ -40,7 +40,7 @@ class Grid(NamedTuple):
         """Scale and zero without the last dimension that `fit_grid` leaves."""
         return self._replace(scale=self.scale.squeeze(-1), zero=self.zero.squeeze(-1))
 
-    def stored(self) -> Grid:
+    def as_stored(self) -> Grid:
         """The same grid with its scales as they are stored, in float16."""
         return self._replace(scale=self.scale.half().float().clamp(HALF_MIN, HALF_MAX))
 
@@ -68,20 +68,22 @@ def fit_grid(weight: Tensor, bits: int, symmetric: bool = False, grid: GridName 
         low = -high
     empty = low == high  # all weights are zero: any scale will do
     low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
-    found = _grid_of_range(low, high, bits, symmetric)
+    best_grid = _grid_of_range(low, high, bits, symmetric)
     if not mse:
-        return found
+        return best_grid
     best = torch.full_like(low, torch.inf)
     for step in range(80):
         shrink = 1 - step / 100
         candidate = _grid_of_range(shrink * low, shrink * high, bits, symmetric)
-        error = (candidate.rounded(weight) - weight).abs_().pow_(2.4).sum(-1, keepdim=True)
+        error = (candidate.round(weight) - weight).abs_().pow_(2.4).sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
-        found = Grid(
-            torch.where(better, candidate.scale, found.scale), torch.where(better, candidate.zero, found.zero), bits
+        best_grid = Grid(
+            torch.where(better, candidate.scale, best_grid.scale),
+            torch.where(better, candidate.zero, best_grid.zero),
+            bits,
         )
-    return found
+    return best_grid
 
 
 def _grid_of_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
@@ -90,12 +92,12 @@ def _grid_of_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Gri
     return Grid(scale, zero, bits)
 
 
-def grouped(weight: Tensor, group_size: int, name: str) -> Tensor:
+def split_groups(weight: Tensor, group_size: int, name: str) -> Tensor:
     """`weight` [out, in] as [out, groups, group_size]; groups run along the input. Raises `Unsupported`."""
     if weight.shape[1] % group_size:
         raise Unsupported(f"{name}: width {weight.shape[1]} is not a multiple of group_size {group_size}")
-    found: Tensor = weight.unflatten(1, (-1, group_size))
-    return found
+    groups: Tensor = weight.unflatten(1, (-1, group_size))
+    return groups
 
 
 def int_linear(

@@ -33,7 +33,7 @@ class Codes(Packed):
         rows = 1 if per_tensor else self.out_features
         self.reserve("weight", self.out_features, word_count(stored, bits), dtype=torch.int32)
         self.reserve("scale", rows, groups, dtype=torch.float16)
-        self.absent("zero", "g_idx")
+        self.declare_optional("zero", "g_idx")
         if zeros:
             self.reserve("zero", word_count(rows, bits), groups, dtype=torch.int32)
         if order:
@@ -63,7 +63,7 @@ class Codes(Packed):
         return (levels + zero).clamp(0, 2**self.bits - 1).to(torch.int32)
 
 
-def described(
+def describe_codes(
     codes: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, bits: int
 ) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
     """Sizes and form of the `Codes` that hold `codes` [out, in], and their grid as stored; see `IntLinear.of`."""
@@ -129,9 +129,9 @@ class IntLinear(Codes):
         g_idx  integers [in], the group of every input; None: consecutive inputs
         keep   bool [out, in], which weights a pruning method left; the others must hold their zero-point
         """
-        config, grid = described(codes, scale, zero, g_idx, bits)
+        config, grid = describe_codes(codes, scale, zero, g_idx, bits)
         module = cls(**config, bias=bias is not None)
-        return module.fill(bias, weight=pack(codes, bits), **grid).holding(keep)
+        return module.fill(bias, weight=pack(codes, bits), **grid).hold(keep)
 
     def product(self, x: Tensor) -> Tensor:
         return OP(x, self.weight, self.scale, self.zero, self.g_idx, self.bits)
@@ -142,4 +142,6 @@ class IntLinear(Codes):
     def rebuilt(self, weight: Tensor) -> IntLinear:
         """The same scales, zero-points and zeros; every weight goes to the nearest code."""
         module = IntLinear(**self.config()).to(self.device)
-        return module.fill(self.bias, **self.like() | {"weight": pack(self.nearest(self.held(weight)), self.bits)})
+        return module.fill(
+            self.bias, **self.like() | {"weight": pack(self.nearest(self.mask_weight(weight)), self.bits)}
+        )

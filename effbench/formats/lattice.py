@@ -133,7 +133,7 @@ class E8PLinear(Packed):
         self.bits = bits
         codes = (out_features, in_features // 8)
         self.reserve("weight", *codes, dtype=torch.int16)
-        self.absent("residual")
+        self.declare_optional("residual")
         if bits > 2:
             self.reserve("residual", *codes, dtype=torch.uint8 if bits == 3 else torch.int16)
         self.reserve("scale", dtype=torch.float32)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effbench.formats.integer import Codes, described
+from effbench.formats.integer import Codes, describe_codes
 from effbench.formats.packed import Packed
 from effbench.formats.packing import pack
 from effbench.kernels._common.nm import columns, index_words, place_bits
@@ -37,8 +37,8 @@ def places(keep: Tensor, n: int, m: int) -> Tensor:
     if int(groups.sum(-1).max()) > n:
         raise ValueError(f"more than {n} of {m} weights are kept")
     kept_first = groups.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :n]
-    found: Tensor = kept_first.sort(-1).values.flatten(1)
-    return found
+    ascending: Tensor = kept_first.sort(-1).values.flatten(1)
+    return ascending
 
 
 class _NM(Packed):
@@ -137,7 +137,7 @@ class NMIntLinear(_NM, Codes):
         n, m = pattern
         place = pack(places(keep, n, m), place_bits(m))
         column = columns(place, codes.shape[1], n, m)
-        config, grid = described(codes, scale, zero, g_idx, bits)
+        config, grid = describe_codes(codes, scale, zero, g_idx, bits)
         module = cls(**config, n=n, m=m, bias=bias is not None)
         return module.fill(bias, weight=pack(codes.gather(1, column), bits), index=place, **grid)
 

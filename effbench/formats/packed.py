@@ -25,7 +25,7 @@ class Packed(Replaced):
         super().__init__(in_features, out_features)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features))
-        self.absent("mask")
+        self.declare_optional("mask")
         if masked:
             self.reserve("mask", out_features, word_count(in_features, 1), dtype=torch.int32)
 
@@ -35,14 +35,14 @@ class Packed(Replaced):
     def kept(self) -> Tensor | None:
         return None if self.mask is None else unpack(self.mask, 1, self.in_features).bool()
 
-    def holding(self, keep: Tensor | None) -> Self:
+    def hold(self, keep: Tensor | None) -> Self:
         """The same codes, with the knowledge that they are zero where `keep` [out, in] is False."""
         if keep is None:
             return self
         module = type(self)(**self.config() | {"masked": True}).to(self.device)
         return module.fill(self.bias, **self.like() | {"mask": pack(keep, 1)})
 
-    def held(self, weight: Tensor) -> Tensor:
+    def mask_weight(self, weight: Tensor) -> Tensor:
         """`weight` [out, in] in float32, zero where weights were pruned."""
         keep = self.kept()
         return weight.float() if keep is None else weight.float() * keep
@@ -52,7 +52,7 @@ class Packed(Replaced):
         """Where the stored tensors are."""
         return next(buffer.device for buffer in self.buffers())
 
-    def absent(self, *names: str) -> None:
+    def declare_optional(self, *names: str) -> None:
         """Declare tensors that this instance may turn out not to store."""
         for name in names:
             self.register_buffer(name, None)

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
-from effbench.formats.bcsr import BCSRLinear, whole_blocks
+from effbench.formats.bcsr import BCSRLinear, find_whole_blocks
 from effbench.formats.csr import CSRLinear
 from effbench.formats.nm import NMLinear
 from effbench.nn.model.linear import MaskedLinear
@@ -25,13 +25,13 @@ class Pattern(NamedTuple):
         """Parse `unstructured`, `n:m` or `block:RxC`; ValueError otherwise."""
         if text == "unstructured":
             return cls("unstructured")
-        if found := re.fullmatch(r"(\d+):(\d+)", text):
-            n, m = int(found[1]), int(found[2])
+        if match := re.fullmatch(r"(\d+):(\d+)", text):
+            n, m = int(match[1]), int(match[2])
             if not 0 < n < m <= 16:
                 raise ValueError(f"pattern={text!r}: n:m keeps n of every m, 0 < n < m <= 16")
             return cls("n:m", n, m)
-        if found := re.fullmatch(r"block:(\d+)x(\d+)", text):
-            rows, columns = int(found[1]), int(found[2])
+        if match := re.fullmatch(r"block:(\d+)x(\d+)", text):
+            rows, columns = int(match[1]), int(match[2])
             if not rows * columns:
                 raise ValueError(f"pattern={text!r}: a block has at least one row and one column")
             return cls("block", rows, columns)
@@ -60,11 +60,13 @@ class PrunedLinear(MaskedLinear):
     def rebuilt(self, weight: Tensor) -> PrunedLinear:
         return PrunedLinear.of(weight.to(self.weight.dtype), self.kept(), self.bias, self.pattern)
 
-    def packed(self) -> nn.Module:
+    def pack(self) -> nn.Module:
         kind, first, second = Pattern.of(self.pattern)
         weight, keep = self.weight.detach(), self.kept()
         if kind == "n:m":
             return NMLinear.of(weight, keep, n=first, m=second, bias=self.bias)
-        if kind == "block" and whole_blocks(keep, first, second) is not None:  # another mask may have cut into them
+        if (
+            kind == "block" and find_whole_blocks(keep, first, second) is not None
+        ):  # another mask may have cut into them
             return BCSRLinear.of(weight, keep, block=(first, second), bias=self.bias)
         return CSRLinear.of(weight, keep, bias=self.bias)

@@ -1,8 +1,9 @@
-"""What the numbers were measured on and with. Never names the host or a user."""
+"""What the numbers were measured on and with. Never names the host or a user: of the host it gives a fingerprint."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -14,6 +15,8 @@ from typing import Any
 import effbench
 
 PACKAGES = ("torch", "transformers", "lm_eval", "triton", "numpy", "tokenizers", "datasets", "safetensors")
+MACHINE_IDS = ("/etc/machine-id", "/sys/class/dmi/id/board_name", "/sys/class/dmi/id/product_name")
+CONTAINERS = ("/.dockerenv", "/run/.containerenv")  # there only in a container
 SOURCE = ("effbench", "methods", "kernels", "suites")  # of the checkout; results may change while running
 
 
@@ -23,14 +26,14 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
     from effbench.machine import nvml
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpu = cpu_model()
+    cores, cpu = usable_cores(), cpu_model()
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu,
         "cores": cores,
         "memory_bytes": memory_bytes(),
+        "host": host(),
         "threads": torch.get_num_threads(),
         "packages": packages(),
         "cuda": torch.version.cuda,
@@ -40,6 +43,38 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{cpu} {cores}core"
     facts["machine"] = slug(name)
     return {name: value for name, value in facts.items() if value is not None}
+
+
+@functools.cache
+def host() -> str:
+    """A fingerprint by which two hosts are told apart: equal as long as hardware and kernel are the same.
+
+    A digest of the machine's id, its name, processor, cores, memory in GiB and kernel. A container's name is left out
+    because it is a new one at every start.
+    """
+    container = os.environ.get("KUBERNETES_SERVICE_HOST") or any(map(os.path.exists, CONTAINERS))
+    memory = memory_bytes()
+    parts = (
+        *map(_content, MACHINE_IDS),
+        "" if container else platform.node(),
+        cpu_model(),
+        str(usable_cores()),
+        "" if memory is None else str(round(memory / 2**30)),
+        f"{platform.system()} {platform.release()} {platform.machine()}",
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _content(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def packages() -> dict[str, str]:

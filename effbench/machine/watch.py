@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from effbench.machine import nvml
+from effbench.records.metric import Finding
 
 EVERY = 0.5  # seconds between looks: one takes about a millisecond of the host
 USUAL = ("gpu_idle", "applications_clocks_setting")  # clocks held back by nothing that matters
@@ -39,8 +40,8 @@ class Watch:
         if self._clock() - self._last >= EVERY:
             self.look()
 
-    def note(self) -> str:
-        """What a reader of the numbers has to know, for protocols; empty when nothing was seen."""
+    def findings(self) -> dict[str, Finding]:
+        """What a reader of the numbers has to know of the device, as `device_state`; empty when nothing was seen."""
         reasons = dict.fromkeys(name for row in self.rows for name in row.get("clocks_held_by", ()))
         held = [name for name in reasons if name not in USUAL]
         others = max((row.get("other_processes", 0) for row in self.rows), default=0)
@@ -51,4 +52,4 @@ class Watch:
             held_mib = max(row.get("other_processes_mib", 0) for row in self.rows)
             holding = f", holding {held_mib} MiB" if held_mib else ""
             said.append(f"beside {others} other process{'es' * (others > 1)} on the device{holding}")
-        return "".join(f", {each}" for each in said)
+        return {"device_state": ", ".join(said)} if said else {}

@@ -65,17 +65,17 @@ class Inputs:
     @property
     def norm(self) -> Tensor:
         """[in]: L2 norm over all tokens."""
-        return self._found(self._square, "norm").sqrt().float()
+        return self._require(self._square, "norm").sqrt().float()
 
     @property
     def mean_abs(self) -> Tensor:
         """[in]: mean of |x| over all tokens."""
-        return (self._found(self._absolute, "norm") / self.count).float()
+        return (self._require(self._absolute, "norm") / self.count).float()
 
     @property
     def second_moment(self) -> Tensor:
         """[in, in] float64: mean of x x^T over all tokens."""
-        return self._found(self._outer, "hessian") / self.count
+        return self._require(self._outer, "hessian") / self.count
 
     @property
     def hessian(self) -> Tensor:
@@ -89,7 +89,7 @@ class Inputs:
             raise AttributeError("tokens were not kept: declare needs = {'raw'}")
         return torch.cat(self._raw)
 
-    def _found(self, value: Tensor | None, need: str) -> Tensor:
+    def _require(self, value: Tensor | None, need: str) -> Tensor:
         if value is None:
             raise AttributeError(f"not gathered: declare needs = {{{need!r}}}")
         return value
@@ -104,7 +104,7 @@ def view_layer(name: str, module: nn.Module, inputs: Inputs, seed: int, prepared
 
 
 class _Reached(Exception):
-    """Ends a forward pass once what it was for is there."""
+    """Raised to end a forward pass early, once its hook has what it needs."""
 
 
 class BlockInputs:
@@ -142,10 +142,10 @@ class BlockInputs:
 
     def output_of(self, module: nn.Module) -> list[Tensor]:
         """Outputs of a submodule on every sequence; the block runs no further than that."""
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, out: Any) -> None:
-            found.append(out if isinstance(out, Tensor) else out[0])
+            outputs.append(out if isinstance(out, Tensor) else out[0])
             raise _Reached
 
         handle = module.register_forward_hook(keep)
@@ -155,7 +155,7 @@ class BlockInputs:
                     self._one(hidden, call)
         finally:
             handle.remove()
-        return found
+        return outputs
 
     def gather(self, shared: Sequence[SharedInput], needs: Set[str]) -> None:
         """Run the block once, gather the statistics of every shared input, keep the block's outputs."""
@@ -189,8 +189,8 @@ class BlockInputs:
         inputs = self._inputs.get(name) or Inputs(set(), 0)
         if self._gradients:
             inputs = copy.copy(inputs)  # statistics are shared, gradients belong to one linear
-            for need, found in self._gradients.items():
-                setattr(inputs, need, found[path])
+            for need, means in self._gradients.items():
+                setattr(inputs, need, means[path])
         return view_layer(path, module, inputs, zlib.crc32(f"{self.run.seed}/{path}".encode()), self._prepared)
 
     def statistics(self, path: str) -> Inputs | None:
@@ -269,7 +269,7 @@ def mean_gradients(run: Run, needs: Set[str]) -> dict[str, dict[str, Tensor]]:
         return {}
     linears = dense_linears(run)
     weights: dict[str, nn.Parameter] = {path: module.weight for path, module in linears.items()}  # type: ignore
-    found = {
+    means = {
         need: {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in weights.items()}
         for need in needs
     }
@@ -282,12 +282,12 @@ def mean_gradients(run: Run, needs: Set[str]) -> dict[str, dict[str, Tensor]]:
             ids = ids[None].to(run.device)
             loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
             for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-                for need, total in found.items():
+                for need, total in means.items():
                     total[path] += GRADIENTS[need](gradient.float()) / len(sequences)
     for path, weight in weights.items():
         weight.requires_grad_(needed[path])
-    for total in found.values():
+    for total in means.values():
         for path, module in linears.items():
             if isinstance(module, Conv1D):
                 total[path] = total[path].T
-    return found
+    return means

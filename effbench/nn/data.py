@@ -45,10 +45,10 @@ class Data:
 
     def documents(self, part: str) -> list[str]:
         """The texts of `train`, `calibration` or `heldout`, made when first asked for."""
-        found = self._parts[part]
-        if callable(found):
-            found = self._parts[part] = found()
-        return found
+        texts = self._parts[part]
+        if callable(texts):
+            texts = self._parts[part] = texts()
+        return texts
 
     def ids(self, part: str) -> Tensor:
         """[N] all tokens of a part, documents joined."""
@@ -132,12 +132,12 @@ def open_hub(name: str, tokenizer: Any) -> Data:
     import datasets
 
     path, _, configuration = name.partition(":")[2].partition("/@")
-    found = datasets.load_dataset(path, configuration or None)
+    splits_by_name = datasets.load_dataset(path, configuration or None)
     column = "text"
 
     def texts(*splits: str) -> list[str]:
-        split = next((s for s in splits if s in found), None)
-        return [text for text in found[split][column] if text.strip()] if split else []
+        split = next((s for s in splits if s in splits_by_name), None)
+        return [text for text in splits_by_name[split][column] if text.strip()] if split else []
 
     train = texts("train")
     parts = {"train": train[1::2] or train, "calibration": train[::2], "heldout": texts("test", "validation")}

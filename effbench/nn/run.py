@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Refused, Usage
 from effbench.core.kinds import kind_of, service
-from effbench.core.run import FitReport, InferPlan, Run
+from effbench.core.run import FitReport, Run
 from effbench.nn.data import LONGEST, SEQUENCES, Data
-from effbench.nn.infer.engine import Engine
-from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.blocks import Blocks, count_positions
 from effbench.nn.model.linear import Replaced, check_module, kept, replace, stored_as, stored_bytes, stored_tensors
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class ModelRun(Run):
         self._reference = reference
         self._shelf: dict[str, Any] = {}
         self._swapped: list[Swapped] = []
-        self._calibration = (sequences, length or min(LONGEST, self.engine().max_length))
+        self._calibration = (sequences, length or min(LONGEST, count_positions(self.model)))
         self._skip = skip
         narrow(self.model, storage)
         self.original = Original(sum(stored_bytes(model, storage)), sum(p.numel() for p in model.parameters()))
@@ -94,9 +93,6 @@ class ModelRun(Run):
     def pad(self) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return 0 if pad is None else int(pad)
-
-    def engine(self, model: Any = None) -> Engine:
-        return Engine(self.model, self.infer, self.pad) if model is None else Engine(model, InferPlan(), self.pad)
 
     def targeted(self, path: str) -> bool:
         return not any(fnmatch.fnmatch(path, pattern) for pattern in self._skip)
@@ -165,16 +161,18 @@ class ModelRun(Run):
         self.model.eval()
         for path, module in list(self.model.named_modules()):
             if isinstance(module, Replaced):
-                replace(self.model, path, module.packed())
+                replace(self.model, path, module.pack())
         narrow(self.model, self.storage)
         changed = not self.infer.empty or self.log.selected or take_fingerprint(self.model) != self._before
         if not (changed or recipe_is_empty):
             raise Refused("the recipe changed nothing: the model is bit for bit what it was")
 
     def close(self) -> None:
-        """Undo what plans changed in the process."""
+        """Undo what plans changed in the process, and let go of what steps kept."""
         self.train.close()
         self.infer.close()
+        self._states.clear()
+        self._shared.clear()
 
 
 @torch.no_grad()
@@ -188,9 +186,9 @@ def narrow(model: nn.Module, storage: torch.dtype) -> None:
 @torch.no_grad()
 def take_fingerprint(model: nn.Module) -> list[tuple[str, ...]]:
     """Names, kinds, shapes and a hash of the content of everything in a module tree."""
-    found: list[tuple[str, ...]] = [(path, type(module).__name__) for path, module in model.named_modules()]
+    entries: list[tuple[str, ...]] = [(path, type(module).__name__) for path, module in model.named_modules()]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         value = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
         content = str(int(torch.hash_tensor(value).view(torch.int64))) if value.numel() else ""
-        found.append((name, str(tuple(tensor.shape)), content))
-    return found
+        entries.append((name, str(tuple(tensor.shape)), content))
+    return entries

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from effbench.core.errors import Usage
 from effbench.core.usage import nearest
-from effbench.records.record import Metric
+from effbench.records.metric import Finding, Metric
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
@@ -30,9 +32,18 @@ class Reading:
     samples: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # per-item results, raw timings
     protocols: dict[str, str] = dataclasses.field(default_factory=dict)  # metric: how it was measured
 
-    def add(self, name: str, metric: Metric | float, protocol: str) -> None:
-        """Take in one metric with its protocol."""
-        self.metrics[name] = metric if isinstance(metric, Metric) else Metric(float(metric))
+    def add(
+        self, name: str, metric: Metric | float, protocol: str, findings: Mapping[str, Finding] | None = None
+    ) -> None:
+        """Take in one metric: how it was measured is its protocol, what the measurement turned out to be its findings.
+
+        The protocol says what was chosen and nothing of the recipe, so that equal protocols are equal texts. Raises
+        `Undefined` for a metric that `effbench/records/definitions.py` does not define.
+        """
+        # Imported by name: a new definition changes no measurement, and digests of probes follow imports.
+        importlib.import_module("effbench.records.definitions").describe(name)
+        metric = metric if isinstance(metric, Metric) else Metric(float(metric))
+        self.metrics[name] = msgspec.structs.replace(metric, findings=dict(findings)) if findings else metric
         self.protocols[name] = protocol
 
 

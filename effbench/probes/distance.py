@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from effbench.core.errors import Diverged, Refused
+from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
 from effbench.probes.inputs import logits, predictions, windows
-from effbench.records.record import Metric
+from effbench.records.metric import Metric
 from effbench.stats import intervals
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     divergence: list[float] = []
     flipped: list[float] = []
     with torch.inference_mode():
-        references = logits(run.engine(run.reference), text.ids)
+        references = logits(open_engine(run, run.reference), text.ids)
         for ours, theirs in zip(predictions(run, text), references, strict=True):
             kl, flips = compare(theirs[:-1], ours[:-1])
             divergence.append(float(kl.mean()))

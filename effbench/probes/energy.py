@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effbench.machine import nvml
 from effbench.machine.watch import Watch
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.infer.graphs import Decoder, StaticDecoder, decoders
 from effbench.probes import Reading
 from effbench.probes.speed import new_tokens, points, prompts
@@ -34,7 +35,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         return reading
     seconds = max(SECONDS, settings.get("energy_seconds") or SECONDS)
     new = new_tokens(run, settings)
-    engine = run.engine()
+    engine = open_engine(run)
     measure = functools.partial(window, counter, wait=lambda: torch.cuda.synchronize(run.device), seconds=seconds)
     name = torch.cuda.get_device_name(run.device)
     how = f"NVML total energy of {name} over at least {seconds:g} s, idle included"
@@ -44,26 +45,27 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         for point in points(run, settings):
             ids = prompts(run, point, new, engine.max_length)
             watch = Watch(run.device)
-            joules, _, calls = measure(functools.partial(engine.prefill, ids))
-            prefill = joules / calls
+            joules, _, prefills = measure(functools.partial(engine.prefill, ids))
+            prefill = joules / prefills
             watch.look()
             (decoder,), kind = decoders([engine], ids, new)
-            spent_on_decoding, what = decoding(decoder, ids, new, measure, prefill)
+            spent_on_decoding, calls, what = decoding(decoder, ids, new, measure, prefill)
             watch.look()
             if watch.rows:
                 reading.samples[f"energy_state_{point}"] = [*watch.rows]
-            seen = f"{how}{watch.note()}"
             each = prefill / ids.numel()
-            reading.add(f"prefill_energy_j_per_token_{point}", each, f"{seen}; {calls} prefills")
+            findings = watch.findings()
+            reading.add(f"prefill_energy_j_per_token_{point}", each, f"{how}; prefills", findings | {"calls": prefills})
             each = spent_on_decoding / (point.batch * new)
-            reading.add(f"decode_energy_j_per_token_{point}", each, f"{seen}; decode: {kind}; {what}")
+            protocol = f"{how}; decode: {kind}; {what}"
+            reading.add(f"decode_energy_j_per_token_{point}", each, protocol, findings | {"calls": calls})
     return reading
 
 
 def decoding(
     decoder: Decoder, ids: Tensor, new: int, measure: Callable[..., tuple[float, float, int]], prefill: float
-) -> tuple[float, str]:
-    """Joules of decoding `new` tokens after prompts [B, T], and how they were had.
+) -> tuple[float, int, str]:
+    """Joules of decoding `new` tokens after prompts [B, T], how often that was done, and how it was measured.
 
     A static cache is rewound, so that nothing but decoding runs. A growing one has to be filled anew each time, and the
     `prefill`'s joules are taken off again: a small difference of large numbers where contexts are long.
@@ -78,8 +80,8 @@ def decoding(
 
     joules, _, calls = measure(decode)
     if isinstance(decoder, StaticDecoder):
-        return joules / calls, f"{calls} x {new} tokens, the cache rewound in between"
-    return joules / calls - prefill, f"{calls} x {new} tokens, less the energy of the prefills"
+        return joules / calls, calls, f"{new} tokens a call, the cache rewound in between"
+    return joules / calls - prefill, calls, f"{new} tokens a call, less the energy of the prefills"
 
 
 def _why_not(device: torch.device) -> str:

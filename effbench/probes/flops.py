@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from effbench.core.errors import Unsupported
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.linear import top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids
@@ -24,7 +25,7 @@ CONTEXT = 128  # where the settings do not say
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`score_flops_per_token_c<context>`, `decode_flops_per_token_c<context>` and `flops_2d`."""
-    engine, reading = run.engine(), Reading()
+    engine, reading = open_engine(run), Reading()
     context = min(settings.get("flops_context") or CONTEXT, engine.max_length - 1)
     ids = random_ids(run, 1, context)
     with torch.inference_mode():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effbench.core.errors import Refused, Unsupported
-from effbench.nn.infer.engine import Engine, scored
+from effbench.nn.infer.engine import Engine, open_engine, score_targets
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
@@ -46,7 +46,7 @@ def slow(run: ModelRun) -> bool:
 def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
     """Cut the held-out text: settings `window`, `text_tokens` and `limit` (windows)."""
     require_quality(run)
-    positions = run.engine().max_length
+    positions = open_engine(run).max_length
     width = settings.get("window") or min(512, positions)
     if not 2 <= width <= positions:
         raise Unsupported(f"the window is {width} tokens, the model takes 2 to {positions}")
@@ -68,17 +68,17 @@ def logits(engine: Engine, ids: Tensor) -> Iterator[Tensor]:
 def predictions(run: ModelRun, text: Windows) -> Iterator[Tensor]:
     """The model's `logits` of every window; when all were taken, their likelihoods are shared with `nll`."""
     values: list[float] = []
-    for ids, window in zip(text.ids.to(run.device), logits(run.engine(), text.ids), strict=True):
-        values.append(scored(window[:-1], ids[1:]).nll)
+    for ids, window in zip(text.ids.to(run.device), logits(open_engine(run), text.ids), strict=True):
+        values.append(score_targets(window[:-1], ids[1:]).nll)
         yield window
     run.share(("nll", text.cut, text.text), lambda: values)
 
 
 def nll(run: ModelRun, text: Windows) -> list[float]:
     """Mean negative log-likelihood of every window in one block, in nats per token."""
-    pairs = zip(text.ids.to(run.device), logits(run.engine(), text.ids), strict=True)
+    pairs = zip(text.ids.to(run.device), logits(open_engine(run), text.ids), strict=True)
     key = ("nll", text.cut, text.text)
-    return run.share(key, lambda: [scored(window[:-1], ids[1:]).nll for ids, window in pairs])
+    return run.share(key, lambda: [score_targets(window[:-1], ids[1:]).nll for ids, window in pairs])
 
 
 def score_block(run: ModelRun, settings: Mapping[str, Any]) -> tuple[int | None, str]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from effbench.machine.peak import SCOPES, PeakMemory
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.linear import Replaced, stored_as, stored_bytes, top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
+from effbench.records.metric import Finding
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
@@ -31,8 +33,9 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading.add("stored_bytes", total, kept_in)
     reading.add("reference_bytes", original, f"the unchanged model {kept_in}")
     reading.add("compression", original / total, "reference_bytes / stored_bytes")
-    bits, over = bits_per_weight(run.model, run.storage)
-    reading.add("bits_per_weight", bits, f"weights and metadata of {over}, without biases")
+    over = "of the compressed linears, or of all but the head where none is"
+    bits, findings = bits_per_weight(run.model, run.storage)
+    reading.add("bits_per_weight", bits, f"weights and metadata {over}, without biases", findings)
     reading.add(
         "model_bits_per_weight", 8 * total / run.original.parameters, "all stored bytes over the reference's parameters"
     )
@@ -41,15 +44,15 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     return reading
 
 
-def bits_per_weight(model: nn.Module, dtype: torch.dtype) -> tuple[float, str]:
-    """Stored bits per weight of the replaced linears (where none is, of all but the head); and which."""
+def bits_per_weight(model: nn.Module, dtype: torch.dtype) -> tuple[float, dict[str, Finding]]:
+    """Stored bits per weight of the replaced linears (where none is, of all but the head); and how many they are."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = [module for _, module in top_linears(model) if module is not head]
     replaced = [module for module in linears if isinstance(module, Replaced)]
     chosen = replaced or linears
     size = sum(sum(stored_bytes(module, dtype)) - _bias_bytes(module, dtype) for module in chosen)
-    over = "compressed linears" if replaced else "linears, none of which is compressed"
-    return 8 * size / sum(elements(module) for module in chosen), f"the {len(chosen)} {over}"
+    bits = 8 * size / sum(elements(module) for module in chosen)
+    return bits, {"linears": len(chosen), "compressed": bool(replaced)}
 
 
 def elements(linear: nn.Module) -> int:
@@ -77,7 +80,7 @@ def _bias_bytes(module: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _peaks(run: ModelRun, settings: Mapping[str, Any], reading: Reading) -> None:
-    engine = run.engine()
+    engine = open_engine(run)
     batch = settings.get("memory_batch") or (1 if slow(run) else BATCH)
     new = min(settings.get("memory_new_tokens") or (2 if slow(run) else NEW_TOKENS), engine.max_length // 2)
     context = min(settings.get("memory_context") or CONTEXT, engine.max_length - new)

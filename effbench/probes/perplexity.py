@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from effbench.core.errors import Diverged
+from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
 from effbench.probes.inputs import Windows, nll, score_block, windows
 from effbench.stats import intervals
@@ -20,7 +21,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`token_ppl`, with the mean negative log-likelihood of every window (nats per token) in the samples."""
     text = windows(run, settings)
     block, spelled = score_block(run, settings)
-    values = nll(run, text) if block is None else _streamed(run.engine(), text, block)
+    values = nll(run, text) if block is None else _streamed(open_engine(run), text, block)
     lost = sum(not math.isfinite(value) for value in values)
     if lost:
         raise Diverged(f"the log-likelihood is not finite in {lost} of {len(values)} windows")

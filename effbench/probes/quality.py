@@ -25,9 +25,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.usage import nearest
 from effbench.core.views import Segments
+from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
 from effbench.probes.inputs import require_quality, score_block
-from effbench.records.record import Metric
+from effbench.records.metric import Metric
 from effbench.stats import intervals
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ PERPLEXITIES = {  # metric of lm-eval: our name, what its mean becomes
     "bits_per_byte": ("bits_per_byte", lambda mean: -mean / math.log(2)),
     "perplexity": ("ppl", lambda mean: intervals.exp(-mean)),
 }
+OWN = ("acc", "acc_norm", "exact_match", "f1", "mcc")  # of lm-eval, under its name; others are said to be lm-eval's
 HEADLINE = ("acc", "exact_match")  # what counts as a task's accuracy, first found
 
 
@@ -57,7 +59,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading = Reading()
     if not wanted:
         return reading
-    engine = run.engine()
+    engine = open_engine(run)
     lm = EngineLM(engine, run.tokenizer, *score_block(run, settings))
     lm.rewrite = run.rewrite if run.infer.chain("prompt") else None
     with quiet():
@@ -66,9 +68,10 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         found = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     engine.verify()
     width = str(next(run.model.parameters()).dtype).removeprefix("torch.")
+    findings = {"cut_contexts": lm.truncated} if lm.truncated else {}  # of all tasks together
     for name, task in sorted(tasks["tasks"].items()):
         how = f"lm-eval {metadata.version('lm_eval')}, {width}, {lm.protocol(task)}"
-        _report(reading, name, task, found["samples"][name], found["results"][name], how)
+        _report(reading, name, task, found["samples"][name], found["results"][name], how, findings)
     _mean(reading, sorted(tasks["tasks"]))
     if lm.rewrites:
         before, after = (
@@ -121,8 +124,6 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             words.append(self.spelled)
         if config.output_type == "loglikelihood_rolling":
             words.append(f"windows of {self.engine.max_length}, one token of context, each text apart")
-        if self.truncated:
-            words.append(f"{self.truncated} contexts of all tasks cut from the left")
         return ", ".join(words)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
@@ -247,14 +248,21 @@ def quiet() -> Iterator[None]:
 
 
 def _report(
-    reading: Reading, name: str, task: Any, items: list[dict[str, Any]], results: dict[str, Any], how: str
+    reading: Reading,
+    name: str,
+    task: Any,
+    items: list[dict[str, Any]],
+    results: dict[str, Any],
+    how: str,
+    findings: Mapping[str, int],
 ) -> None:
+    """Add every metric of a task, with its results per item, from what lm-eval says of the items and of the task."""
     filters = list(dict.fromkeys(item["filter"] for item in items))
     for chosen in filters:
         kept = sorted((item for item in items if item["filter"] == chosen), key=lambda item: int(item["doc_id"]))
         for metric in kept[0]["metrics"]:
             values = [item[metric] for item in kept]
-            ours, scale = PERPLEXITIES.get(metric, (metric, None))
+            ours, scale = PERPLEXITIES.get(metric, (metric if metric in OWN else f"lm_eval_{metric}", None))
             key = f"{name}_{ours}" + ("" if chosen == filters[0] else f"_{chosen}")
             protocol = f"{how}, {len(kept)} of {len(task.eval_docs)} items, {metric}, filter {chosen}"
             plain = all(isinstance(value, (int, float)) for value in values)
@@ -263,16 +271,17 @@ def _report(
                 sizes = [value[1] if isinstance(value, tuple) else 1 for value in values]
                 _finite(key, sums)
                 reading.samples[key] = [list(pair) for pair in zip(sums, sizes, strict=True)]
-                reading.add(key, intervals.quotient(sums, sizes, scale), protocol)
+                reading.add(key, intervals.quotient(sums, sizes, scale), protocol, findings)
             elif plain and task.aggregation()[metric].__name__ in ("mean", "nanmean"):
                 numbers = [float(value) for value in values]
                 _finite(key, numbers)
                 reading.samples[key] = [int(value) if value in (0, 1) else value for value in numbers]
                 binary = set(numbers) <= {0.0, 1.0}
-                reading.add(key, intervals.fraction(numbers) if binary else intervals.mean(numbers), protocol)
+                share = intervals.fraction(numbers) if binary else intervals.mean(numbers)
+                reading.add(key, share, protocol, findings)
             elif isinstance(value := results.get(f"{metric},{chosen}"), (int, float)):
                 # an aggregate that is no mean of its items: lm-eval's own value, without an interval
-                reading.add(key, Metric(float(value), n=len(kept)), protocol)
+                reading.add(key, Metric(float(value), n=len(kept)), protocol, findings)
 
 
 def _finite(key: str, values: Sequence[float]) -> None:

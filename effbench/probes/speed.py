@@ -20,11 +20,13 @@ from effbench.core.errors import Unsupported
 from effbench.machine.ceilings import Ceilings, ceilings, described
 from effbench.machine.clock import Span, timed
 from effbench.machine.watch import Watch
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.infer.graphs import Decoder, decoders
 from effbench.nn.model.linear import top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
 from effbench.probes.memory import elements, tensors
+from effbench.records.metric import Finding
 from effbench.stats import intervals
 
 if TYPE_CHECKING:
@@ -51,11 +53,11 @@ class Point(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Times of the calls, round by round, and why there are no more of them."""
+    """Times of the calls, round by round, and how many it took to get there."""
 
     model: list[Span]
     reference: list[Span]
-    note: str
+    findings: dict[str, Finding]
 
     def ratios(self) -> list[float]:
         """How many times faster the model was, one per round."""
@@ -87,7 +89,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 def _take_point(reading: Reading, run: ModelRun, point: Point, new: int, seconds: float, found: Ceilings) -> None:
     """Time one point; its caches and graphs are gone when it is done."""
-    engines = run.engine(), run.engine(run.reference)
+    engines = open_engine(run), open_engine(run, run.reference)
     ids = prompts(run, point, new, engines[0].max_length)
     watch = Watch(run.device)
     ours, theirs = (functools.partial(prefill_seconds, each, ids, run.device) for each in engines)
@@ -98,7 +100,7 @@ def _take_point(reading: Reading, run: ModelRun, point: Point, new: int, seconds
     watch.look()
     if watch.rows:
         reading.samples[f"speed_state_{point}"] = [*watch.rows]
-    _report(reading, run, point, new, prefill, decode, how, watch.note())
+    _report(reading, run, point, new, (prefill, decode), seconds / 2, how, watch.findings())
     _report_percent(reading, run, point, prefill, decode, found)
 
 
@@ -107,7 +109,7 @@ def points(run: ModelRun, settings: Mapping[str, Any]) -> list[Point]:
     given = settings.get("speed_points")
     if given:
         return [Point(int(batch), int(context)) for batch, context in given]
-    context = min(128, run.engine().max_length - new_tokens(run, settings))
+    context = min(128, open_engine(run).max_length - new_tokens(run, settings))
     return [Point(1, context)] if slow(run) else [Point(1, context), Point(8, context)]
 
 
@@ -155,7 +157,7 @@ def paired(
     that leave a median without one.
     """
     warm = [_warm_up(call, seconds / 4, clock) for call in (model, reference)]
-    kept = Paired([], [], "")
+    kept = Paired([], [], {})
     begin = clock()
     while True:
         for _ in range(2):
@@ -168,10 +170,14 @@ def paired(
         narrow = rounds >= LEAST and width <= NARROW
         if narrow or (spent >= seconds and (rounds >= intervals.MEDIAN_NEEDS or spent >= PATIENCE * seconds)):
             break
-    why = f"interval within {NARROW:.0%}" if narrow else f"cap of {seconds:g} s"
-    spread = f"ratio's interval {width:.1%} wide" if math.isfinite(width) else "too few for an interval"
-    note = f"{'+'.join(map(str, warm))} warm-up calls, {rounds} rounds, {spread}, stopped by the {why}"
-    return kept._replace(note=note)
+    findings: dict[str, Finding] = {
+        "warm_up_calls": warm[0],
+        "reference_warm_up_calls": warm[1],
+        "capped": not narrow,
+    }
+    if math.isfinite(width):
+        findings["ratio_interval"] = round(width, 6)
+    return kept._replace(findings=findings)
 
 
 def _warm_up(call: Callable[[], Span], seconds: float, clock: Callable[[], float]) -> int:
@@ -186,30 +192,43 @@ def _warm_up(call: Callable[[], Span], seconds: float, clock: Callable[[], float
 
 
 def _report(
-    reading: Reading, run: ModelRun, point: Point, new: int, prefill: Paired, decode: Paired, kind: str, seen: str
+    reading: Reading,
+    run: ModelRun,
+    point: Point,
+    new: int,
+    timings: tuple[Paired, Paired],
+    seconds: float,
+    kind: str,
+    seen: dict[str, Finding],
 ) -> None:
+    """Add what the timings of prefill and decode, `seconds` at most each, say of one point."""
+    prefill, decode = timings
     cuda = run.device.type == "cuda"
     device = torch.cuda.get_device_name(run.device) if cuda else "CPU"
-    where = f"{device}, {torch.get_num_threads()} threads, random tokens, model and reference in turns (ABBA){seen}"
+    turns = f"{device}, {torch.get_num_threads()} threads, random tokens, model and reference in turns (ABBA)"
+    how = f"{turns}, until the ratio's interval is within {NARROW:.0%} or {seconds:g} s are over; median"
     tokens = point.batch * point.context
-    how = f"batch {point.batch}, context {point.context}, one forward, {where}; {prefill.note}; median"
+    protocol = f"batch {point.batch}, context {point.context}, one forward, {how}"
+    findings = prefill.findings | seen
     rate = intervals.median(prefill.seconds(), lambda s: tokens / s)
-    reading.add(f"prefill_tok_per_s_{point}", rate, how)
-    reading.add(f"prefill_speedup_{point}", intervals.median(prefill.ratios()), f"{how} of per-round ratios")
-    steps = f"{new} tokens after context {point.context}, decode: {kind}"
-    how = f"batch {point.batch}, {steps}, {where}; {decode.note}; median"
+    reading.add(f"prefill_tok_per_s_{point}", rate, protocol, findings)
+    ratio = intervals.median(prefill.ratios())
+    reading.add(f"prefill_speedup_{point}", ratio, f"{protocol} of per-round ratios", findings)
+    protocol = f"batch {point.batch}, {new} tokens after context {point.context}, decode: {kind}, {how}"
+    findings = decode.findings | seen
     rate = intervals.median(decode.seconds(), lambda s: point.batch / s)
-    reading.add(f"decode_tok_per_s_{point}", rate, how)
+    reading.add(f"decode_tok_per_s_{point}", rate, protocol, findings)
     step = intervals.median(decode.seconds(), lambda s: 1000 * s)
-    reading.add(f"decode_ms_per_token_{point}", step, f"{how} step")
-    reading.add(f"decode_speedup_{point}", intervals.median(decode.ratios()), f"{how} of per-round ratios")
-    for phase, timings, unit in (("prefill", prefill, "ms"), ("decode", decode, "ms_per_token")):
-        for role, spans in (("", timings.model), ("reference_", timings.reference)):
+    reading.add(f"decode_ms_per_token_{point}", step, f"{protocol} step", findings)
+    ratio = intervals.median(decode.ratios())
+    reading.add(f"decode_speedup_{point}", ratio, f"{protocol} of per-round ratios", findings)
+    for phase, paired_times, unit in (("prefill", prefill, "ms"), ("decode", decode, "ms_per_token")):
+        for role, spans in (("", paired_times.model), ("reference_", paired_times.reference)):
             reading.samples[f"{phase}_{role}seconds_{point}"] = [span.device for span in spans]
             if cuda:
                 reading.samples[f"{phase}_{role}wall_seconds_{point}"] = [span.wall for span in spans]
         if cuda:
-            gap = intervals.median([1000 * (span.wall - span.device) for span in timings.model])
+            gap = intervals.median([1000 * (span.wall - span.device) for span in paired_times.model])
             what = "synchronised wall clock less the span between CUDA events, median"
             reading.add(f"{phase}_launch_overhead_{unit}_{point}", gap, what)
 

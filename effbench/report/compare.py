@@ -13,10 +13,20 @@ import numpy as np
 
 from effbench.core.errors import Usage
 from effbench.core.usage import nearest
-from effbench.records.record import Record, Unreadable, from_json
-from effbench.report.differences import LEVEL, difference, items, mean_items
+from effbench.records.reader import read_record
+from effbench.records.record import Record, Unreadable
+from effbench.report.differences import LEVEL, average_items, estimate_difference, read_items
 from effbench.report.groups import Row, group_records
-from effbench.report.metrics import ACCURACY, DISTANCES, PPL, TASKS, natural, quality, scale, tasks
+from effbench.report.metrics import (
+    ACCURACY,
+    DISTANCES,
+    PPL,
+    TASKS,
+    get_scale,
+    natural_key,
+    select_quality,
+    select_tasks,
+)
 from effbench.report.pages import load
 from effbench.report.text import DASH, markdown_table, one_line, places
 from effbench.stats.paired import Estimate, holm
@@ -56,34 +66,34 @@ def compare(before: Row, after: Row) -> str:
     if not changes:
         raise Usage(f"{before.recipe} and {after.recipe}: no metric of both has results per item")
     adjusted = holm([change.test.p for change in changes])
-    lines = [_line(before, after, change, p) for change, p in zip(changes, adjusted, strict=True)]
+    lines = [_write_line(before, after, change, p) for change, p in zip(changes, adjusted, strict=True)]
     return f"A: {_describe(before)}\nB: {_describe(after)}\n\n{markdown_table(HEADER, lines)}\n\n{LEGEND}"
 
 
 def compare_metrics(before: Sequence[Record], after: Sequence[Record]) -> Iterator[Change]:
     """The change of every metric of quality whose items can be paired."""
-    for metric in quality(set(before[0].metrics) & set(after[0].metrics)):
-        test = difference(before, after, metric)
+    for metric in select_quality(set(before[0].metrics) & set(after[0].metrics)):
+        test = estimate_difference(before, after, metric)
         if test is not None:
             with contextlib.suppress(OverflowError):  # a perplexity beyond all numbers
-                yield _change(metric, _level(before, metric), _level(after, metric), test)
+                yield _make_change(metric, _measure_level(before, metric), _measure_level(after, metric), test)
 
 
-def _level(records: Sequence[Record], metric: str) -> float:
+def _measure_level(records: Sequence[Record], metric: str) -> float:
     """The metric as the mean of its items, each averaged over the records; the logarithm for a perplexity."""
-    parts = tasks(records[0].metrics) if metric == TASKS else [metric]
-    means = [float(values.mean()) for part in parts if (values := mean_items(records, part)) is not None]
+    parts = select_tasks(records[0].metrics) if metric == TASKS else [metric]
+    means = [float(values.mean()) for part in parts if (values := average_items(records, part)) is not None]
     return math.fsum(means) / len(means)
 
 
-def _change(metric: str, before: float, after: float, test: Estimate) -> Change:
+def _make_change(metric: str, before: float, after: float, test: Estimate) -> Change:
     if PPL.search(metric):
         middle = 2 * math.exp((before + after) / 2)
         before, after = math.exp(before), math.exp(after)
         low, high = (None if bound is None else middle * math.sinh(bound / 2) for bound in (test.low, test.high))
     else:
-        before, after = scale(metric) * before, scale(metric) * after
-        low, high = (None if bound is None else scale(metric) * bound for bound in (test.low, test.high))
+        before, after = get_scale(metric) * before, get_scale(metric) * after
+        low, high = (None if bound is None else get_scale(metric) * bound for bound in (test.low, test.high))
     return Change(metric, before, after, low, high, test)
 
 
@@ -122,7 +132,7 @@ def refuse(before: Row, after: Row) -> None:
     ):
         if left != right:
             raise Usage(f"{pair}: {what} is {left} for one and {right} for the other")
-    for metric in sorted(set(first.protocols) & set(second.protocols), key=natural):
+    for metric in sorted(set(first.protocols) & set(second.protocols), key=natural_key):
         left, right = first.protocols[metric], second.protocols[metric]
         if left != right and (PPL.search(metric) or ACCURACY.search(metric) or metric in DISTANCES):
             raise Usage(f"{pair}: {metric} was measured as {left!r} for one and as {right!r} for the other")
@@ -134,10 +144,10 @@ def _read_file(name: str) -> Row | None:
     try:
         if not path.is_file():
             return None
-        return Row((from_json(path.read_text(encoding="utf-8")),))
-    except (Unreadable, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, PermissionError):
-            return None  # no file can have such a name
+        return Row((read_record(path),))
+    except OSError:
+        return None  # no file can have such a name
+    except (Unreadable, ValueError) as error:
         raise Usage(f"{path}: {error}") from None
 
 
@@ -150,7 +160,7 @@ def _describe(row: Row) -> str:
     return f"{what} ({where}{outcome})"
 
 
-def _line(before: Row, after: Row, change: Change, adjusted: float) -> list[str]:
+def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> list[str]:
     """One metric's line of the table; both sides have the decimals of their difference."""
     decimals = max(2, 2 - math.floor(math.log10(abs(change.value) or 1)))
     interval = DASH
@@ -165,17 +175,17 @@ def _line(before: Row, after: Row, change: Change, adjusted: float) -> list[str]
         f"{change.value:+.{decimals}f}",
         interval,
         str(change.test.n),
-        _lost_and_gained(before, after, change.metric),
+        _count_changes(before, after, change.metric),
         f"{change.test.p:.2g}",
         f"{adjusted:.2g}{' *' if adjusted <= LEVEL else ''}",
     ]
 
 
-def _lost_and_gained(before: Row, after: Row, metric: str) -> str:
+def _count_changes(before: Row, after: Row, metric: str) -> str:
     """Right answers lost and gained, where one seed stands against one."""
     if not ACCURACY.search(metric) or len(before.records) > 1 or len(after.records) > 1:
         return DASH
-    left, right = items(before.records[0], metric), items(after.records[0], metric)
+    left, right = read_items(before.records[0], metric), read_items(after.records[0], metric)
     if left is None or right is None:
         return DASH
     return f"{np.count_nonzero(right < left)}, {np.count_nonzero(right > left)}"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from effbench.core.provenance import strip_prose
 from effbench.records.record import Record
 from effbench.report import metrics
 from effbench.report.groups import Row, Table
-from effbench.report.metrics import ACCURACY, TASKS, tasks
+from effbench.report.metrics import ACCURACY, TASKS, select_tasks
 from effbench.stats import paired
 from effbench.stats.paired import Estimate, Floats, holm, mcnemar, mean_interval
 
@@ -32,10 +33,10 @@ class Test:
 Kept = Mapping[str, Mapping[str, Test]]  # by `row_key`: the tests of a row by metric, before Holm
 
 
-def items(record: Record, metric: str) -> Floats | None:
+def read_items(record: Record, metric: str) -> Floats | None:
     """Per-item values whose mean is the metric, or the log of a perplexity; None when there are none."""
     if metric == "top1_agreement":
-        flips = items(record, "flips")
+        flips = read_items(record, "flips")
         return None if flips is None else 1 - flips
     samples = record.samples.get(f"{metric}_window_nll") or record.samples.get(metric)
     if not isinstance(samples, (list, tuple, np.ndarray)) or len(samples) == 0:
@@ -50,9 +51,9 @@ def items(record: Record, metric: str) -> Floats | None:
     return values if values.ndim == 1 and np.isfinite(values).all() else None
 
 
-def mean_items(records: Sequence[Record], metric: str) -> Floats | None:
+def average_items(records: Sequence[Record], metric: str) -> Floats | None:
     """Per-item values averaged over the records of a row, its seeds; None unless all have the same items."""
-    values = [items(record, metric) for record in records]
+    values = [read_items(record, metric) for record in records]
     first = values[0]
     if first is None or any(one is None or one.shape != first.shape for one in values):
         return None
@@ -61,39 +62,39 @@ def mean_items(records: Sequence[Record], metric: str) -> Floats | None:
     return first if len(values) == 1 else np.mean(np.stack([one for one in values if one is not None]), axis=0)
 
 
-def difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> Estimate | None:
+def estimate_difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> Estimate | None:
     """Mean over the items of what `after` has more than `before`, of the logarithm for a perplexity.
 
     An item is averaged over the seeds of each side first, because the items are the sample. So the two sides are
     alike to it: exchanging them changes the sign and nothing else. None where the items cannot be paired.
     """
-    pairs = _pairs(before, after, metric)
+    pairs = _pair_items(before, after, metric)
     if not pairs:
         return None
     test = mean_interval(*(right - left for left, right in pairs))
-    return dataclasses.replace(test, p=mcnemar(*pairs[0])) if _answers(pairs, metric) else test
+    return dataclasses.replace(test, p=mcnemar(*pairs[0])) if _are_answers(pairs, metric) else test
 
 
-def _test(before: Sequence[Record], after: Sequence[Record], metric: str) -> Test | None:
+def _test_metric(before: Sequence[Record], after: Sequence[Record], metric: str) -> Test | None:
     """The difference without its interval."""
-    pairs = _pairs(before, after, metric)
+    pairs = _pair_items(before, after, metric)
     if not pairs:
         return None
-    if _answers(pairs, metric):
+    if _are_answers(pairs, metric):
         left, right = pairs[0]
         return Test(float(np.mean(right - left)), mcnemar(left, right))
     test = mean_interval(*(right - left for left, right in pairs))
     return Test(test.value, test.p)
 
 
-def _pairs(before: Sequence[Record], after: Sequence[Record], metric: str) -> list[tuple[Floats, Floats]]:
+def _pair_items(before: Sequence[Record], after: Sequence[Record], metric: str) -> list[tuple[Floats, Floats]]:
     """The items of both sides, a pair of arrays per stratum; empty where they cannot be paired."""
-    parts = tasks(after[0].metrics) if metric == TASKS else [metric]
-    if metric == TASKS and parts != tasks(before[0].metrics):
+    parts = select_tasks(after[0].metrics) if metric == TASKS else [metric]
+    if metric == TASKS and parts != select_tasks(before[0].metrics):
         return []
     pairs = []
     for part in parts:
-        left, right = mean_items(before, part), mean_items(after, part)
+        left, right = average_items(before, part), average_items(after, part)
         if left is None or right is None or left.shape != right.shape:
             return []
         if before[0].protocols.get(part) != after[0].protocols.get(part):
@@ -102,7 +103,7 @@ def _pairs(before: Sequence[Record], after: Sequence[Record], metric: str) -> li
     return pairs
 
 
-def _answers(pairs: Sequence[tuple[Floats, Floats]], metric: str) -> bool:
+def _are_answers(pairs: Sequence[tuple[Floats, Floats]], metric: str) -> bool:
     """Whether both sides are right and wrong answers to one task: McNemar's test is made for them."""
     if len(pairs) > 1 or not ACCURACY.search(metric):
         return False
@@ -112,34 +113,36 @@ def _answers(pairs: Sequence[tuple[Floats, Floats]], metric: str) -> bool:
 # ---- the tests of a table -----------------------------------------------------------------------
 
 
-def table_tests(table: Table, kept: Kept | None = None) -> dict[tuple[str, str], Test]:
+def compute_tests(table: Table, kept: Kept | None = None) -> dict[tuple[str, str], Test]:
     """(recipe, metric): difference from the baseline with its p after Holm over all rows and metrics.
 
     Tests of rows that are in `kept` are taken from there.
     """
-    tests = {(recipe, metric): test for recipe, row in row_tests(table, kept).items() for metric, test in row.items()}
+    tests = {
+        (recipe, metric): test for recipe, row in compute_row_tests(table, kept).items() for metric, test in row.items()
+    }
     adjusted = holm([test.p for test in tests.values()])
     return {key: dataclasses.replace(test, p=p) for (key, test), p in zip(tests.items(), adjusted, strict=True)}
 
 
-def row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mapping[str, Test]]:
+def compute_row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mapping[str, Test]]:
     """By recipe and metric: difference from the baseline and its own p. Empty without a baseline."""
     baseline = table.baseline
     if baseline is None:
         return {}
-    names = [name for name in metrics.quality(table.measured) if name not in metrics.DISTANCES]
+    names = [name for name in metrics.select_quality(table.measured) if name not in metrics.DISTANCES]
     tests: dict[str, Mapping[str, Test]] = {}
     for row in table.rows[1:]:
-        known = kept.get(row_key(baseline, row)) if kept else None
-        tests[row.recipe] = _against(baseline, row, names) if known is None else known
+        known = kept.get(make_key(baseline, row)) if kept else None
+        tests[row.recipe] = _test_row(baseline, row, names) if known is None else known
     return tests
 
 
-def _against(baseline: Row, row: Row, names: Sequence[str]) -> dict[str, Test]:
+def _test_row(baseline: Row, row: Row, names: Sequence[str]) -> dict[str, Test]:
     tests: dict[str, Test] = {}
     for name in names:
         if baseline.estimate(name) and row.estimate(name):
-            test = _test(baseline.records, row.records, name)
+            test = _test_metric(baseline.records, row.records, name)
             if test is not None:
                 tests[name] = test
     return tests
@@ -155,15 +158,15 @@ def read_kept(path: Path) -> Kept:
     sees that it was not what it should be.
     """
     try:
-        return kept_from(path.read_text(encoding="utf-8"))
+        return parse_kept(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def kept_from(text: str) -> Kept:
+def parse_kept(text: str) -> Kept:
     """The tests in a text of `kept_text`; empty when another version of the statistics wrote it."""
     document = json.loads(text)
-    if document["statistics"] != version():
+    if document["statistics"] != get_version():
         return {}
     return {
         key: {metric: Test(float(value), float(p)) for metric, (value, p) in row.items()}
@@ -171,27 +174,28 @@ def kept_from(text: str) -> Kept:
     }
 
 
-def kept_text(tables: Sequence[Table], kept: Kept) -> str:
+def write_kept(tables: Sequence[Table], kept: Kept) -> str:
     """The file that keeps the tests of all rows: a line each, by the digest of the records that they stand on."""
     lines: dict[str, Mapping[str, Test]] = {}
     for table in tables:
-        tests = row_tests(table, kept)
+        tests = compute_row_tests(table, kept)
         if table.baseline is not None:
-            lines |= {row_key(table.baseline, row): tests[row.recipe] for row in table.rows[1:]}
+            lines |= {make_key(table.baseline, row): tests[row.recipe] for row in table.rows[1:]}
     body = ",\n".join(
         f"{json.dumps(key)}: {json.dumps({metric: [test.value, test.p] for metric, test in row.items()})}"
         for key, row in sorted(lines.items())
     )
-    return f'{{"statistics": "{version()}", "rows": {{\n{body}\n}}}}\n'
+    return f'{{"statistics": "{get_version()}", "rows": {{\n{body}\n}}}}\n'
 
 
-def row_key(baseline: Row, row: Row) -> str:
+def make_key(baseline: Row, row: Row) -> str:
     """Which records a row's tests stand on, and what was measured."""
     return f"{baseline.digest}-{row.digest}"
 
 
 @functools.cache
-def version() -> str:
-    """Digest of the source that decides these numbers."""
-    sources = (Path(__file__), Path(paired.__file__))
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+def get_version() -> str:
+    """Digest of the source that decides these numbers; comments decide nothing."""
+    sources = (__file__, metrics.__file__, paired.__file__)
+    text = "\0".join(strip_prose(Path(file).read_text(encoding="utf-8")) for file in sources)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

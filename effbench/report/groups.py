@@ -14,12 +14,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from effbench.records.definitions import describe
+from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, Cell, Record
-from effbench.report.metrics import natural
+from effbench.report.metrics import natural_key
 from effbench.report.text import DASH, one_line
 from effbench.stats.paired import Estimate, over_seeds
 
 OF_A_ROW = ("method", "methods", "files")  # digests that differ between the rows of a table
+OF_A_HOST = ("memory", "speed", "energy", "cost")  # families of metrics that say nothing of another host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Row:
     """One recipe: its records, one per seed."""
 
     records: tuple[Record, ...]
+    elsewhere: bool = False  # measured on another host than the rows beside it
 
     @functools.cached_property
     def recipe(self) -> str:
@@ -58,7 +62,7 @@ class Row:
     @functools.cached_property
     def digest(self) -> str:
         """Digest of the records and of the values in them."""
-        records = [(one.cell.identity, one.attempt, one.started, _values(one)) for one in self.records]
+        records = [(one.cell.identity, one.attempt, one.started, _list_values(one)) for one in self.records]
         return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:12]
 
     def estimate(self, metric: str) -> Estimate | None:
@@ -100,8 +104,8 @@ class Table:
 
     @property
     def cell(self) -> Cell:
-        """The first cell: all cells of a table have its suite, tier, model, data and settings."""
-        return self.rows[0].records[0].cell
+        """A cell measured here: all cells of a table have its suite, tier, model, data and settings."""
+        return next(row for row in self.rows if not row.elsewhere).records[0].cell
 
     @property
     def baseline(self) -> Row | None:
@@ -110,12 +114,13 @@ class Table:
     @functools.cached_property
     def host(self) -> str:
         """Where all of it was measured; empty when no record says."""
-        return next(filter(None, map(host, self.records)), "")
+        here = (record for row in self.rows if not row.elsewhere for record in row.records)
+        return next(filter(None, map(get_host, here)), "")
 
     @functools.cached_property
     def measured(self) -> tuple[str, ...]:
         """Names of all metrics that some record has, in natural order."""
-        return tuple(sorted({name for record in self.records for name in record.metrics}, key=natural))
+        return tuple(sorted({name for record in self.records for name in record.metrics}, key=natural_key))
 
     def metrics(self, pattern: str | re.Pattern[str]) -> list[str]:
         """Names of measured metrics in which the pattern is found, in natural order."""
@@ -128,50 +133,84 @@ def group_records(records: Iterable[Record]) -> list[Table]:
     Of two records of one recipe and seed that differ in nothing a reader sees (another state of the source,
     the model or the data) the newer one counts, and neither a row nor a table mixes the two.
     """
-    placed = [(_place(record), record) for record in sorted(records, key=lambda record: (record.started, record.name))]
-    hosts = {place: host(record) for place, record in placed if host(record)}
+    placed = [
+        (_find_place(record), record) for record in sorted(records, key=lambda record: (record.started, record.name))
+    ]
+    hosts = {place: get_host(record) for place, record in placed if get_host(record)}
     tables: dict[tuple[Any, ...], list[Record]] = {}
     for place, record in placed:
         # A worker that died early leaves no environment: its record belongs where the others of its kind are.
-        tables.setdefault((*place, host(record) or hosts.get(place, "")), []).append(record)
-    return [_newest(tables[place]) for place in sorted(tables)]
+        tables.setdefault((*place, get_host(record) or hosts.get(place, "")), []).append(record)
+    return _share_baselines({place: _take_newest(tables[place]) for place in sorted(tables)})
 
 
-def _newest(records: Sequence[Record]) -> Table:
+def _share_baselines(tables: Mapping[tuple[Any, ...], Table]) -> list[Table]:
+    """Give tables without a baseline that of another host, without what only holds there.
+
+    Quality and size do not depend on the host. What is left of the other host, if no other row is, goes.
+    """
+    donors = {place[:-1]: table for place, table in tables.items() if table.baseline is not None}
+    borrowers = {
+        place: donors[place[:-1]]
+        for place, table in tables.items()
+        if table.baseline is None and place[:-1] in donors and _share_state(table, donors[place[:-1]])
+    }
+    shared = []
+    for place, table in tables.items():
+        if place in borrowers:
+            baseline = borrowers[place].rows[0]
+            records = tuple(dataclasses.replace(one, metrics=_drop_host(one.metrics)) for one in baseline.records)
+            table = dataclasses.replace(table, rows=(Row(records, elsewhere=True), *table.rows))
+        if len(table.rows) > 1 or table not in borrowers.values():
+            shared.append(table)
+    return shared
+
+
+def _share_state(table: Table, other: Table) -> bool:
+    return get_state(table.records[0]) == get_state(other.records[0])
+
+
+def _drop_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The metrics that do not depend on the host."""
+    return {name: metric for name, metric in metrics.items() if describe(name).family not in OF_A_HOST}
+
+
+def _take_newest(records: Sequence[Record]) -> Table:
     """The newest state of each row; `records` are sorted by age."""
-    newest = state(records[-1])
+    newest = get_state(records[-1])
     rows: dict[str, dict[int, Record]] = {}  # by what was run: the records by seed
     holders: dict[tuple[str, str], str] = {}  # by name and by steps: the row that had them last
     for record in records:
-        if state(record) != newest:
+        if get_state(record) != newest:
             continue
-        key = _key(record)
-        for label in _labels(record):
+        key = _make_key(record)
+        for label in _list_labels(record):
             holder = holders.get(label, key)
             # Another row that still has this name or these steps: the record takes its place.
-            if holder != key and any(label in _labels(other) for other in rows.get(holder, {}).values()):
+            if holder != key and any(label in _list_labels(other) for other in rows.get(holder, {}).values()):
                 del rows[holder]
             holders[label] = key
         rows.setdefault(key, {})[record.cell.seed] = record
     sorted_rows = [Row(tuple(record for _, record in sorted(row.items()))) for row in rows.values()]
-    sorted_rows.sort(key=lambda row: (not row.is_baseline, natural(row.recipe)))
+    sorted_rows.sort(key=lambda row: (not row.is_baseline, natural_key(row.recipe)))
     return Table(tuple(sorted_rows), len(records) - sum(len(row.records) for row in sorted_rows))
 
 
-def _key(record: Record) -> str:
+def _make_key(record: Record) -> str:
     """What the seeds of one row share, within a table."""
     cell = record.cell
     return json.dumps([cell.steps, cell.resolved, cell.digests], sort_keys=True, default=str)
 
 
-def _labels(record: Record) -> tuple[tuple[str, str], tuple[str, str]]:
+def _list_labels(record: Record) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("name", record.cell.recipe), ("steps", record.cell.steps)
 
 
-def _place(record: Record) -> tuple[Any, ...]:
+def _find_place(record: Record) -> tuple[Any, ...]:
     """Where a record belongs as far as a reader sees it, but for the host; sorts as tables are shown."""
     cell = record.cell
-    chosen = {name: value for name, value in cell.settings.items() if value is not None}  # None: the default
+    # None is the default of a setting.
+    chosen = {name: value for name, value in cell.settings.items() if value is not None and name != "host"}
     settings = json.dumps(chosen, sort_keys=True, default=str)
     return (
         cell.suite, -cell.suite_version, cell.tier != "full", cell.tier, cell.model != "tiny", cell.model,
@@ -179,26 +218,26 @@ def _place(record: Record) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def state(record: Record) -> dict[str, str]:
+def get_state(record: Record) -> dict[str, str]:
     """Digests of what all rows of a table share."""
     return {name: value for name, value in record.cell.digests.items() if name.partition(".")[0] not in OF_A_ROW}
 
 
-def machine(record: Record) -> str:
+def get_machine(record: Record) -> str:
     """The device a record was measured on, in words; empty when the record does not say."""
     return one_line(record.environment.get("machine") or "")
 
 
-def _values(record: Record) -> dict[str, float]:
+def _list_values(record: Record) -> dict[str, float]:
     return {name: metric.value for name, metric in record.metrics.items()}
 
 
-def host(record: Record) -> str:
+def get_host(record: Record) -> str:
     """The machine itself, of which there may be many alike; the kind of machine where the record says no more."""
-    return one_line(record.environment.get("host") or "") or machine(record)
+    return one_line(record.environment.get("host") or "") or get_machine(record)
 
 
-def differing_settings(tables: Sequence[Table]) -> list[str]:
+def find_differing_settings(tables: Sequence[Table]) -> list[str]:
     """Names of the settings in which the tables differ."""
     settings: list[Mapping[str, Any]] = [table.cell.settings for table in tables]
     names = sorted({name for one in settings for name in one})

@@ -15,19 +15,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from effbench.core.paths import PUBLISHED
-from effbench.records.record import Record
+from effbench.records.record import PLACE, Record
 from effbench.records.store import Store, latest
-from effbench.report.differences import difference
-from effbench.report.groups import Row, Table, group_records, machine
-from effbench.report.metrics import ACCURACY, PPL, perplexities, quality, scale, title
-from effbench.report.sheets import Grid, Sheet, Stale, page_sheets
+from effbench.report.differences import estimate_difference
+from effbench.report.groups import Row, Table, get_machine, group_records
+from effbench.report.metrics import ACCURACY, PPL, get_scale, get_title, select_perplexities, select_quality
+from effbench.report.sheets import Grid, Sheet, Stale, make_sheets
 from effbench.report.text import DASH, rounded
 from effbench.stats.paired import Estimate
 
 DETAIL = "published"  # the grid of this module
 TOLERANCE = 0.001  # of the published value; of one, for an accuracy
 SIZES = ("bits_per_weight", "stored_bytes")
-PLACE = ("machine", "device", "threads", "probes")  # settings that say where and what was measured, not how
 INSTRUMENT = re.compile(r"(speed|memory|energy|flops)_")  # settings of instruments that do not measure quality
 SPEED = re.compile(r"(prefill|decode)_tok_per_s_.*")
 
@@ -42,8 +41,8 @@ class Difference:
     test: Estimate | None  # of the difference per item, of the logarithm for a perplexity; None without items
 
     def __str__(self) -> str:
-        own, published = (rounded(value * scale(self.metric), 4) for value in (self.own, self.published))
-        return f"{title(self.metric)} {own} here, {published} published{self._interval}"
+        own, published = (rounded(value * get_scale(self.metric), 4) for value in (self.own, self.published))
+        return f"{get_title(self.metric)} {own} here, {published} published{self._interval}"
 
     @property
     def _interval(self) -> str:
@@ -53,7 +52,7 @@ class Difference:
         if PPL.search(self.metric):
             low, high = (f"{100 * math.expm1(min(bound, 700)):+.2g} %" for bound in bounds)
         else:
-            low, high = (f"{bound * scale(self.metric):+.2g}" for bound in bounds)
+            low, high = (f"{bound * get_scale(self.metric):+.2g}" for bound in bounds)
         return f" (95 % interval of the difference {low} to {high})"
 
 
@@ -146,12 +145,12 @@ def judge(own: Row, published: Row, stale: Stale | None = None) -> Verdict:
         return Verdict(own, published, why, older=older)
     differences: list[Difference] = []
     largest = 0.0
-    for metric in _common(here, there):
-        ours, theirs = _mean(here, metric), _mean(there, metric)
-        distance = _distance(metric, ours, theirs)
+    for metric in _find_common(here, there):
+        ours, theirs = _average(here, metric), _average(there, metric)
+        distance = _measure_distance(metric, ours, theirs)
         largest = max(largest, distance)
         if distance >= TOLERANCE:
-            test = difference(there.records, here.records, metric)
+            test = estimate_difference(there.records, here.records, metric)
             if test is None or test.low is None or test.high is None or not test.low <= 0 <= test.high:
                 differences.append(Difference(metric, ours, theirs, test))
     outcomes = here.worst.outcome, there.worst.outcome
@@ -161,7 +160,7 @@ def judge(own: Row, published: Row, stale: Stale | None = None) -> Verdict:
         outcomes="" if outcomes[0] == outcomes[1] else f"{outcomes[0]} here, {outcomes[1]} published",
         differences=tuple(differences),
         largest=largest,
-        speeds=_speeds(here, there),
+        speeds=_compare_speeds(here, there),
         older=older,
     )
 
@@ -182,44 +181,44 @@ def find_obstacle(own: Row, published: Row) -> str:
     if ours.resolved != theirs.resolved:
         return "the method's parameters have other defaults"
     for name in sorted(ours.settings.keys() | theirs.settings.keys()):
-        if name in PLACE or INSTRUMENT.match(name):
+        if name in (*PLACE, "probes") or INSTRUMENT.match(name):
             continue
-        left, right = (_setting(cell.settings, name) for cell in (ours, theirs))
+        left, right = (_name_setting(cell.settings, name) for cell in (ours, theirs))
         if left != right:
             return f"{name} {left} here, {right} published"
-    common = _common(own, published)
+    common = _find_common(own, published)
     if not common and own.worst.outcome == published.worst.outcome == "ok":
         return "no metric of quality in common"
     for metric in common:
         if here.protocols.get(metric) != there.protocols.get(metric):
-            return f"{title(metric)} is measured by another protocol"
+            return f"{get_title(metric)} is measured by another protocol"
     return ""
 
 
-def _setting(settings: Mapping[str, Any], name: str) -> str:
+def _name_setting(settings: Mapping[str, Any], name: str) -> str:
     value = settings.get(name)
     return "default" if value is None else str(value)
 
 
-def _common(own: Row, published: Row) -> list[str]:
+def _find_common(own: Row, published: Row) -> list[str]:
     """Metrics of quality and size that every record of both rows has."""
     records = (*own.records, *published.records)
     names = set.intersection(*(set(record.metrics) for record in records))
-    return [*quality(names), *(name for name in SIZES if name in names)]
+    return [*select_quality(names), *(name for name in SIZES if name in names)]
 
 
-def _mean(row: Row, metric: str) -> float:
+def _average(row: Row, metric: str) -> float:
     return statistics.fmean(record.metrics[metric].value for record in row.records)
 
 
-def _distance(metric: str, own: float, published: float) -> float:
+def _measure_distance(metric: str, own: float, published: float) -> float:
     """Of accuracies absolute, else relative to the published value."""
     if ACCURACY.search(metric) or own == published:
         return abs(own - published)
     return abs(own / published - 1) if published else math.inf
 
 
-def _speeds(own: Row, published: Row) -> dict[str, float]:
+def _compare_speeds(own: Row, published: Row) -> dict[str, float]:
     """Own over published tokens per second, where both timed in the same way."""
     ours, theirs = own.records[0].cell.settings, published.records[0].cell.settings
     names = {name for name in ours.keys() | theirs.keys() if name.startswith("speed_") and name != "speed_points"}
@@ -229,9 +228,9 @@ def _speeds(own: Row, published: Row) -> dict[str, float]:
     common = set.intersection(*(set(record.metrics) for record in records))
     ratios = {}
     for name in sorted(filter(SPEED.fullmatch, common)):
-        theirs_mean = _mean(published, name)
+        theirs_mean = _average(published, name)
         if theirs_mean > 0:
-            ratios[name] = _mean(own, name) / theirs_mean
+            ratios[name] = _average(own, name) / theirs_mean
     return ratios
 
 
@@ -252,7 +251,7 @@ def summarise(table: Table, verdicts: Sequence[Verdict]) -> str:
 def _sum_up(verdicts: Sequence[Verdict]) -> str:
     comparable = [verdict for verdict in verdicts if verdict.comparable]
     good = [verdict for verdict in comparable if verdict.reproduces]
-    counts = [f"{len(good)} of {_rows(len(verdicts))} reproduce the published quality"]
+    counts = [f"{len(good)} of {_count_rows(len(verdicts))} reproduce the published quality"]
     if good:
         largest = max(verdict.largest for verdict in good)
         counts[0] += f" (largest difference {'0' if largest == 0 else f'{100 * largest:.1g}'} %)"
@@ -268,50 +267,50 @@ def _sum_up(verdicts: Sequence[Verdict]) -> str:
         ratios = [ratio for verdict in comparable if (ratio := verdict.speed(phase)) is not None]
         if ratios:
             parts.append(f"{phase} runs at {rounded(statistics.median(ratios), 2)}× of the published speed")
-    if places := {machine(record) for v in comparable if v.published for record in v.published.records} - {""}:
+    if places := {get_machine(record) for v in comparable if v.published for record in v.published.records} - {""}:
         parts.append(f"published on {', '.join(sorted(places))}")
     if older := sum(verdict.older for verdict in verdicts):
-        parts.append(f"{_rows(older)} published from an older source")
+        parts.append(f"{_count_rows(older)} published from an older source")
     return "; ".join(parts) + "."
 
 
-def _rows(count: int) -> str:
+def _count_rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count} rows"
 
 
-def published_sheets(
+def make_published_sheets(
     records: Iterable[Record], published: Store | None = None, stale: Stale | None = None
 ) -> list[Sheet]:
     """A sheet per own table with the published numbers beside the own ones, and a verdict per row."""
     tables = group_records(records)
     published_tables = read_published({table.cell.suite for table in tables}, published)
     sheets = []
-    for table, sheet in zip(tables, page_sheets(tables, stale=stale), strict=True):
+    for table, sheet in zip(tables, make_sheets(tables, stale=stale), strict=True):
         verdicts = judge_table(table, published_tables, stale)
         reasons = [f"{verdict.own.recipe} {verdict}" for verdict in verdicts if not verdict.reproduces]
         notes = [one for one in reasons if not one.endswith("not published")]
-        grid = _grid(table, verdicts)
+        grid = _make_grid(table, verdicts)
         sheets.append(dataclasses.replace(sheet, grids=(grid,), notes=tuple(notes), legend=_sum_up(verdicts)))
     return sheets
 
 
-def _grid(table: Table, verdicts: Sequence[Verdict]) -> Grid:
-    metrics = [*perplexities(table.measured)[:1], *(name for name in ("tasks_acc",) if name in table.measured)]
+def _make_grid(table: Table, verdicts: Sequence[Verdict]) -> Grid:
+    metrics = [*select_perplexities(table.measured)[:1], *(name for name in ("tasks_acc",) if name in table.measured)]
     header = ["recipe", "quality"]
     for metric in metrics:
-        header += [title(metric), "published"]
+        header += [get_title(metric), "published"]
     header += ["prefill here / published", "decode here / published"]
     lines = []
     for verdict in verdicts:
         line = [verdict.own.recipe, str(verdict).partition(":")[0]]
         for metric in metrics:
-            line += [_value(verdict.own, metric), _value(verdict.published, metric)]
+            line += [_show_value(verdict.own, metric), _show_value(verdict.published, metric)]
         ratios = (verdict.speed(phase) for phase in ("prefill", "decode"))
         line += [DASH if ratio is None else f"{rounded(ratio)}×" for ratio in ratios]
         lines.append(tuple(line))
     return Grid(DETAIL, tuple(header), tuple(lines))
 
 
-def _value(row: Row | None, metric: str) -> str:
+def _show_value(row: Row | None, metric: str) -> str:
     estimate = None if row is None else row.estimate(metric)
-    return DASH if estimate is None else rounded(estimate.value * scale(metric), 4)
+    return DASH if estimate is None else rounded(estimate.value * get_scale(metric), 4)

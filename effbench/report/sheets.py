@@ -10,20 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from effbench.records.record import OUTCOMES, Record
-from effbench.report.differences import LEVEL, Kept, Test, table_tests
-from effbench.report.groups import Row, Table, differing_settings, machine
+from effbench.report.differences import LEVEL, Kept, Test, compute_tests
+from effbench.report.groups import Row, Table, find_differing_settings, get_machine
 from effbench.report.metrics import (
     ACCURACY,
     COMPUTE,
     PPL,
     SPEED,
     TASKS,
-    limits,
-    natural,
-    perplexities,
-    scale,
-    tasks,
-    title,
+    get_limits,
+    get_scale,
+    get_title,
+    natural_key,
+    select_perplexities,
+    select_tasks,
 )
 from effbench.report.text import DASH, bytes_text, one_line, rounded, superscript, with_interval
 
@@ -68,54 +68,56 @@ class Sheet:
     legend: str
 
 
-def page_sheets(tables: Sequence[Table], kept: Kept | None = None, stale: Stale | None = None) -> list[Sheet]:
+def make_sheets(tables: Sequence[Table], kept: Kept | None = None, stale: Stale | None = None) -> list[Sheet]:
     """The sheets of one page, no two of them under one title.
 
     Tests of rows that are in `kept` are not computed anew. With `stale`, captions say how many rows are of an
     older source.
     """
-    differing = differing_settings(tables) if len(tables) > 1 else []
-    titles = _titles(tables)
+    differing = find_differing_settings(tables) if len(tables) > 1 else []
+    titles = _make_titles(tables)
     return [
-        _sheet(table, name, _caption(table, differing, stale), table_tests(table, kept))
+        _make_sheet(table, name, _write_caption(table, differing, stale), compute_tests(table, kept))
         for table, name in zip(tables, titles, strict=True)
     ]
 
 
-def one_detail(sheet: Sheet, detail: str) -> Sheet:
+def cut_to_detail(sheet: Sheet, detail: str) -> Sheet:
     """The sheet with the grid of one detail alone, and the protocol of the perplexity that every summary has."""
     grids = tuple(grid for grid in sheet.grids if grid.detail == detail)
     return dataclasses.replace(sheet, grids=grids, protocols=sheet.protocols[:1])
 
 
-def _sheet(table: Table, name: str, caption: str, tests: Mapping[tuple[str, str], Test]) -> Sheet:
+def _make_sheet(table: Table, name: str, caption: str, tests: Mapping[tuple[str, str], Test]) -> Sheet:
     footnotes: dict[str, int] = {}
-    names = [_name(row, footnotes) for row in table.rows]
+    names = [_name_row(row, footnotes) for row in table.rows]
     grids: list[Grid] = []
-    for detail, columns in _columns(table, tests).items():
+    for detail, columns in _choose_columns(table, tests).items():
         cells = {header: [show(row) for row in table.rows] for header, show in columns.items()}
         shown = {header: column for header, column in cells.items() if any(cell != DASH for cell in column)}
         if shown or not grids:
             grids.append(Grid(detail, ("recipe", *shown), tuple(zip(names, *shown.values(), strict=True))))
     notes = tuple(f"{superscript(number)} {text}" for text, number in footnotes.items())
-    legend = _legend(table, bool(tests))
-    return Sheet(table.cell.suite, name, caption, _protocols(table), tuple(grids), notes, legend)
+    legend = _write_legend(table, bool(tests))
+    return Sheet(table.cell.suite, name, caption, _list_protocols(table), tuple(grids), notes, legend)
 
 
 # ---- columns ------------------------------------------------------------------------------------
 
 
-def _columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict[str, dict[str, Show]]:
+def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict[str, dict[str, Show]]:
     """The columns of each detail, by header."""
-    measured = functools.partial(_measured, tests)
-    ppls = perplexities(table.measured)
-    speeds = sorted(table.metrics(SPEED), key=lambda name: (not name.startswith("prefill"), natural(name)))
+    measured = functools.partial(_show_estimate, tests)
+    ppls = select_perplexities(table.measured)
+    speeds = sorted(table.metrics(SPEED), key=lambda name: (not name.startswith("prefill"), natural_key(name)))
 
-    summary: dict[str, Show] = {"bits": _plain("bits_per_weight", "{:.2f}".format), "stored": _stored}
-    summary |= {title(name): measured(name) for name in ppls[:1]}
-    summary |= {title(name): measured(name) for name in ("kl_nats_per_token", "top1_agreement", TASKS)}
+    summary: dict[str, Show] = {"bits": _show_value("bits_per_weight", "{:.2f}".format), "stored": _show_stored}
+    summary |= {get_title(name): measured(name) for name in ppls[:1]}
+    summary |= {get_title(name): measured(name) for name in ("kl_nats_per_token", "top1_agreement", TASKS)}
     for phase in ("prefill", "decode"):
-        summary |= {f"{phase}, ×": _speed(name) for name in [name for name in speeds if name.startswith(phase)][:1]}
+        summary |= {
+            f"{phase}, ×": _show_speed(name) for name in [name for name in speeds if name.startswith(phase)][:1]
+        }
 
     peaks = table.metrics("^(score|generate)_peak_.*_bytes$")
     sizes = {"weights": "weight_bytes", "metadata": "metadata_bytes", "resident": "resident_bytes"}
@@ -124,36 +126,36 @@ def _columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict[str, d
         "calibration data": lambda row: row.fact("calibration_data"),
         "weight update": lambda row: row.fact("weight_update"),
         "seeds": lambda row: str(len(row.records)),
-        "apply, s": _plain("apply_seconds", rounded),
-        "calibration tokens": _plain("calibration_tokens", "{:,.0f}".format),
+        "apply, s": _show_value("apply_seconds", rounded),
+        "calibration tokens": _show_value("calibration_tokens", "{:,.0f}".format),
     }
-    methods |= {title(name): _plain(name, bytes_text) for name in table.metrics("^apply_peak_.*_bytes$")}
+    methods |= {get_title(name): _show_value(name, bytes_text) for name in table.metrics("^apply_peak_.*_bytes$")}
     if any(row.recipe != row.steps for row in table.rows if not row.is_baseline):
         methods |= {"steps": lambda row: row.steps or DASH}
     return {
         "summary": summary,
-        "quality": {title(name): measured(name) for name in [*ppls[1:], *tasks(table.metrics(ACCURACY))]},
-        "speed": {title(name): _speed(name) for name in speeds},
-        "memory": {header: _plain(name, bytes_text) for header, name in sizes.items()}
-        | {title(name): _plain(name, bytes_text) for name in peaks},
-        "compute": {title(name): measured(name) for name in table.metrics(COMPUTE)},
+        "quality": {get_title(name): measured(name) for name in [*ppls[1:], *select_tasks(table.metrics(ACCURACY))]},
+        "speed": {get_title(name): _show_speed(name) for name in speeds},
+        "memory": {header: _show_value(name, bytes_text) for header, name in sizes.items()}
+        | {get_title(name): _show_value(name, bytes_text) for name in peaks},
+        "compute": {get_title(name): measured(name) for name in table.metrics(COMPUTE)},
         "methods": methods,
     }
 
 
-def _measured(tests: Mapping[tuple[str, str], Test], metric: str) -> Show:
+def _show_estimate(tests: Mapping[tuple[str, str], Test], metric: str) -> Show:
     """A value with its interval, and an arrow where the row differs from the baseline beyond chance."""
     digits = 4 if PPL.search(metric) else 3  # rows differ by less than their own intervals: they are paired
 
     def show(row: Row) -> str:
         test = tests.get((row.recipe, metric))
         arrow = "" if test is None or test.p > LEVEL else " ↑" if test.value > 0 else " ↓"
-        return with_interval(row.estimate(metric), scale(metric), digits, limits(metric)) + arrow
+        return with_interval(row.estimate(metric), get_scale(metric), digits, get_limits(metric)) + arrow
 
     return show
 
 
-def _plain(metric: str, text: Callable[[float], str]) -> Show:
+def _show_value(metric: str, text: Callable[[float], str]) -> Show:
     """A value alone."""
 
     def show(row: Row) -> str:
@@ -163,17 +165,17 @@ def _plain(metric: str, text: Callable[[float], str]) -> Show:
     return show
 
 
-def _speed(metric: str) -> Show:
+def _show_speed(metric: str) -> Show:
     """A speed; a row that only simulates has none."""
-    return lambda row: DASH if row.simulated else with_interval(row.estimate(metric), limits=limits(metric))
+    return lambda row: DASH if row.simulated else with_interval(row.estimate(metric), limits=get_limits(metric))
 
 
-def _stored(row: Row) -> str:
+def _show_stored(row: Row) -> str:
     size, ratio = row.estimate("stored_bytes"), row.estimate("compression")
     return DASH if size is None else bytes_text(size.value) + (f" ({ratio.value:.2f}×)" if ratio else "")
 
 
-def _name(row: Row, footnotes: dict[str, int]) -> str:
+def _name_row(row: Row, footnotes: dict[str, int]) -> str:
     """The recipe and, where it is not simply `ok`, what became of it, with a footnote for the reason."""
     name = row.recipe + " (simulated)" * row.simulated + " (densified)" * row.densified
     worst = row.worst
@@ -188,45 +190,47 @@ def _name(row: Row, footnotes: dict[str, int]) -> str:
 # ---- words --------------------------------------------------------------------------------------
 
 
-def _titles(tables: Sequence[Table]) -> list[str]:
+def _make_titles(tables: Sequence[Table]) -> list[str]:
     """A title for each table; where two would share one, each adds what sets it apart."""
-    plain = [_title(table) for table in tables]
+    plain = [_make_title(table) for table in tables]
     titles = []
     for table, name in zip(tables, plain, strict=True):
         others = [other for other, same in zip(tables, plain, strict=True) if same == name]
         cell, apart = table.cell, []
         if len({other.cell.data for other in others}) > 1:
             apart.append(f"data {cell.data}")
-        apart += [_setting(cell.settings, setting) for setting in differing_settings(others)]
+        apart += [_name_setting(cell.settings, setting) for setting in find_differing_settings(others)]
         if len({other.host for other in others}) > 1:
             apart.append(f"host {table.host or 'unknown'}")
         titles.append(", ".join([name, *apart]))
     return titles
 
 
-def _title(table: Table) -> str:
+def _make_title(table: Table) -> str:
     cell = table.cell
     return f"{cell.suite} v{cell.suite_version}, {cell.tier} tier, model {cell.model}"
 
 
-def _setting(settings: Mapping[str, Any], name: str) -> str:
+def _name_setting(settings: Mapping[str, Any], name: str) -> str:
     value = settings.get(name)
     return f"{name} {'default' if value is None else value if isinstance(value, str) else json.dumps(value)}"
 
 
-def _caption(table: Table, differing: Sequence[str], stale: Stale | None) -> str:
+def _write_caption(table: Table, differing: Sequence[str], stale: Stale | None) -> str:
     """Where the numbers come from, and the settings that are chosen or differ between the tables of the page."""
     records, cell = table.records, table.cell
-    where = [next(filter(None, map(machine, records)), one_line(cell.settings.get("machine") or "an unknown machine"))]
+    where = [
+        next(filter(None, map(get_machine, records)), one_line(cell.settings.get("machine") or "an unknown machine"))
+    ]
     chosen = [name for name in CHOSEN if cell.settings.get(name)]
     chosen += [name for name in differing if name not in (*CHOSEN, "machine")]
-    where += [_setting(cell.settings, name) for name in chosen]
+    where += [_name_setting(cell.settings, name) for name in chosen]
     days = sorted({record.started[:10] for record in records if record.started})
     when = " to ".join(dict.fromkeys((*days[:1], *days[-1:]))) or "no date"
     counts = Counter(record.outcome for record in records)
     outcomes = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
-    parts = [f"Data {cell.data}; {', '.join(where)}; {when}; {_cells(len(records))}: {outcomes}."]
-    if commits := _commits(records):
+    parts = [f"Data {cell.data}; {', '.join(where)}; {when}; {_count_cells(len(records))}: {outcomes}."]
+    if commits := _list_commits(records):
         parts.append(f"Measured at {commits}.")
     if stale is not None and (old := sum(any(map(stale, row.records)) for row in table.rows)):
         parts.append(f"{old} of {len(table.rows)} rows were measured by an older source.")
@@ -238,19 +242,19 @@ def _caption(table: Table, differing: Sequence[str], stale: Stale | None) -> str
     return " ".join(parts)
 
 
-def _protocols(table: Table) -> tuple[str, ...]:
+def _list_protocols(table: Table) -> tuple[str, ...]:
     return tuple(
-        f"{title(metric).capitalize()}: {protocol}."
-        for metric in perplexities(table.measured)
+        f"{get_title(metric).capitalize()}: {protocol}."
+        for metric in select_perplexities(table.measured)
         for protocol in sorted({one_line(r.protocols[metric]) for r in table.records if metric in r.protocols})
     )
 
 
-def _cells(count: int) -> str:
+def _count_cells(count: int) -> str:
     return "1 cell" if count == 1 else f"{count} cells"
 
 
-def _commits(records: Sequence[Record]) -> str:
+def _list_commits(records: Sequence[Record]) -> str:
     """Commits of the source that measured, the oldest first, and whether a working tree had changes."""
     commits: dict[str, bool] = {}
     for record in sorted(records, key=lambda record: record.started):
@@ -262,7 +266,7 @@ def _commits(records: Sequence[Record]) -> str:
     return f"commit{'s' if len(named) > 1 else ''} {', '.join(named)}"
 
 
-def _legend(table: Table, tested: bool) -> str:
+def _write_legend(table: Table, tested: bool) -> str:
     """What the marks mean, as far as they can occur."""
     parts = [
         "±: half of the 95 % interval over items or windows; [a–b]: its bounds, where ± would leave what is possible; "
@@ -271,10 +275,12 @@ def _legend(table: Table, tested: bool) -> str:
     if tested:
         parts.append("↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table.")
     if speeds := table.metrics(SPEED):
-        first = title(speeds[0]).partition(" ")[2]
+        first = get_title(speeds[0]).partition(" ")[2]
         parts.append(f"Speed: the baseline of the same run is 1; b: batch, c: context, {first} unless named.")
     if any(row.simulated for row in table.rows):
         parts.append("Simulated: computes like the compressed form without being stored as it, so it has no speed.")
     if any(row.densified for row in table.rows):
         parts.append("Densified: a merge filled the zeros that pruning had made.")
+    if any(row.elsewhere for row in table.rows):
+        parts.append("The baseline was measured on another host: only what does not depend on the host is shown.")
     return " ".join(parts)

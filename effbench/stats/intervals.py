@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from scipy import stats
 
-from effbench.records.record import Metric
+from effbench.records.metric import Metric
 
 Z = float(stats.norm.ppf(0.975))
 MEDIAN_NEEDS = 6  # fewest values whose range covers the median with 95 %

@@ -33,7 +33,7 @@ def check_pattern(method: Method, sparsity: float, pattern: str, scope: Scope = 
         )
 
 
-def grouped(score: Tensor, pattern: str, scope: Scope, name: str) -> Tensor:
+def to_groups(score: Tensor, pattern: str, scope: Scope, name: str) -> Tensor:
     """`score` [out, in] as [groups, units]: what is compared with each other lies in one row.
 
     A unit is a weight, or a block with the sum of its weights' scores. Raises `Unsupported` where the matrix does
@@ -52,8 +52,8 @@ def grouped(score: Tensor, pattern: str, scope: Scope, name: str) -> Tensor:
     return score if scope == "row" else score.reshape(1, -1)
 
 
-def ungrouped(keep: Tensor, pattern: str, shape: torch.Size) -> Tensor:
-    """The mask [out, in] of what `grouped` took apart."""
+def from_groups(keep: Tensor, pattern: str, shape: torch.Size) -> Tensor:
+    """The mask [out, in] of what `to_groups` took apart."""
     kind, rows, columns = Pattern.of(pattern)
     if kind != "block":
         return keep.reshape(shape)
@@ -61,7 +61,7 @@ def ungrouped(keep: Tensor, pattern: str, shape: torch.Size) -> Tensor:
     return blocks.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
-def largest(groups: Tensor, sparsity: float) -> Tensor:
+def keep_largest(groups: Tensor, sparsity: float) -> Tensor:
     """Bool [groups, units]: False for the lowest int(units * sparsity) of every row; of equal ones the earlier go."""
     number = int(groups.shape[1] * sparsity + 1e-9)
     if not number:
@@ -79,10 +79,10 @@ def keep_mask(
 
     Raises `Unsupported` where the matrix does not divide by the pattern.
     """
-    return ungrouped(largest(grouped(score, pattern, scope, name), sparsity), pattern, score.shape)
+    return from_groups(keep_largest(to_groups(score, pattern, scope, name), sparsity), pattern, score.shape)
 
 
-def pruned(layer: Layer, keep: Tensor, pattern: str, weight: Tensor | None = None) -> nn.Module:
+def prune(layer: Layer, keep: Tensor, pattern: str, weight: Tensor | None = None) -> nn.Module:
     """The layer's weights (or `weight` [out, in]) where `keep` [out, in] is True; earlier zeros stay.
 
     A packed layer keeps its codes and scales. Raises `Unsupported` where those have no zero.
@@ -98,5 +98,5 @@ def pruned(layer: Layer, keep: Tensor, pattern: str, weight: Tensor | None = Non
     if isinstance(layer.module, Packed) and layer.module.maskable:
         packed = layer.module.rebuilt(weight * keep)
         if isinstance(packed, Packed) and not dense_weight(packed)[~keep].any():
-            return packed.holding(keep)
+            return packed.hold(keep)
     raise Unsupported(f"{layer.name}: {type(layer.module).__name__} cannot hold zeros; prune before compressing")

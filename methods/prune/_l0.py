@@ -1,4 +1,7 @@
-"""Hard-concrete gates: masks whose expected number of non-zeros has a gradient (Louizos et al., 2018)."""
+"""Hard-concrete gates: masks whose expected number of non-zeros has a gradient (Louizos et al., 2018).
+
+Numbers of equations are those of arXiv:1712.01312.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,12 @@ class HardConcreteMask(TrainedMask):
 
     def gate(self) -> Tensor:
         uniform = torch.rand(self.log_alpha.shape, generator=self.generator("gate"), device=self.log_alpha.device)
-        noise = uniform.clamp(1e-6, 1 - 1e-6).logit()
-        return stretched(((noise + self.log_alpha) / BETA).sigmoid())
+        noise = uniform.clamp(1e-6, 1 - 1e-6).logit()  # log u - log(1 - u) of equation (10)
+        return stretch(((noise + self.log_alpha) / BETA).sigmoid())
 
     def open(self) -> Tensor:
         """[out, in]: probability that a gate is not 0; a weight that an earlier step pruned does not count."""
+        # Equation (12): the probability that the stretched variable exceeds 0.
         probability = (self.log_alpha - BETA * math.log(-LOW / HIGH)).sigmoid()
         return probability if self.held is None else probability * self.held
 
@@ -40,12 +44,12 @@ class HardConcreteMask(TrainedMask):
         return alpha if self.held is None else alpha.masked_fill(~self.held, -torch.inf)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        gate = stretched(self.log_alpha.detach().sigmoid())
+        gate = stretch(self.log_alpha.detach().sigmoid())  # equation (13): without noise and temperature
         return self.weight * gate.to(self.weight.dtype), self.chosen & (gate > 0)
 
 
-def stretched(concrete: Tensor) -> Tensor:
-    """A gate in [0, 1] from its concrete variable in (0, 1)."""
+def stretch(concrete: Tensor) -> Tensor:
+    """A gate in [0, 1] from its concrete variable in (0, 1): stretched (equation 10) and clipped (equation 11)."""
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effbench.core.kinds import Weights
 from effbench.core.run import Run
 from effbench.core.views import Layer
-from effbench.methods.prune._common import Scope, check_pattern, grouped, largest, pruned, ungrouped
+from effbench.methods.prune._common import Scope, check_pattern, from_groups, keep_largest, prune, to_groups
 from effbench.nn.calibration import survey
 
 
@@ -33,7 +33,7 @@ class Saliency(Weights):
         check_pattern(self, self.sparsity, self.zeros, self.scope)
 
     def score(self, layer: Layer) -> Tensor:
-        """[out, in], not negative: the lower, the sooner a weight goes."""
+        """[out, in], not negative: the weights of the lowest scores are pruned."""
         raise NotImplementedError
 
     def prepare(self, run: Run) -> dict[str, Tensor] | None:
@@ -42,19 +42,19 @@ class Saliency(Weights):
             return None
         units = {layer.name: self._units(layer) for layer in survey(run, self.needs)}
         pooled = torch.cat([part.flatten() for part in units.values()])
-        keep = largest(pooled.unsqueeze(0), self.sparsity).squeeze(0)
+        keep = keep_largest(pooled.unsqueeze(0), self.sparsity).squeeze(0)
         parts = keep.split([part.numel() for part in units.values()])
         return {name: part.view_as(units[name]) for name, part in zip(units, parts, strict=True)}
 
     def compress(self, layer: Layer) -> nn.Module:
-        keep = largest(self._units(layer), self.sparsity) if layer.prepared is None else layer.prepared[layer.name]
-        return pruned(layer, ungrouped(keep, self.zeros, layer.weight.shape), self.zeros)
+        keep = keep_largest(self._units(layer), self.sparsity) if layer.prepared is None else layer.prepared[layer.name]
+        return prune(layer, from_groups(keep, self.zeros, layer.weight.shape), self.zeros)
 
     def _units(self, layer: Layer) -> Tensor:
         """Scores in comparison groups; those of weights pruned before are zero, the lowest there is."""
         score = self.score(layer)
         score = score if layer.kept is None else score * layer.kept
-        return grouped(score, self.zeros, self.scope, layer.name)
+        return to_groups(score, self.zeros, self.scope, layer.name)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class TrainedMask(Replaced):
         """Weight [out, in] and bool mask [out, in] that remain after the fit."""
         raise NotImplementedError
 
-    def alive(self, score: Tensor) -> Tensor:
+    def rank_pruned_last(self, score: Tensor) -> Tensor:
         """`score` [out, in] with the zeros of earlier steps just below everything else."""
         if self.held is None:
             return score
@@ -68,14 +68,14 @@ class TrainedMask(Replaced):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight * self.gate().to(self.weight.dtype), self.bias)
 
-    def pruned(self, pattern: str) -> nn.Module:
+    def finish(self, pattern: str) -> nn.Module:
         """What stays in the model: a `PrunedLinear`, or a linear of the old kind where nothing was pruned."""
         weight, keep = self.result()
         keep = keep if self.held is None else keep & self.held
         if bool(keep.all()):
             return self.linear if torch.equal(weight, self.weight) else rebuilt(self.linear, weight.detach())
         module = PrunedLinear.of(weight.detach().contiguous(), keep, self.bias, pattern)
-        return trained_like(self.linear, module)
+        return train_like(self.linear, module)
 
 
 Masked = TypeVar("Masked", bound=TrainedMask)
@@ -93,7 +93,7 @@ def trainable_linears(run: Run) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def masked(run: Run, make: Callable[[nn.Module, str, int], Masked], pattern: str) -> Iterator[list[Masked]]:
+def mask_linears(run: Run, make: Callable[[nn.Module, str, int], Masked], pattern: str) -> Iterator[list[Masked]]:
     """Have `make(linear, path, seed)` stand for every linear during a fit and leave `PrunedLinear`s behind.
 
     If the fit raises, the linears themselves are put back. Raises `Unsupported` where one cannot be masked.
@@ -104,26 +104,26 @@ def masked(run: Run, make: Callable[[nn.Module, str, int], Masked], pattern: str
         for path, module in masks.items():
             replace(run.model, path, module)
         yield list(masks.values())
-        final = {path: module.pruned(pattern) for path, module in masks.items()}
+        final = {path: module.finish(pattern) for path, module in masks.items()}
     finally:
         for path, linear in final.items():
             replace(run.model, path, linear)
 
 
-def trained_like(old: nn.Module, new: nn.Module) -> nn.Module:
+def train_like(old: nn.Module, new: nn.Module) -> nn.Module:
     """`new`, its parameters trainable where those of the same name in `old` are."""
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(old.get_parameter(name).requires_grad)
     return new
 
 
-def masks_of(run: Run, kind: type[Masked]) -> list[Masked]:
+def find_masks(run: Run, kind: type[Masked]) -> list[Masked]:
     """The masks of one kind that are in the model now."""
     return [module for module in run.model.modules() if isinstance(module, kind)]
 
 
 @contextlib.contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def freeze(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """No gradients for `parameters` inside."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
@@ -135,7 +135,7 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(needed)
 
 
-def own_group(groups: Groups, parameters: Iterable[nn.Parameter], **settings: Any) -> Groups:
+def split_group(groups: Groups, parameters: Iterable[nn.Parameter], **settings: Any) -> Groups:
     """`groups` with `parameters` taken out into one group of their own with its `settings`."""
     own = list(parameters)
     ids = {id(parameter) for parameter in own}

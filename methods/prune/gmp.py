@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effbench.core.kinds import Train
 from effbench.core.run import Run
 from effbench.methods.prune._common import check_pattern, keep_mask
-from effbench.methods.prune._training import TrainedMask, masked, masks_of
+from effbench.methods.prune._training import TrainedMask, find_masks, mask_linears
 
 
 class MagnitudeMask(TrainedMask):
@@ -23,11 +23,13 @@ class MagnitudeMask(TrainedMask):
     def __init__(self, linear: nn.Module, path: str, seed: int, pattern: str) -> None:
         super().__init__(linear, path, seed)
         self.pattern = pattern
-        self.register_buffer("mask", self.largest(0.0))
+        self.register_buffer("mask", self.choose(0.0))
 
-    def largest(self, sparsity: float) -> Tensor:
+    def choose(self, sparsity: float) -> Tensor:
         """Bool [out, in]: all but the smallest weights, by magnitude in float32."""
-        return keep_mask(self.alive(self.weight.detach().float().abs()), sparsity, self.pattern, name=self.path)
+        return keep_mask(
+            self.rank_pruned_last(self.weight.detach().float().abs()), sparsity, self.pattern, name=self.path
+        )
 
     def gate(self) -> Tensor:
         return self.mask
@@ -65,7 +67,7 @@ class GMP(Train):
     def update(self, done: int, total: int) -> float | None:
         """Sparsity of the update after `done` of `total` steps; None when there is no update.
 
-        s_f + (s_i - s_f) (1 - (t - t0) / (n dt))^3 at t = t0, t0 + dt, ..., t0 + n dt.
+        Equation (1) of the paper: s_f + (s_i - s_f) (1 - (t - t0) / (n dt))^3 at t = t0, t0 + dt, ..., t0 + n dt.
         """
         first = max(1, round(self.begin * total))
         last = max(first, round(self.end * total))
@@ -78,10 +80,10 @@ class GMP(Train):
         return self.sparsity + (self.initial - self.sparsity) * left**3
 
     def context(self, run: Run) -> AbstractContextManager[Any]:
-        return masked(run, partial(MagnitudeMask, pattern=self.pattern), self.pattern)
+        return mask_linears(run, partial(MagnitudeMask, pattern=self.pattern), self.pattern)
 
     def on_step(self, run: Run, step: int, total: int) -> None:
         sparsity = self.update(step + 1, total)
         if sparsity is not None:
-            for module in masks_of(run, MagnitudeMask):
-                module.mask = module.largest(sparsity)
+            for module in find_masks(run, MagnitudeMask):
+                module.mask = module.choose(sparsity)

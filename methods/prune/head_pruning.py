@@ -13,7 +13,7 @@ from effbench.core.errors import Diverged, Unsupported
 from effbench.core.method import Method
 from effbench.core.run import Run
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.structure import cuttable, heads, keep_groups
+from effbench.nn.model.structure import find_cuttable, heads, keep_groups
 
 
 @torch.enable_grad()
@@ -30,21 +30,21 @@ def importance(run: Run, view: Blocks, absolute: Literal["sequence", "token"] = 
         for index, block in enumerate(view.blocks):
             size = (sequences.shape[1], heads(view, index).queries)
             gates.append(torch.ones(size, dtype=dtype, device=run.device, requires_grad=True))
-            hook = _multiplied(gates[-1])
+            hook = _multiply_by(gates[-1])
             stack.callback(block.get_submodule(view.names.out).register_forward_pre_hook(hook).remove)
         total = [torch.zeros(gate.shape[1], dtype=torch.float64, device=run.device) for gate in gates]
         for ids in sequences:
             ids = ids[None].to(run.device)
             loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
-            for found, gradient in zip(total, torch.autograd.grad(loss, gates), strict=True):
+            for score, gradient in zip(total, torch.autograd.grad(loss, gates), strict=True):
                 gradient = gradient.double()
-                found += gradient.sum(0).abs() if absolute == "sequence" else gradient.abs().mean(0)
-    if not all(torch.isfinite(found).all() for found in total):
+                score += gradient.sum(0).abs() if absolute == "sequence" else gradient.abs().mean(0)
+    if not all(torch.isfinite(score).all() for score in total):
         raise Diverged("gradients of the loss are not finite during calibration")
-    return [found / len(sequences) for found in total]
+    return [score / len(sequences) for score in total]
 
 
-def _multiplied(gate: Tensor) -> Any:
+def _multiply_by(gate: Tensor) -> Any:
     def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return ((args[0].unflatten(-1, (gate.shape[1], -1)) * gate[..., None]).flatten(-2),)
 
@@ -81,7 +81,7 @@ class HeadPruning(Method):
         if self.sparsity == 0:
             return
         view = Blocks(run.model)
-        chosen = cuttable(run, view, (*view.names.qkv, view.names.out))
+        chosen = find_cuttable(run, view, (*view.names.qkv, view.names.out))
         left = {index: list(range(heads(view, index).groups)) for index in chosen}  # by their first numbers
         total = sum(map(len, left.values()))
         number = int(total * self.sparsity + 1e-9)
@@ -98,15 +98,15 @@ class HeadPruning(Method):
                 stay = [head for head in range(len(left[index])) if head not in gone]
                 left[index] = [left[index][head] for head in stay]
                 keep_groups(view, index, torch.tensor(stay))
-        found = {view.path(i, view.names.attention): sorted(gone) for i, gone in removed.items() if gone}
-        run.log.removed.append({"step": str(self), "key_value_heads": found})
+        heads_by_path = {view.path(i, view.names.attention): sorted(gone) for i, gone in removed.items() if gone}
+        run.log.removed.append({"step": str(self), "key_value_heads": heads_by_path})
 
     def _lowest(self, run: Run, view: Blocks, chosen: list[int], quota: int) -> dict[int, list[int]]:
         """By block, the present numbers of the `quota` least important key-value heads, one of each block spared."""
         ranking = []
-        found = importance(run, view, self.absolute)
+        scores = importance(run, view, self.absolute)
         for index in chosen:
-            score = found[index] / (found[index].norm() + 1e-20) if self.normalize else found[index]
+            score = scores[index] / (scores[index].norm() + 1e-20) if self.normalize else scores[index]
             score = score.unflatten(0, (-1, heads(view, index).share)).sum(1)
             order = score.argsort(stable=True).tolist()
             ranking += [(float(score[head]), index, head) for head in order[:-1]]

@@ -21,13 +21,13 @@ from effbench.nn.model.structure import keep_blocks
 @torch.no_grad()
 def block_influence(run: Run) -> list[float]:
     """Of every block, 1 - cos(input, output), the mean over all calibration tokens; no final norm in the output."""
-    found = []
+    influence = []
     for block in walk(run, {"raw"}):
         block.outputs = block.forward()
         pairs = zip(block.hidden, block.outputs, strict=True)
         cosines = torch.cat([_cosine(before[0], after[0]) for before, after in pairs])
-        found.append(float(1 - cosines.mean()))
-    return _finite(found)
+        influence.append(float(1 - cosines.mean()))
+    return _finite(influence)
 
 
 @torch.no_grad()

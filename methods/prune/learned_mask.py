@@ -16,16 +16,16 @@ from effbench.core.errors import Unsupported
 from effbench.core.kinds import Train
 from effbench.core.run import Run
 from effbench.formats.sparse import Pattern
-from effbench.methods.prune._common import check_pattern, grouped, keep_mask
+from effbench.methods.prune._common import check_pattern, keep_mask, to_groups
 from effbench.methods.prune._l0 import HardConcreteMask, close, density
 from effbench.methods.prune._training import (
     TrainedMask,
-    frozen,
-    masked,
-    masks_of,
-    own_group,
+    find_masks,
+    freeze,
+    mask_linears,
+    split_group,
+    train_like,
     trainable_linears,
-    trained_like,
 )
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import dense_weight, rebuilt
@@ -47,18 +47,21 @@ class CandidateMask(TrainedMask):
         _, n, m = Pattern.of(method.pattern)
         rows = [[float(i in chosen) for i in range(m)] for chosen in itertools.combinations(range(m), n)]
         self.register_buffer("candidates", torch.tensor(rows, device=weight.device))
-        groups = len(grouped(weight, method.pattern, "local", path))
+        groups = len(to_groups(weight, method.pattern, "local", path))
         logits = 0.01 * torch.randn(groups, len(rows), generator=self.generator("start"), device=weight.device)
         if method.prior == "magnitude":
-            found = keep_mask(dense_weight(linear).abs(), method.sparsity, method.pattern, name=path)
-            prior = found.float().view(-1, m)
+            # The prior: candidates that share more with the mask of the largest weights start with larger logits.
+            largest = keep_mask(dense_weight(linear).abs(), method.sparsity, method.pattern, name=path)
+            prior = largest.float().view(-1, m)
             overlap = prior @ self.candidates.T - n * n / m  # 0 on average over the candidates
             logits += method.prior_strength * logits.std() * overlap
         self.logits = nn.Parameter(logits)  # [groups, candidates]
 
     def gate(self) -> Tensor:
+        # Gumbel-softmax: y = softmax((kappa * logits + g) / tau), and the mask is the mean of the candidates under y.
+        # The scale kappa grows and the temperature tau falls over the fit, so that choices become firm.
         noise = -torch.empty_like(self.logits).exponential_(generator=self.generator("gate")).log()
-        scale, temperature = (at(ends, self.progress) for ends in (self.method.scale, self.method.temperature))
+        scale, temperature = (interpolate(ends, self.progress) for ends in (self.method.scale, self.method.temperature))
         choice = ((self.logits * scale + noise) / temperature).softmax(-1)
         return (choice @ self.candidates).view(self.weight.shape)
 
@@ -73,8 +76,8 @@ class LearnedMask(Train):
     For n:m the weights stay frozen. `prior="magnitude"` starts from the mask of the largest weights, which is the
     mask of an earlier step that pruned by the same pattern; what that step pruned stays zero unless `weights` brings it
     back. MaskLLM itself starts so: `sparsegpt(pattern='2:4'), learned_mask(weights='reference'), fit()`.
-    With pattern="unstructured" the gates are trained together with the weights, and their penalty turns round where
-    the expected density falls below 1 - `sparsity`.
+    With pattern="unstructured" the gates are trained together with the weights, and a penalty draws the expected
+    density to 1 - `sparsity`, from above and from below.
     """
 
     paper = "arXiv:2409.17481"
@@ -107,7 +110,7 @@ class LearnedMask(Train):
     @contextlib.contextmanager
     def context(self, run: Run) -> Iterator[Any]:
         if self.pattern == "unstructured":
-            with masked(run, HardConcreteMask, self.pattern) as gates:
+            with mask_linears(run, HardConcreteMask, self.pattern) as gates:
                 yield
                 close(gates, self.sparsity)
         else:
@@ -117,7 +120,7 @@ class LearnedMask(Train):
             def choose(linear: nn.Module, path: str, seed: int) -> CandidateMask:
                 return CandidateMask(linear, path, seed, self, sources.get(path))
 
-            with masked(run, choose, self.pattern), frozen(still):
+            with mask_linears(run, choose, self.pattern), freeze(still):
                 yield
 
     def _sources(self, run: Run) -> dict[str, nn.Module]:
@@ -125,35 +128,36 @@ class LearnedMask(Train):
         if self.weights == "model":
             return {}
         role = dict(Blocks(run.role(self.weights)).linears())
-        found = {}
+        sources = {}
         for path, linear in trainable_linears(run).items():
             weight = dense_weight(role[path]) if path in role else None
             if weight is None or weight.shape != dense_weight(linear).shape:
                 raise Unsupported(
                     f"{path}: {self.weights} has no linear of this shape; leave weights={self.weights!r} out"
                 )
-            found[path] = trained_like(linear, rebuilt(role[path], weight))
-        return found
+            sources[path] = train_like(linear, rebuilt(role[path], weight))
+        return sources
 
     def param_groups(self, groups: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
         if self.pattern == "unstructured":
-            gates = (mask.log_alpha for mask in masks_of(run, HardConcreteMask))
-            return own_group(groups, gates, lr=self.lr or 0.1, weight_decay=0.0)
-        logits = (mask.logits for mask in masks_of(run, CandidateMask))
-        return own_group(groups, logits, lr=self.lr or 5e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-5)
+            gates = (mask.log_alpha for mask in find_masks(run, HardConcreteMask))
+            return split_group(groups, gates, lr=self.lr or 0.1, weight_decay=0.0)
+        logits = (mask.logits for mask in find_masks(run, CandidateMask))
+        return split_group(groups, logits, lr=self.lr or 5e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-5)
 
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
         if self.pattern == "unstructured":
-            return {"density": self.penalty * (density(masks_of(run, HardConcreteMask)) - (1 - self.sparsity)).abs()}
-        masks = masks_of(run, CandidateMask)
+            return {"density": self.penalty * (density(find_masks(run, HardConcreteMask)) - (1 - self.sparsity)).abs()}
+        masks = find_masks(run, CandidateMask)
+        # The reward for large kept weights, -lambda ||W * M||^2: gradients would vanish where masks keep small ones.
         norm = torch.stack([(mask.weight.float() * mask.gate()).square().sum() for mask in masks]).sum()
         return {"kept_norm": -self.weight_reg * (1 - masks[0].progress) * norm}
 
     def on_step(self, run: Run, step: int, total: int) -> None:
-        for mask in masks_of(run, TrainedMask):
+        for mask in find_masks(run, TrainedMask):
             mask.advance(step + 1, total)
 
 
-def at(ends: tuple[float, float], progress: float) -> float:
+def interpolate(ends: tuple[float, float], progress: float) -> float:
     """Value of a linear schedule at a fraction of the fit."""
     return ends[0] + (ends[1] - ends[0]) * progress

@@ -15,7 +15,7 @@ from effbench.core.method import Method
 from effbench.core.run import Run
 from effbench.formats.sparse import PrunedLinear
 from effbench.methods.prune._common import check_pattern, keep_mask
-from effbench.methods.prune._training import trainable_linears, trained_like
+from effbench.methods.prune._training import train_like, trainable_linears
 from effbench.nn.model.linear import dense_weight, kept, replace
 from effbench.nn.train.fit import FitSettings, fit
 
@@ -56,7 +56,7 @@ class LotteryTicket(Method):
         run.attach(self)
         settings = FitSettings(self.steps, self.lr, self.batch_size, max_length=self.max_length)
         fit(run, settings)
-        start = run.state(self)["start"]
+        start = run.state(self).pop("start")  # freed at the end: it is as large as the model
         for number in range(1, self.rounds + 1):
             masks = {path: self._survivors(run.model.get_submodule(path), path, number) for path in linears}
             again = self.control == "reinit" and number == self.rounds
@@ -79,11 +79,11 @@ class LotteryTicket(Method):
 
 def copy_parameters(model: nn.Module, paths: list[str]) -> State:
     """A copy of all parameters; `paths` are those of the linears."""
-    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for path in paths:
         if isinstance(model.get_submodule(path), Conv1D):
-            found[f"{path}.weight"] = found[f"{path}.weight"].T.contiguous()
-    return found
+            parameters[f"{path}.weight"] = parameters[f"{path}.weight"].T.contiguous()
+    return parameters
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def restore(model: nn.Module, values: State, masks: dict[str, Tensor]) -> None:
     for path, keep in masks.items():
         old = model.get_submodule(path)
         new = PrunedLinear.of(values[f"{path}.weight"], keep, values.get(f"{path}.bias"))
-        replace(model, path, trained_like(old, new))
+        replace(model, path, train_like(old, new))
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in masks:
             parameter.copy_(values[name])
@@ -104,8 +104,8 @@ def draw_parameters(run: Run, like: State) -> State:
         torch.default_generator.manual_seed(zlib.crc32(f"{run.seed}/reinit".encode()))
         model = type(run.model)(run.model.config)
     linears = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
-    found = copy_parameters(model, linears)
+    drawn = copy_parameters(model, linears)
     for name, value in like.items():
-        if name not in found or found[name].shape != value.shape:
+        if name not in drawn or drawn[name].shape != value.shape:
             raise Unsupported(f"{name}: the architecture initialises no such parameter; leave control='reinit' out")
-    return {name: found[name].to(value) for name, value in like.items()}
+    return {name: drawn[name].to(value) for name, value in like.items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from effbench.core.kinds import Train
 from effbench.core.run import Run
 from effbench.methods.prune._common import check_pattern, keep_mask
-from effbench.methods.prune._training import TrainedMask, frozen, masked, masks_of, own_group
+from effbench.methods.prune._training import TrainedMask, find_masks, freeze, mask_linears, split_group
 
 
 class ScoredMask(TrainedMask):
@@ -29,13 +29,14 @@ class ScoredMask(TrainedMask):
         super().__init__(linear, path, seed)
         self.pattern = pattern
         self.score = nn.Parameter(torch.zeros(self.weight.shape, device=self.weight.device))
-        self.register_buffer("mask", self.highest(0.0))
+        self.register_buffer("mask", self.choose(0.0))
 
-    def highest(self, sparsity: float) -> Tensor:
+    def choose(self, sparsity: float) -> Tensor:
         """Bool [out, in]: all but the lowest scores."""
-        return keep_mask(self.alive(self.score.detach()), sparsity, self.pattern, name=self.path)
+        return keep_mask(self.rank_pruned_last(self.score.detach()), sparsity, self.pattern, name=self.path)
 
     def gate(self) -> Tensor:
+        # The straight-through estimator: the value is the mask, the gradient passes to the scores unchanged.
         return self.mask + (self.score - self.score.detach())
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -77,16 +78,16 @@ class Movement(Train):
         embeddings = [module for module in run.model.modules() if isinstance(module, nn.Embedding)]
         still = [parameter for module in embeddings for parameter in module.parameters()]
         with (
-            frozen(still if self.freeze_embeddings else []),
-            masked(run, partial(ScoredMask, pattern=self.pattern), self.pattern),
+            freeze(still if self.freeze_embeddings else []),
+            mask_linears(run, partial(ScoredMask, pattern=self.pattern), self.pattern),
         ):
             yield
 
     def param_groups(self, groups: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
-        scores = (module.score for module in masks_of(run, ScoredMask))
-        return own_group(groups, scores, lr=self.lr, weight_decay=0.0)
+        scores = (module.score for module in find_masks(run, ScoredMask))
+        return split_group(groups, scores, lr=self.lr, weight_decay=0.0)
 
     def on_step(self, run: Run, step: int, total: int) -> None:
         sparsity = self.at(step + 1, total)
-        for module in masks_of(run, ScoredMask):
-            module.mask = module.highest(sparsity)
+        for module in find_masks(run, ScoredMask):
+            module.mask = module.choose(sparsity)

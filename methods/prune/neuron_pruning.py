@@ -15,7 +15,7 @@ from effbench.core.run import Run
 from effbench.core.views import Layer
 from effbench.nn.calibration import survey
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.structure import cuttable, keep_neurons, neurons, settle_width
+from effbench.nn.model.structure import find_cuttable, keep_neurons, neurons, settle_width
 
 NEEDS: dict[str, Set[Need]] = {
     "taylor": {"grad"},
@@ -63,7 +63,7 @@ class NeuronPruning(Method):
         if self.sparsity == 0:
             return
         view = Blocks(run.model)
-        chosen = cuttable(run, view, (*view.names.up, view.names.down))
+        chosen = find_cuttable(run, view, (*view.names.up, view.names.down))
         scores = self.scores(run, view, chosen)
         widths = self._widths(scores)
         for index, width in widths.items():
@@ -79,7 +79,7 @@ class NeuronPruning(Method):
         run.log.removed.append({"step": str(self), "neurons": counts})
 
     def scores(self, run: Run, view: Blocks, chosen: list[int]) -> dict[int, Tensor]:
-        """[width] of each chosen block; the lower, the sooner a neuron goes."""
+        """[width] of each chosen block; the neurons of the lowest scores are pruned."""
         scores = {index: torch.zeros(neurons(view, index), device=run.device) for index in chosen}
         place = {view.path(index, name): index for index in chosen for name in (*view.names.up, view.names.down)}
         for layer in survey(run, self.needs):

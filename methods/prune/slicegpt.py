@@ -72,17 +72,20 @@ class SliceGPT(Method):
                 raise Unsupported(f"{path}: slicing changes every linear, so none can be skipped")
         if width < full and not self.slice_head and run.model.config.model_type == "gpt2":
             raise Unsupported("transformer.ln_f: GPT-2 needs one width from embeddings to head; use slice_head=True")
+        # Step 1: norms without weights of their own commute with orthogonal matrices (Theorem 1 of the paper).
         fuse_norms(view)
         basis: Tensor | None = None
         for inputs in walk(run, self.needs):
             last = inputs.index == len(view) - 1
             path, after = (view.path(inputs.index + step, view.names.norms[0]) for step in (0, 1))
+            # Step 2, at every norm: the principal directions of the signal there, in the model sliced up to it.
             if basis is None:
                 basis = self._basis(run, inputs.hidden, path, width)
                 turn_embeddings(view, basis)
             middle = self._slice_attention(run, inputs, basis, width)
             whole = last and not self.slice_head
             basis = self._slice_mlp(run, inputs, middle, full if whole else width, view.names.norm if last else after)
+        # Step 3: the head reads the last basis.
         if basis is not None:
             turn_inputs(view.head, basis)
 
@@ -93,12 +96,14 @@ class SliceGPT(Method):
             turn_inputs(block.get_submodule(name), before)
         for i, x in enumerate(hidden):
             hidden[i] = x @ before.to(x.dtype)
-        # Attention still writes all directions; which are kept follows from what it writes.
+        # The residual goes back to the full width for now: attention still writes all directions, and which of them are
+        # kept follows from the sum.
         block.shortcut_attention = nn.Parameter(before.T.to(hidden[0].dtype))
         added = inputs.output_of(block.get_submodule(names.attention))
         for i, x in enumerate(added):
             hidden[i] = hidden[i] @ block.shortcut_attention + x
         after = self._basis(run, hidden, inputs.view.path(inputs.index, names.norms[1]), width)
+        # Now both sides of the sum come in the new basis; the residual by the shortcut Q_before^T Q_after.
         turn_outputs(block.get_submodule(names.out), after)
         block.shortcut_attention = nn.Parameter((before.T @ after).to(hidden[0].dtype))
         return after

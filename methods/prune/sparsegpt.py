@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from effbench.core.errors import Unsupported
 from effbench.core.kinds import Weights
 from effbench.core.views import Layer
-from effbench.formats.compensation import compensate, inverse_factor, without_dead
+from effbench.formats.compensation import compensate, inverse_factor, neutralize_dead
 from effbench.formats.grid import WIDTHS, Grid, fit_grid, int_linear
 from effbench.formats.sparse import Pattern
-from effbench.methods.prune._common import check_pattern, pruned
+from effbench.methods.prune._common import check_pattern, prune
 
 
 def solve(
@@ -25,33 +25,36 @@ def solve(
     kept: Tensor | None = None,
     grid: Grid | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The pruned and compensated `weight` [out, in] and its mask; `factor` [in, in] as `compensate` takes it.
+    """The pruned and compensated `weight` [out, in] and its mask: Algorithm 1, whose loop is `compensate`.
 
-    What costs least goes: w^2 / U_cc^2, with U_cc^2 the entry of the inverse Hessian of the columns not yet settled.
-    Unstructured, one threshold holds for all rows of a block of columns, and at least one weight of it goes, as in
-    the authors' code; with `pattern` (n, m) each row keeps n of every m columns when the loop reaches them. Weights
-    where `kept` [out, in] is False go first. With `grid` (scale and zero [out]) what is kept is rounded to it in the
-    same pass.
+    `factor` [in, in] is U as `compensate` takes it. The weights of lowest cost w^2 / [H^-1]_cc go, where H is the
+    Hessian of the columns from c on, so that [H^-1]_cc = U_cc^2. Unstructured, one threshold holds for all rows of a
+    block of columns, and at least one weight of it goes, as in the authors' code; with `pattern` (n, m) each row keeps
+    n of every m columns when the loop reaches them. Weights where `kept` [out, in] is False go first. With `grid`
+    (scale and zero [out]) what is kept is rounded to it in the same pass.
     """
     rows = weight.T.shape
     keep = torch.ones(rows, dtype=torch.bool, device=weight.device)
     final = torch.empty(rows, device=weight.device)
-    cost_of = factor.diagonal().square().unsqueeze(1)
+    inverse_diagonal = factor.diagonal().square().unsqueeze(1)
 
     def choose(column: int, ahead: Tensor) -> None:
+        # Masks are chosen when the loop reaches a block of columns (B_s of the paper), from weights that carry the
+        # compensation of all columns before it.
         if pattern is None and (column % block or not sparsity):
             return
         if pattern is not None and column % pattern[1]:
             return
         ahead = ahead if pattern is None else ahead[: pattern[1]]
         span = slice(column, column + len(ahead))
-        cost = ahead.square() / cost_of[span]
+        cost = ahead.square() / inverse_diagonal[span]  # [columns, out]
         if kept is not None:
             cost *= kept.T[span]
         if pattern is None:
-            number = int(cost.numel() * sparsity)
+            number = int(cost.numel() * sparsity)  # over all rows together
             keep[span] = cost > cost.flatten().kthvalue(number + 1).values
         else:
+            # m - n of every m columns, row by row
             gone = cost.topk(pattern[1] - pattern[0], 0, largest=False).indices
             keep[span] = torch.ones_like(cost, dtype=torch.bool).scatter_(0, gone, False)
 
@@ -59,7 +62,8 @@ def solve(
         choose(column, ahead)
         if kept is not None:
             keep[column] &= kept.T[column]
-        value = ahead[0] if grid is None else grid.rounded(ahead[0])
+        # A pruned weight's error is all of it, a kept one's is that of rounding (zero without a grid).
+        value = ahead[0] if grid is None else grid.round(ahead[0])
         return torch.mul(value, keep[column], out=final[column])
 
     compensate(weight, factor, settle, block)
@@ -102,12 +106,12 @@ class SparseGPT(Weights):
             raise Unsupported(f"{layer.name}: width {width} is not a multiple of {m}, as pattern {self.pattern} needs")
         grid = None
         if self.bits is not None:
-            grid = fit_grid(layer.weight, self.bits, self.symmetric).stored().per_group()
-        weight, hessian = without_dead(layer.weight, layer.inputs.hessian)
+            grid = fit_grid(layer.weight, self.bits, self.symmetric).as_stored().per_group()
+        weight, hessian = neutralize_dead(layer.weight, layer.inputs.hessian)
         factor = inverse_factor(hessian, self.damp, layer.name)
         pattern = (n, m) if kind == "n:m" else None
         final, keep = solve(weight, factor, self.sparsity, pattern, self.block, layer.kept, grid)
         if grid is None:
-            return pruned(layer, keep, self.pattern, final)
+            return prune(layer, keep, self.pattern, final)
         whole = Grid(grid.scale.unsqueeze(1), grid.zero.unsqueeze(1), grid.bits)
         return int_linear(layer, whole.codes(final), whole, self.symmetric, keep=keep)

@@ -70,6 +70,8 @@ def best_ends(sums: Sums, positions: Sequence[Tensor]) -> Tensor:
     In one dimension clusters are stretches of the sorted values, so dynamic programming over their ends finds the
     best of all choices (Wang and Song, 2011).
     """
+    # total[c] is the most that clusters 0..c can gain if cluster c ends at each of its positions:
+    # total_c(j) = max over i of total_(c-1)(i) + gain(i, j), with the i that attains it kept in `choices`.
     rows, n = sums.values.shape
     origin, last = (torch.full((rows, 1), end, device=sums.values.device) for end in (0, n))
     total, choices = sums.gain(origin, positions[0]).squeeze(1), []
@@ -80,6 +82,7 @@ def best_ends(sums: Sums, positions: Sequence[Tensor]) -> Tensor:
         total, choice = (total.unsqueeze(2) + table).max(1)
         choices.append(choice)
         before = stops
+    # Back from the last end, each choice names the end before it.
     place = torch.zeros_like(last)
     ends = []
     for stops, choice in zip(reversed(positions), reversed(choices), strict=True):
@@ -92,14 +95,18 @@ def best_centres(sums: Sums, weights: Tensor, k: int) -> Tensor:
     """Centres [rows, k] of the best weighted k-means of every row, or one within a fraction of a percent of it.
 
     First the best ends among those of a fine quantizer with 96 levels, spaced by the cube root of the density
-    (Panter and Dite, 1951); then, until nothing moves, the best within 4 values of the ends found.
+    (Panter and Dite, 1951); then, until nothing moves, the best within 4 values of the ends so far.
     """
     values, n = sums.values, sums.values.shape[1]
+    # Step 1, a fine quantizer: the density at a value is its weight over the distance to its neighbours, and levels
+    # spaced by its cube root are the best for many levels.
     gap = nn.functional.pad(values.diff(), (1, 1))
     density = (weights * (gap[:, 1:] + gap[:, :-1]).square()).pow(1 / 3).cumsum(1)
     share = torch.arange(1, FINE, device=values.device) / FINE
     fine = lloyd(sums, sums.centres(torch.searchsorted(density, share * density[:, -1:]) + 1), iterations=10)
+    # Step 2, the best k - 1 of its ends, the same positions for all of them.
     centres = lloyd(sums, sums.centres(best_ends(sums, [sums.ends(fine)] * (k - 1))))
+    # Step 3, every end may move by a few values; repeated until none does.
     near = torch.arange(-NEAR, NEAR + 1, device=values.device)
     for _ in range(16):
         windows = [(end.unsqueeze(1) + near).clamp(0, n) for end in sums.ends(centres).unbind(1)]
@@ -119,12 +126,12 @@ def kmeans(weight: Tensor, importance: Tensor, k: int, zero: bool = False) -> Te
     importance = importance.double() + (importance.sum(1, keepdim=True) == 0)
     values, order = weight.double().sort(1)
     importance = (importance / importance.amax(1, keepdim=True)).gather(1, order)
-    found = []
+    tables = []
     for part, by in zip(values.split(ROWS), importance.split(ROWS), strict=True):
         sums = Sums(part, by)
         centres = best_centres(sums, by, k - zero)
         if zero:
             centres, place = nn.functional.pad(centres, (0, 1)).sort(1)
             centres = lloyd(sums, centres, place == k - 1)
-        found.append(centres)
-    return torch.cat(found)
+        tables.append(centres)
+    return torch.cat(tables)

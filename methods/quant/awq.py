@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
 from effbench.core.views import Block, Layer, SharedInput
-from effbench.formats.grid import WIDTHS, fit_grid, grouped, int_linear
+from effbench.formats.grid import WIDTHS, fit_grid, int_linear, split_groups
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class AWQ(Weights):
 
     def compress_block(self, block: Block, shared: Sequence[SharedInput]) -> dict[str, nn.Module]:
         members = [(group, block.layers([group])) for group in shared]
-        # All scales are searched on the original block; only then is anything changed.
+        # Step 1, the scales: all are searched on the original block; only then is anything changed.
         scales = [self._scale(block, group, layers) for group, layers in members]
         every = {layer.module: layer for _, layers in members for layer in layers}
+        # Step 2, W diag(s) with diag(s)^-1 folded into the op before: the block's function is unchanged.
         for (group, layers), scale in zip(members, scales, strict=True):
             if scale is not None and group.previous is not None:
                 _absorb(group.previous, every.get(group.previous), scale)
                 for layer in layers:
                     layer.weight *= scale
+        # Step 3, clipping and rounding.
         return {
             layer.name: self._quantize(layer, scale)
             for (_, layers), scale in zip(members, scales, strict=True)
@@ -62,9 +64,9 @@ class AWQ(Weights):
         }
 
     def _scale(self, block: Block, group: SharedInput, layers: Sequence[Layer]) -> Tensor | None:
-        """The best scale of a group's inputs [in]; None where nothing before it can absorb one."""
+        """The best scale of a group's inputs [in], s* of equation (4); None where nothing before it can absorb one."""
         for layer in layers:
-            grouped(layer.weight, self.group_size, layer.name)
+            split_groups(layer.weight, self.group_size, layer.name)
         if group.previous is None or len(layers) < len(group.names):
             return None
         candidates = [self.candidate(layers, step / self.grid) for step in range(self.grid)]
@@ -75,7 +77,7 @@ class AWQ(Weights):
         return candidates[losses.index(min(losses))]
 
     def candidate(self, layers: Sequence[Layer], alpha: float) -> Tensor:
-        """Scales [in] of linears that share an input, at one alpha."""
+        """Scales [in] of linears that share an input, at one alpha: s = s_X^alpha of equation (5), and variants."""
         inputs, weight = layers[0].inputs, torch.cat([layer.weight for layer in layers])
         if self.scale == "paper":
             scale = inputs.mean_abs.pow(alpha)
@@ -86,19 +88,19 @@ class AWQ(Weights):
         else:
             scale = (inputs.norm / weight.abs().amax(0).clamp(min=1e-4)).pow(alpha)
         scale = scale.clamp(min=1e-4)
-        return scale / (scale.max() * scale.min()).sqrt()
+        return scale / (scale.max() * scale.min()).sqrt()  # the authors' code: centred about 1, geometrically
 
-    def _rounded(self, weight: Tensor) -> Tensor:
+    def _round(self, weight: Tensor) -> Tensor:
         """`weight` [out, in] on its grid."""
         groups = weight.unflatten(1, (-1, self.group_size))
-        return fit_grid(groups, self.bits, self.symmetric, "awq").stored().rounded(groups).flatten(1)
+        return fit_grid(groups, self.bits, self.symmetric, "awq").as_stored().round(groups).flatten(1)
 
     def _losses_of_linear(self, layer: Layer, candidates: Sequence[Tensor]) -> list[float]:
         """Mean squared change of a linear's own outputs: delta E[x x^T] delta^T, averaged over outputs."""
         moment = layer.inputs.second_moment.float()
         losses = []
         for scale in candidates:
-            delta = self._rounded(layer.weight * scale) / scale - layer.weight
+            delta = self._round(layer.weight * scale) / scale - layer.weight
             losses.append(float(((delta @ moment) * delta).sum(dtype=torch.float64) / len(delta)))
         return losses
 
@@ -111,7 +113,7 @@ class AWQ(Weights):
         with _stand_ins(block, group, layers) as linears:
             for scale in candidates:
                 for linear, layer in zip(linears, layers, strict=True):
-                    linear.weight.data.copy_(self._rounded(layer.weight * scale) / scale)
+                    linear.weight.data.copy_(self._round(layer.weight * scale) / scale)
                 after = block.output_of(group.inspect)
                 squares = (
                     (a.float() - b.float()).square().sum(dtype=torch.float64)
@@ -121,18 +123,18 @@ class AWQ(Weights):
         return losses
 
     def _quantize(self, layer: Layer, scale: Tensor | None) -> nn.Module:
-        weight = grouped(layer.weight, self.group_size, layer.name)  # [out, groups, group_size]
+        weight = split_groups(layer.weight, self.group_size, layer.name)  # [out, groups, group_size]
         # Products of queries and keys make their clipping error hard to judge one linear at a time.
         if self.clip and not layer.name.rpartition(".")[2].startswith(("q_", "k_")):
             moment = layer.inputs.second_moment
             if scale is not None:
                 moment = moment / scale.outer(scale)
-            weight = self._clipped(weight, moment.float())
-        grid = fit_grid(weight, self.bits, self.symmetric, "awq").stored()
+            weight = self._clip(weight, moment.float())
+        grid = fit_grid(weight, self.bits, self.symmetric, "awq").as_stored()
         codes = grid.codes(weight).flatten(1)
         return int_linear(layer, codes, grid.per_group(), self.symmetric)
 
-    def _clipped(self, weight: Tensor, moment: Tensor) -> Tensor:
+    def _clip(self, weight: Tensor, moment: Tensor) -> Tensor:
         """`weight` [out, groups, group_size], every group clamped where that lowers the error of its own outputs.
 
         Thresholds tried are max|w| times 1, 0.95, ... 0.55. `moment` [in, in] is E[x x^T] of the scaled inputs.
@@ -144,7 +146,8 @@ class AWQ(Weights):
         for step in range(10):
             limit = largest * (1 - step / 20)
             clamped = weight.clamp(-limit, limit)
-            delta = fit_grid(clamped, self.bits, self.symmetric, "awq").stored().rounded(clamped) - weight
+            # The change of a group's own share of the outputs: delta E[x x^T] delta^T over the group's inputs.
+            delta = fit_grid(clamped, self.bits, self.symmetric, "awq").as_stored().round(clamped) - weight
             through = (delta.transpose(0, 1) @ own).transpose(0, 1)  # [out, groups, group_size]
             error = (through * delta).sum(-1, keepdim=True)
             best, least = torch.where(error < least, limit, best), torch.minimum(error, least)

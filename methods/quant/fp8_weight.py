@@ -35,5 +35,5 @@ class FP8Weight(Weights):
         per_row = self.granularity == "row"
         activations = ("token" if per_row else "tensor") if self.activations else "none"
         # Zero is an E4M3 number, so pruned weights stay zero.
-        rounded = FP8Linear.rounded(layer.weight, per_row=per_row, activations=activations, bias=layer.bias)
-        return rounded.holding(layer.kept)
+        rounded = FP8Linear.from_weight(layer.weight, per_row=per_row, activations=activations, bias=layer.bias)
+        return rounded.hold(layer.kept)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
 from effbench.core.views import Layer
-from effbench.formats.compensation import compensate, inverse_factor, without_dead
-from effbench.formats.grid import WIDTHS, Grid, fit_grid, grouped, int_linear
+from effbench.formats.compensation import compensate, inverse_factor, neutralize_dead
+from effbench.formats.grid import WIDTHS, Grid, fit_grid, int_linear, split_groups
 
 
 def solve(
@@ -21,7 +21,7 @@ def solve(
     block: int = 128,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Codes [out, in] (uint8) of `weight` [out, in], see `compensate`.
+    """Codes [out, in] (uint8) of `weight` [out, in]: Algorithm 1, whose loop is `compensate`.
 
     `grid_of(column, rest)` gives the grid of a column, its scale and zero [out]; `rest` [in, out] are the weights as
     compensated up to the current block. Weights where `kept` [out, in] is False are rounded to zero, and that error
@@ -32,7 +32,7 @@ def solve(
 
     def settle(column: int, ahead: Tensor, rest: Tensor) -> Tensor:
         grid = grid_of(column, rest)
-        code = grid.codes(ahead[0])
+        code = grid.codes(ahead[0])  # quant(w_q), of all rows at once
         if pruned is not None:
             code = torch.where(pruned[column], grid.zero, code)
         codes[column] = code
@@ -87,14 +87,16 @@ class GPTQ(Weights):
     def compress(self, layer: Layer) -> nn.Module:
         weight, hessian, kept = layer.weight, layer.inputs.hessian, layer.kept
         size = self.group_size or weight.shape[1]
-        grouped(weight, size, layer.name)
+        split_groups(weight, size, layer.name)
         dynamic = self.group_size is not None and not self.static_groups
-        # The authors take a grid per row before they clear dead inputs, grids per group after it.
+        # Step 1, grids that are known beforehand. The authors take a grid per row before they clear dead inputs, grids
+        # per group after it.
         grids = [self._grid(weight)] if self.group_size is None else []
-        weight, hessian = without_dead(weight, hessian)
+        weight, hessian = neutralize_dead(weight, hessian)
         if self.static_groups:
             grids = [self._grid(part) for part in weight.split(size, 1)]
 
+        # Step 2, the order of the columns: as they lie, or by falling diagonal of H ("act-order").
         order = place = torch.arange(len(hessian), device=weight.device)
         if self.act_order:
             order = hessian.diagonal().argsort(descending=True, stable=True)  # before damping
@@ -108,12 +110,14 @@ class GPTQ(Weights):
                 grids.append(self._grid(rest[column : column + size].T))
             return grids[member[column]]
 
+        # Step 3, the loop over the columns with U from H = 2 X X^T, dampened.
         codes = solve(weight, inverse_factor(hessian, self.damp, layer.name), grid_of, self.block, kept)
         scale, zero = (torch.stack(column, 1) for column in zip(*((g.scale, g.zero) for g in grids), strict=True))
+        # Step 4, codes back in the order of the inputs; dynamic groups lie in the order of the loop and are named.
         back = order.argsort()
         g_idx = group[back] if dynamic and self.act_order else None
         return int_linear(layer, codes[:, back], Grid(scale, zero, self.bits), self.symmetric, g_idx)
 
     def _grid(self, weight: Tensor) -> Grid:
         """The stored grid of every row of `weight` [out, n]; scale and zero [out]."""
-        return fit_grid(weight, self.bits, self.symmetric, mse=self.mse).stored().per_group()
+        return fit_grid(weight, self.bits, self.symmetric, mse=self.mse).as_stored().per_group()

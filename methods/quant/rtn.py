@@ -9,7 +9,7 @@ from torch import nn
 
 from effbench.core.kinds import Weights
 from effbench.core.views import Layer
-from effbench.formats.grid import WIDTHS, GridName, fit_grid, grouped, int_linear
+from effbench.formats.grid import WIDTHS, GridName, fit_grid, int_linear, split_groups
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class RTN(Weights):
     def compress(self, layer: Layer) -> nn.Module:
         weight = layer.weight
         if self.granularity == "group":
-            sharing = grouped(weight, self.group_size, layer.name)  # [out, groups, group_size]
+            sharing = split_groups(weight, self.group_size, layer.name)  # [out, groups, group_size]
         else:
             sharing = weight.unsqueeze(1) if self.granularity == "channel" else weight.reshape(1, 1, -1)
-        grid = fit_grid(sharing, self.bits, self.symmetric, self.grid, self.mse).stored()
+        grid = fit_grid(sharing, self.bits, self.symmetric, self.grid, self.mse).as_stored()
         codes = grid.codes(sharing).reshape(weight.shape)
         # A pruned weight is exactly 0, and 0 is on every grid: its code is the zero-point.
         return int_linear(layer, codes, grid.per_group(), self.symmetric)

@@ -1,4 +1,4 @@
-"""SqueezeLLM: a table of weighted k-means centres per row, the most telling weights kept apart (Kim et al., 2024)."""
+"""SqueezeLLM: weighted k-means per row, weights of large gradient or size kept apart (Kim et al., 2024)."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ class SqueezeLLM(Weights):
         dense = weight.masked_fill(apart, 0)
         lut = kmeans(dense, importance.masked_fill(apart, 0), 2**self.bits, zero=kept is not None).half()
         codes = nearest(dense, lut.float())
-        # What the table leaves over at the positions kept apart, so that table and sparse part add up to the weight.
+        # The errors of the table at the positions kept apart, so that table and sparse part add up to the weight.
         left = (weight - lut.float().gather(1, codes)) * apart
         return LutLinear.of(codes, lut, bits=self.bits, outliers=left, bias=layer.bias, keep=layer.kept)

@@ -17,8 +17,9 @@ from effbench.core.recipe import Recipe, parse, parse_step
 from effbench.core.run import FitReport
 from effbench.core.views import Segments
 from effbench.nn.files import artifact
-from effbench.nn.infer.attention import owned
+from effbench.nn.infer.attention import own_attention
 from effbench.nn.infer.cache import SlotCache
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear, Replaced, dense_weight, kept, rebuilt, stored_bytes
 from effbench.nn.train.fit import FitSettings, fit
@@ -287,11 +288,11 @@ def test_owned_attention_equals_the_models_own(architecture):
     ids = torch.arange(1, 21).view(2, 10)
     mask = torch.ones(2, 10, dtype=torch.bool)
     mask[1, :4] = False
-    plain = run.engine().logits(ids, mask)[mask]
+    plain = open_engine(run).logits(ids, mask)[mask]
     run.infer.chain("attend_observe").append(lambda module, weights: None)
-    assert torch.allclose(run.engine().logits(ids, mask)[mask], plain, atol=1e-5)
+    assert torch.allclose(open_engine(run).logits(ids, mask)[mask], plain, atol=1e-5)
     run.infer.close()
-    assert torch.equal(run.engine().logits(ids, mask)[mask], plain)
+    assert torch.equal(open_engine(run).logits(ids, mask)[mask], plain)
 
 
 def test_extra_keys_give_the_same_loss_and_gradient_under_checkpointing():
@@ -302,7 +303,7 @@ def test_extra_keys_give_the_same_loss_and_gradient_under_checkpointing():
         if checkpointing:
             run.model.gradient_checkpointing_enable()
         run.model.train()
-        with owned(run.model, run.infer):
+        with own_attention(run.model, run.infer):
             ids = torch.arange(1, 17).view(1, 16)
             out = run.model(input_ids=ids, labels=ids, use_cache=False)
             out.loss.backward()
@@ -322,7 +323,7 @@ def test_eviction_and_encoding_compose_and_bytes_are_those_held():
     run = toy_run()
     for method in (Recent(budget=8), Half()):
         run.apply(method)
-    engine = run.engine()
+    engine = open_engine(run)
     state = engine.prefill(torch.tensor(PROMPTS[:1]))
     cache: SlotCache = state.cache
     assert cache.shrunk and cache.slot_layers[0].held == 8
@@ -334,16 +335,16 @@ def test_eviction_and_encoding_compose_and_bytes_are_those_held():
 def test_an_evicting_cache_does_not_look_at_padding():
     run = toy_run()
     run.apply(Recent(budget=8))
-    alone = [run.engine().generate([prompt], 6, set())[0] for prompt in PROMPTS]
-    assert run.engine().generate(PROMPTS, 6, set()) == alone
+    alone = [open_engine(run).generate([prompt], 6, set())[0] for prompt in PROMPTS]
+    assert open_engine(run).generate(PROMPTS, 6, set()) == alone
 
 
 def test_a_cache_that_keeps_everything_equals_no_cache_method():
     run = toy_run()
     pairs = [(prompt, [9, 8, 7]) for prompt in PROMPTS]
-    plain = [s.logprob for s in run.engine().score(pairs)]
+    plain = [s.logprob for s in open_engine(run).score(pairs)]
     run.apply(Recent(budget=1000))
-    assert [s.logprob for s in run.engine().score(pairs)] == pytest.approx(plain, abs=1e-5)
+    assert [s.logprob for s in open_engine(run).score(pairs)] == pytest.approx(plain, abs=1e-5)
 
 
 def test_heavy_hitters_follow_an_explicit_attention_matrix():
@@ -351,7 +352,7 @@ def test_heavy_hitters_follow_an_explicit_attention_matrix():
     run.apply(Recent(budget=1000))
     masses = []
     run.infer.chain("attend_observe").append(lambda module, w: masses.append(w.sum((2,))))
-    cache = run.engine().prefill(torch.tensor(PROMPTS[:1])).cache
+    cache = open_engine(run).prefill(torch.tensor(PROMPTS[:1])).cache
     held = cache.slot_layers[0].slots.mass
     assert torch.allclose(held, masses[0], atol=1e-5)
 
@@ -359,7 +360,7 @@ def test_heavy_hitters_follow_an_explicit_attention_matrix():
 def test_rejected_drafts_can_be_forgotten():
     run = toy_run()
     run.apply(Half())
-    state = run.engine().prefill(torch.tensor([PROMPTS[0]]))
+    state = open_engine(run).prefill(torch.tensor([PROMPTS[0]]))
     layer = state.cache.slot_layers[0]
     layer.crop(-5)
     assert layer.get_seq_length() == layer.held == len(PROMPTS[0]) - 5
@@ -371,14 +372,14 @@ def test_rejected_drafts_can_be_forgotten():
 def test_an_evicting_cache_changes_scores_and_one_that_cannot_evict_is_refused():
     run = toy_run()
     pairs = [(list(range(1, 40)), [9, 8, 7, 6])]
-    plain = run.engine().score(pairs)[0].logprob
+    plain = open_engine(run).score(pairs)[0].logprob
     run.apply(Recent(budget=4))
-    engine = run.engine()
+    engine = open_engine(run)
     assert engine.score(pairs)[0].logprob != pytest.approx(plain, abs=1e-6)
     engine.verify()
     run = toy_run()
     run.apply(Recent(budget=100))
-    engine = run.engine()
+    engine = open_engine(run)
     engine.score(pairs)
     with pytest.raises(Refused, match="never did"):
         engine.verify()
@@ -394,8 +395,8 @@ def test_the_reference_stays_the_original_and_snapshots_are_frozen_copies():
     run.snapshot("teacher")
     trained = probe(run)
     fitted(run)
-    assert torch.equal(run.engine(run.reference).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), original)
-    assert torch.equal(run.engine(run.role("teacher")).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), trained)
+    assert torch.equal(open_engine(run, run.reference).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), original)
+    assert torch.equal(open_engine(run, run.role("teacher")).logits(torch.arange(48).view(2, 24) * 7 % 95 + 1), trained)
     assert not any(p.requires_grad for p in run.role("teacher").parameters())
     with pytest.raises(Usage, match="no model is called 'student'"):
         run.role("student")
@@ -571,7 +572,7 @@ def test_blocks_are_renumbered_after_one_is_dropped():
     view.renumber()
     assert run.model.config.num_hidden_layers == 1
     assert [m.layer_idx for m in run.model.modules() if hasattr(m, "layer_idx")] == [0]
-    run.engine().generate([[1, 2, 3]], 4, set())
+    open_engine(run).generate([[1, 2, 3]], 4, set())
 
 
 def test_a_width_that_groups_do_not_divide_is_an_outcome():

@@ -25,7 +25,7 @@ def give(self, *_):
 @pytest.mark.parametrize(
     ("base", "names", "missing"),
     [
-        (Weights, (), r"does not define compress\(layer\) or compress_block\(block, groups\)$"),
+        (Weights, (), r"does not define compress\(layer\) or compress_block\(block, shared\)$"),
         (Weights, ("compres",), r"compress\(layer\).*; it has 'compres': did you mean 'compress'\?"),
         (Weights, ("loss",), r"compress\(layer\)"),
         (Swap, ("settle",), r"replace\(module\)"),
@@ -76,7 +76,7 @@ def test_a_kind_itself_is_no_method(kind):
 
 
 def test_a_base_of_a_family_says_what_its_methods_define():
-    from effbench.methods.prune._common import Patterned, Saliency
+    from effbench.methods.prune._saliency import Patterned, Saliency
 
     with pytest.raises(Usage, match=r"Toy in .* does not define score\(layer\); it has 'scores'"):
         define(Patterned, scores=give)()
@@ -229,7 +229,7 @@ def test_options_are_documented_by_the_same_comments():
     assert document_fields(Options)["folder"].default == "list()"
     assert document_options(Options).splitlines() == [
         "options:",
-        "  first=     of all [1]",
-        "  folder=    where to [list()]",
-        "  seeds=     over the line",
+        "  first=  of all [1]",
+        "  folder= where to [list()]",
+        "  seeds=  over the line",
     ]

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effbench.core import registry
+from effbench.core import provenance, registry
 from effbench.core.errors import Usage
+from effbench.core.packages import module_file
+from effbench.core.provenance import digest_source
 from effbench.core.recipe import parse, parse_step
 
 HALVES = """
@@ -71,20 +73,23 @@ def test_a_method_named_like_a_library_leaves_it_alone(name, tmp_path, outside):
 def test_files_of_modules_can_be_followed(tmp_path, outside):
     (root,) = outside(write_root(tmp_path / "root", 0.5, "toy"))
     module = registry.entry("toy").module
-    assert registry.module_file(module) == root / "mine" / "toy.py"
+    assert module_file(module) == root / "mine" / "toy.py"
     shared = f"{module.rpartition('.')[0]}._common"
-    assert registry.module_file(shared) == root / "mine" / "_common.py"
-    assert registry.module_file(f"{shared}.nothing") is None and registry.module_file("json") is None
-    assert registry.module_file("effbench.core.run").name == "run.py"
+    assert module_file(shared) == root / "mine" / "_common.py"
+    assert module_file(f"{shared}.nothing") is None and module_file("json") is None
+    assert module_file("effbench.core.run").name == "run.py"
 
 
 def test_digests_of_outside_methods_are_those_of_their_source(tmp_path, outside):
     write_root(tmp_path / "a", 0.5, "toy")
     path = tmp_path / "a" / "mine" / "toy.py"
-    before = registry.source_digest(f"{path}:Toy")
-    registry.source_digest.cache_clear()
-    path.write_text(path.read_text() + "FURTHER = 1\n")
-    assert registry.source_digest(f"{path}:Toy") != before
+    module = registry.entry(f"{path}:Toy").module
+    digests = {digest_source(module)}
+    for changed in (path, path.with_name("_common.py")):
+        provenance._digest_source.cache_clear()
+        changed.write_text(changed.read_text() + "FURTHER = 1\n")
+        digests.add(digest_source(module))
+    assert len(digests) == 3
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def _e8p(bits: int) -> E8PLinear:
 
 def _fp8(per_row: bool, activations: str = "none") -> FP8Linear:
     weight = torch.randn(OUT, IN, generator=_random())
-    return FP8Linear.rounded(weight, per_row=per_row, activations=activations, bias=torch.ones(OUT))
+    return FP8Linear.from_weight(weight, per_row=per_row, activations=activations, bias=torch.ones(OUT))
 
 
 MAKERS: dict[str, Callable[[], Packed]] = {

@@ -161,10 +161,10 @@ def test_on_a_mig_instance_nothing_of_the_whole_gpu_is_ours(library):
     assert nvml.process_bytes(CUDA) == 800 * MIB
     shared = {"other_processes": 1, "other_processes_mib": 90, "outside_torch_mib": 100}
     assert nvml.state(CUDA) == {"mig_instance": True} | shared
-    assert Watch(CUDA).note() == (
-        ", on one MIG instance, whose clocks and power NVML does not tell, "
+    assert Watch(CUDA).findings() == {
+        "device_state": "on one MIG instance, whose clocks and power NVML does not tell, "
         "beside 1 other process on the device, holding 90 MiB"
-    )
+    }
 
 
 def test_where_cuda_names_the_divided_gpu_our_instance_is_the_one_with_our_process(library):
@@ -243,10 +243,11 @@ def test_events_and_the_wall_are_both_kept(monkeypatch, no_device):
 
 
 def test_the_gap_between_the_clocks_is_reported_on_cuda(no_device):
-    paired = speed.Paired([Span(0.002, 0.0025)] * 7, [Span(0.004, 0.0045)] * 7, "7 rounds")
+    paired = speed.Paired([Span(0.002, 0.0025)] * 7, [Span(0.004, 0.0045)] * 7, {"capped": True})
     run, reading = SimpleNamespace(device=CUDA), Reading()
     point = speed.Point(8, 128)
-    speed._report(reading, run, point, 32, paired, paired, "eager (planted)", ", beside 1 other process on the device")
+    seen = {"device_state": "beside 1 other process on the device"}
+    speed._report(reading, run, point, 32, (paired, paired), 5.0, "eager (planted)", seen)
     values = {name: metric.value for name, metric in reading.metrics.items()}
     assert values["decode_launch_overhead_ms_per_token_b8_c128"] == pytest.approx(0.5)
     assert values["prefill_launch_overhead_ms_b8_c128"] == pytest.approx(0.5)
@@ -254,7 +255,7 @@ def test_the_gap_between_the_clocks_is_reported_on_cuda(no_device):
     assert values["decode_speedup_b8_c128"] == 2
     assert reading.samples["decode_reference_wall_seconds_b8_c128"] == [0.0045] * 7
     assert "decode: eager (planted), Planted GPU" in reading.protocols["decode_tok_per_s_b8_c128"]
-    assert "beside 1 other process" in reading.protocols["prefill_speedup_b8_c128"]
+    assert "beside 1 other process" in reading.metrics["prefill_speedup_b8_c128"].findings["device_state"]
 
 
 # The watch
@@ -272,19 +273,20 @@ def test_the_watch_looks_now_and_then_and_says_what_matters(monkeypatch):
     ticks = iter([0.0, 0.0, 0.2, 0.4, 0.6, 0.6, 0.7, 1.2, 1.2])
     monkeypatch.setattr(nvml, "state", lambda device: next(states))
     watch = Watch(CUDA, clock=lambda: next(ticks))
-    assert watch.note() == ""  # an idle clock before the work is no news
+    assert watch.findings() == {}  # an idle clock before the work is no news
     for _ in range(5):
         watch.glance()
     assert [row["t"] for row in watch.rows] == [0.0, 0.6, 1.2]
-    assert watch.note() == (
-        ", clocks held back by sw_power_cap, hw_slowdown, beside 2 other processes on the device, holding 900 MiB"
-    )
+    assert watch.findings() == {
+        "device_state": "clocks held back by sw_power_cap, hw_slowdown, "
+        "beside 2 other processes on the device, holding 900 MiB"
+    }
 
 
 def test_a_processor_has_nothing_to_watch():
     watch = Watch(torch.device("cpu"))
     watch.look()
-    assert watch.rows == [] and watch.note() == ""
+    assert watch.rows == [] and watch.findings() == {}
 
 
 def test_between_rounds_is_never_within_a_call():
@@ -365,7 +367,7 @@ def run():
         source=SimpleNamespace(kind="folder"),
         infer=InferPlan(),
     )
-    found.engine = lambda model=None: Engine(found.model if model is None else model, InferPlan())
+    found.pad = 0
     return found
 
 

@@ -17,7 +17,7 @@ from effbench.records.record import Metric
 from effbench.records.store import Store
 from effbench.report.compare import compare, compare_metrics, find_rows
 from effbench.report.groups import Row, group_records
-from effbench.report.metrics import PPL, quality, scale
+from effbench.report.metrics import PPL, get_scale, select_quality
 from effbench.report.pages import load
 
 
@@ -117,10 +117,10 @@ def test_columns_are_the_published_numbers(suite):
     table = group_records(load(PUBLISHED, suite))[0]
     for row in table.rows[1:]:
         changes = {change.metric: change for change in compare_metrics(table.baseline.records, row.records)}
-        assert changes.keys() == set(quality(row.records[0].metrics)), row.recipe
+        assert changes.keys() == set(select_quality(row.records[0].metrics)), row.recipe
         for metric, change in changes.items():
             values = [record.metrics[metric].value for record in row.records]
-            mean = math.exp(np.mean(np.log(values))) if PPL.search(metric) else np.mean(values) * scale(metric)
+            mean = math.exp(np.mean(np.log(values))) if PPL.search(metric) else np.mean(values) * get_scale(metric)
             assert change.after == pytest.approx(mean, rel=1e-6, abs=1e-9), (row.recipe, metric)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from effbench.report.groups import group_records
 from effbench.report.pages import render
-from effbench.report.sheets import page_sheets
+from effbench.report.sheets import make_sheets
 
 
 def on(host, recipe="baseline", **changes):
@@ -53,21 +53,21 @@ def test_no_two_tables_of_a_page_have_one_title(several):
     for place in several:
         host = place.pop("host")
         records.append(make(environment={"machine": "m", "host": host}, **place))
-    sheets = page_sheets(group_records(records))
+    sheets = make_sheets(group_records(records))
     assert len({sheet.title for sheet in sheets}) == len(sheets)
 
 
 def test_a_caption_has_every_setting_in_which_tables_of_the_page_differ():
     plain = {"threads": 1, "dtype": "float32", "speed_points": [[1, 128]]}
     records = [make(settings=plain), make(settings=plain | {"speed_new_tokens": 16, "speed_points": [[8, 128]]})]
-    first, second = page_sheets(group_records(records))
+    first, second = make_sheets(group_records(records))
     assert {first.title, second.title} == {
         "quant v1, quick tier, model tiny, speed_new_tokens default, speed_points [[1, 128]]",
         "quant v1, quick tier, model tiny, speed_new_tokens 16, speed_points [[8, 128]]",
     }
     for sheet in (first, second):
         assert sheet.title.partition("tiny, ")[2] in sheet.caption
-    (alone,) = page_sheets(group_records(records[:1]))
+    (alone,) = make_sheets(group_records(records[:1]))
     assert alone.title == "quant v1, quick tier, model tiny" and "speed_points" not in alone.caption
 
 
@@ -77,10 +77,10 @@ def test_a_caption_says_at_which_commits_and_how_many_rows_are_older():
         return make(recipe, environment=environment, started=f"2026-01-0{day}T00:00:00+00:00")
 
     records = [at("b", 1), at("a", 2, "rtn(bits=4)"), at("a", 3, "rtn(bits=8)", dirty=True)]
-    (sheet,) = page_sheets(group_records(records))
+    (sheet,) = make_sheets(group_records(records))
     assert "Measured at commits bbbbbbbbb, aaaaaaaaa with changes." in sheet.caption
     assert "older source" not in sheet.caption
-    (sheet,) = page_sheets(group_records(records), stale=lambda record: record.environment["commit"][0] == "a")
+    (sheet,) = make_sheets(group_records(records), stale=lambda record: record.environment["commit"][0] == "a")
     assert "2 of 3 rows were measured by an older source." in sheet.caption
     assert "2 of 3 rows were measured by an older source." in render(
         records, "quant", stale=lambda record: record.environment["commit"][0] == "a"

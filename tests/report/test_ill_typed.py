@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from effbench.core.errors import Usage
 from effbench.report.compare import compare
-from effbench.report.differences import items
+from effbench.report.differences import read_items
 from effbench.report.groups import Row, group_records
 from effbench.report.pages import WRITTEN, render
 from effbench.report.published import judge_table, summarise
@@ -72,7 +72,7 @@ def test_any_content_of_free_fields(changes, outcome):
     ],
 )
 def test_samples_that_are_no_numbers_are_none(values):
-    assert items(dataclasses.replace(make(), samples={"recall_acc": values}), "recall_acc") is None
+    assert read_items(dataclasses.replace(make(), samples={"recall_acc": values}), "recall_acc") is None
 
 
 def test_metrics_without_samples_are_shown_and_not_tested():

@@ -9,7 +9,7 @@ from fake_records import RECORDS, make
 from effbench.records.record import Metric
 from effbench.records.store import Store
 from effbench.report import differences
-from effbench.report.differences import kept_from, kept_text, read_kept, row_tests, table_tests
+from effbench.report.differences import compute_row_tests, compute_tests, parse_kept, read_kept, write_kept
 from effbench.report.groups import group_records
 from effbench.report.pages import check, write
 
@@ -27,13 +27,13 @@ def results(tmp_path):
 def computed(monkeypatch):
     """How many tests are computed."""
     calls = []
-    original = differences._test
+    original = differences._test_metric
 
     def count(*arguments):
         calls.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(differences, "_test", count)
+    monkeypatch.setattr(differences, "_test_metric", count)
     return calls
 
 
@@ -45,7 +45,7 @@ def test_nothing_is_computed_twice(results, computed):
     assert check(results) == [] and computed == []
     kept = read_kept(file(results))
     (table,) = group_records(RECORDS)
-    assert table_tests(table, kept) == table_tests(table) and computed
+    assert compute_tests(table, kept) == compute_tests(table) and computed
 
 
 def test_a_new_row_costs_its_own_tests_alone(results, computed):
@@ -56,9 +56,9 @@ def test_a_new_row_costs_its_own_tests_alone(results, computed):
 
 def test_what_is_kept_is_what_is_computed():
     tables = group_records(RECORDS)
-    kept = kept_from(kept_text(tables, {}))
+    kept = parse_kept(write_kept(tables, {}))
     (table,) = tables
-    assert list(row_tests(table, kept).values()) == list(row_tests(table).values())
+    assert list(compute_row_tests(table, kept).values()) == list(compute_row_tests(table).values())
     assert len(kept) == len(table.rows) - 1
 
 
@@ -66,7 +66,7 @@ def test_a_changed_record_makes_the_file_stale(results, computed):
     """Another value in a record of the same identity: its tests are computed anew and the file is named."""
     path = next((results / "records").rglob("rtn_bits_2*.json"))
     record = json.loads(path.read_text())
-    record["metrics"]["bits_per_weight"]["value"] = 2.5
+    record["metrics"]["bits_per_weight"][0] = 2.5
     path.write_text(json.dumps(record))
     assert any("statistics/quant.json: line" in line for line in check(results))
     assert {after[0].cell.recipe for _, after, _ in computed} == {"rtn(bits=2)"}
@@ -75,11 +75,11 @@ def test_a_changed_record_makes_the_file_stale(results, computed):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda text: text.replace(differences.version(), "0" * 16),  # other statistics
+        lambda text: text.replace(differences.get_version(), "0" * 16),  # other statistics
         lambda text: "\n".join(text.split("\n")[:-4] + text.split("\n")[-3:]),  # a row is missing
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: '{"statistics": "' + differences.version() + '", "rows": {"a": {"token_ppl": [null, 1]}}}',
+        lambda text: '{"statistics": "' + differences.get_version() + '", "rows": {"a": {"token_ppl": [null, 1]}}}',
     ],
 )
 def test_a_stale_file_is_noticed_and_written_anew(results, spoil):
@@ -111,7 +111,7 @@ def test_rows_of_other_records_have_other_keys():
         dataclasses.replace(row.records[0], started="2027-01-01T00:00:00+00:00"),
         dataclasses.replace(row.records[0], metrics={"token_ppl": Metric(1.0)}),
     ]
-    keys = {differences.row_key(baseline, dataclasses.replace(row, records=(other,))) for other in others}
-    assert len(keys) == 3 and differences.row_key(baseline, row) not in keys
+    keys = {differences.make_key(baseline, dataclasses.replace(row, records=(other,))) for other in others}
+    assert len(keys) == 3 and differences.make_key(baseline, row) not in keys
     same = dataclasses.replace(row, records=(dataclasses.replace(row.records[0], cell=renamed),))
-    assert differences.row_key(baseline, same) == differences.row_key(baseline, row)  # a name measures nothing
+    assert differences.make_key(baseline, same) == differences.make_key(baseline, row)  # a name measures nothing

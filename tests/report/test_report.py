@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from effbench.cli.commands import report
 from effbench.cli.main import main
 from effbench.core.errors import Usage
-from effbench.records.record import Metric
+from effbench.records.metric import Metric
 from effbench.records.store import Store
 from effbench.report import pages
-from effbench.report.differences import difference, table_tests
+from effbench.report.differences import compute_tests, estimate_difference
 from effbench.report.groups import group_records
-from effbench.report.metrics import limits, scale
-from effbench.report.pages import check, headline, render, write
-from effbench.report.sheets import page_sheets
+from effbench.report.metrics import get_limits, get_scale
+from effbench.report.pages import check, render, render_headline, write
+from effbench.report.sheets import make_sheets
 from effbench.report.text import bytes_text, rounded, with_interval
 from effbench.stats.paired import Estimate
 
@@ -75,8 +75,8 @@ def test_the_arrows_mark_what_differs_from_the_baseline():
 
 def test_one_wrong_answer_more_is_no_difference():
     (group,) = group_records([make(), make("rtn(bits=4)", worse=0.5, wrong=1)])
-    assert table_tests(group)["rtn(bits=4)", "recall_acc"].p == 1.0
-    assert table_tests(group)["rtn(bits=4)", "token_ppl"].p < 0.05
+    assert compute_tests(group)["rtn(bits=4)", "recall_acc"].p == 1.0
+    assert compute_tests(group)["rtn(bits=4)", "token_ppl"].p < 0.05
 
 
 def test_holm_counts_every_test_of_the_table():
@@ -85,8 +85,8 @@ def test_holm_counts_every_test_of_the_table():
     (many,) = group_records([make(), *rows])
     raw = 2 * 0.5**7
     # per row: perplexity, the task and the mean of the tasks
-    assert table_tests(alone)["rtn(bits=2)", "recall_acc"].p == pytest.approx(3 * raw)
-    assert table_tests(many)["rtn(bits=2)", "recall_acc"].p == pytest.approx(21 * raw)
+    assert compute_tests(alone)["rtn(bits=2)", "recall_acc"].p == pytest.approx(3 * raw)
+    assert compute_tests(many)["rtn(bits=2)", "recall_acc"].p == pytest.approx(21 * raw)
 
 
 def test_simulated_rows_have_no_speed():
@@ -215,7 +215,7 @@ def test_a_record_without_an_environment_stays_with_its_kind():
 def test_protocols_that_differ_are_not_tested():
     other = make("rtn(bits=2)", worse=0.9, protocols={"token_ppl": "ppl.elsewhere", "recall_acc": "other"})
     (group,) = group_records([make(), other])
-    assert table_tests(group) == {}
+    assert compute_tests(group) == {}
 
 
 def test_a_renamed_row_keeps_one_place():
@@ -230,14 +230,14 @@ def test_a_renamed_row_keeps_one_place():
 
 def test_without_a_baseline_nothing_is_tested():
     (group,) = group_records(RECORDS[1:])
-    assert group.baseline is None and table_tests(group) == {}
+    assert group.baseline is None and compute_tests(group) == {}
     assert "↑" not in render(RECORDS[1:], "quant")
 
 
 def test_narrow_enough_for_a_terminal():
-    grids = page_sheets(group_records(RECORDS))[0].grids
+    grids = make_sheets(group_records(RECORDS))[0].grids
     assert all(len(grid.header) <= 10 for grid in grids)
-    assert max(map(len, headline(group_records(RECORDS)).splitlines()[2:-4])) < 150
+    assert max(map(len, render_headline(group_records(RECORDS)).splitlines()[2:-4])) < 150
 
 
 def test_rendering_does_not_depend_on_the_order_of_records():
@@ -258,7 +258,7 @@ def test_perplexity_over_texts_is_paired_by_text():
         sums = [[-float(n) * (3.0 + worse + 0.01 * (n % 3)), int(n)] for n in words]
         mean = -sum(s for s, _ in sums) / sum(n for _, n in sums)
         rows.append(make(recipe, metrics={"x_word_ppl": Metric(math.exp(mean))}, samples={"x_word_ppl": sums}))
-    test = difference(rows[:1], rows[1:], "x_word_ppl")
+    test = estimate_difference(rows[:1], rows[1:], "x_word_ppl")
     assert test is not None
     assert test.value == pytest.approx(0.05)
     before, after = (row.metrics["x_word_ppl"].value for row in rows)
@@ -370,9 +370,12 @@ def test_with_interval(found, text):
     ],
 )
 def test_no_interval_leaves_what_is_possible(metric, value, low, high, text):
-    shown = with_interval(Estimate(value, low, high), scale(metric), limits=limits(metric))
+    shown = with_interval(Estimate(value, low, high), get_scale(metric), limits=get_limits(metric))
     bounds = [float(number) for number in re.findall(r"[\d.]+", shown.partition("[")[2])]
-    assert all(limits(metric)[0] * scale(metric) <= bound <= limits(metric)[1] * scale(metric) for bound in bounds)
+    assert all(
+        get_limits(metric)[0] * get_scale(metric) <= bound <= get_limits(metric)[1] * get_scale(metric)
+        for bound in bounds
+    )
     assert ("[" in shown) == ("[" in text)
 
 
@@ -382,14 +385,16 @@ def test_no_interval_leaves_what_is_possible(metric, value, low, high, text):
 )  # fmt: skip
 def test_what_an_interval_prints_is_possible(metric, value, below, above, seeds):
     """Also for means over seeds, whose symmetric interval knows no bounds."""
-    least, most = limits(metric)
+    least, most = get_limits(metric)
     value = value if math.isfinite(most) else least + 20 * value
-    shown = with_interval(Estimate(value, value - below, value + above, n=seeds), scale(metric), limits=limits(metric))
+    shown = with_interval(
+        Estimate(value, value - below, value + above, n=seeds), get_scale(metric), limits=get_limits(metric)
+    )
     numbers = [float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", shown)]
     if "±" in shown:
         numbers = [numbers[0] - numbers[1], numbers[0] + numbers[1]]
-    rounding = 0.5 * scale(metric) * 0.02 + 0.51
-    assert min(numbers) >= least * scale(metric) - rounding and max(numbers) <= most * scale(metric) + rounding
+    rounding = 0.5 * get_scale(metric) * 0.02 + 0.51
+    assert min(numbers) >= least * get_scale(metric) - rounding and max(numbers) <= most * get_scale(metric) + rounding
 
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (4.25e6, "4.25 MB"), (16e9, "16.0 GB"), (2e15, "2000 TB")])
@@ -421,8 +426,9 @@ def test_only_the_published_folder_has_a_readme(results, readme, monkeypatch, ca
     before = readme.read_text(encoding="utf-8")
     assert main(["report", f"results={results}", "--write"]) == 0
     assert readme.read_text(encoding="utf-8") == before
-    monkeypatch.setattr(report, "PUBLISHED", results)
-    monkeypatch.setattr(report, "CHECKOUT", results.parent)
+    for module in (report, pages):
+        monkeypatch.setattr(module, "PUBLISHED", results)
+    monkeypatch.setattr(pages, "CHECKOUT", results.parent)
     assert main(["report", "--check"]) == 1
     assert main(["report", "--write"]) == 0
     assert "**quant v1" in readme.read_text(encoding="utf-8")

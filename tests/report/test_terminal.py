@@ -9,7 +9,7 @@ from fake_records import RECORDS, failed, make
 from effbench.core.paths import PUBLISHED
 from effbench.report.groups import group_records
 from effbench.report.pages import load, render
-from effbench.report.sheets import DETAILS, Grid, page_sheets
+from effbench.report.sheets import DETAILS, Grid, make_sheets
 from effbench.report.styles import terminal
 
 NUMBERS = re.compile(r"\d[\d.]*(?:e-?\d+)?")
@@ -17,8 +17,8 @@ published = pytest.mark.skipif(PUBLISHED is None or not PUBLISHED.is_dir(), reas
 
 
 @functools.cache
-def published_sheets(suite):
-    return page_sheets(group_records(load(PUBLISHED, suite)))
+def make_published_sheets(suite):
+    return make_sheets(group_records(load(PUBLISHED, suite)))
 
 
 @published
@@ -26,7 +26,7 @@ def published_sheets(suite):
 @pytest.mark.parametrize("suite", ["quant", "prune", "adhoc"])
 @pytest.mark.parametrize("detail", [name for name in DETAILS if name != "published"])
 def test_names_and_numbers_are_never_cut(suite, width, detail):
-    sheets = published_sheets(suite)
+    sheets = make_published_sheets(suite)
     text = terminal.page(sheets, width, detail)
     assert "…" not in text
     for sheet in sheets:
@@ -70,7 +70,7 @@ def test_intervals_go_first_then_columns_from_the_right(width, omitted, last):
 
 def test_a_name_wider_than_the_terminal_is_whole():
     name = "sparsegpt(pattern='2:4', bits=4), lora(rank=16), fit(steps=100, lr=0.001)"
-    text = terminal.page(page_sheets(group_records([make(), make(name, worse=0.1)])), 60)
+    text = terminal.page(make_sheets(group_records([make(), make(name, worse=0.1)])), 60)
     assert name in text.splitlines()
 
 
@@ -81,11 +81,11 @@ def test_footnotes_and_the_way_to_the_rest():
 
 
 def test_a_detail_that_nobody_measured_says_so():
-    text = terminal.page(page_sheets(group_records(RECORDS)), 80, "compute")
+    text = terminal.page(make_sheets(group_records(RECORDS)), 80, "compute")
     assert "Nothing measured of: Operations and energy." in text
 
 
 def test_colour_only_where_it_is_wanted():
-    sheets = page_sheets(group_records(RECORDS))
+    sheets = make_sheets(group_records(RECORDS))
     plain, coloured = terminal.page(sheets, 80), terminal.page(sheets, 80, colour=True)
     assert "\x1b" not in plain and re.sub(r"\x1b\[\dm", "", coloured) == plain

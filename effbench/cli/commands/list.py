@@ -16,7 +16,17 @@ from effbench.cli.command import JSON, Command, print_columns
 from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
-from effbench.core.usage import nearest
+from effbench.core.usage import nearest, parse
+
+
+@dataclasses.dataclass
+class ListOptions:
+    """What `effbench list records` can be told."""
+
+    suite: str | None = None  # records of this suite
+    recipe: str | None = None  # records of recipes that fit this pattern, such as gptq*
+    outcome: str | None = None  # records that ended so
+    results: str = "runs"  # folder of records
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -33,8 +43,15 @@ def _list(arguments: argparse.Namespace) -> int:
         "suites": lambda file: [_suite(file)],
     }
     what = arguments.what or "methods"
+    if arguments.file is not None and "=" in arguments.file:  # no file but the first option
+        arguments.options.insert(0, arguments.file)
+        arguments.file = None
+    options = parse(ListOptions, arguments.options)
+    of_package["records"] = lambda: _records(options)
     if what not in of_package:
         raise Usage(f"cannot list {what!r}{nearest(what, of_package)}")
+    if arguments.options and what != "records":
+        raise Usage(f"{arguments.options[0]!r}: options choose among records; write `effbench list records ...`")
     if arguments.file is not None and what not in of_file:
         raise Usage(f"{what} are not listed from a file, {' and '.join(of_file)} are")
     rows = of_package[what]() if arguments.file is None else of_file[what](arguments.file)
@@ -63,6 +80,16 @@ def describe(entry: registry.Entry) -> dict[str, Any]:
         },
         "facts": {name: sorted(fact) if isinstance(fact, set) else fact for name, fact in entry.facts.items()},
     }
+
+
+def _records(options: ListOptions) -> list[dict[str, Any]]:
+    from effbench.records.index import list_records
+
+    filters = {"suite": options.suite, "recipe": options.recipe, "outcome": options.outcome}
+    rows, notes = list_records(Path(options.results), filters)
+    for note in notes:
+        print(f"effbench: {note}", file=sys.stderr)
+    return [{key: "" if value is None else value for key, value in row.items()} for row in rows]
 
 
 def _suites() -> list[dict[str, Any]]:
@@ -119,10 +146,11 @@ def _tasks() -> list[dict[str, Any]]:
 
 COMMAND = Command(
     _list,
-    "list methods, suites, presets, models, ops or tasks",
+    "list methods, suites, presets, models, ops, tasks or records",
     {
-        "[what]": "methods (if left out), suites, presets, models, ops or tasks",
+        "[what]": "methods (if left out), suites, presets, models, ops, tasks or records",
         "[file]": "list what this file holds: methods of a FILE.py, or the suite of a FILE.yaml",
     },
-    flags=JSON,
+    ListOptions,
+    JSON,
 )

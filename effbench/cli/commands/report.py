@@ -10,7 +10,7 @@ from pathlib import Path
 
 from effbench.cli.command import Command
 from effbench.core.errors import Usage
-from effbench.core.paths import CHECKOUT, PUBLISHED
+from effbench.core.paths import PUBLISHED
 from effbench.core.usage import one_of, parse
 
 
@@ -37,13 +37,12 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.write or arguments.check:
         results = _folder(options.results, PUBLISHED)
         pages.check_folder_name(results)
-        readme = CHECKOUT / "README.md" if CHECKOUT and PUBLISHED and results.resolve() == PUBLISHED.resolve() else None
-        return _check(results, options.suite, readme) if arguments.check else _write(results, options.suite, readme)
+        return (_check if arguments.check else _write)(results, options.suite)
     records = pages.load(_folder(options.results, Path("runs")), options.suite)
     if not arguments.published:
         pages.print_tables(records, style, options.detail)
     else:
-        pages.print_sheets(published.published_sheets(records), style, published.DETAIL)
+        pages.print_sheets(published.make_published_sheets(records), style, published.DETAIL)
     return 0
 
 
@@ -53,19 +52,19 @@ def _folder(given: str | None, default: Path | None) -> Path:
     return Path(given).expanduser() if given is not None else default  # type: ignore[return-value]
 
 
-def _check(results: Path, suite: str | None, readme: Path | None) -> int:
+def _check(results: Path, suite: str | None) -> int:
     from effbench.report import pages
 
-    differences = pages.check(results, suite, readme)
+    differences = pages.check(results, suite, pages.find_readme(results))
     if differences:
         print("\n".join([*differences, "regenerate with `effbench report --write`"]), file=sys.stderr)
     return int(bool(differences))
 
 
-def _write(results: Path, suite: str | None, readme: Path | None) -> int:
+def _write(results: Path, suite: str | None) -> int:
     from effbench.report import pages
 
-    for path in pages.write(results, suite, readme):
+    for path in pages.write(results, suite, pages.find_readme(results)):
         print(f"wrote {os.path.relpath(path)}")
     return 0
 

@@ -60,7 +60,7 @@ def open_run(
     if source.kind == "shape":
         _check_shape(config, place, compute)
     model = build()
-    found: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
+    texts: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
     if tokenizer is not None:
         ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         if ids > model.config.vocab_size:
@@ -73,7 +73,7 @@ def open_run(
         model,
         functools.partial(_beside, build, config, place, compute) if source.kind == "shape" else build,
         tokenizer,
-        found,
+        texts,
         device=place,
         storage=storage,
         seed=seed,
@@ -224,10 +224,10 @@ def _config(source: Source) -> Any:
 
 def _storage(config: Any) -> torch.dtype:
     """The 16-bit type that dense tensors are kept in: the checkpoint's, or bfloat16 for a wider one."""
-    found = getattr(config, "dtype", None)
-    if isinstance(found, str):
-        found = getattr(torch, found, None)
-    return found if found in (torch.bfloat16, torch.float16) else torch.bfloat16
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def _tokenizer(source: Source) -> Any:

@@ -1,6 +1,6 @@
 """The one owner of attention, in training and inference alike.
 
-transformers calls `attend` for every layer once `owned(model, plan)` is entered. The plan's chains decide what
+transformers calls `attend` for every layer once `own_attention(model, plan)` is entered. The plan's chains decide what
 happens: `attend_mask` narrows the mask, `attend_extra` adds keys and values in front (prefixes, adapters),
 `attend_observe` sees the attention weights, and the slot `rope` rotates keys that were cached unrotated.
 """
@@ -78,21 +78,21 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def wanted(plan: InferPlan) -> bool:
+def changes_attention(plan: InferPlan) -> bool:
     """Whether the plan changes attention at all; if not, the model keeps its own implementation."""
     chains = ("attend_mask", "attend_extra", "attend_observe")
     return any(plan.chain(name) for name in chains) or plan.slot("rope") is not None
 
 
 @contextlib.contextmanager
-def owned(model: Any, plan: InferPlan) -> Iterator[None]:
+def own_attention(model: Any, plan: InferPlan) -> Iterator[None]:
     """Route the model's attention through `attend` with `plan`, and restore it."""
     view = Blocks(model)
     modules = [block.get_submodule(view.names.attention) for block in view.blocks]
     for module in modules:
         setattr(module, _PLAN, plan)
     try:
-        with routed(model, NAME):
+        with route_attention(model, NAME):
             yield
     finally:
         for module in modules:
@@ -100,7 +100,7 @@ def owned(model: Any, plan: InferPlan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def routed(model: Any, name: str) -> Iterator[None]:
+def route_attention(model: Any, name: str) -> Iterator[None]:
     """Route the model's attention through the function registered as `name`, and restore it."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)

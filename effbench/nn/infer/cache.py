@@ -52,7 +52,7 @@ class SlotLayer(CacheLayerMixin):
         )
         self.padding = None
         if self.slots is not None:
-            old = self._decoded()
+            old = self._decode()
             both: dict[str, Any] = {
                 name: torch.cat([getattr(old, name), getattr(fresh, name)], 2)
                 for name in ("keys", "values", "position", "valid", "mass")
@@ -79,7 +79,7 @@ class SlotLayer(CacheLayerMixin):
             empty = self.slots.keys[:, :, :0]
             self.slots = dataclasses.replace(self.slots, keys=empty, values=empty)
 
-    def _decoded(self) -> Slots:
+    def _decode(self) -> Slots:
         assert self.slots is not None
         if self._stored is None:
             return self.slots
@@ -104,7 +104,7 @@ class SlotLayer(CacheLayerMixin):
         """Forget the last tokens (a negative number), as after rejected drafts."""
         if self.slots is None or tokens_to_remove == 0:
             return
-        slots = self._decoded()
+        slots = self._decode()
         last = slots.seen - abs(tokens_to_remove)
         stay = slots.position[0, 0] < last
         index = stay.nonzero().flatten().expand(*slots.position.shape[:2], -1)

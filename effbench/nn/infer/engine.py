@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from effbench.core.errors import Refused
-from effbench.core.run import InferPlan
+from effbench.core.run import InferPlan, Run
 from effbench.nn.infer import attention
 from effbench.nn.infer.cache import SlotCache
-from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.blocks import Blocks, count_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,11 @@ class State:
     padding: Tensor | None = None  # bool [B, length], True where real; None when nothing is padded
 
 
+def open_engine(run: Run, model: Any = None) -> Engine:
+    """Scores and generates with the model of a run under its plan, or with another model under an empty one."""
+    return Engine(run.model, run.infer, run.pad) if model is None else Engine(model, InferPlan(), run.pad)
+
+
 class Engine:
     """Runs `model` under `plan`."""
 
@@ -60,12 +65,12 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Positions the model has."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2048))
+        return count_positions(self.model)
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, T, V] float32 logits of tokens [B, T], `mask` True where real (padding on the right or the left)."""
-        with self._running():
-            out = self.model(ids.to(self.device), use_cache=False, **self._padded(mask))
+        with self._run_plan():
+            out = self.model(ids.to(self.device), use_cache=False, **self._describe_padding(mask))
         logits: Tensor = out.logits.float()
         return logits
 
@@ -83,7 +88,7 @@ class Engine:
         rows: dict[tuple[int, ...], list[int]] = {}
         for i, (context, continuation) in enumerate(pairs):
             rows.setdefault((*context, *continuation[:-1]), []).append(i)
-        found: list[Scored | None] = [None] * len(pairs)
+        results: list[Scored | None] = [None] * len(pairs)
         order = sorted(rows, key=len, reverse=True)
         while order:
             size = max(1, batch_tokens // len(order[0]))
@@ -92,8 +97,8 @@ class Engine:
             for row, logits in zip(batch, self._score_batch(batch, shortest), strict=True):
                 for i in rows[row]:
                     target = torch.tensor(pairs[i][1], device=self.device)
-                    found[i] = scored(logits[len(logits) - len(target) :], target)
-        return [entry for entry in found if entry is not None]
+                    results[i] = score_targets(logits[len(logits) - len(target) :], target)
+        return [entry for entry in results if entry is not None]
 
     def _score_batch(self, rows: list[tuple[int, ...]], contexts: list[int]) -> list[Tensor]:
         """Logits of every row from its last context token on."""
@@ -101,14 +106,14 @@ class Engine:
         ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows], device=self.device)
         place = torch.arange(width, device=self.device)
         real = place < torch.tensor([[len(row)] for row in rows], device=self.device)
-        # The head is the dearest part of a small model: apply it only where a continuation is predicted.
-        wanted = real & (place >= torch.tensor([[length - 1] for length in contexts], device=self.device))
+        # The head costs more than the rest of a small model: it is applied only where a continuation is predicted.
+        predicting = real & (place >= torch.tensor([[length - 1] for length in contexts], device=self.device))
         # Padding stands on the right, where no causal query looks: without a mask attention takes its fast path.
-        padding = self._padded(real) if attention.wanted(self.plan) else {}
-        with self._running():
+        padding = self._describe_padding(real) if attention.changes_attention(self.plan) else {}
+        with self._run_plan():
             hidden = self.model.base_model(ids, use_cache=False, **padding)
-            logits: Tensor = self.model.get_output_embeddings()(hidden.last_hidden_state[wanted]).float()
-        return list(logits.split(wanted.sum(1).tolist()))
+            logits: Tensor = self.model.get_output_embeddings()(hidden.last_hidden_state[predicting]).float()
+        return list(logits.split(predicting.sum(1).tolist()))
 
     def _stream(self, context: list[int], continuation: list[int], block: int) -> Scored:
         ids = torch.tensor([context + continuation], device=self.device)
@@ -117,7 +122,7 @@ class Engine:
         for start in range(len(context), ids.shape[1] - 1, block):
             part = ids[:, start : min(start + block, ids.shape[1] - 1)]
             logits.append(self.forward(part, cache).logits[0])
-        return scored(torch.cat(logits).float(), ids[0, len(context) :])
+        return score_targets(torch.cat(logits).float(), ids[0, len(context) :])
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:
         """Greedy continuations of the prompts, each ending before its first stop token."""
@@ -128,7 +133,7 @@ class Engine:
         ids = torch.tensor(rows, device=self.device)
         real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device).bool()
         state = self.prefill(ids, None if real.all() else real)
-        found: list[list[int]] = [[] for _ in prompts]
+        continuations: list[list[int]] = [[] for _ in prompts]
         live = set(range(len(prompts)))
         for step in range(max_new_tokens):
             for i in sorted(live):
@@ -136,11 +141,11 @@ class Engine:
                 if token in stop_ids:
                     live.discard(i)
                 else:
-                    found[i].append(token)
+                    continuations[i].append(token)
             if not live or step == max_new_tokens - 1:
                 break
             state = self.decode(state)
-        return found
+        return continuations
 
     def prefill(self, ids: Tensor, padding: Tensor | None = None) -> State:
         """Feed prompts [B, T]; the state's `ids` are the most likely next tokens."""
@@ -166,10 +171,10 @@ class Engine:
         slots = cache if isinstance(cache, SlotCache) else None
         if slots is not None:
             slots.expect(None if padding is None else padding[:, -ids.shape[1] :])
-        keywords = self._padded(padding, ids.shape[1])
+        keywords = self._describe_padding(padding, ids.shape[1])
         if slots is not None:
             keywords.pop("attention_mask", None)  # evicted slots have no column in it; `SlotCache.mask` knows them
-        with self._running(slots):
+        with self._run_plan(slots):
             out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=int(last) * 1, **keywords)
         if slots is not None:
             slots.settle()
@@ -182,7 +187,7 @@ class Engine:
         return DynamicCache(config=self.model.config)
 
     @staticmethod
-    def _padded(mask: Tensor | None, last: int | None = None) -> dict[str, Tensor]:
+    def _describe_padding(mask: Tensor | None, last: int | None = None) -> dict[str, Tensor]:
         """Arguments that tell the model which tokens [B, T] are padding; positions count real tokens only."""
         if mask is None or bool(mask.all()):
             return {}
@@ -190,7 +195,7 @@ class Engine:
         return {"attention_mask": mask.long(), "position_ids": positions[:, -(last or mask.shape[1]) :]}
 
     @contextlib.contextmanager
-    def _running(self, cache: SlotCache | None = None) -> Iterator[None]:
+    def _run_plan(self, cache: SlotCache | None = None) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if cache is not None:
@@ -198,12 +203,12 @@ class Engine:
                 for chain, link in (("attend_mask", cache.mask), ("attend_observe", cache.observe)):
                     self.plan.chain(chain).insert(0, link)
                     stack.callback(self.plan.chain(chain).remove, link)
-            if attention.wanted(self.plan):
-                stack.enter_context(attention.owned(self.model, self.plan))
+            if attention.changes_attention(self.plan):
+                stack.enter_context(attention.own_attention(self.model, self.plan))
             yield
 
 
-def scored(logits: Tensor, targets: Tensor) -> Scored:
+def score_targets(logits: Tensor, targets: Tensor) -> Scored:
     """What the logits [N, V] say of N targets."""
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     return Scored(float(logprobs.double().sum()), bool((logits.argmax(-1) == targets).all()), logprobs.tolist())

@@ -85,7 +85,7 @@ class StaticDecoder:
         position = self._layers[0].cumulative_length.clone().view(1, 1)
         mask = torch.zeros_like(self._places, dtype=self._layers[0].keys.dtype)
         mask = mask.masked_fill(self._places > position, float("-inf"))
-        with attention.routed(self._engine.model, NAME):
+        with attention.route_attention(self._engine.model, NAME):
             out = self._engine.model(
                 self._ids[:, None],
                 past_key_values=self._cache,
@@ -97,7 +97,7 @@ class StaticDecoder:
         self._ids.copy_(out.logits[:, -1].argmax(-1))
 
 
-def grouped(
+def attend_grouped(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -119,12 +119,12 @@ def grouped(
     return out.reshape(batch, 1, heads, -1), None
 
 
-AttentionInterface.register(NAME, grouped)
+AttentionInterface.register(NAME, attend_grouped)
 
 
 def decoders(engines: Sequence[Engine], ids: Tensor, new: int) -> tuple[list[Decoder], str]:
     """Decoders of `new` tokens after prompts of the shape of `ids`, alike for all engines, and what they are."""
-    reason = next((why for engine in engines if (why := _obstacle(engine, ids.shape[1] + new))), None)
+    reason = next((obstacle for engine in engines if (obstacle := _find_obstacle(engine, ids.shape[1] + new))), None)
     if reason is None:
         try:
             capture = CAPTURES[engines[0].device.type]
@@ -136,13 +136,13 @@ def decoders(engines: Sequence[Engine], ids: Tensor, new: int) -> tuple[list[Dec
     return list(engines), f"eager ({reason})"
 
 
-def _obstacle(engine: Engine, room: int) -> str | None:
+def _find_obstacle(engine: Engine, room: int) -> str | None:
     """Why this engine cannot decode over a static cache of `room` tokens."""
     if engine.device.type not in CAPTURES:
         return f"no graphs on {engine.device.type}"
     if engine.plan.streams:
         return "the cache evicts or encodes"
-    if attention.wanted(engine.plan):
+    if attention.changes_attention(engine.plan):
         return "the plan changes attention"
     window = getattr(engine.model.config, "sliding_window", None)
     if window is not None and window < room:

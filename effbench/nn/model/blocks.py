@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -142,16 +142,16 @@ class Blocks:
         config = self.model.config
         if not getattr(config, "do_layer_norm_before", True):  # OPT-350m norms the sum, so nothing absorbs a scale
             before_attention = before_mlp = None  # type: ignore[assignment]
-        value = _weighted(block.get_submodule(names.qkv[-1])) if len(names.qkv) == 3 else None
+        value = _if_matrix(block.get_submodule(names.qkv[-1])) if len(names.qkv) == 3 else None
         out = block.get_submodule(names.out)
         whole = not names.mlp or len(names.up) == 1
         return [
-            SharedInput(names.qkv, _scalable(before_attention), block.get_submodule(names.attention)),
+            SharedInput(names.qkv, _if_scalable(before_attention), block.get_submodule(names.attention)),
             SharedInput((names.out,), value if value is not None and _width(value) == _inputs(out) else None, out),
-            SharedInput(names.up, _scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
+            SharedInput(names.up, _if_scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
             SharedInput(
                 (names.down,),
-                _weighted(block.get_submodule(names.up[-1])) if names.linear_between else None,
+                _if_matrix(block.get_submodule(names.up[-1])) if names.linear_between else None,
                 block.get_submodule(names.down),
             ),
         ]
@@ -177,12 +177,12 @@ def dense_linears(run: Run) -> dict[str, nn.Module]:
     return linears
 
 
-def _scalable(norm: nn.Module | None) -> nn.Module | None:
+def _if_scalable(norm: nn.Module | None) -> nn.Module | None:
     """The norm if it has a weight that can absorb a scale per channel."""
     return norm if getattr(norm, "weight", None) is not None else None
 
 
-def _weighted(module: nn.Module) -> nn.Module | None:
+def _if_matrix(module: nn.Module) -> nn.Module | None:
     """The module if its weight is a plain matrix that can be rescaled in place."""
     return module if isinstance(module, nn.Linear) else None
 
@@ -193,3 +193,8 @@ def _width(module: nn.Module) -> int:
 
 def _inputs(module: nn.Module) -> int:
     return int(module.in_features) if hasattr(module, "in_features") else int(module.weight.shape[0])  # type: ignore
+
+
+def count_positions(model: Any) -> int:
+    """Positions that a model has, the most tokens that it can see."""
+    return int(getattr(model.config, "max_position_embeddings", 2048))

@@ -67,7 +67,7 @@ class Replaced(nn.Module):
         """The same container holding `weight` [out, in], rounded to what it can represent."""
         raise NotImplementedError
 
-    def packed(self) -> nn.Module:
+    def pack(self) -> nn.Module:
         """The form an artifact stores, taken on at the end of a recipe; by default itself."""
         return self
 

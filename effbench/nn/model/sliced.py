@@ -99,12 +99,12 @@ class SlicedOPT(Sliced, OPTDecoderLayer):
     """A sliced block of OPT, norms before attention and MLP."""
 
     def attend(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._dropped(self.self_attn(hidden_states=self.self_attn_layer_norm(hidden), **kwargs)[0])
+        return self._drop_out(self.self_attn(hidden_states=self.self_attn_layer_norm(hidden), **kwargs)[0])
 
     def feed(self, hidden: Tensor) -> Tensor:
-        return self._dropped(self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(hidden)))))
+        return self._drop_out(self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(hidden)))))
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def _drop_out(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout, self.training)
 
 

@@ -48,7 +48,7 @@ def require_dense(view: Blocks, index: int, names: Iterable[str]) -> None:
             raise Unsupported(f"{view.path(index, name)}: a {kind} cannot be made smaller; put this step first")
 
 
-def cuttable(run: Run, view: Blocks, names: Sequence[str]) -> list[int]:
+def find_cuttable(run: Run, view: Blocks, names: Sequence[str]) -> list[int]:
     """Blocks of whose linears called `names` none is to be left alone; raises `Unsupported` if one cannot be cut."""
     chosen = [i for i in range(len(view)) if all(run.targeted(view.path(i, name)) for name in names)]
     if not chosen:
@@ -82,7 +82,7 @@ def _cut(linear: nn.Module, name: str, index: Tensor, dim: int) -> None:
 
 
 def heads(view: Blocks, index: int) -> Heads:
-    """Heads of block `index`; what the configuration says is not asked, for blocks may differ."""
+    """Heads of block `index`, from the shapes of its weights: the configuration has one number for all blocks."""
     block, names = view.blocks[index], view.names
     attention = block.get_submodule(names.attention)
     size = int(getattr(attention, "head_dim", None) or attention.head_size)  # type: ignore[arg-type]
@@ -99,21 +99,21 @@ def keep_groups(view: Blocks, index: int, keep: Tensor) -> None:
     """
     block, names = view.blocks[index], view.names
     require_dense(view, index, (*names.qkv, names.out))
-    found = heads(view, index)
+    division = heads(view, index)
     attention = block.get_submodule(names.attention)
-    served = channels(keep, found.share * found.size)
+    served = channels(keep, division.share * division.size)
     outputs: tuple[Tensor, ...]
     if len(names.qkv) == 3:
-        key_value = channels(keep, found.size)
+        key_value = channels(keep, division.size)
         outputs = (served, key_value, key_value)
     elif names.interleaved:
-        outputs = (channels(keep, 3 * found.size),)
+        outputs = (channels(keep, 3 * division.size),)
     else:
-        outputs = (torch.cat([served + part * found.queries * found.size for part in range(3)]),)
+        outputs = (torch.cat([served + part * division.queries * division.size for part in range(3)]),)
     for name, rows in zip(names.qkv, outputs, strict=True):
         keep_outputs(block.get_submodule(name), rows)
     keep_inputs(block.get_submodule(names.out), served)
-    _set_if_there(attention, num_heads=len(keep) * found.share, split_size=len(served))
+    _set_if_there(attention, num_heads=len(keep) * division.share, split_size=len(served))
 
 
 def channels(heads: Tensor, size: int) -> Tensor:

@@ -39,13 +39,13 @@ IGNORED = -100  # label of a token that is not learned
 class FitSettings:
     """The hyper-parameters of a fit."""
 
-    steps: int = 200
-    lr: float = 1e-4
-    batch_size: int = 8
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    steps: int = 200  # of the optimizer
+    lr: float = 1e-4  # peak of the learning rate
+    batch_size: int = 8  # examples per step
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate after the warm-up
     warmup: float = 0.03  # fraction of the steps
     clip: float | None = 1.0  # largest gradient norm
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW, on every trained parameter
     max_length: int = 512  # tokens of an example
 
 

@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-from effbench.report.groups import Table, machine
-from effbench.report.metrics import natural
+from effbench.report.groups import Table, get_machine
+from effbench.report.metrics import natural_key
 from effbench.report.text import one_line
 
 START = (
@@ -22,7 +22,7 @@ def page(tables: Sequence[Table]) -> str:
     bounded = {name for r in records for name, metric in r.metrics.items() if metric.low is not None}
     columns = [
         (name, part)
-        for name in sorted({name for record in records for name in record.metrics}, key=natural)
+        for name in sorted({name for record in records for name in record.metrics}, key=natural_key)
         for part in (("value", "low", "high") if name in bounded else ("value",))
     ]
     out = io.StringIO()
@@ -34,7 +34,7 @@ def page(tables: Sequence[Table]) -> str:
         start = (
             cell.suite, cell.suite_version, cell.recipe, cell.steps, cell.model, cell.seed, record.outcome,
             one_line(record.reason), str(record.simulated).lower(),
-            machine(record) or cell.settings.get("machine"),
+            get_machine(record) or cell.settings.get("machine"),
         )  # fmt: skip
         values = [getattr(record.metrics.get(name), part, None) for name, part in columns]
         writer.writerow([*start, *values, cell.tier, record.name])

@@ -61,13 +61,13 @@ def fit(grid: Grid, width: int) -> tuple[list[str], list[str]]:
     columns = list(zip(grid.header, *grid.rows, strict=True))
     short = [tuple(INTERVAL.sub("", cell) for cell in column) for column in columns[1:]]
     omitted: list[str] = []
-    if _total(columns) > width and short != columns[1:]:
+    if _measure_width(columns) > width and short != columns[1:]:
         columns[1:] = short
         omitted.append("intervals")
-    beside = _total(columns[:2]) <= width
+    beside = _measure_width(columns[:2]) <= width
     names = columns.pop(0) if not beside else None
     dropped: list[str] = []
-    while _total(columns) > width and len(columns) > 1:
+    while _measure_width(columns) > width and len(columns) > 1:
         dropped.insert(0, columns.pop()[0])
     lines = _align(columns)
     if names is not None:
@@ -75,7 +75,7 @@ def fit(grid: Grid, width: int) -> tuple[list[str], list[str]]:
     return lines, [*omitted, *dropped]
 
 
-def _total(columns: Sequence[Sequence[str]]) -> int:
+def _measure_width(columns: Sequence[Sequence[str]]) -> int:
     return sum(max(map(len, column)) for column in columns) + len(GAP) * (len(columns) - 1)
 
 

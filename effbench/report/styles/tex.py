@@ -19,7 +19,7 @@ CHARACTERS = {
 
 def page(sheets: Sequence[Sheet], note: str) -> str:
     """A whole file to be included; `note` says how it was made."""
-    return "\n\n".join([f"% {note} Needs \\usepackage{{booktabs}}.", *map(_tables, sheets)]) + "\n"
+    return "\n\n".join([f"% {note} Needs \\usepackage{{booktabs}}.", *map(_write_tables, sheets)]) + "\n"
 
 
 def escape(text: str) -> str:
@@ -27,7 +27,7 @@ def escape(text: str) -> str:
     return "".join(CHARACTERS.get(character, character) for character in text)
 
 
-def _tables(sheet: Sheet) -> str:
+def _write_tables(sheet: Sheet) -> str:
     tables = []
     for grid in sheet.grids:
         align = "".join("r" if numeric_column(column) else "l" for column in zip(*grid.rows, strict=True))

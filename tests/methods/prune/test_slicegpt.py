@@ -18,6 +18,7 @@ from effbench.core.recipe import parse_step
 from effbench.formats.integer import IntLinear
 from effbench.methods.prune.slicegpt import SliceGPT, principal
 from effbench.nn.files import artifact
+from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import stored_bytes
 from effbench.nn.model.sliced import RMS, Sliced, fuse_norms
@@ -26,15 +27,6 @@ from effbench.nn.run import ModelRun
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt2")
 IDS = torch.arange(48).view(2, 24) * 7 % (VOCABULARY - 1) + 1
 LAYERS, MLP, POSITIONS = 2, 256, 256
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Any:
-    """One thread: several only get in each other's way on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -326,7 +318,7 @@ def test_four_bits_after_slicing() -> None:
     run = toy_run()
     run.apply(SliceGPT())
     run.apply(parse_step("rtn(bits=4, group_size=32)"))
-    assert torch.isfinite(run.engine().logits(IDS)).all()
+    assert torch.isfinite(open_engine(run).logits(IDS)).all()
     again = toy_run()
     again.apply(SliceGPT())
     with pytest.raises(Unsupported, match="width 96 is not a multiple of group_size 128"):
@@ -338,14 +330,14 @@ def test_decoding_with_a_cache_is_decoding_without(architecture: str) -> None:
     run = uneven(architecture)
     run.apply(SliceGPT(slice_head=architecture == "gpt2"))
     prompts = [[5, 9, 2, 40], [7, 8]]
-    found = run.engine().generate(prompts, 6, set())
+    found = open_engine(run).generate(prompts, 6, set())
     for prompt, tokens in zip(prompts, found, strict=True):
         ids = list(prompt)
         for _ in range(6):
             with torch.no_grad():
                 ids.append(int(run.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         assert tokens == ids[len(prompt) :]
-    scored = run.engine().score([([5, 9], [2, 40, 3])]), run.engine().score([([5, 9], [2, 40, 3])], block=1)
+    scored = open_engine(run).score([([5, 9], [2, 40, 3])]), open_engine(run).score([([5, 9], [2, 40, 3])], block=1)
     assert scored[0][0].logprob == pytest.approx(scored[1][0].logprob, abs=1e-4)
 
 

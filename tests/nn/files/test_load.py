@@ -16,6 +16,7 @@ from effbench.checks import TOYS, toy
 from effbench.core.errors import Outcome, Refused, Unsupported
 from effbench.nn.data import read_folder
 from effbench.nn.files.load import open_run
+from effbench.nn.infer.engine import open_engine
 
 SETTINGS = {"calibration_sequences": 2, "calibration_length": 32}
 
@@ -52,7 +53,7 @@ def test_local_folders_run(tmp_path, architecture):
 
     run.apply(parse_step("rtn()"))
     run.finish()
-    assert torch.isfinite(run.engine().logits(run.data.heldout_ids(32)[None])).all()
+    assert torch.isfinite(open_engine(run).logits(run.data.heldout_ids(32)[None])).all()
     assert len(run.log.layers) == {"llama": 14, "opt": 12, "gpt2": 8}[architecture]
 
 
@@ -177,5 +178,5 @@ def test_a_saved_compressed_model_opens_as_a_folder(tmp_path, folder):
     artifact.save(run.model, tmp_path / "saved", run.storage)
     again = opened(tmp_path / "saved")
     ids = run.data.heldout_ids(32)[None]
-    assert torch.equal(again.engine().logits(ids), run.engine().logits(ids))
+    assert torch.equal(open_engine(again).logits(ids), open_engine(run).logits(ids))
     shutil.rmtree(tmp_path / "saved")

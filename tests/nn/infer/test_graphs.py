@@ -276,7 +276,7 @@ def test_grouped_attention_is_attention_over_the_tokens_held(device, dtype, tole
     for held in (1, 17, 48):
         mask = torch.zeros(1, 1, 1, 48, device=device, dtype=dtype)
         mask[..., held:] = float("-inf")
-        out, _ = graphs.grouped(None, query, key, value, mask, scaling=0.3)
+        out, _ = graphs.attend_grouped(None, query, key, value, mask, scaling=0.3)
         ours, theirs = (t[:, :, :held].double().repeat_interleave(groups, 1) for t in (key, value))
         weights = (query.double() @ ours.transpose(2, 3) * 0.3).softmax(-1)
         torch.testing.assert_close(out.double(), (weights @ theirs).transpose(1, 2), rtol=tolerance, atol=tolerance)

@@ -1,0 +1,241 @@
+"""What every metric means: the one place that tables, listings and pages take units and definitions from.
+
+Metrics of points, tasks and kinds of memory are named by patterns: `{batch}` and `{context}` are numbers, `{task}` is
+a task of lm-eval, `{peak}` a way to count memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Literal
+
+Better = Literal["higher", "lower", "neither"]
+Family = Literal[
+    "perplexity", "accuracy", "distance", "quality", "size", "memory", "speed", "compute", "energy", "cost"
+]
+
+FIELDS = {
+    "batch": r"\d+",
+    "context": r"\d+",
+    "task": r"\w[\w.:+-]*",
+    "filter": r"[\w.+-]+",
+    "metric": r"[\w./-]+",
+    "peak": "rss|allocated|reserved|process",
+    "phase": "prefill|decode",
+    "verb": "score|generate",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """What a metric, or all of a pattern, means."""
+
+    pattern: str
+    family: Family
+    unit: str  # of the number as it is recorded
+    better: Better
+    meaning: str  # one sentence
+
+    @functools.cached_property
+    def regex(self) -> re.Pattern[str]:
+        """Matches the names of the pattern; its groups are the fields."""
+        parts = re.split(r"\{(\w+)\}", self.pattern)
+        return re.compile(
+            "".join(f"(?P<{part}>{FIELDS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+        )
+
+
+DEFINITIONS: tuple[Definition, ...] = (
+    # Quality on held-out text
+    Definition(
+        "token_ppl", "perplexity", "", "lower",
+        "The exponential of the mean negative log-likelihood per token of the held-out text.",
+    ),
+    Definition(
+        "kl_nats_per_token", "distance", "nats", "lower",
+        "The mean KL divergence of the model's next-token distribution from that of the unchanged model.",
+    ),
+    Definition(
+        "top1_agreement", "distance", "fraction", "higher",
+        "The share of tokens for which the most likely next token is that of the unchanged model.",
+    ),
+    Definition(
+        "flips", "distance", "fraction", "lower",
+        "The share of tokens for which the most likely next token is not that of the unchanged model.",
+    ),
+    # Quality on tasks
+    Definition(
+        "tasks_acc", "accuracy", "fraction", "higher",
+        "The mean of the accuracies of all tasks, each task with the same weight.",
+    ),
+    Definition(
+        "prompt_kept", "quality", "fraction", "neither",
+        "The tokens of all prompts after prompt compression over those before.",
+    ),
+    Definition(
+        "{task}_acc", "accuracy", "fraction", "higher",
+        "The share of items for which the right choice has the highest log-likelihood.",
+    ),
+    Definition(
+        "{task}_acc_norm", "quality", "fraction", "higher",
+        "The share of items for which the right choice has the highest log-likelihood per byte.",
+    ),
+    Definition(
+        "{task}_exact_match", "accuracy", "fraction", "higher",
+        "The share of items whose generated answer is the reference answer.",
+    ),
+    Definition(
+        "{task}_f1", "quality", "fraction", "higher",
+        "The F1 score of the answers of a task, as lm-eval computes it.",
+    ),
+    Definition(
+        "{task}_mcc", "quality", "", "higher",
+        "Matthews' correlation of the answers of a task with the labels.",
+    ),
+    Definition(
+        "{task}_word_ppl", "perplexity", "", "lower",
+        "The exponential of the negative log-likelihood of the texts of a task per word.",
+    ),
+    Definition(
+        "{task}_byte_ppl", "perplexity", "", "lower",
+        "The exponential of the negative log-likelihood of the texts of a task per byte.",
+    ),
+    Definition(
+        "{task}_bits_per_byte", "quality", "bits", "lower",
+        "The negative log-likelihood of the texts of a task per byte, in bits.",
+    ),
+    Definition(
+        "{task}_ppl", "perplexity", "", "lower",
+        "The exponential of the mean negative log-likelihood of the continuations of a task.",
+    ),
+    Definition(
+        "{task}_lm_eval_{metric}", "quality", "", "neither",
+        "A metric of a task as lm-eval computes it, under lm-eval's name.",
+    ),
+    # Size
+    Definition("weight_bytes", "size", "bytes", "lower", "The bytes of all weights as saved, without their metadata."),
+    Definition(
+        "metadata_bytes", "size", "bytes", "lower",
+        "The bytes of scales, zero-points, indices and masks as saved.",
+    ),
+    Definition("stored_bytes", "size", "bytes", "lower", "The bytes of the saved model: weights and metadata."),
+    Definition("reference_bytes", "size", "bytes", "neither", "The bytes of the unchanged model as saved."),
+    Definition("compression", "size", "ratio", "higher", "The bytes of the unchanged model over those of this one."),
+    Definition(
+        "bits_per_weight", "size", "bits", "lower",
+        "The stored bits, with metadata, per weight of the compressed linears.",
+    ),
+    Definition(
+        "model_bits_per_weight", "size", "bits", "lower",
+        "All stored bits over the number of parameters of the unchanged model.",
+    ),
+    Definition("resident_bytes", "memory", "bytes", "lower", "The bytes of all tensors as held for computing."),
+    Definition(
+        "decode_weight_bytes", "memory", "bytes", "lower",
+        "The bytes of weights, as resident, that one decoding step reads.",
+    ),
+    Definition(
+        "{verb}_peak_{peak}_bytes", "memory", "bytes", "lower",
+        "The most memory held while scoring or generating, above what was held before.",
+    ),
+    # Speed
+    Definition(
+        "{phase}_speedup_b{batch}_c{context}", "speed", "ratio", "higher",
+        "How many times faster than the unchanged model, timed in turns with it in one process.",
+    ),
+    Definition(
+        "{phase}_tok_per_s_b{batch}_c{context}", "speed", "tokens/s", "higher",
+        "Tokens of all sequences of a batch per second.",
+    ),
+    Definition(
+        "decode_ms_per_token_b{batch}_c{context}", "speed", "ms", "lower",
+        "Time of one decoding step of the whole batch.",
+    ),
+    Definition(
+        "prefill_launch_overhead_ms_b{batch}_c{context}", "speed", "ms", "lower",
+        "Time of a prefill in which the host works and the GPU waits.",
+    ),
+    Definition(
+        "decode_launch_overhead_ms_per_token_b{batch}_c{context}", "speed", "ms", "lower",
+        "Time of a decoding step in which the host works and the GPU waits.",
+    ),
+    Definition(
+        "decode_floor_ms_per_token_b{batch}_c{context}", "speed", "ms", "lower",
+        "The time in which the device could read the weights of one decoding step.",
+    ),
+    Definition(
+        "decode_percent_of_bandwidth_b{batch}_c{context}", "speed", "%", "higher",
+        "The share of the device's memory bandwidth that decoding attains.",
+    ),
+    Definition(
+        "prefill_percent_of_matmul_b{batch}_c{context}", "speed", "%", "higher",
+        "The share of the device's 16- or 32-bit matrix throughput that prefill attains.",
+    ),
+    Definition(
+        "memory_bandwidth_bytes_per_s", "speed", "bytes/s", "neither",
+        "The larger of the device's rates of copying and of reading memory.",
+    ),
+    Definition(
+        "memory_copy_bytes_per_s", "speed", "bytes/s", "neither",
+        "Bytes read and written per second of copying.",
+    ),
+    Definition("memory_read_bytes_per_s", "speed", "bytes/s", "neither", "Bytes read per second of summing."),
+    Definition("matmul_flop_per_s", "speed", "FLOP/s", "neither", "Operations per second of a large dense product."),
+    Definition("graph_node_us", "speed", "µs", "neither", "Time of one almost empty kernel within a CUDA graph."),
+    # Operations and energy
+    Definition(
+        "score_flops_per_token_c{context}", "compute", "FLOP", "lower",
+        "Floating-point operations per token of scoring a text of this length.",
+    ),
+    Definition(
+        "decode_flops_per_token_c{context}", "compute", "FLOP", "lower",
+        "Floating-point operations of decoding one token after this many.",
+    ),
+    Definition("flops_2d", "compute", "FLOP", "lower", "Two operations for every entry of every linear, per token."),
+    Definition(
+        "{phase}_energy_j_per_token_b{batch}_c{context}", "energy", "J", "lower",
+        "Energy of the whole GPU per token, idle power included.",
+    ),
+    Definition(
+        "idle_power_w", "energy", "W", "neither",
+        "Power of the GPU with the model resident and nothing running.",
+    ),
+    # What applying the recipe costs
+    Definition("apply_seconds", "cost", "s", "lower", "Time that all steps of the recipe took."),
+    Definition(
+        "apply_peak_{peak}_bytes", "cost", "bytes", "lower",
+        "The most memory that a step of the recipe held above what was held before it.",
+    ),
+    Definition(
+        "calibration_tokens", "cost", "tokens", "lower",
+        "The tokens of calibration text that statistics were taken from.",
+    ),
+)  # fmt: skip
+
+# What a listing shows of a record.
+HEADLINES = ("stored_bytes", "bits_per_weight", "token_ppl", "kl_nats_per_token", "top1_agreement", "tasks_acc")
+
+
+class Undefined(KeyError):
+    """A metric that nobody has defined."""
+
+
+@functools.cache
+def describe(name: str) -> Definition:
+    """The definition of a metric by its name. Raises `Undefined`.
+
+    A name that is no pattern's counts before patterns, and of patterns the first. A task of lm-eval may have several
+    filters: the metrics of all but the first have the filter's name at their end.
+    """
+    exact = next((one for one in DEFINITIONS if one.pattern == name), None)
+    if exact is not None:
+        return exact
+    for definition in DEFINITIONS:
+        if definition.regex.fullmatch(name):
+            return definition
+    for definition in DEFINITIONS:
+        if "{task}" in definition.pattern and re.fullmatch(f"{definition.regex.pattern}_{FIELDS['filter']}", name):
+            return definition
+    raise Undefined(f"metric {name!r} has no definition in effbench/records/definitions.py")

@@ -1,0 +1,92 @@
+"""What holds of every quantizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toys_quant import make_layer, stub_run, tiny
+
+from effbench.core.errors import Unsupported, Usage
+from effbench.methods.quant.awq import AWQ
+from effbench.methods.quant.fp8_weight import FP8Weight
+from effbench.methods.quant.gptq import GPTQ
+from effbench.methods.quant.nf4 import NF4
+from effbench.methods.quant.quip_sharp import QuIPSharp
+from effbench.methods.quant.rtn import RTN
+from effbench.methods.quant.squeezellm import SqueezeLLM
+from effbench.nn.kinds.weights import stream
+from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.linear import dense_weight
+
+
+def test_settings_no_data_can_mend_are_usage_errors() -> None:
+    for make in (
+        lambda: RTN(bits=5),
+        lambda: RTN(group_size=0),
+        lambda: RTN(grid="awq", mse=True),
+        lambda: GPTQ(bits=1),
+        lambda: GPTQ(group_size=None, static_groups=True),
+        lambda: GPTQ(damp=0.0),
+        lambda: AWQ(bits=16),
+        lambda: AWQ(grid=0),
+        lambda: QuIPSharp(bits=8),
+        lambda: NF4(block=0),
+        lambda: SqueezeLLM(bits=8),
+        lambda: SqueezeLLM(outliers=1.0),
+        lambda: FP8Weight(granularity="group"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(Usage):
+            make()
+
+
+@pytest.mark.parametrize("method", [RTN(), GPTQ(), AWQ()])
+def test_width_that_groups_do_not_divide(method: Any) -> None:
+    with pytest.raises(Unsupported, match=r"up_proj: width 56 is not a multiple of group_size 128"):
+        layer = make_layer(width=56)
+        method._quantize(layer, None) if isinstance(method, AWQ) else method.compress(layer)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        RTN(group_size=32),
+        RTN(grid="awq", group_size=32, bits=2),
+        GPTQ(group_size=32),
+        GPTQ(group_size=32, act_order=True, symmetric=True),
+        NF4(),
+        SqueezeLLM(bits=3),
+        FP8Weight(),
+    ],
+    ids=str,
+)
+def test_pruned_weights_stay_zero(method: Any) -> None:
+    layer = make_layer(pruned=0.5)
+    weight = dense_weight(method.compress(layer))
+    assert layer.kept is not None and not weight[~layer.kept].any()
+    assert weight[layer.kept].count_nonzero() > 0.5 * layer.kept.sum()
+
+
+EVERY = [RTN(), GPTQ(), AWQ(), NF4(), FP8Weight(), SqueezeLLM(), QuIPSharp(bits=4, tune_iters=0)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("method", EVERY, ids=lambda method: method.key)
+def test_on_whole_models(method: Any, kind: str) -> None:
+    model = tiny(kind)
+    ids = torch.arange(24)[None]
+    before = model(ids).logits
+    if hasattr(method, "group_size"):
+        method = type(method)(group_size=32)
+    run = stub_run(model)
+    stream(run, method)
+    after = model(ids).logits
+    linears = [module for _, module in Blocks(model).linears()]
+    assert not any(isinstance(module, nn.Linear) for module in linears)
+    error = (after - before).norm() / before.norm()
+    assert 1e-4 < error < 0.3
+    again = tiny(kind)
+    stream(stub_run(again), method)
+    assert torch.equal(again(ids).logits, after)
