@@ -9,15 +9,12 @@ import dataclasses
 from pathlib import Path
 
 from effbench.core.errors import Usage
-from effbench.core.paths import PACKAGE
+from effbench.core.paths import PUBLISHED
 from effbench.core.usage import Count, Positive, Seed, named_path, one_of
 
 TIERS = ("quick", "full")
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-PUBLISHED = PACKAGE.parent / "results"  # of a checkout; `effbench publish` alone writes there
-
 
 @dataclasses.dataclass
 class RunOptions:
@@ -52,7 +49,7 @@ class RunOptions:
             raise Usage(f"seeds={self.seeds}: must be different whole numbers")
         one_of("tier", self.tier, TIERS)
         one_of("dtype", self.dtype, DTYPES)
-        if self.folder.resolve() == PUBLISHED.resolve():
+        if PUBLISHED is not None and self.folder.resolve() == PUBLISHED.resolve():
             raise Usage(f"results={self.results}: holds what is published; choose another folder, such as results=runs")
 
     @property

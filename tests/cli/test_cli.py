@@ -19,8 +19,9 @@ import yaml
 from effbench import sources
 from effbench.cells import local as executors
 from effbench.cells import plan as runner
-from effbench.cells.options import PUBLISHED, RunOptions
+from effbench.cells.options import RunOptions
 from effbench.cli import main as cli
+from effbench.core.paths import PUBLISHED
 from effbench.nn.files.load import open_model
 from effbench.records.store import Store, latest
 
