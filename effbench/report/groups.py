@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from effbench.records.definitions import describe
+from effbench.records.definitions import Undefined, describe
 from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, Cell, Record
 from effbench.report.metrics import natural_key
@@ -172,7 +172,14 @@ def _share_state(table: Table, other: Table) -> bool:
 
 def _drop_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     """The metrics that do not depend on the host."""
-    return {name: metric for name, metric in metrics.items() if describe(name).family not in OF_A_HOST}
+    return {name: metric for name, metric in metrics.items() if _holds_anywhere(name)}
+
+
+def _holds_anywhere(name: str) -> bool:
+    try:
+        return describe(name).family not in OF_A_HOST
+    except Undefined:
+        return False
 
 
 def _take_newest(records: Sequence[Record]) -> Table:

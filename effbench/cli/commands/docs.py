@@ -23,18 +23,18 @@ def _docs(arguments: argparse.Namespace) -> int:
     if options.to is None:
         raise Usage("to= is missing: effbench docs to=FOLDER")
 
+    from effbench.report.glossary import write_page
     from effbench.report.methods import index
 
     folder = Path(options.to).expanduser()
-    path = folder / "methods.md"
-    text = index(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Usage(f"to={options.to}: cannot write there ({error.strerror})") from None
-    print(f"wrote {path}")
+    for name, text in {"methods.md": index(folder), "metrics.md": write_page()}.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise Usage(f"to={options.to}: cannot write there ({error.strerror})") from None
+        print(f"wrote {folder / name}")
     return 0
 
 
-COMMAND = Command(_docs, "write the index of methods as a page", options=DocsOptions)
+COMMAND = Command(_docs, "write the index of methods and the glossary of metrics as pages", options=DocsOptions)

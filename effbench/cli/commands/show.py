@@ -37,6 +37,8 @@ def _show(arguments: argparse.Namespace) -> int:
         return _show_method(registry.find(name), results, arguments.json)
 
     from effbench.cells import suite
+    from effbench.records.definitions import Undefined, describe
+    from effbench.report.glossary import write_line
 
     methods, presets = registry.catalog(), registry.presets()
     if name in methods:
@@ -46,7 +48,12 @@ def _show(arguments: argparse.Namespace) -> int:
     if name in presets:
         print(json.dumps({"preset": name, "steps": presets[name]}) if arguments.json else f"{name}: {presets[name]}")
         return 0
-    raise Usage(f"unknown name {name!r}{nearest(name, [*methods, *presets, *suite.names()])}")
+    try:
+        definition = describe(name)
+    except Undefined:
+        raise Usage(f"unknown name {name!r}{nearest(name, [*methods, *presets, *suite.names()])}") from None
+    print(json.dumps(dataclasses.asdict(definition)) if arguments.json else write_line(definition))
+    return 0
 
 
 def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
@@ -161,7 +168,7 @@ def _measured(key: str, results: Path) -> list[dict[str, Any]]:
 COMMAND = Command(
     _show,
     "describe a method, suite or preset: parameters, rows, what was measured",
-    {"name": "of a method, suite or preset; or FILE.py, FILE.py:CLASS, FILE.yaml"},
+    {"name": "of a method, suite, preset or metric; or FILE.py, FILE.py:CLASS, FILE.yaml"},
     ShowOptions,
     JSON,
 )
