@@ -16,6 +16,7 @@ TIERS = ("quick", "full")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+
 @dataclasses.dataclass
 class RunOptions:
     """What `effbench run` can be told."""
