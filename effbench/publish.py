@@ -89,9 +89,9 @@ def _choose_model(chosen: Suite, tier: str, model: str, tables: Sequence[Table],
     if not alike:
         raise Usage(f"{what}: no own records with the settings of the suite; {run_again}")
     if len(alike) > 1:
-        places = ", ".join(sorted(f"{table.host} ({len(table.records)} cells)" for table in alike))
+        places = ", ".join(sorted(f"{table.host} ({_count_own(table)} cells)" for table in alike))
         raise Usage(f"{what}: measured on several hosts, or with several settings of one: {places}; keep one in runs=")
-    rows = {row.steps: row for row in alike[0].rows}
+    rows = {row.steps: row for row in alike[0].rows if not row.elsewhere}
     due = {str(recipe): tuple(plan.seeds if seeded(recipe) else plan.seeds[:1]) for recipe in plan.recipes}
     names = {str(recipe): recipe.name for recipe in plan.recipes}
     missing = [
@@ -124,6 +124,10 @@ def _is_as_planned(cell: Cell, plan: Tier) -> bool:
     settings = {name: value for name, value in cell.settings.items() if name not in PLACE and value is not None}
     dtype = {"dtype": "float32"} if cell.settings.get("device") == "cpu" else {}
     return cell.data == sources.data(None).name and settings == plan.settings | dtype
+
+
+def _count_own(table: Table) -> int:
+    return sum(len(row.records) for row in table.rows if not row.elsewhere)
 
 
 def _list_seeds(row: Row | None) -> set[int]:

@@ -21,7 +21,6 @@ from effbench.core.run import RunLog
 from effbench.machine import devices
 from effbench.machine.gate import Gate, Tell
 from effbench.ops import backend_calls
-from effbench.records.plain import plain
 from effbench.records.record import Record
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         protocols=findings.protocols,
         kernels=backend_calls(),
         facts=facts(recipe, log.calibration_sequences or settings.get("calibration_sequences")),
-        log=plain(log.to_json() | {"phases": findings.seconds} | shortfall),
+        log=log.to_json() | {"phases": findings.seconds} | shortfall,
         environment=environment,
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - begin - findings.seconds["wait"], 3),

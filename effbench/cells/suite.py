@@ -137,7 +137,7 @@ class Suite:
         recipe = parse(steps)
         if not recipe.steps:
             raise Usage("recipe=: name at least one step")
-        return next((row for row in self.recipes if row.steps == recipe.steps), _named(recipe, str(recipe)))
+        return next((row for row in self.recipes if row.steps == recipe.steps), _named(recipe, recipe.label))
 
 
 def names() -> list[str]:

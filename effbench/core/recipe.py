@@ -79,12 +79,12 @@ def parse_step(text: str) -> Method:
 
 def unique(recipes: Iterable[Recipe]) -> list[Recipe]:
     """The recipes, or `Usage` when two share a name."""
-    found: dict[str, Recipe] = {}
+    by_name: dict[str, Recipe] = {}
     for recipe in recipes:
-        if recipe.name in found:
+        if recipe.name in by_name:
             raise Usage(f"two recipes are called {recipe.name!r}: give one of them another name")
-        found[recipe.name] = recipe
-    return list(found.values())
+        by_name[recipe.name] = recipe
+    return list(by_name.values())
 
 
 def _calls(text: str) -> list[ast.Call]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import numbers
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from effbench.core.errors import Conflict
+from effbench.core.plain import plain
 
 if TYPE_CHECKING:
     from effbench.core.kinds import Swap
@@ -136,22 +136,9 @@ class RunLog:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # a method's own remarks
 
     def to_json(self) -> dict[str, Any]:
-        """The log as JSON's own types; what nothing was written to is left out, but for `steps`."""
+        """The log in plain values; what nothing was written to is left out, but for `steps`."""
         entries = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: _to_json(value) for name, value in entries.items() if value or name == "steps"}
-
-
-def _to_json(value: Any) -> Any:
-    """`value` in types that JSON knows; what is none of them is kept as its text."""
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, dict):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_to_json(item) for item in value]
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else str(value)
+        return {name: plain(value) for name, value in entries.items() if value or name == "steps"}
 
 
 class Run(abc.ABC):

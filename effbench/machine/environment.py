@@ -79,13 +79,13 @@ def usable_cores() -> int:
 
 def packages() -> dict[str, str]:
     """Versions of what decides numbers; a package that is not installed is absent."""
-    found = {"effbench": effbench.__version__}
+    versions = {"effbench": effbench.__version__}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def cpu_model() -> str:

@@ -32,6 +32,6 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 def _streamed(engine: Engine, text: Windows, block: int) -> list[float]:
     pairs = [(window[:1], window[1:]) for window in text.ids.tolist()]
-    found = [scored.nll for scored in engine.score(pairs, block=block)]
+    values = [scored.nll for scored in engine.score(pairs, block=block)]
     engine.verify()
-    return found
+    return values

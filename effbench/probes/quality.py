@@ -65,13 +65,13 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     with quiet():
         tasks = load(wanted, run.data.task_paths)
         limit = settings.get("limit")
-        found = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+        evaluated = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     engine.verify()
     width = str(next(run.model.parameters()).dtype).removeprefix("torch.")
     findings = {"cut_contexts": lm.truncated} if lm.truncated else {}  # of all tasks together
     for name, task in sorted(tasks["tasks"].items()):
         how = f"lm-eval {metadata.version('lm_eval')}, {width}, {lm.protocol(task)}"
-        _report(reading, name, task, found["samples"][name], found["results"][name], how, findings)
+        _report(reading, name, task, evaluated["samples"][name], evaluated["results"][name], how, findings)
     _mean(reading, sorted(tasks["tasks"]))
     if lm.rewrites:
         before, after = (
@@ -135,8 +135,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super().loglikelihood(list(map(self._rewritten, requests)), True)
-        return found
+        scores: list[tuple[float, bool]] = super().loglikelihood(list(map(self._rewritten, requests)), True)
+        return scores
 
     def _rewritten(self, request: Any) -> Any:
         """The request with its prompt shortened by the plan's prompt methods."""

@@ -75,19 +75,19 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """
     new = new_tokens(run, settings)
     seconds = settings.get("speed_seconds") or SECONDS.get(run.device.type, SECONDS["cpu"])
-    found, reading = ceilings(run.device), Reading()
-    _report_ceilings(reading, found, run.device)
+    limits, reading = ceilings(run.device), Reading()
+    _report_ceilings(reading, limits, run.device)
     reading.add(
         "decode_weight_bytes",
         decode_weight_bytes(run.model),
         "resident, read by one decoding step: all but tables that only the input uses",
     )
     for point in points(run, settings):
-        _take_point(reading, run, point, new, seconds, found)
+        _take_point(reading, run, point, new, seconds, limits)
     return reading
 
 
-def _take_point(reading: Reading, run: ModelRun, point: Point, new: int, seconds: float, found: Ceilings) -> None:
+def _take_point(reading: Reading, run: ModelRun, point: Point, new: int, seconds: float, limits: Ceilings) -> None:
     """Time one point; its caches and graphs are gone when it is done."""
     engines = open_engine(run), open_engine(run, run.reference)
     ids = prompts(run, point, new, engines[0].max_length)
@@ -101,7 +101,7 @@ def _take_point(reading: Reading, run: ModelRun, point: Point, new: int, seconds
     if watch.rows:
         reading.samples[f"speed_state_{point}"] = [*watch.rows]
     _report(reading, run, point, new, (prefill, decode), seconds / 2, how, watch.findings())
-    _report_percent(reading, run, point, prefill, decode, found)
+    _report_percent(reading, run, point, prefill, decode, limits)
 
 
 def points(run: ModelRun, settings: Mapping[str, Any]) -> list[Point]:
@@ -233,28 +233,30 @@ def _report(
             reading.add(f"{phase}_launch_overhead_{unit}_{point}", gap, what)
 
 
-def _report_ceilings(reading: Reading, found: Ceilings, device: torch.device) -> None:
+def _report_ceilings(reading: Reading, limits: Ceilings, device: torch.device) -> None:
     measured = described(device)
-    reading.add("memory_bandwidth_bytes_per_s", found.bandwidth, f"the larger of copying and reading, {measured}")
-    reading.add("memory_copy_bytes_per_s", found.copy_bytes_per_s, f"read and written, {measured}")
-    reading.add("memory_read_bytes_per_s", found.read_bytes_per_s, f"summed, {measured}")
-    reading.add("matmul_flop_per_s", found.matmul_flop_per_s, f"square {found.matmul_dtype} matrices of random numbers")
-    if found.graph_node_s is not None:
-        reading.add("graph_node_us", 1e6 * found.graph_node_s, "one addition of one number within a CUDA graph")
+    reading.add("memory_bandwidth_bytes_per_s", limits.bandwidth, f"the larger of copying and reading, {measured}")
+    reading.add("memory_copy_bytes_per_s", limits.copy_bytes_per_s, f"read and written, {measured}")
+    reading.add("memory_read_bytes_per_s", limits.read_bytes_per_s, f"summed, {measured}")
+    reading.add(
+        "matmul_flop_per_s", limits.matmul_flop_per_s, f"square {limits.matmul_dtype} matrices of random numbers"
+    )
+    if limits.graph_node_s is not None:
+        reading.add("graph_node_us", 1e6 * limits.graph_node_s, "one addition of one number within a CUDA graph")
 
 
 def _report_percent(
-    reading: Reading, run: ModelRun, point: Point, prefill: Paired, decode: Paired, found: Ceilings
+    reading: Reading, run: ModelRun, point: Point, prefill: Paired, decode: Paired, limits: Ceilings
 ) -> None:
     """What was attained of what this device attains at most."""
     step = intervals.median(decode.seconds()).value
-    floor = decode_weight_bytes(run.model) / found.bandwidth
+    floor = decode_weight_bytes(run.model) / limits.bandwidth
     what = "decode_weight_bytes over memory_bandwidth_bytes_per_s, keys and values not counted"
     reading.add(f"decode_floor_ms_per_token_{point}", 1000 * floor, what)
     reading.add(f"decode_percent_of_bandwidth_{point}", 100 * floor / step, f"{what}, over the step")
     rate = prefill_flops(run.model, point) / intervals.median(prefill.seconds()).value
-    what = f"2 x entries of all linears as if dense, the head for last tokens alone, over {found.matmul_dtype} matmul"
-    reading.add(f"prefill_percent_of_matmul_{point}", 100 * rate / found.matmul_flop_per_s, what)
+    what = f"2 x entries of all linears as if dense, the head for last tokens alone, over {limits.matmul_dtype} matmul"
+    reading.add(f"prefill_percent_of_matmul_{point}", 100 * rate / limits.matmul_flop_per_s, what)
 
 
 def prefill_flops(model: nn.Module, point: Point) -> int:

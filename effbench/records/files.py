@@ -6,12 +6,13 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from effbench.core.files import create_file
 
 ATTEMPTS = 10  # at a folder that others remove while it is written to
 
@@ -30,27 +31,14 @@ def add(path: Path, content: bytes) -> bool:
     """Write a file unless it is there; whether it was not. Raises `OSError`."""
     for attempt in range(ATTEMPTS):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _temporary(path.parent, content) as temporary:
-                os.link(temporary, path)  # fails where a rename would overwrite
-                _sync(path.parent)
+            create_file(path, content)
             return True
         except FileExistsError:
-            if path.parent.is_dir():
-                return False
-            raise
+            return False
         except FileNotFoundError:
             if attempt == ATTEMPTS - 1:
                 raise
     raise AssertionError
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file, in place of one that is there. Raises `OSError`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(path.parent, content) as temporary:
-        os.replace(temporary, path)
-        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -61,30 +49,5 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path, content: bytes) -> Iterator[Path]:
-    """A file in `folder` with `content` safely on disk; removed on exit, if it is still there."""
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files private; records are for everyone
-        yield Path(name)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def _sync(folder: Path) -> None:
-    """Make a new directory entry survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effbench.core.errors import Usage
+from effbench.core.files import replace_file
 from effbench.core.usage import nearest, one_of
 from effbench.records import files, packed, shared
 from effbench.records.definitions import HEADLINES
@@ -166,4 +167,4 @@ def _keep(path: Path, table: pa.Table) -> None:
     pq.write_table(table, buffer, compression="zstd")
     with contextlib.suppress(OSError):
         files.add(path.parent / ".gitignore", b"*\n")
-        files.replace(path, buffer.getvalue())
+        replace_file(path, buffer.getvalue())

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from effbench.core.errors import Usage
+from effbench.core.files import replace_file
 from effbench.records import files, packed, shared
 from effbench.records.reader import Reader, samples_of
 from effbench.records.record import Record, Unreadable, summarize
@@ -54,7 +55,7 @@ def publish_records(records: Sequence[Record], results: Path, publication: str) 
             log=log,
         )
         entries.append((record.name, referring, samples))
-    files.replace(path, packed.pack(entries))
+    replace_file(path, packed.pack(entries))
     _remove_superseded(folder, {_subject(record) for record in records})
     remove_unreferenced(store)
     return path
@@ -87,7 +88,7 @@ def remove_unreferenced(store: Store) -> None:
             used = {text for one in chosen.values() for text in one.values()}
             texts = {name: text for name, text in protocols.texts.items() if name in used}
             if (texts, chosen) != (protocols.texts, protocols.sets):
-                files.replace(folder / shared.PROTOCOLS, shared.Protocols(texts, chosen).encode())
+                replace_file(folder / shared.PROTOCOLS, shared.Protocols(texts, chosen).encode())
 
 
 def _references(folder: Path) -> list[References]:

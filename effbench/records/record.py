@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from effbench.core.plain import plain
 from effbench.records.metric import Finding, Metric
-from effbench.records.plain import plain
 
 SCHEMA = 3
 
@@ -23,7 +23,8 @@ OUTCOMES: tuple[OutcomeName, ...] = get_args(OutcomeName)
 RETRIED = ("oom", "unavailable", "timeout", "crashed")  # tried again by the next run; the others are final
 FAILED = ("oom", "unavailable", "diverged", "timeout", "crashed")  # exit code 1
 
-# msgspec's own constraints (`Meta`) now and then crash the interpreter when it ends, so these are checked by hand.
+# Checked by hand: msgspec 0.22 takes the pattern of a `Meta` in a union with a dict for something else when garbage is
+# collected, and the interpreter crashes.
 NAME = re.compile(r"\w[\w.-]{0,99}")  # of a suite: becomes the name of a folder
 REFERENCE = re.compile(r"[0-9a-f]{8,64}")  # digest of what lies in a file beside the record
 DATE = re.compile(r"(\d{4}-\d\d-\d\d.*)?")
@@ -54,8 +55,7 @@ class Cell:
     @functools.cached_property
     def identity(self) -> str:
         """Hex digest of everything above but the row's name; equal identities measure the same thing."""
-        body = dataclasses.asdict(self)
-        del body["recipe"]
+        body = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "recipe"}
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
+from effbench.core.plain import plain
 from effbench.records import files
-from effbench.records.plain import plain
 from effbench.records.record import Unreadable
 
 WIDEST = 10  # items that are longer lists are one column of lists

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from effbench.core.files import replace_file
 from effbench.records import files
 from effbench.records.record import Unreadable
 
@@ -85,7 +86,7 @@ def add_protocols(folder: Path, protocols: dict[str, str]) -> str:
             os.replace(path, path.with_suffix(".damaged"))  # kept for whoever can mend it
             known = Protocols()
         known.add(protocols)
-        files.replace(path, known.encode())
+        replace_file(path, known.encode())
     return name
 
 

@@ -9,13 +9,11 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-import numpy as np
-
 from effbench.core.errors import Usage
 from effbench.core.usage import nearest
 from effbench.records.reader import read_record
 from effbench.records.record import Record, Unreadable
-from effbench.report.differences import LEVEL, average_items, estimate_difference, read_items
+from effbench.report.differences import LEVEL, average_items, count_changes, estimate_difference, read_items
 from effbench.report.groups import Row, group_records
 from effbench.report.metrics import (
     ACCURACY,
@@ -34,8 +32,8 @@ from effbench.stats.paired import Estimate, holm
 LEGEND = (
     "Paired by item; an item is averaged over the seeds of each side first. Accuracies in %. A perplexity is that of\n"
     "the mean log-likelihood, and the interval of its change is that of the ratio, at the geometric mean of both.\n"
-    "p: McNemar's exact test for right and wrong answers to one task, else Student's t, or a studentized bootstrap\n"
-    f"where fewer than 30 items differ. *: at most {LEVEL} after Holm over the table."
+    "p: McNemar's exact test for right and wrong answers, else Student's t, or a studentized bootstrap where fewer\n"
+    f"than 30 items differ. *: at most {LEVEL} after Holm over the table."
 )
 LONGEST = 100  # characters of a name that are looked at
 FEW = 20  # names that are worth listing
@@ -188,4 +186,5 @@ def _count_changes(before: Row, after: Row, metric: str) -> str:
     left, right = read_items(before.records[0], metric), read_items(after.records[0], metric)
     if left is None or right is None:
         return DASH
-    return f"{np.count_nonzero(right < left)}, {np.count_nonzero(right > left)}"
+    lost, gained = count_changes([(left, right)])
+    return f"{lost}, {gained}"

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ class Test:
     p: float
 
 
-Kept = Mapping[str, Mapping[str, Test]]  # by `row_key`: the tests of a row by metric, before Holm
+Kept = Mapping[str, Mapping[str, Test]]  # by `make_key`: the tests of a row by metric, before Holm
 
 
 def read_items(record: Record, metric: str) -> Floats | None:
@@ -47,7 +47,8 @@ def read_items(record: Record, metric: str) -> Floats | None:
         return None
     if values.ndim == 2 and values.shape[1] == 2 and values[:, 1].sum() > 0:
         # (log-likelihood, words) of texts; how many words they have does not depend on the model
-        values = -values[:, 0] / values[:, 1].mean()
+        with np.errstate(over="ignore"):
+            values = -values[:, 0] / values[:, 1].mean()
     return values if values.ndim == 1 and np.isfinite(values).all() else None
 
 
@@ -62,52 +63,96 @@ def average_items(records: Sequence[Record], metric: str) -> Floats | None:
     return first if len(values) == 1 else np.mean(np.stack([one for one in values if one is not None]), axis=0)
 
 
+class Side:
+    """One side of a comparison: the records of a row with their items, each metric's read once."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        self._items: dict[str, Floats | None] = {}
+        self._answers: dict[str, bool] = {}
+
+    @functools.cached_property
+    def tasks(self) -> list[str]:
+        return select_tasks(self.records[0].metrics)
+
+    def average(self, metric: str) -> Floats | None:
+        """`average_items` of the records."""
+        if metric not in self._items:
+            self._items[metric] = average_items(self.records, metric)
+        return self._items[metric]
+
+    def has_answers(self, metric: str) -> bool:
+        """Whether the items are right and wrong answers: ones and zeros."""
+        if metric not in self._answers:
+            values = self.average(metric)
+            self._answers[metric] = values is not None and bool((values * values == values).all())
+        return self._answers[metric]
+
+
 def estimate_difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> Estimate | None:
     """Mean over the items of what `after` has more than `before`, of the logarithm for a perplexity.
 
     An item is averaged over the seeds of each side first, because the items are the sample. So the two sides are
     alike to it: exchanging them changes the sign and nothing else. None where the items cannot be paired.
     """
-    pairs = _pair_items(before, after, metric)
+    left, right = Side(before), Side(after)
+    pairs = _pair_items(left, right, metric)
     if not pairs:
         return None
-    test = mean_interval(*(right - left for left, right in pairs))
-    return dataclasses.replace(test, p=mcnemar(*pairs[0])) if _are_answers(pairs, metric) else test
+    test = mean_interval(*(second - first for first, second in pairs.values()))
+    if _are_answers(left, right, pairs):
+        return dataclasses.replace(test, p=mcnemar(*count_changes(pairs.values())))
+    return test
 
 
-def _test_metric(before: Sequence[Record], after: Sequence[Record], metric: str) -> Test | None:
+def _test_metric(before: Side, after: Side, metric: str) -> Test | None:
     """The difference without its interval."""
     pairs = _pair_items(before, after, metric)
     if not pairs:
         return None
-    if _are_answers(pairs, metric):
-        left, right = pairs[0]
-        return Test(float(np.mean(right - left)), mcnemar(left, right))
-    test = mean_interval(*(right - left for left, right in pairs))
+    if _are_answers(before, after, pairs):
+        lost, gained = count_changes(pairs.values())
+        return Test((gained - lost) / sum(left.size for left, _ in pairs.values()), mcnemar(lost, gained))
+    test = mean_interval(*(right - left for left, right in pairs.values()), level=None)
     return Test(test.value, test.p)
 
 
-def _pair_items(before: Sequence[Record], after: Sequence[Record], metric: str) -> list[tuple[Floats, Floats]]:
-    """The items of both sides, a pair of arrays per stratum; empty where they cannot be paired."""
-    parts = select_tasks(after[0].metrics) if metric == TASKS else [metric]
-    if metric == TASKS and parts != select_tasks(before[0].metrics):
-        return []
-    pairs = []
+Pairs = Mapping[str, tuple[Floats, Floats]]  # by stratum: the items of both sides
+
+
+def _pair_items(before: Side, after: Side, metric: str) -> Pairs:
+    """The items of both sides; the mean over tasks has one stratum per task. Empty where they cannot be paired."""
+    parts = after.tasks if metric == TASKS else [metric]
+    if metric == TASKS and parts != before.tasks:
+        return {}
+    pairs = {}
     for part in parts:
-        left, right = average_items(before, part), average_items(after, part)
+        left, right = before.average(part), after.average(part)
         if left is None or right is None or left.shape != right.shape:
-            return []
-        if before[0].protocols.get(part) != after[0].protocols.get(part):
-            return []
-        pairs.append((left, right))
+            return {}
+        if before.records[0].protocols.get(part) != after.records[0].protocols.get(part):
+            return {}
+        pairs[part] = left, right
     return pairs
 
 
-def _are_answers(pairs: Sequence[tuple[Floats, Floats]], metric: str) -> bool:
-    """Whether both sides are right and wrong answers to one task: McNemar's test is made for them."""
-    if len(pairs) > 1 or not ACCURACY.search(metric):
+def _are_answers(before: Side, after: Side, pairs: Pairs) -> bool:
+    """Whether both sides are right and wrong answers, each of which counts alike."""
+    if len({left.size for left, _ in pairs.values()}) > 1:
         return False
-    return all(bool(np.isin(side, (0.0, 1.0)).all()) for side in pairs[0])
+    return all(ACCURACY.search(part) and before.has_answers(part) and after.has_answers(part) for part in pairs)
+
+
+def count_changes(pairs: Iterable[tuple[Floats, Floats]]) -> tuple[int, int]:
+    """How many right answers are lost and gained from one side to the other.
+
+    Over all tasks for their mean: where each has as many items, every answer counts alike in it.
+    """
+    lost = gained = 0
+    for left, right in pairs:
+        lost += int(np.count_nonzero(left > right))
+        gained += int(np.count_nonzero(left < right))
+    return lost, gained
 
 
 # ---- the tests of a table -----------------------------------------------------------------------
@@ -131,21 +176,19 @@ def compute_row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mappi
     if baseline is None:
         return {}
     names = [name for name in metrics.select_quality(table.measured) if name not in metrics.DISTANCES]
+    names = [name for name in names if baseline.estimate(name)]
+    before = Side(baseline.records)
     tests: dict[str, Mapping[str, Test]] = {}
     for row in table.rows[1:]:
         known = kept.get(make_key(baseline, row)) if kept else None
-        tests[row.recipe] = _test_row(baseline, row, names) if known is None else known
+        tests[row.recipe] = _test_row(before, row, names) if known is None else known
     return tests
 
 
-def _test_row(baseline: Row, row: Row, names: Sequence[str]) -> dict[str, Test]:
-    tests: dict[str, Test] = {}
-    for name in names:
-        if baseline.estimate(name) and row.estimate(name):
-            test = _test_metric(baseline.records, row.records, name)
-            if test is not None:
-                tests[name] = test
-    return tests
+def _test_row(before: Side, row: Row, names: Sequence[str]) -> dict[str, Test]:
+    after = Side(row.records)
+    tests = {name: _test_metric(before, after, name) for name in names if row.estimate(name)}
+    return {name: test for name, test in tests.items() if test is not None}
 
 
 # ---- tests kept with a publication --------------------------------------------------------------

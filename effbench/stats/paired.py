@@ -32,14 +32,15 @@ class Estimate:
     n: int = 1
 
 
-def mean_interval(*strata: ArrayLike, level: float = 0.95, seed: int = 0) -> Estimate:
+def mean_interval(*strata: ArrayLike, level: float | None = 0.95, seed: int = 0) -> Estimate:
     """Mean of the strata's means with its interval and its p: by `student` where it holds, else by `bootstrap`.
 
     Give values of items for the interval of their mean, or paired differences to test whether two sides differ.
     Each stratum (a task among several) keeps its weight whatever its number of items. What decides is how many
     values are not zero: of 700 answers of which 4 changed, 4 are the sample. A bootstrap's p is at least
     1 / resamples, which no table of 500 tests would call significant, so it is used only where items are few.
-    The same values always give the same answer. Raises `ValueError` for an empty stratum.
+    Without a level there is a p and no interval. The same values always give the same answer. Raises `ValueError` for
+    an empty stratum.
     """
     groups = [np.asarray(values, dtype=np.float64) for values in strata]
     if not groups or min(map(len, groups)) == 0:
@@ -50,7 +51,7 @@ def mean_interval(*strata: ArrayLike, level: float = 0.95, seed: int = 0) -> Est
     return student(groups, level) if enough else bootstrap(groups, level, seed=seed)
 
 
-def student(strata: Sequence[Floats], level: float = 0.95) -> Estimate:
+def student(strata: Sequence[Floats], level: float | None = 0.95) -> Estimate:
     """Student's t for one stratum; for several the degrees of freedom of Welch and Satterthwaite.
 
     Strata have two values or more each.
@@ -65,11 +66,16 @@ def student(strata: Sequence[Floats], level: float = 0.95) -> Estimate:
     freedom = sum(squares) ** 2 / sum(
         square**2 / (len(group) - 1) for square, group in zip(squares, strata, strict=True)
     )
+    p = float(2 * stdtr(freedom, -abs(value) / error))
+    if level is None:
+        return Estimate(value, p=p, n=n)
     reach = float(stdtrit(freedom, (1 + level) / 2)) * error
-    return Estimate(value, value - reach, value + reach, float(2 * stdtr(freedom, -abs(value) / error)), n)
+    return Estimate(value, value - reach, value + reach, p, n)
 
 
-def bootstrap(strata: Sequence[Floats], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def bootstrap(
+    strata: Sequence[Floats], level: float | None = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
     """Symmetric studentized bootstrap; items are resampled within their stratum.
 
     Studentized, because the percentile bootstrap calls equal sides different too often below about 50 items.
@@ -80,13 +86,17 @@ def bootstrap(strata: Sequence[Floats], level: float = 0.95, resamples: int = RE
         return _without_spread(value, n)
     means, variances = np.zeros(resamples), np.zeros(resamples)
     for index, group in enumerate(strata):
+        if not group.any():
+            continue  # all samples of zeros are alike
         mean, variance = _resample(group, resamples, (seed, index))
         means += mean / len(strata)
         variances += variance / len(strata) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.abs(means - value) / np.sqrt(variances)
-    t = np.nan_to_num(t, nan=0.0, posinf=math.inf)  # 0 / 0: a resample without spread that hit the mean
+    t[np.isnan(t)] = 0  # 0 / 0: a resample without spread that hit the mean
     p = float((1 + np.count_nonzero(t >= abs(value) / error)) / (resamples + 1))
+    if level is None:
+        return Estimate(value, p=p, n=n)
     reach = float(np.quantile(t, level, method="higher")) * error
     if math.isfinite(reach):
         return Estimate(value, value - reach, value + reach, p, n)
@@ -135,17 +145,10 @@ def _counts(n: int, k: int, resamples: int, seed: tuple[int, int]) -> Floats:
     return np.ascontiguousarray(rng.multinomial(n, chances, size=resamples)[:, :k].T, dtype=np.float64)
 
 
-def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
-    """Exact two-sided p of McNemar's test: equal sides lose as many right answers as they gain.
-
-    Raises `ValueError` when the two sides do not have the same number of items.
-    """
+def mcnemar(lost: int, gained: int) -> float:
+    """Exact two-sided p of McNemar's test: equal sides lose as many right answers as they gain."""
     from scipy.special import bdtr
 
-    first, second = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    if first.shape != second.shape:
-        raise ValueError(f"{first.size} items cannot be paired with {second.size}")
-    lost, gained = np.count_nonzero(first & ~second), np.count_nonzero(~first & second)
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
 
 

@@ -10,6 +10,7 @@ import resource
 import numpy as np
 import pytest
 
+from effbench.records.publication import publish_records
 from effbench.records.record import Cell, Metric, Record
 from effbench.records.store import Store
 from effbench.report.groups import group_records
@@ -69,8 +70,7 @@ def published(tmp_path_factory):
     """16 suites of 80 rows with three seeds, with their tables and kept tests."""
     results = tmp_path_factory.mktemp("published")
     for number in range(16):
-        for record in of_suite(f"suite{number}", 80, 3):
-            Store(results).write(record)
+        publish_records(of_suite(f"suite{number}", 80, 3), results, "full")
     write(results)
     return results
 

@@ -107,6 +107,14 @@ def test_a_fault_costs_one_cell(store, make_job, faults, steps, outcome, words):
     assert not left_behind()
 
 
+def test_whatever_a_method_writes_into_its_log_is_kept(store, make_job, faults):
+    run_cells([make_job("row", "scribbles()")], store, local("with_fake_model"))
+    (record,), notes = store.read()
+    assert (record.outcome, notes) == ("ok", [])
+    assert {"1": "a", "(2, 3)": None, "mute": "<Mute>"}.items() <= record.log["notes"].items()
+    assert record.log["layers"] == {"a": {"7": None}}
+
+
 def left_behind():
     """Processes that hang() started and that are still there."""
     return [p for p in psutil.process_iter(["cmdline"]) if "import time; time.sleep(1000)" in (p.info["cmdline"] or [])]

@@ -241,7 +241,7 @@ def test_the_index_is_written_where_it_is_wanted(here, capsys):
         (["check", "two.py:One"], "does not define compress(layer)"),
         (["check", "rtn", "gptq"], "unrecognized arguments: gptq"),
         (["show", "there.py"], "there.py: defines no method"),
-        (["show", "nowhere.yaml"], "unknown suite 'nowhere.yaml'"),
+        (["show", "nowhere.yaml"], "suite=nowhere.yaml: no such file"),
         (["list", "methods", "nowhere.py"], "nowhere.py: no such file"),
         (["list", "tasks", "there.py"], "tasks are not listed from a file, methods and suites are"),
         (["list", "suites", "there.py"], "unknown suite 'there.py'"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from effbench.formats.bcsr import BCSRLinear, blocked
+from effbench.formats.bcsr import BCSRLinear, split_blocks
 from effbench.formats.csr import Compressed, CSRLinear
 from effbench.kernels._common.compiled import compile_launch
 from effbench.kernels._common.launch import record_launches
@@ -214,7 +214,7 @@ def test_masks_that_are_not_of_blocks_are_refused(block: tuple[int, int], messag
 
 def test_blocks_of_a_transposed_matrix() -> None:
     matrix = torch.arange(24.0).view(4, 6).T
-    assert torch.equal(blocked(matrix, 2, 2)[1, 0], matrix[2:4, :2])
+    assert torch.equal(split_blocks(matrix, 2, 2)[1, 0], matrix[2:4, :2])
     module = BCSRLinear.of(matrix, torch.ones(6, 4, dtype=torch.bool), block=(2, 2))
     assert module.values.is_contiguous() and torch.equal(dense_weight(module), matrix)
 

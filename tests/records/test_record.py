@@ -15,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effbench.core.plain import plain
 from effbench.records.lazy import Lazy
 from effbench.records.metric import Metric
-from effbench.records.plain import plain
 from effbench.records.record import SCHEMA, from_json
 from effbench.records.upgrade import UPGRADES, separate
 

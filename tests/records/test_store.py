@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from effbench.core.errors import Usage
+from effbench.core.plain import plain
 from effbench.records.metric import Metric
-from effbench.records.plain import plain
 from effbench.records.reader import read_record
 from effbench.records.record import SCHEMA, Record
 from effbench.records.samples import columns, from_columns

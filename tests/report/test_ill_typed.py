@@ -12,7 +12,7 @@ from effbench.core.errors import Usage
 from effbench.report.compare import compare
 from effbench.report.differences import read_items
 from effbench.report.groups import Row, group_records
-from effbench.report.pages import WRITTEN, render
+from effbench.report.pages import FORMATS, render
 from effbench.report.published import judge_table, summarise
 
 json = st.recursive(
@@ -44,7 +44,7 @@ spoiled = st.fixed_dictionaries(
 def test_any_content_of_free_fields(changes, outcome):
     odd = make("rtn(bits=2)", worse=0.9, outcome=outcome, **changes)
     records = [make(), odd, make("gptq()", 1, worse=0.1)]
-    for style in (*WRITTEN, "rich"):
+    for style in FORMATS:
         assert "rtn" in render(records, "quant", style)
     for rows in ((records[0], odd), (odd, records[2])):
         with contextlib.suppress(Usage):

@@ -241,7 +241,7 @@ def test_narrow_enough_for_a_terminal():
 
 
 def test_rendering_does_not_depend_on_the_order_of_records():
-    for style in pages.WRITTEN:
+    for style in (*pages.WRITTEN, "tex"):
         assert render(RECORDS, "quant", style) == render(RECORDS[::-1], "quant", style)
 
 
@@ -412,9 +412,9 @@ def readme(results):
 
 
 def test_written_files_check_out_and_are_written_once(results, readme):
-    assert len(check(results, None, readme)) == 5
+    assert len(check(results, None, readme)) == 4
     changed = write(results, "quant", readme)
-    assert [path.name for path in changed] == ["quant.json", "quant.md", "quant.csv", "quant.tex", "README.md"]
+    assert [path.name for path in changed] == ["quant.json", "quant.md", "quant.csv", "README.md"]
     assert write(results, "quant", readme) == []
     assert check(results, "quant", readme) == []
     text = readme.read_text(encoding="utf-8")
@@ -450,7 +450,7 @@ def test_check_names_a_hand_edited_file_and_its_line(results, readme, name):
 
 def test_check_sees_lines_cut_off(results, capsys):
     write(results)
-    path = results / "tables" / "quant.tex"
+    path = results / "tables" / "quant.csv"
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
     assert main(["report", f"results={results}", "--check"]) == 1
     assert "(no such line)" in capsys.readouterr().err
@@ -475,7 +475,7 @@ def test_recipes_from_the_command_line_are_written_only_by_name(results):
     write(results)
     assert check(results) == []
     assert not (results / "tables" / "adhoc.md").exists()
-    assert [path.stem for path in write(results, "adhoc")] == ["adhoc"] * 4
+    assert [path.stem for path in write(results, "adhoc")] == ["adhoc"] * 3
 
 
 def test_foreign_files_are_named_and_skipped(results, capsys):

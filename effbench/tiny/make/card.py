@@ -111,7 +111,7 @@ def accuracies(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tasks: list[str]
 ) -> dict[str, dict[str, Any]]:
     """Accuracy of each task by lm-eval, with its standard error, number of items, and by kind of item."""
-    found = simple_evaluate(
+    evaluated = simple_evaluate(
         Scorer(model, tokenizer),
         tasks=tasks,
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
@@ -120,11 +120,11 @@ def accuracies(
     scores: dict[str, dict[str, Any]] = {}
     for task in tasks:
         if task == "tiny_ppl":
-            results = found["results"][task]
+            results = evaluated["results"][task]
             scores[task] = {name: results[f"{name},none"] for name in ("word_perplexity", "byte_perplexity")}
             continue
         kinds = defaultdict(list)
-        for sample in found["samples"][task]:
+        for sample in evaluated["samples"][task]:
             kinds[sample["doc"]["kind"]].append(sample["acc"])
         hits = [hit for kind in kinds.values() for hit in kind]
         mean, n = sum(hits) / len(hits), len(hits)

@@ -181,8 +181,8 @@ class Trainer:
                 self.report(window=window, loss=round(loss.item(), 4), per_second=round(speed))
                 losses = []
                 if self.step % MEASURE_STEPS == 0:
-                    found = held_out_losses(self.model, self.tokenizer, window)
-                    self.report(held_out={kind: round(value, 3) for kind, value in found.items()})
+                    held_out_means = held_out_losses(self.model, self.tokenizer, window)
+                    self.report(held_out={kind: round(value, 3) for kind, value in held_out_means.items()})
                 began = time.monotonic()
             if saving and time.monotonic() - saved > SAVE_SECONDS:
                 self.save()
@@ -196,8 +196,8 @@ class Trainer:
         self.run(start + decay, lambda step, tokens: RATE * (1 - (tokens - start) / decay), saving=False)
         if self.stopping:
             raise SystemExit("stopped before the learning rate was zero: nothing exported")
-        found = held_out_losses(self.model, self.tokenizer, window_at(self.tokens))
-        self.report(exported=str(folder), held_out={kind: round(value, 3) for kind, value in found.items()})
+        held_out_means = held_out_losses(self.model, self.tokenizer, window_at(self.tokens))
+        self.report(exported=str(folder), held_out={kind: round(value, 3) for kind, value in held_out_means.items()})
         self.model.bfloat16().save_pretrained(folder)
         (folder / "model.safetensors").chmod(0o644)  # written for its owner only, but it ships with the package
         # as it was built: encoding batches has left lengths to pad and cut to in the one used here
