@@ -1,8 +1,11 @@
 """The layout that imports depend on."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,27 @@ def test_layers_are_kept():
     command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]  # of this environment, activated or not
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
+
+
+IMPORTED_AS = {"nvidia-ml-py": "pynvml", "PyYAML": "yaml", "lm-eval": "lm_eval"}
+
+
+def imported_modules():
+    """Top names of what the package imports anywhere."""
+    names = set()
+    folders = (PACKAGE, PACKAGE / "methods", PACKAGE / "kernels")  # a search does not follow links
+    for path in (path for folder in folders for path in folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
+    return names
+
+
+@checkout
+def test_what_is_declared_as_a_dependency_is_imported():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = {re.match(r"[\w.-]+", requirement)[0] for requirement in declared}
+    unused = {name for name in names if IMPORTED_AS.get(name, name.lower()) not in imported_modules()}
+    assert unused == set()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from effbench.core.method import Method
 from effbench.core.run import Run
-from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import dense_weight, rebuilt, replace
 
 
@@ -22,5 +21,5 @@ class Example(Method):
 
     def apply(self, run: Run) -> None:
         """Change the run: its model, its data or its plans."""
-        for path, linear in list(Blocks(run.model).linears()):
+        for path, linear in run.linears().items():
             replace(run.model, path, rebuilt(linear, self.factor * dense_weight(linear)))
