@@ -19,7 +19,6 @@ from effbench.cells.options import RunOptions
 from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
 from effbench.core.kinds import kind_of, service
-from effbench.core.method import Method
 from effbench.core.packages import module_file
 from effbench.core.provenance import digest_source
 from effbench.core.recipe import Recipe
@@ -143,24 +142,28 @@ def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict
     Source is digested from its roots: what opens a model, every probe that is taken, and every method with the
     service of its kind. All rows of a table share the first two; `method.` and `files` are a row's own.
     """
-    shared = {
+    own = {f"method.{step.key}": digest_method(type(step).__module__, kind_of(type(step))) for step in recipe.steps}
+    files = [path for step in recipe.steps for path in step.files()]
+    if files:
+        own["files"] = _joined(map(_file_digest, files))
+    return digest_shared(taken, model, data) | own
+
+
+def digest_shared(taken: Sequence[str], model: str, data: str) -> dict[str, str]:
+    """The digests that do not depend on a recipe. Raises `ValueError` for a probe that is none."""
+    return {
         "model": model,
         "data": data,
         "tasks": sources.task_digest(),
         "open": digest_source("effbench.nn.files.load"),
         **{f"probe.{name}": digest_source(f"effbench.probes.{name}") for name in taken},
     }
-    own = {f"method.{step.key}": _digest_method(step) for step in recipe.steps}
-    files = [path for step in recipe.steps for path in step.files()]
-    if files:
-        own["files"] = _joined(map(_file_digest, files))
-    return shared | own
 
 
-def _digest_method(step: Method) -> str:
-    """Digest of the source of a method and of what serves its kind."""
-    serving = service(kind_of(type(step)))
-    return digest_source(type(step).__module__, *([serving] if module_file(serving) else []))
+def digest_method(module: str, kind: str) -> str:
+    """Digest of the source of a method, by its module, and of what serves its kind."""
+    serving = service(kind)
+    return digest_source(module, *([serving] if module_file(serving) else []))
 
 
 class _Before:

@@ -1,28 +1,36 @@
-"""Whether records were measured by the present source, model and data."""
+"""Whether records were measured by the present source, model and data. Imports no method, so it answers at once."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from effbench import sources
-from effbench.cells.plan import digests
+from effbench.cells.plan import digest_method, digest_shared
 from effbench.core.errors import Usage
-from effbench.core.recipe import parse
+from effbench.core.registry import entry
 from effbench.records.record import Record
+
+FILES = "files"  # the digest of what methods read, which only they can name; it is taken as it is
 
 
 def is_stale(record: Record) -> bool:
     """Whether a run of the same cell today would depend on anything else than the record did."""
     cell = record.cell
-    probes = cell.settings.get("probes")
-    if not isinstance(probes, (list, tuple)):
-        return True
     try:
-        return _present(cell.steps, tuple(probes), cell.model, cell.data) != cell.digests
-    except (Usage, ValueError):  # a method, a probe, the model or the data is no more
+        shared = _digest_shared(tuple(cell.settings["probes"]), cell.model, cell.data)
+        own = {f"method.{step['method']}": _digest_step(step["method"]) for step in cell.resolved}
+    except (Usage, ValueError, KeyError, TypeError):  # a method, a probe, the model or the data is no more
         return True
+    return shared | own != {name: digest for name, digest in cell.digests.items() if name != FILES}
 
 
-@functools.lru_cache(maxsize=4096)
-def _present(steps: str, probes: tuple[str, ...], model: str, data: str) -> dict[str, str]:
-    return digests(parse(steps), probes, sources.model(model).digest, sources.data(data).digest)
+@functools.lru_cache(maxsize=256)
+def _digest_shared(probes: tuple[Any, ...], model: str, data: str) -> dict[str, str]:
+    return digest_shared(probes, sources.model(model).digest, sources.data(data).digest)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_step(key: str) -> str:
+    method = entry(key)
+    return digest_method(method.module, method.kind)

@@ -290,7 +290,9 @@ def make_published_sheets(
         reasons = [f"{verdict.own.recipe} {verdict}" for verdict in verdicts if not verdict.reproduces]
         notes = [one for one in reasons if not one.endswith("not published")]
         grid = _make_grid(table, verdicts)
-        sheets.append(dataclasses.replace(sheet, grids=(grid,), notes=tuple(notes), legend=_sum_up(verdicts)))
+        sheets.append(
+            dataclasses.replace(sheet, grids=(grid,), notes=tuple(notes), legend=_sum_up(verdicts), metrics=())
+        )
     return sheets
 
 

@@ -66,6 +66,7 @@ class Sheet:
     grids: tuple[Grid, ...]
     notes: tuple[str, ...]  # footnotes of the names in the first column
     legend: str
+    metrics: tuple[str, ...] = ()  # names of all that was measured, to be defined below the tables
 
 
 def make_sheets(tables: Sequence[Table], kept: Kept | None = None, stale: Stale | None = None) -> list[Sheet]:
@@ -85,7 +86,7 @@ def make_sheets(tables: Sequence[Table], kept: Kept | None = None, stale: Stale 
 def cut_to_detail(sheet: Sheet, detail: str) -> Sheet:
     """The sheet with the grid of one detail alone, and the protocol of the perplexity that every summary has."""
     grids = tuple(grid for grid in sheet.grids if grid.detail == detail)
-    return dataclasses.replace(sheet, grids=grids, protocols=sheet.protocols[:1])
+    return dataclasses.replace(sheet, grids=grids, protocols=sheet.protocols[:1], metrics=())
 
 
 def _make_sheet(table: Table, name: str, caption: str, tests: Mapping[tuple[str, str], Test]) -> Sheet:
@@ -99,7 +100,7 @@ def _make_sheet(table: Table, name: str, caption: str, tests: Mapping[tuple[str,
             grids.append(Grid(detail, ("recipe", *shown), tuple(zip(names, *shown.values(), strict=True))))
     notes = tuple(f"{superscript(number)} {text}" for text, number in footnotes.items())
     legend = _write_legend(table, bool(tests))
-    return Sheet(table.cell.suite, name, caption, _list_protocols(table), tuple(grids), notes, legend)
+    return Sheet(table.cell.suite, name, caption, _list_protocols(table), tuple(grids), notes, legend, table.measured)
 
 
 # ---- columns ------------------------------------------------------------------------------------

@@ -394,7 +394,7 @@ def test_tables_of_committed_documents(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(report.check(results)) == 1
     assert report.write(results) == [table] and report.check(results) == []
     assert timings.page(document()) in table.read_text()
-    assert report.render_pages(results, "quant") == {}
+    assert report.render_pages([], results, "quant") == {}
     path.write_text("{")
     with pytest.raises(Usage, match=r"gpu-of-tests\.json"):
         report.check(results)

@@ -25,6 +25,7 @@ class ReportOptions:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from effbench.cells.stale import is_stale
     from effbench.report import pages, published
     from effbench.report.sheets import DETAILS
 
@@ -40,9 +41,9 @@ def _report(arguments: argparse.Namespace) -> int:
         return (_check if arguments.check else _write)(results, options.suite)
     records = pages.load(_folder(options.results, Path("runs")), options.suite)
     if not arguments.published:
-        pages.print_tables(records, style, options.detail)
+        pages.print_tables(records, style, options.detail, is_stale)
     else:
-        pages.print_sheets(published.make_published_sheets(records), style, published.DETAIL)
+        pages.print_sheets(published.make_published_sheets(records, stale=is_stale), style, published.DETAIL)
     return 0
 
 
@@ -53,9 +54,13 @@ def _folder(given: str | None, default: Path | None) -> Path:
 
 
 def _check(results: Path, suite: str | None) -> int:
+    from effbench.cells.stale import is_stale
     from effbench.report import pages
 
-    differences = pages.check(results, suite, pages.find_readme(results))
+    records = pages.load(results, suite)
+    for line in pages.count_stale(records, is_stale):
+        print(f"warning: {line}", file=sys.stderr)
+    differences = pages.check(results, suite, pages.find_readme(results), records)
     if differences:
         print("\n".join([*differences, "regenerate with `effbench report --write`"]), file=sys.stderr)
     return int(bool(differences))

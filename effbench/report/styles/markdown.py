@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from effbench.report.glossary import write_list
 from effbench.report.sheets import Sheet
 from effbench.report.text import markdown, markdown_table
 
 
 def page(sheets: Sequence[Sheet], note: str) -> str:
     """A whole page; `note` says how it was made."""
-    return "\n\n".join([f"<!-- {note} -->", *map(block, sheets)]) + "\n"
+    parts = [f"<!-- {note} -->", *map(block, sheets)]
+    if names := {name for sheet in sheets for name in sheet.metrics}:
+        parts += ["**Metrics**, as the CSV and the records name them:", write_list(names)]
+    return "\n\n".join(parts) + "\n"
 
 
 def block(sheet: Sheet) -> str:
