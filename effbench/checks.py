@@ -32,6 +32,7 @@ from effbench.core.kinds import Cache, Prompt, Select, Train, Weights
 from effbench.core.method import Method
 from effbench.core.packages import method_line
 from effbench.core.recipe import parse_step
+from effbench.core.registry import blame_method
 from effbench.core.run import FitReport
 from effbench.core.source import document_fields
 from effbench.core.views import Example, Segments
@@ -315,7 +316,8 @@ def examine(cls: type[Method]) -> Iterator[Verdict]:
     """Run every check with the first of a method's `trials`, those of packing with all. Raises `Usage` for settings
     that the method itself refuses."""
     for number, settings in enumerate(cls.trials):
-        method = cls(**settings)
+        with blame_method(cls.__name__):
+            method = cls(**settings)
         for check in PACKING if number else all_checks():
             begin = time.perf_counter()
             reason = _run_check(check, method)

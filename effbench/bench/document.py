@@ -13,6 +13,7 @@ from effbench.bench.measure import measure
 from effbench.bench.options import BenchOptions
 from effbench.core.errors import Usage
 from effbench.core.files import create_file
+from effbench.core.usage import named_path
 from effbench.machine.environment import describe
 from effbench.machine.placement import place
 from effbench.ops import list_ops, load
@@ -46,7 +47,7 @@ def _choose_path(out: str | None, machine: str) -> Path | None:
     """The file to write, `out` or in that folder one named for the machine. Raises `Usage` where there is one."""
     if out is None:
         return None
-    path = Path(out).expanduser()
+    path = named_path("out", out)
     path = path if path.suffix == ".json" else path / f"{machine}.json"
     if path.exists():
         raise _refuse(path)

@@ -19,9 +19,11 @@ from effbench.cells.options import RunOptions
 from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
 from effbench.core.kinds import kind_of, service
+from effbench.core.method import Method
 from effbench.core.packages import module_file
 from effbench.core.provenance import digest_source
 from effbench.core.recipe import Recipe
+from effbench.core.registry import blame_method
 from effbench.core.usage import one_of
 from effbench.machine import environment
 from effbench.machine.gate import gate_file
@@ -143,10 +145,19 @@ def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict
     service of its kind. All rows of a table share the first two; `method.` and `files` are a row's own.
     """
     own = {f"method.{step.key}": digest_method(type(step).__module__, kind_of(type(step))) for step in recipe.steps}
-    files = [path for step in recipe.steps for path in step.files()]
+    files = [path for step in recipe.steps for path in _list_files(step)]
     if files:
         own["files"] = _joined(map(_file_digest, files))
     return digest_shared(taken, model, data) | own
+
+
+def _list_files(step: Method) -> list[Path]:
+    """The files that a method reads. Raises `Usage` where its own code fails or gives no paths."""
+    with blame_method(step.key):
+        files = list(step.files())
+        if not all(isinstance(path, Path) for path in files):
+            raise TypeError(f"files() gives {files!r}: they must be paths")
+    return files
 
 
 def digest_shared(taken: Sequence[str], model: str, data: str) -> dict[str, str]:

@@ -119,7 +119,8 @@ def _name(call: ast.Call, text: str) -> str:
 
 
 def _step(call: ast.Call, text: str) -> Method:
-    cls = registry.load(_name(call, text))
+    key = _name(call, text)
+    cls = registry.load(key)
     shown = ast.unparse(call)
     fields = [field.name for field in dataclasses.fields(cls)]
     if call.args:
@@ -136,4 +137,7 @@ def _step(call: ast.Call, text: str) -> Method:
             given[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise Usage(f"{shown}: {keyword.arg}={ast.unparse(keyword.value)} is not a literal") from None
-    return cls(**given)
+    with registry.blame_method(key):
+        method = cls(**given)
+        method.slots()  # asked for again when the recipe is checked
+    return method

@@ -8,11 +8,13 @@ when a recipe asks for it. `EFFBENCH_METHODS` may name further folders of the sa
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from effbench.core.method import Method
 from effbench.core.packages import SHIPPED, absolute, method_line, package
 from effbench.core.paths import PACKAGE, SUITES
 from effbench.core.source import Module, Parameter, read_fields, read_module
-from effbench.core.usage import nearest
+from effbench.core.usage import named_path, nearest
 
 VARIABLE = "EFFBENCH_METHODS"
 FILE = re.compile(r"(?P<file>.+\.py)(:(?P<cls>\w+))?", re.DOTALL)
@@ -50,7 +52,10 @@ class Entry:
 def roots() -> list[Path]:
     """Folders that hold families of methods. Raises `Usage` where `EFFBENCH_METHODS` names anything else."""
     given = os.environ.get(VARIABLE, "")
-    return [PACKAGE / "methods", *(_checked(absolute(part)) for part in given.split(os.pathsep) if part)]
+    return [
+        PACKAGE / "methods",
+        *dict.fromkeys(_checked(absolute(named_path(VARIABLE, part))) for part in given.split(os.pathsep) if part),
+    ]
 
 
 def _checked(root: Path) -> Path:
@@ -163,7 +168,7 @@ def find(name: str) -> Entry:
 
 def entries_in(file: str) -> list[Entry]:
     """The methods that a file defines; what is in the catalog keeps its key. Raises `Usage` for a file without any."""
-    path = absolute(file)
+    path = absolute(named_path("file", file))
     if not path.is_file():
         raise Usage(f"{file}: no such file")
     if not path.stem.isidentifier():
@@ -191,16 +196,29 @@ def load(key: str) -> type[Method]:
     try:
         importlib.invalidate_caches()  # the file may be younger than the folder's listing
         module = importlib.import_module(known.module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the file raises is its own fault
         hint = ""
         if isinstance(error, ModuleNotFoundError) and (known.path.parent / f"{error.name}.py").is_file():
             hint = f"; import a file beside it as `from . import {error.name}`"
         raise Usage(f"method {key!r}: {known.path} cannot be imported: {error!r}{method_line(error)}{hint}") from error
-    cls: type[Method] = getattr(module, known.cls)
+    cls: Any = getattr(module, known.cls, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise Usage(f"method {key!r}: {known.cls} in {known.path} is not a Method")
     cls.check_definition()
     return cls
+
+
+@contextlib.contextmanager
+def blame_method(key: str) -> Iterator[None]:
+    """Turn what a method's own code raises here into `Usage` that names its line."""
+    try:
+        yield
+    except Usage:
+        raise
+    except Exception as error:
+        raise Usage(f"method {key!r}: {error!r}{method_line(error)}") from error
 
 
 @functools.cache

@@ -62,7 +62,9 @@ def read_module(path: Path, name: str = "") -> Module:
     """Read a file as the module `name`. Raises `SyntaxError`, also for what is no text or no file."""
     try:
         text = path.read_text(encoding="utf-8")
-        return Module(name, ast.parse(text), text.splitlines())
+        return Module(name, ast.parse(text, str(path)), text.splitlines())
+    except (RecursionError, MemoryError):
+        raise SyntaxError("nested too deeply") from None
     except UnicodeDecodeError as error:
         raise SyntaxError(f"not UTF-8 at byte {error.start}") from None
     except OSError as error:

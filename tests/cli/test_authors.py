@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 
 import effbench
 from effbench.cli import main as cli
+from effbench.cli.main import main
 from effbench.core import registry
 from effbench.core.kinds import KINDS
 from effbench.records.store import Store
@@ -346,3 +348,38 @@ def test_a_method_inside_is_one_file(here):
     assert "[halves](" in (here / "pages" / "methods.md").read_text()
     done, records = run_cells(here, "recipe=halves(factor=0.25)", PYTHONPATH=str(tree))
     assert done.returncode == 0 and records["halves(factor=0.25)"].outcome == "ok"
+
+
+BAD = {  # what an author's file may do wrong, each with what the one line says
+    "a field without default": ("    f: float\n", "missing 1 required positional argument"),
+    "its own check raises": ("    def check(self):\n        raise ValueError('no such grid')\n", "no such grid"),
+    "an annotation of nothing": ("    f: 'Floot' = 1.0\n", "Floot"),
+    "slots that fail": ("    def slots(self):\n        return 1 / 0\n", "ZeroDivisionError"),
+    "files that are no paths": ("    def files(self):\n        return ('a.txt',)\n", "must be paths"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_an_author_s_own_code_raises_is_one_line(name, here, capsys):
+    body, words = BAD[name]
+    (here / "bad.py").write_text(
+        '"""Bad."""\nfrom dataclasses import dataclass\nfrom effbench.core.kinds import Weights\n\n\n'
+        f"@dataclass(frozen=True)\nclass Bad(Weights):\n{body}\n"
+        "    def compress(self, layer):\n        return layer.module\n"
+    )
+    assert main(["run", "recipe=./bad.py:Bad()", "device=cpu", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert words in err and "bad.py" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["check", "{}"], ["show", "{}"], ["list", "methods", "{}"]])
+@pytest.mark.parametrize("file", ["~nobody_of_that_name/a.py", "a" * 5000 + ".py"])
+def test_names_that_no_file_can_have_are_one_line(command, file, capsys):
+    assert main([word.format(file) for word in command]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_that_new_prints_can_be_typed(here, capsys):
+    assert main(["new", "method", "Weights", "mine", f"to={here / 'a folder'}"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "effbench run" in line)
+    assert main([*shlex.split(line)[1:], "device=cpu", "--dry-run"]) == 0

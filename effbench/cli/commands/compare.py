@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from effbench.cli.command import Command
-from effbench.core.usage import parse
+from effbench.core.usage import named_path, parse
 
 
 @dataclasses.dataclass
@@ -23,7 +22,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     options = parse(CompareOptions, arguments.options)
     names = arguments.a, arguments.b
-    print(compare(*find_rows(names, Path(options.results).expanduser(), options.suite)))
+    print(compare(*find_rows(names, named_path("results", options.results), options.suite)))
     return 0
 
 

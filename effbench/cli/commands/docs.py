@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from effbench.cli.command import Command
 from effbench.core.errors import Usage
-from effbench.core.usage import parse
+from effbench.core.usage import named_path, parse
 
 
 @dataclasses.dataclass
@@ -26,7 +25,7 @@ def _docs(arguments: argparse.Namespace) -> int:
     from effbench.report.glossary import write_page
     from effbench.report.methods import index
 
-    folder = Path(options.to).expanduser()
+    folder = named_path("to", options.to)
     for name, text in {"methods.md": index(folder), "metrics.md": write_page()}.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def describe(entry: registry.Entry) -> dict[str, Any]:
             name: {key: value for key, value in dataclasses.asdict(parameter).items() if key != "name"}
             for name, parameter in entry.parameters.items()
         },
-        "facts": {name: sorted(fact) if isinstance(fact, set) else fact for name, fact in entry.facts.items()},
+        "facts": {name: sorted(fact, key=str) if isinstance(fact, set) else fact for name, fact in entry.facts.items()},
     }
 
 

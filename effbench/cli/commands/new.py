@@ -14,7 +14,7 @@ from effbench.cli.command import Command
 from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.kinds import KINDS
-from effbench.core.usage import nearest, parse
+from effbench.core.usage import named_path, nearest, parse
 
 EXAMPLE = "Example"  # the class of every template
 
@@ -31,7 +31,7 @@ def _new(arguments: argparse.Namespace) -> int:
     if arguments.what != "method":
         raise Usage(f"cannot write a new {arguments.what!r}: effbench new method KIND NAME")
     text = write_template(arguments.kind, arguments.name)
-    folder = Path(options.to).expanduser()
+    folder = named_path("to", options.to)
     path = folder / f"{arguments.name}.py"
     if folder.exists() and not folder.is_dir():
         raise Usage(f"to={options.to}: is a file; name a folder")
@@ -47,7 +47,8 @@ def _new(arguments: argparse.Namespace) -> int:
         target, step = arguments.name, f"{arguments.name}()"
     else:
         target = str(path) if path.is_absolute() else f"./{path}"
-        step = f"{target}:{class_name(arguments.name)}()"
+        reference = f"{target}:{class_name(arguments.name)}"
+        step = f"{reference}()" if reference == shlex.quote(reference) else f"{reference!r}()"
     print(
         f"wrote {path}; go on with\n  effbench check {shlex.quote(target)}\n  effbench run recipe={shlex.quote(step)}"
     )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from pathlib import Path
 
 from effbench.cli.command import Command
 from effbench.core.errors import Usage
 from effbench.core.paths import PUBLISHED
-from effbench.core.usage import parse
+from effbench.core.usage import named_path, parse
 
 
 @dataclasses.dataclass
@@ -27,7 +26,7 @@ def _publish(arguments: argparse.Namespace) -> int:
     options = parse(PublishOptions, arguments.options)
     if options.suite is None:
         raise Usage("suite=: name the suite to publish")
-    results = Path(options.results).expanduser() if options.results is not None else PUBLISHED
+    results = named_path("results", options.results) if options.results is not None else PUBLISHED
     if results is None:
         raise Usage("results=: name the folder; an installed package has none")
 
@@ -35,7 +34,7 @@ def _publish(arguments: argparse.Namespace) -> int:
     from effbench.report.pages import check_folder_name
 
     check_folder_name(results)
-    publications, changed = publish(options.suite, Path(options.runs).expanduser(), results, options.tier)
+    publications, changed = publish(options.suite, named_path("runs", options.runs), results, options.tier)
     for publication in publications:
         print(f"published {publication}: {len(publication.records)} records")
     for path in changed:

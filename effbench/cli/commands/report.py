@@ -11,7 +11,7 @@ from pathlib import Path
 from effbench.cli.command import Command
 from effbench.core.errors import Usage
 from effbench.core.paths import PUBLISHED
-from effbench.core.usage import one_of, parse
+from effbench.core.usage import named_path, one_of, parse
 
 
 @dataclasses.dataclass
@@ -50,7 +50,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _folder(given: str | None, default: Path | None) -> Path:
     if given is None and default is None:
         raise Usage("results=: name the folder; nothing is published with an installed package")
-    return Path(given).expanduser() if given is not None else default  # type: ignore[return-value]
+    return named_path("results", given) if given is not None else default  # type: ignore[return-value]
 
 
 def _check(results: Path, suite: str | None) -> int:

@@ -42,7 +42,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     methods, presets = registry.catalog(), registry.presets()
     if name in methods:
-        return _show_method(methods[name], results, arguments.json)
+        return _show_method(registry.entry(name), results, arguments.json)
     if name in suite.names():
         return _show_suite(name, arguments.json)
     if name in presets:
@@ -68,7 +68,7 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
         return 0
     print(f"{entry.key}: {entry.summary or 'no summary'}\n")
     about = {"kind": entry.kind, "paper": entry.paper or "not named", "file": str(path)}
-    about |= {"needs": ", ".join(sorted(entry.facts.get("needs", ()))), "tests": ", ".join(tests)}
+    about |= {"needs": ", ".join(sorted(map(str, entry.facts.get("needs", ())))), "tests": ", ".join(tests)}
     print_columns([[name, text] for name, text in about.items() if text])
     print("\nparameters" if entry.parameters else "\nno parameters")
     print_columns(
