@@ -7,10 +7,10 @@ import functools
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -196,13 +196,14 @@ def test_listing_imports_no_torch():
 
 
 def test_listing_is_quick():
-    """0.3 s is the target; the best of five leaves room for a busy machine."""
+    """Within 0.3 s, of the processor's time: waiting for a busy machine says nothing of the command."""
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert python("-m", "effbench", "list").returncode == 0
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.3 * 1.5
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0 < min(times) < 0.3
 
 
 def test_list_methods(capsys):
