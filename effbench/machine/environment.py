@@ -127,8 +127,13 @@ def source() -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
+        # Without optional locks: an interrupt may end git at any moment, and its lock would stay in the checkout.
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "--no-optional-locks", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -164,7 +164,8 @@ def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> lis
     interval = DASH
     if change.low is not None and change.high is not None:
         if change.high > change.low:
-            decimals = max(2, places(change.high - change.low))
+            digits = 1 - math.floor(math.log10(abs(change.value) or 1))  # two of the difference itself
+            decimals = min(9, max(2, places(change.high - change.low), digits))
         interval = f"{change.low:+.{decimals}f} to {change.high:+.{decimals}f}"
     return [
         change.metric,

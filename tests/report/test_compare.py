@@ -174,3 +174,10 @@ def test_rows_of_a_file_and_of_a_name(results):
     path = next((results / "records").rglob("gptq*s1*.json"))
     before, after = find_rows(("baseline", str(path)), results, None)
     assert before.is_baseline and [record.cell.seed for record in after.records] == [1]
+
+
+def test_columns_show_a_difference_smaller_than_its_interval():
+    before, after = make(), make("gptq(bits=4)", 0, worse=0.0006, bits=4.25, rng_seed=1)
+    row = next(line for line in compare(Row((before,)), Row((after,))).splitlines() if "token_ppl" in line)
+    a, b, change = (float(cell) for cell in row.split("|")[2:5])
+    assert a != b and change == pytest.approx(b - a, abs=1.1e-2 * abs(change))

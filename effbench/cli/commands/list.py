@@ -16,7 +16,7 @@ from effbench.cli.command import JSON, Command, print_columns
 from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
-from effbench.core.usage import nearest, parse
+from effbench.core.usage import named_path, nearest, parse
 
 
 @dataclasses.dataclass
@@ -85,8 +85,11 @@ def describe(entry: registry.Entry) -> dict[str, Any]:
 def _records(options: ListOptions) -> list[dict[str, Any]]:
     from effbench.records.index import list_records
 
+    folder = named_path("results", options.results)
+    if not folder.is_dir():
+        raise Usage(f"results={options.results}: no such folder; `effbench run suite=quant` makes runs/")
     filters = {"suite": options.suite, "recipe": options.recipe, "outcome": options.outcome}
-    rows, notes = list_records(Path(options.results), filters)
+    rows, notes = list_records(folder, filters)
     for note in notes:
         print(f"effbench: {note}", file=sys.stderr)
     return [{key: "" if value is None else value for key, value in row.items()} for row in rows]
