@@ -198,11 +198,13 @@ class _Before:
         if record is None:
             older = self._rows.get(self._row(cell))
             return Planned(job, f"changed: {', '.join(_changes(older.cell, cell))}" if older is not None else "new")
-        if record.outcome not in RETRIED and not self._again:
+        lost = record.metrics and not (record.protocols and record.environment)  # nobody knows how it was measured
+        if record.outcome not in RETRIED and not self._again and not lost:
             # Rows may have been renamed since; what was measured is the same.
             return Planned(job, f"done: {record.outcome}", dataclasses.replace(record, cell=cell))
         next_attempt = dataclasses.replace(job, attempt=self._attempts[cell.identity] + 1)
-        return Planned(next_attempt, f"{record.outcome} before: attempt {next_attempt.attempt}")
+        why = "how it was measured is lost" if lost else f"{record.outcome} before"
+        return Planned(next_attempt, f"{why}: attempt {next_attempt.attempt}")
 
     @staticmethod
     def _row(cell: Cell) -> tuple[Any, ...]:

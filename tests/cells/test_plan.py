@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from effbench.cells.options import RunOptions
 from effbench.cells.plan import Batch, plan
 from effbench.core.errors import Usage
+from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, RETRIED, Record
 from effbench.records.store import Store
 
@@ -89,3 +90,15 @@ def test_any_options_are_a_plan_or_usage(options, names, data):
         plan(dataclasses.replace(options, **changes))
     except Usage as error:
         assert str(error).strip()
+
+
+@pytest.mark.parametrize("lost", ["protocols", "environment"])
+def test_a_record_that_no_longer_says_how_it_was_measured_is_measured_again(options, lost):
+    told = {"protocols": {"token_ppl": "windows of 512"}, "environment": {"machine": "m"}}
+    for job in plan(options).todo:
+        Store(options.folder).write(Record(job.cell, "ok", metrics={"token_ppl": Metric(5.0)}, **told))
+    assert reasons(plan(options)) == ["done: ok"] * 2
+    pattern = "protocols.json" if lost == "protocols" else "environments/*.json"
+    for path in (options.folder / "records").rglob(pattern):
+        path.unlink()
+    assert reasons(plan(options)) == ["how it was measured is lost: attempt 2"] * 2
