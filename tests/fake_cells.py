@@ -25,7 +25,14 @@ def quick(job: Job, tell: Tell) -> Record:
     """A short cell that always says the same."""
     tell(phase="work")
     time.sleep(float(job.cell.settings.get("seconds", 0.1)))
-    return Record(job.cell, "ok", attempt=job.attempt, metrics={"length": Metric(len(job.cell.recipe))})
+    return Record(
+        job.cell,
+        "ok",
+        attempt=job.attempt,
+        metrics={"length": Metric(len(job.cell.recipe))},
+        protocols={"length": "characters of the row's name"},
+        environment={"machine": "none"},
+    )
 
 
 def chatty(job: Job, tell: Tell) -> Record:
