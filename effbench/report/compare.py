@@ -16,10 +16,8 @@ from effbench.records.record import Record, Unreadable
 from effbench.report.differences import LEVEL, average_items, count_changes, estimate_difference, read_items
 from effbench.report.groups import Row, group_records
 from effbench.report.metrics import (
-    ACCURACY,
-    DISTANCES,
-    PPL,
     TASKS,
+    get_family,
     get_scale,
     natural_key,
     select_quality,
@@ -85,7 +83,7 @@ def _measure_level(records: Sequence[Record], metric: str) -> float:
 
 
 def _make_change(metric: str, before: float, after: float, test: Estimate) -> Change:
-    if PPL.search(metric):
+    if get_family(metric) == "perplexity":
         middle = 2 * math.exp((before + after) / 2)
         before, after = math.exp(before), math.exp(after)
         low, high = (None if bound is None else middle * math.sinh(bound / 2) for bound in (test.low, test.high))
@@ -132,7 +130,7 @@ def refuse(before: Row, after: Row) -> None:
             raise Usage(f"{pair}: {what} is {left} for one and {right} for the other")
     for metric in sorted(set(first.protocols) & set(second.protocols), key=natural_key):
         left, right = first.protocols[metric], second.protocols[metric]
-        if left != right and (PPL.search(metric) or ACCURACY.search(metric) or metric in DISTANCES):
+        if left != right and get_family(metric) in ("perplexity", "accuracy", "distance"):
             raise Usage(f"{pair}: {metric} was measured as {left!r} for one and as {right!r} for the other")
 
 
@@ -182,7 +180,7 @@ def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> lis
 
 def _count_changes(before: Row, after: Row, metric: str) -> str:
     """Right answers lost and gained, where one seed stands against one."""
-    if not ACCURACY.search(metric) or len(before.records) > 1 or len(after.records) > 1:
+    if get_family(metric) != "accuracy" or len(before.records) > 1 or len(after.records) > 1:
         return DASH
     left, right = read_items(before.records[0], metric), read_items(after.records[0], metric)
     if left is None or right is None:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from effbench.core.provenance import strip_prose
+from effbench.records.definitions import DEFINITIONS
 from effbench.records.record import Record
 from effbench.report import metrics
 from effbench.report.groups import Row, Table
-from effbench.report.metrics import ACCURACY, TASKS, select_tasks
+from effbench.report.metrics import TASKS, get_family, select_tasks
 from effbench.stats import paired
 from effbench.stats.paired import Estimate, Floats, holm, mcnemar, mean_interval
 
 LEVEL = 0.05
+TESTED = ("perplexity", "accuracy")  # kinds of metrics that a table tests
 
 
-@dataclasses.dataclass(frozen=True)
-class Test:
+class Test(msgspec.Struct, frozen=True, gc=False):
     """A difference from the baseline: its sign and size, and the p of there being none."""
 
     value: float
@@ -101,7 +102,7 @@ def estimate_difference(before: Sequence[Record], after: Sequence[Record], metri
         return None
     test = mean_interval(*(second - first for first, second in pairs.values()))
     if _are_answers(left, right, pairs):
-        return dataclasses.replace(test, p=mcnemar(*count_changes(pairs.values())))
+        return msgspec.structs.replace(test, p=mcnemar(*count_changes(pairs.values())))
     return test
 
 
@@ -140,7 +141,7 @@ def _are_answers(before: Side, after: Side, pairs: Pairs) -> bool:
     """Whether both sides are right and wrong answers, each of which counts alike."""
     if len({left.size for left, _ in pairs.values()}) > 1:
         return False
-    return all(ACCURACY.search(part) and before.has_answers(part) and after.has_answers(part) for part in pairs)
+    return all(get_family(part) == "accuracy" and before.has_answers(part) and after.has_answers(part) for part in pairs)
 
 
 def count_changes(pairs: Iterable[tuple[Floats, Floats]]) -> tuple[int, int]:
@@ -167,7 +168,7 @@ def compute_tests(table: Table, kept: Kept | None = None) -> dict[tuple[str, str
         (recipe, metric): test for recipe, row in compute_row_tests(table, kept).items() for metric, test in row.items()
     }
     adjusted = holm([test.p for test in tests.values()])
-    return {key: dataclasses.replace(test, p=p) for (key, test), p in zip(tests.items(), adjusted, strict=True)}
+    return {key: Test(test.value, p) for (key, test), p in zip(tests.items(), adjusted, strict=True)}
 
 
 def compute_row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mapping[str, Test]]:
@@ -175,7 +176,7 @@ def compute_row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mappi
     baseline = table.baseline
     if baseline is None:
         return {}
-    names = [name for name in metrics.select_quality(table.measured) if name not in metrics.DISTANCES]
+    names = [name for name in metrics.select_quality(table.measured) if get_family(name) in TESTED]
     names = [name for name in names if baseline.estimate(name)]
     before = Side(baseline.records)
     tests: dict[str, Mapping[str, Test]] = {}
@@ -238,7 +239,8 @@ def make_key(baseline: Row, row: Row) -> str:
 
 @functools.cache
 def get_version() -> str:
-    """Digest of the source that decides these numbers; comments decide nothing."""
+    """Digest of the source and of the kinds of metrics that decide these numbers; comments decide nothing."""
     sources = (__file__, metrics.__file__, paired.__file__)
-    text = "\0".join(strip_prose(Path(file).read_text(encoding="utf-8")) for file in sources)
+    kinds = [f"{one.pattern} {one.family}" for one in DEFINITIONS if one.family in TESTED]
+    text = "\0".join([*(strip_prose(Path(file).read_text(encoding="utf-8")) for file in sources), *kinds])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

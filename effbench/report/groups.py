@@ -14,15 +14,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from effbench.records.definitions import Undefined, describe
 from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, Cell, Record
-from effbench.report.metrics import natural_key
+from effbench.report.metrics import get_family, natural_key
 from effbench.report.text import DASH, one_line
 from effbench.stats.paired import Estimate, over_seeds
 
 OF_A_ROW = ("method", "methods", "files")  # digests that differ between the rows of a table
-OF_A_HOST = ("memory", "speed", "energy", "cost")  # families of metrics that say nothing of another host
+OF_A_HOST = ("memory", "speed", "energy", "cost", None)  # kinds of metrics that say nothing of another host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Row:
     def is_baseline(self) -> bool:
         return not self.steps
 
-    @property
+    @functools.cached_property
     def simulated(self) -> bool:
         return any(record.simulated for record in self.records)
 
@@ -70,21 +69,13 @@ class Row:
 
         A single seed has the interval of its own items; several have that of the seeds.
         """
-        if metric not in self._estimates:
-            self._estimates[metric] = self._estimate(metric)
-        return self._estimates[metric]
-
-    @functools.cached_property
-    def _estimates(self) -> dict[str, Estimate | None]:
-        return {}
-
-    def _estimate(self, metric: str) -> Estimate | None:
-        measured = [record.metrics[metric] for record in self.records if metric in record.metrics]
-        if len(measured) < len(self.records):
+        measured = [record.metrics.get(metric) for record in self.records]
+        found = [one for one in measured if one is not None]
+        if len(found) < len(measured):
             return None
-        if len(measured) == 1:
-            return Estimate(measured[0].value, measured[0].low, measured[0].high)
-        return over_seeds([one.value for one in measured])
+        if len(found) == 1:
+            return Estimate(found[0].value, found[0].low, found[0].high)
+        return over_seeds([one.value for one in found])
 
     def fact(self, name: str) -> str:
         """What the methods of the recipe declare."""
@@ -172,14 +163,7 @@ def _share_state(table: Table, other: Table) -> bool:
 
 def _drop_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     """The metrics that do not depend on the host."""
-    return {name: metric for name, metric in metrics.items() if _holds_anywhere(name)}
-
-
-def _holds_anywhere(name: str) -> bool:
-    try:
-        return describe(name).family not in OF_A_HOST
-    except Undefined:
-        return False
+    return {name: metric for name, metric in metrics.items() if get_family(name) not in OF_A_HOST}
 
 
 def _take_newest(records: Sequence[Record]) -> Table:

@@ -19,7 +19,14 @@ from effbench.records.record import PLACE, Record
 from effbench.records.store import Store, latest
 from effbench.report.differences import estimate_difference
 from effbench.report.groups import Row, Table, get_machine, group_records
-from effbench.report.metrics import ACCURACY, PPL, get_scale, get_title, select_perplexities, select_quality
+from effbench.report.metrics import (
+    get_family,
+    get_scale,
+    get_title,
+    select,
+    select_perplexities,
+    select_quality,
+)
 from effbench.report.sheets import Grid, Sheet, Stale, make_sheets
 from effbench.report.text import DASH, rounded
 from effbench.stats.paired import Estimate
@@ -28,7 +35,6 @@ DETAIL = "published"  # the grid of this module
 TOLERANCE = 0.001  # of the published value; of one, for an accuracy
 SIZES = ("bits_per_weight", "stored_bytes")
 INSTRUMENT = re.compile(r"(speed|memory|energy|flops)_")  # settings of instruments that do not measure quality
-SPEED = re.compile(r"(prefill|decode)_tok_per_s_.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Difference:
         if self.test is None or self.test.low is None or self.test.high is None:
             return ""
         bounds = (self.test.low, self.test.high)
-        if PPL.search(self.metric):
+        if get_family(self.metric) == "perplexity":
             low, high = (f"{100 * math.expm1(min(bound, 700)):+.2g} %" for bound in bounds)
         else:
             low, high = (f"{bound * get_scale(self.metric):+.2g}" for bound in bounds)
@@ -213,7 +219,7 @@ def _average(row: Row, metric: str) -> float:
 
 def _measure_distance(metric: str, own: float, published: float) -> float:
     """Of accuracies absolute, else relative to the published value."""
-    if ACCURACY.search(metric) or own == published:
+    if get_family(metric) == "accuracy" or own == published:
         return abs(own - published)
     return abs(own / published - 1) if published else math.inf
 
@@ -227,7 +233,7 @@ def _compare_speeds(own: Row, published: Row) -> dict[str, float]:
     records = (*own.records, *published.records)
     common = set.intersection(*(set(record.metrics) for record in records))
     ratios = {}
-    for name in sorted(filter(SPEED.fullmatch, common)):
+    for name in select(common, "speed", "tokens/s"):
         theirs_mean = _average(published, name)
         if theirs_mean > 0:
             ratios[name] = _average(own, name) / theirs_mean

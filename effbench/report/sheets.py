@@ -13,15 +13,13 @@ from effbench.records.record import OUTCOMES, Record
 from effbench.report.differences import LEVEL, Kept, Test, compute_tests
 from effbench.report.groups import Row, Table, find_differing_settings, get_machine
 from effbench.report.metrics import (
-    ACCURACY,
-    COMPUTE,
-    PPL,
-    SPEED,
     TASKS,
+    get_family,
     get_limits,
     get_scale,
     get_title,
     natural_key,
+    select,
     select_perplexities,
     select_tasks,
 )
@@ -110,7 +108,8 @@ def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict
     """The columns of each detail, by header."""
     measured = functools.partial(_show_estimate, tests)
     ppls = select_perplexities(table.measured)
-    speeds = sorted(table.metrics(SPEED), key=lambda name: (not name.startswith("prefill"), natural_key(name)))
+    speeds = sorted(select(table.measured, "speed", "ratio"), key=lambda name: not name.startswith("prefill"))
+    operations = [*select(table.measured, "compute"), *select(table.measured, "energy", "J")]
 
     summary: dict[str, Show] = {"bits": _show_value("bits_per_weight", "{:.2f}".format), "stored": _show_stored}
     summary |= {get_title(name): measured(name) for name in ppls[:1]}
@@ -135,18 +134,18 @@ def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict
         methods |= {"steps": lambda row: row.steps or DASH}
     return {
         "summary": summary,
-        "quality": {get_title(name): measured(name) for name in [*ppls[1:], *select_tasks(table.metrics(ACCURACY))]},
+        "quality": {get_title(name): measured(name) for name in [*ppls[1:], *select_tasks(table.measured)]},
         "speed": {get_title(name): _show_speed(name) for name in speeds},
         "memory": {header: _show_value(name, bytes_text) for header, name in sizes.items()}
         | {get_title(name): _show_value(name, bytes_text) for name in peaks},
-        "compute": {get_title(name): measured(name) for name in table.metrics(COMPUTE)},
+        "compute": {get_title(name): measured(name) for name in sorted(operations, key=natural_key)},
         "methods": methods,
     }
 
 
 def _show_estimate(tests: Mapping[tuple[str, str], Test], metric: str) -> Show:
     """A value with its interval, and an arrow where the row differs from the baseline beyond chance."""
-    digits = 4 if PPL.search(metric) else 3  # rows differ by less than their own intervals: they are paired
+    digits = 4 if get_family(metric) == "perplexity" else 3  # rows differ by less than their own intervals: they are paired
 
     def show(row: Row) -> str:
         test = tests.get((row.recipe, metric))
@@ -275,7 +274,7 @@ def _write_legend(table: Table, tested: bool) -> str:
     ]
     if tested:
         parts.append("↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table.")
-    if speeds := table.metrics(SPEED):
+    if speeds := select(table.measured, "speed", "ratio"):
         first = get_title(speeds[0]).partition(" ")[2]
         parts.append(f"Speed: the baseline of the same run is 1; b: batch, c: context, {first} unless named.")
     if any(row.simulated for row in table.rows):
