@@ -185,5 +185,5 @@ def _count_changes(before: Row, after: Row, metric: str) -> str:
     left, right = read_items(before.records[0], metric), read_items(after.records[0], metric)
     if left is None or right is None:
         return DASH
-    lost, gained = count_changes([(left, right)])
+    lost, gained = count_changes(left, right)
     return f"{lost}, {gained}"

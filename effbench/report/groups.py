@@ -69,13 +69,12 @@ class Row:
 
         A single seed has the interval of its own items; several have that of the seeds.
         """
-        measured = [record.metrics.get(metric) for record in self.records]
-        found = [one for one in measured if one is not None]
-        if len(found) < len(measured):
+        measured = [one for record in self.records if (one := record.metrics.get(metric))]
+        if len(measured) < len(self.records):
             return None
-        if len(found) == 1:
-            return Estimate(found[0].value, found[0].low, found[0].high)
-        return over_seeds([one.value for one in found])
+        if len(measured) == 1:
+            return Estimate(measured[0].value, measured[0].low, measured[0].high)
+        return over_seeds([one.value for one in measured])
 
     def fact(self, name: str) -> str:
         """What the methods of the recipe declare."""

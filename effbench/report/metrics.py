@@ -58,11 +58,16 @@ def select_perplexities(names: Iterable[str]) -> list[str]:
 
 def select_tasks(names: Iterable[str]) -> list[str]:
     """The accuracy of every task: `acc`, or `exact_match` where the task has no `acc`."""
+    return list(_select_tasks(tuple(names)))
+
+
+@functools.lru_cache(maxsize=128)  # the rows of a table have the same metrics
+def _select_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
     accuracies: dict[str, str] = {}
     for name in sorted(select(names, "accuracy")):
         if fields := _read_fields(name):
             accuracies.setdefault(fields["task"], name)
-    return [accuracies[task] for task in sorted(accuracies, key=natural_key)]
+    return tuple(accuracies[task] for task in sorted(accuracies, key=natural_key))
 
 
 def select_quality(names: Iterable[str]) -> list[str]:

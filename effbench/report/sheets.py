@@ -145,12 +145,13 @@ def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict
 
 def _show_estimate(tests: Mapping[tuple[str, str], Test], metric: str) -> Show:
     """A value with its interval, and an arrow where the row differs from the baseline beyond chance."""
+    scale, limits = get_scale(metric), get_limits(metric)
     digits = 4 if get_family(metric) == "perplexity" else 3  # rows differ by less than their own intervals: they are paired
 
     def show(row: Row) -> str:
         test = tests.get((row.recipe, metric))
         arrow = "" if test is None or test.p > LEVEL else " ↑" if test.value > 0 else " ↓"
-        return with_interval(row.estimate(metric), get_scale(metric), digits, get_limits(metric)) + arrow
+        return with_interval(row.estimate(metric), scale, digits, limits) + arrow
 
     return show
 
@@ -167,7 +168,8 @@ def _show_value(metric: str, text: Callable[[float], str]) -> Show:
 
 def _show_speed(metric: str) -> Show:
     """A speed; a row that only simulates has none."""
-    return lambda row: DASH if row.simulated else with_interval(row.estimate(metric), limits=get_limits(metric))
+    limits = get_limits(metric)
+    return lambda row: DASH if row.simulated else with_interval(row.estimate(metric), limits=limits)
 
 
 def _show_stored(row: Row) -> str:

@@ -144,6 +144,7 @@ def _counts(n: int, k: int, resamples: int, seed: tuple[int, int]) -> Floats:
     return np.ascontiguousarray(rng.multinomial(n, chances, size=resamples)[:, :k].T, dtype=np.float64)
 
 
+@functools.lru_cache(maxsize=65536)
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided p of McNemar's test: equal sides lose as many right answers as they gain."""
     from scipy.special import bdtr
