@@ -124,7 +124,7 @@ def group_records(records: Iterable[Record]) -> list[Table]:
     the model or the data) the newer one counts, and neither a row nor a table mixes the two.
     """
     placed = [
-        (_find_place(record), record) for record in sorted(records, key=lambda record: (record.started, record.name))
+        (find_place(record), record) for record in sorted(records, key=lambda record: (record.started, record.name))
     ]
     hosts = {place: get_host(record) for place, record in placed if get_host(record)}
     tables: dict[tuple[Any, ...], list[Record]] = {}
@@ -196,7 +196,7 @@ def _list_labels(record: Record) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("name", record.cell.recipe), ("steps", record.cell.steps)
 
 
-def _find_place(record: Record) -> tuple[Any, ...]:
+def find_place(record: Record) -> tuple[Any, ...]:
     """Where a record belongs as far as a reader sees it, but for the host; sorts as tables are shown."""
     cell = record.cell
     # None is the default of a setting.
