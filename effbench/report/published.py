@@ -247,11 +247,22 @@ def summarise(table: Table, verdicts: Sequence[Verdict]) -> str:
     """A line per row that does not reproduce, and one that sums all up."""
     cell = table.cell
     name = f"{cell.suite} v{cell.suite_version}, {cell.tier} tier, model {cell.model}"
-    published = [verdict for verdict in verdicts if verdict.published is not None]
-    if not published:
+    if all(verdict.published is None for verdict in verdicts):
         return f"{name}: nothing is published to compare with."
-    lines = [f"  {v.own.recipe} {v}" for v in published if not v.reproduces]
-    return "\n".join([*lines, f"{name}: {_sum_up(verdicts)}"])
+    return "\n".join([*(f"  {line}" for line in _explain(verdicts)), f"{name}: {_sum_up(verdicts)}"])
+
+
+def _explain(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line per published row that does not reproduce; none where all have one reason, which the summary gives."""
+    if _find_shared_reason(verdicts):
+        return []
+    return [f"{v.own.recipe} {v}" for v in verdicts if v.published is not None and not v.reproduces]
+
+
+def _find_shared_reason(verdicts: Sequence[Verdict]) -> str:
+    """Why rows are not comparable, where none is and all have one reason; else empty."""
+    reasons = {verdict.why for verdict in verdicts if verdict.published is not None}
+    return reasons.pop() if len(reasons) == 1 else ""
 
 
 def _sum_up(verdicts: Sequence[Verdict]) -> str:
@@ -261,9 +272,12 @@ def _sum_up(verdicts: Sequence[Verdict]) -> str:
     if good:
         largest = max(verdict.largest for verdict in good)
         counts[0] += f" (largest difference {'0' if largest == 0 else f'{100 * largest:.1g}'} %)"
+    apart = sum(bool(verdict.why) for verdict in verdicts)
+    if shared := _find_shared_reason(verdicts):
+        counts = [f"{_count_rows(apart)} cannot be compared with the published quality ({shared})"]
     for count, words in (
         (len(comparable) - len(good), "differ"),
-        (sum(bool(verdict.why) for verdict in verdicts), "not comparable"),
+        (0 if shared else apart, "not comparable"),
         (sum(verdict.published is None for verdict in verdicts), "not published"),
     ):
         if count:
@@ -293,8 +307,7 @@ def make_published_sheets(
     sheets = []
     for table, sheet in zip(tables, make_sheets(tables, stale=stale), strict=True):
         verdicts = judge_table(table, published_tables, stale)
-        reasons = [f"{verdict.own.recipe} {verdict}" for verdict in verdicts if not verdict.reproduces]
-        notes = [one for one in reasons if not one.endswith("not published")]
+        notes = _explain(verdicts)
         grid = _make_grid(table, verdicts)
         sheets.append(
             dataclasses.replace(sheet, grids=(grid,), notes=tuple(notes), legend=_sum_up(verdicts), metrics=())
