@@ -59,12 +59,13 @@ def average_items(records: Sequence[Record], metric: str) -> Floats | None:
     first = read_items(records[0], metric)
     if len(records) == 1:
         return first
-    values = [first, *(read_items(record, metric) for record in records[1:])]
-    if first is None or any(one is None or one.shape != first.shape for one in values):
+    others = [read_items(record, metric) for record in records[1:]]
+    if first is None or any(one is None or one.shape != first.shape for one in others):
         return None
     if any(record.protocols.get(metric) != records[0].protocols.get(metric) for record in records):
         return None
-    return np.mean(np.stack([one for one in values if one is not None]), axis=0)
+    mean: Floats = np.mean(np.stack([first, *(one for one in others if one is not None)]), axis=0)
+    return mean
 
 
 class Side:
@@ -89,7 +90,7 @@ class Side:
         """Whether the items are right and wrong answers: ones and zeros."""
         if metric not in self._answers:
             values = self.average(metric)
-            self._answers[metric] = values is not None and bool((values * values == values).all())
+            self._answers[metric] = values is not None and bool(((values == 0) | (values == 1)).all())
         return self._answers[metric]
 
 

@@ -42,13 +42,8 @@ def natural_key(text: str) -> tuple[tuple[float, str], ...]:
 
 def select(names: Iterable[str], family: Family, unit: str | None = None) -> list[str]:
     """Those of a kind, and of a unit, in natural order; of a task with several filters, those of the first."""
-    chosen = []
-    for name in names:
-        definition = find_definition(name)
-        if definition is not None and definition.family == family and unit in (None, definition.unit):
-            if _read_fields(name) is not None:
-                chosen.append(name)
-    return sorted(chosen, key=natural_key)
+    of_family = (name for name in names if get_family(name) == family and unit in (None, _get_unit(name)))
+    return sorted((name for name in of_family if _read_fields(name) is not None), key=natural_key)
 
 
 def select_perplexities(names: Iterable[str]) -> list[str]:

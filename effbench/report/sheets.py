@@ -82,9 +82,16 @@ def make_sheets(tables: Sequence[Table], kept: Kept | None = None, stale: Stale 
 
 
 def cut_to_detail(sheet: Sheet, detail: str) -> Sheet:
-    """The sheet with the grid of one detail alone, and the protocol of the perplexity that every summary has."""
-    grids = tuple(grid for grid in sheet.grids if grid.detail == detail)
-    return dataclasses.replace(sheet, grids=grids, protocols=sheet.protocols[:1], metrics=())
+    """The sheet with the grid of one detail alone, and the protocol of the perplexity that every summary has.
+
+    Where nothing of the detail was measured, a note instead of the grid says so, and what there is.
+    """
+    cut = dataclasses.replace(sheet, protocols=sheet.protocols[:1], metrics=())
+    if grids := tuple(grid for grid in sheet.grids if grid.detail == detail):
+        return dataclasses.replace(cut, grids=grids)
+    present = ", ".join(grid.detail for grid in sheet.grids)
+    note = f"Nothing was measured of detail={detail} ({DETAILS[detail]}); there is detail={present}."
+    return dataclasses.replace(cut, grids=(), notes=(note,), legend="")
 
 
 def _make_sheet(table: Table, name: str, caption: str, tests: Mapping[tuple[str, str], Test]) -> Sheet:
@@ -146,7 +153,9 @@ def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict
 def _show_estimate(tests: Mapping[tuple[str, str], Test], metric: str) -> Show:
     """A value with its interval, and an arrow where the row differs from the baseline beyond chance."""
     scale, limits = get_scale(metric), get_limits(metric)
-    digits = 4 if get_family(metric) == "perplexity" else 3  # rows differ by less than their own intervals: they are paired
+    digits = (
+        4 if get_family(metric) == "perplexity" else 3
+    )  # rows differ by less than their own intervals: they are paired
 
     def show(row: Row) -> str:
         test = tests.get((row.recipe, metric))
