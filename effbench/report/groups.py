@@ -69,12 +69,11 @@ class Row:
 
         A single seed has the interval of its own items; several have that of the seeds.
         """
-        measured = [one for record in self.records if (one := record.metrics.get(metric))]
-        if len(measured) < len(self.records):
-            return None
-        if len(measured) == 1:
-            return Estimate(measured[0].value, measured[0].low, measured[0].high)
-        return over_seeds([one.value for one in measured])
+        if len(self.records) == 1:
+            single = self.records[0].metrics.get(metric)
+            return None if single is None else Estimate(single.value, single.low, single.high)
+        values = [one.value for record in self.records if (one := record.metrics.get(metric))]
+        return over_seeds(values) if len(values) == len(self.records) else None
 
     def fact(self, name: str) -> str:
         """What the methods of the recipe declare."""
