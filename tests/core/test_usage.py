@@ -255,7 +255,8 @@ def test_whole_numbers_of_over_64_bits_are_refused_wherever_they_stand(number):
 
 
 def test_choices_are_listed_where_they_can_be_read():
+    many = [*map(str, range(10_000)), "facts"]
     assert nearest("pear", ["apple", "fig"]) == "; there is apple, fig"
-    assert nearest("pear", [f"{number:05}" for number in range(10_000)]) == "; none of 10000 has a name like it"
-    assert nearest("0042x", [f"{number:05}" for number in range(10_000)]).startswith("; did you mean '0042")
+    assert nearest("pear", many) == "; none of 10001 has a name like it"
+    assert nearest("fcts", many) == "; did you mean 'facts'?"
     assert nearest("pear", []) == "; there is none"
