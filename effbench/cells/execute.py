@@ -60,7 +60,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     return Record(
         cell=job.cell,
         outcome=findings.outcome,
-        reason=findings.reason,
+        reason=_label_steps(findings.reason, recipe),
         traceback=findings.traceback,
         attempt=job.attempt,
         simulated=simulated,
@@ -74,6 +74,13 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - begin - findings.seconds["wait"], 3),
     )
+
+
+def _label_steps(reason: str, recipe: Recipe) -> str:
+    """A reason with its steps as a person writes them: in whole they name folders of this machine."""
+    for step in recipe.steps:
+        reason = reason.replace(str(step), step.label)
+    return reason
 
 
 def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:

@@ -30,6 +30,7 @@ from effbench.machine.gate import gate_file
 from effbench.machine.placement import Placement, place
 from effbench.records.record import RETRIED, Cell, Record
 from effbench.records.store import Store, latest
+from effbench.sources import DataSource, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,10 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     store.check()
     records, notes = store.read(suite.name, suite.version)
     before = _Before(records, again)
-    cells = tuple(before.decide(job) for job in _jobs(options, placement, suite, tier))
+    jobs = list(_jobs(options, placement, suite, tier))
+    cells = tuple(map(before.decide, jobs))
+    if any(cell.done is None for cell in cells):
+        _check_tasks(tier.settings.get("tasks"), jobs[0].data)
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
 
 
@@ -120,6 +124,7 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
     seeds = options.seeds or tier.seeds
     data = sources.data(options.data)
     for source in [sources.model(name, options.tokenizer) for name in models]:
+        _check_lengths(settings, source)
         for recipe in tier.recipes:
             for seed in seeds if seeded(recipe) else seeds[:1]:
                 cell = Cell(
@@ -136,6 +141,33 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
                     digests=digests(recipe, settings["probes"], source.digest, data.digest),
                 )
                 yield Job(cell, source, data, places)
+
+
+def _check_lengths(settings: Mapping[str, Any], source: Source) -> None:
+    """Raise `Usage` for a setting that asks for more tokens than the model can see, where that is known."""
+    if (positions := source.positions) is None:
+        return
+    new = settings.get("speed_new_tokens", 1)
+    tokens = {
+        "window": settings.get("window", 0),
+        "calibration_length": settings.get("calibration_length", 0),
+        "speed_points": max((context + new for _, context in settings.get("speed_points", [])), default=0),
+    }
+    if long := {name: count for name, count in tokens.items() if count > positions}:
+        counts = ", ".join(f"{name} takes {count} tokens" for name, count in long.items())
+        fitting = " ".join(f"--set {name}=null" for name in long)
+        raise Usage(f"{counts}, and the model {source.name} has {positions} positions; {fitting} takes what fits")
+
+
+def _check_tasks(tasks: Sequence[str] | None, data: DataSource) -> None:
+    """Raise `Usage` for a task that neither the data nor lm-eval has."""
+    if tasks is None:
+        return
+    from effbench.sources.tasks import index_tasks
+
+    known = index_tasks(tasks, data.task_folders).all_tasks
+    for name in tasks:
+        one_of("task", name, known)
 
 
 def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict[str, str]:

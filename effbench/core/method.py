@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from effbench.core.errors import Usage
-from effbench.core.packages import class_file, method_key
+from effbench.core.packages import class_file, method_key, shorten
 from effbench.core.usage import PLAIN, convert, is_plain
 
 if TYPE_CHECKING:
@@ -94,9 +94,11 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The step as a person writes it: a file below the working folder by its path from there."""
+        """The step as a person writes it: a file by its path from the working folder, or by its own folder and name."""
+        if self.key.isidentifier():
+            return str(self)
         inside = self.key.startswith(os.path.join(os.getcwd(), ""))
-        return f"./{os.path.relpath(self.key)}({self._arguments()})" if inside else str(self)
+        return f"{f'./{os.path.relpath(self.key)}' if inside else shorten(Path(self.key))}({self._arguments()})"
 
     def _arguments(self) -> str:
         default = {

@@ -29,14 +29,17 @@ Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what generators of random
 LARGEST = 2**63 - 1  # whole number that records and tensors hold
 TOO_LARGE = f"must be at most {LARGEST} in magnitude"
 LONGEST = 200  # characters of a name that is compared with others
+LISTED = 200  # names that a message lists
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x' or 'y'?` for the nearest choices, or the list of them."""
+    """`; did you mean 'x' or 'y'?` for the nearest choices, or the list of them where it is not too long to read."""
     choices = list(choices)
     close = difflib.get_close_matches(name[:LONGEST], choices, n=3, cutoff=0.6)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
+    if len(choices) > LISTED:
+        return f"; none of {len(choices)} has a name like it"
     return f"; there is {', '.join(sorted(choices)) or 'none'}"
 
 

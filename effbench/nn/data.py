@@ -118,7 +118,7 @@ def open_data(source: DataSource, tokenizer: Any) -> Data:
     """The data of a run. Raises `Unsupported` for text that cannot be used."""
     if source.kind == "tiny":
         data = Data("tiny", {part: partial(tiny.documents, part, n) for part, n in TINY.items()}, tokenizer)
-        data.tasks, data.task_paths = ("tiny",), (tiny.TASKS,)
+        data.tasks, data.task_paths = ("tiny",), source.task_folders
         return data
     if source.kind == "text":
         assert source.path is not None

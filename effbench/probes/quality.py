@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from effbench.core.errors import Diverged, Refused, Unsupported
@@ -29,6 +28,7 @@ from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
 from effbench.probes.inputs import require_quality, score_block
 from effbench.records.metric import Metric
+from effbench.sources.tasks import index_tasks
 from effbench.stats import intervals
 
 if TYPE_CHECKING:
@@ -215,11 +215,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
 
 def load(wanted: list[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """Tasks by name; lm-eval's own thousands are indexed only when one of them is asked for."""
-    paths = [str(folder) for folder in folders]
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    if not set(wanted) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=paths)
+    """Tasks by name."""
+    manager = index_tasks(wanted, folders)
     for name in wanted:
         if name not in manager.all_tasks:
             raise Unsupported(f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)}")

@@ -24,6 +24,7 @@ TINY = PACKAGE / "tiny"
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
+POSITIONS = ("max_position_embeddings", "n_positions")  # what configurations call the number of them
 MODEL_FILES = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
 
 
@@ -43,6 +44,21 @@ class Source:
         """The folder, or the name on the Hub."""
         return TINY / "model" if self.kind == "tiny" else self.path or self.name.partition("@")[0]
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model can see; None where that is only known once it is open."""
+        if self.kind == "shape":
+            config = SHAPES[self.name.removeprefix("shape:")]
+        elif self.path is not None:
+            try:
+                config = json.loads((self.path / "config.json").read_bytes())
+            except (OSError, ValueError, RecursionError):
+                return None
+        else:
+            return None
+        counts = [config.get(name) for name in POSITIONS] if isinstance(config, dict) else []
+        return next((count for count in counts if type(count) is int), None)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
@@ -52,6 +68,11 @@ class DataSource:
     kind: Literal["tiny", "text", "hub"]
     path: Path | None = None  # of a text folder
     digest: str = UNRESOLVED
+
+    @property
+    def task_folders(self) -> tuple[Path, ...]:
+        """Folders of the lm-eval tasks that come with the data."""
+        return (TINY / "tasks",) if self.kind == "tiny" else ()
 
 
 def model(name: str, tokenizer: str | None = None) -> Source:

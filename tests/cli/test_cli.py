@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ import yaml
 from effbench import sources
 from effbench.cells import local as executors
 from effbench.cells import plan as runner
+from effbench.cells import run as batches
 from effbench.cells.options import RunOptions
 from effbench.cli import main as cli
 from effbench.core.paths import PUBLISHED
@@ -71,6 +73,8 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "--set", "window"], "write window=VALUE"),
         (["run", "suite=quant", "--set", "window=1"], "window=1: must be a whole number from 2 up"),
         (["run", "suite=quant", "--set", "window=9", "--set", "window=9"], "setting window is given twice"),
+        (["run", "suite=quant", "--set", "window=9999"], "window takes 9999 tokens, and the model tiny has 2048"),
+        (["run", "suite=quant", "--set", "tasks=[]"], "tasks=[]: must be a list in brackets, each item text"),
         (["run", "suite=quant", "--set", "limit=9", "limit=9"], "limit is given twice"),
         (["run", "suite=quant", "--set", "seeds=[1]", "seeds=[1]"], "option seeds is given twice"),
         (["run", "suite=quant", "--set", "tasks=tiny"], "tasks=tiny: must be a list in brackets, each item text"),
@@ -438,7 +442,7 @@ MUTATIONS = {
     "score_block": lambda at, patch: {"suite": suite_file(at, settings={"score_block": 1})},
     "window": lambda at, patch: {"suite": suite_file(at, settings={"window": 64})},
     "calibration": lambda at, patch: {"suite": suite_file(at, settings={"calibration_sequences": 8})},
-    "tasks": lambda at, patch: {"suite": suite_file(at, settings={"tasks": ["lambada_openai"]})},
+    "tasks": lambda at, patch: {"suite": suite_file(at, settings={"tasks": ["tiny_copy"]})},
     "model's content": lambda at, patch: source(patch, "model", "other"),
     "data's content": lambda at, patch: source(patch, "data", "other"),
     "another model": lambda at, patch: {"model": "shape:gpt2"},
@@ -595,6 +599,24 @@ def test_what_cannot_be_exported_is_an_outcome(here, capsys):
     assert cli.main(["export", "recipe=rtn(group_size=96)", "to=new", "device=cpu"]) == 1
     assert "effbench: unsupported:" in capsys.readouterr().err
     assert not (here / "new").exists()
+
+
+def test_a_run_does_not_report_what_is_gone_from_its_folder(here, fakes, capsys, monkeypatch):
+    fakes("quick")
+    assert run("suite=quant", "recipes=rtn-4b") == 0
+    capsys.readouterr()
+    run_cells = batches.run_cells
+
+    def remove(todo, store, *more):
+        shutil.rmtree(store.results)
+        return run_cells(todo, store, *more)
+
+    monkeypatch.setattr(batches, "run_cells", remove)
+    assert run("suite=quant", "recipes=rtn-*b") == 1
+    out, err = capsys.readouterr()
+    assert "2 records of cells that were done are gone" in err and "rtn-8b" in out and "rtn-4b" not in out
+    shutil.move(here / "runs", here / "other")
+    assert run("suite=quant", "recipes=rtn-4b", "results=other") == 0
 
 
 def test_a_list_names_its_columns_and_json_says_null_where_nothing_is_known(here, fakes, capsys):

@@ -145,8 +145,9 @@ def test_the_canonical_step_holds_the_whole_path(file, monkeypatch):
     method = parse_step("'./my folder/mine.py:Mine'(factor=0.75)")
     assert str(method) == f"'{file}:Mine'(factor=0.75)"
     assert method.label == "./my folder/mine.py:Mine(factor=0.75)"
-    monkeypatch.chdir("/")
+    monkeypatch.chdir("/usr")
     assert parse_step(str(method)) == method
+    assert method.label == "my folder/mine.py:Mine(factor=0.75)"
     assert parse(str(method)).resolved() == [{"method": f"{file}:Mine", "factor": 0.75}]
 
 

@@ -38,6 +38,7 @@ from effbench.nn.infer.engine import Engine, open_engine
 from effbench.nn.model.linear import MaskedLinear, stored_bytes
 from effbench.nn.run import Original
 from effbench.probes import distance, energy, flops, inputs, memory, perplexity, quality, speed
+from effbench.sources import tasks as names
 from effbench.stats import intervals
 
 TEXT = " ".join(
@@ -426,8 +427,8 @@ def test_quality_keeps_every_item(run, tasks):
 
 
 def test_an_unknown_task_is_named(tasks, monkeypatch):
-    manager = quality.TaskManager
-    monkeypatch.setattr(quality, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
+    manager = names.TaskManager
+    monkeypatch.setattr(names, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
     with pytest.raises(Unsupported, match="did you mean 'choice'"):
         quality.load(["choise"], [tasks[0]])
 
