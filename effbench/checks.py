@@ -14,6 +14,7 @@ says so in its class: `exceptions = {"check_name": "why"}`. `examine` runs them 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import pickle
@@ -330,10 +331,16 @@ def examine(cls: type[Method]) -> Iterator[Verdict]:
 
 
 def _run_check(check: Check, method: Method) -> str:
-    """Why a check fails, with the line of the method's file that crashed; empty if it passes."""
+    """Why a check fails, with the line of the method's file that crashed; empty if it passes.
+
+    What the method prints goes to stderr.
+    """
     try:
-        check(method)
-    except Exception as error:
+        with contextlib.redirect_stdout(sys.stderr):
+            check(method)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an author's code may end the program, too
         message = " ".join(str(error).split())
         name = "" if message and isinstance(error, AssertionError) else type(error).__name__
         return ": ".join(filter(None, (name, message))) + method_line(error)

@@ -78,10 +78,12 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            hint = _hints(type(self))[field.name]  # type: ignore[arg-type]
-            value = convert(getattr(self, field.name), hint, f"{self.key}.{field.name}")
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, field.name, self._convert(field.name, getattr(self, field.name)))
         self.check()
+
+    def _convert(self, name: str, value: Any) -> Any:
+        """A value as the type of the parameter `name`. Raises `Usage`."""
+        return convert(value, _hints(type(self))[name], f"{self.key}.{name}")  # type: ignore[arg-type]
 
     @property
     def key(self) -> str:
@@ -101,10 +103,10 @@ class Method:
         return f"{f'./{os.path.relpath(self.key)}' if inside else shorten(Path(self.key))}({self._arguments()})"
 
     def _arguments(self) -> str:
-        default = {
-            field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            for field in dataclasses.fields(self)
-        }
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for field in dataclasses.fields(self):
+            if field.default_factory is not dataclasses.MISSING:
+                default[field.name] = self._convert(field.name, field.default_factory())
         given = {name: getattr(self, name) for name in default}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != default[name])
 

@@ -140,13 +140,17 @@ def typed(kind: type[T], values: Any) -> T:
 
 
 def is_plain(kind: Any) -> bool:
-    """Whether all values of a type can be written in a recipe and in a record."""
+    """Whether all values of a type can be written in a recipe and in a record, and are read back as they were."""
     origin, arms = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return is_plain(arms[0])
-    if origin in (Union, types.UnionType, list, tuple, dict):
-        return all(is_plain(arm) for arm in arms if arm is not Ellipsis)
-    return origin is Literal or kind in _WORDS
+    if origin is dict:
+        return arms[:1] == (str,) and is_plain(arms[1])
+    if origin in (Union, types.UnionType, list, tuple):
+        return bool(arms) and all(is_plain(arm) for arm in arms if arm is not Ellipsis)
+    if origin is Literal:
+        return all(is_plain(type(arm)) for arm in arms)
+    return kind is not Any and kind in list(_WORDS)  # a list: what is no type may have no hash
 
 
 def describe(kind: Any) -> str:
@@ -177,7 +181,7 @@ _WORDS = {
     Any: "anything",
 }
 
-PLAIN = "write it as numbers, text, true or false, None, and tuples or lists of them"
+PLAIN = "it may be bool, int, float, str, None, Literal[...], or tuple[...], list[...], dict[str, ...] of these"
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -230,6 +234,8 @@ def _check_plain(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise Usage(f"{where}={value}: must be a finite number")
     if isinstance(value, str):
+        if type(value) is not str:  # such as a member of an enumeration, which is not written as the text that it is
+            raise Usage(f"{where}={_SHORT.repr(value)}: must be plain text, not {type(value).__name__}")
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise Usage(f"{where}={_SHORT.repr(value)}: holds characters that are not text")
     elif isinstance(value, (list, tuple)):

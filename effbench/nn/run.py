@@ -126,7 +126,7 @@ class ModelRun(Run):
         for entry in trained:
             if entry.module in paths:  # its block may be gone
                 path, final = paths[entry.module], entry.method.settle(entry.module)
-                check_module(final, entry.method, "settle")
+                check_module(final, entry.method, "settle", entry.module)
                 if entry.held and final is not entry.module and kept(final) is None:
                     self.log.densified.append(path)
                 dtype: torch.dtype = self.model.dtype

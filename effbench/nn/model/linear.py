@@ -11,6 +11,7 @@ through these four and never asks which method it was.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -193,21 +194,27 @@ def top_linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             yield from top_linears(child, path)
 
 
-def check_module(module: Any, method: Method, verb: str) -> None:
-    """Raise `TypeError` unless what `verb` of a method returned is a module."""
-    if not isinstance(module, nn.Module):
-        returned = "None" if module is None else f"a {type(module).__name__}"
-        raise TypeError(f"{_name_verb(method, verb, 'returned')} {returned}; it must return a module")
+def check_module(module: Any, method: Method, verb: str, before: nn.Module) -> None:
+    """Raise `TypeError` unless what `verb` of a method returned is a linear that can take the place of `before`."""
+    if not isinstance(module, LINEARS):
+        raise wrong_return(method, verb, module, "a linear module")
+    if _shape(module) != _shape(before):
+        raise wrong_return(method, verb, module, f"one of shape {_shape(before)}")
 
 
-def check_shape(weight: Tensor, like: Tensor, method: Method, verb: str) -> None:
-    """Raise `TypeError` unless the matrix of what `verb` of a method returned is as large as that of its place."""
-    if weight.shape != like.shape:
-        has, needs = (" x ".join(map(str, matrix.shape)) for matrix in (weight, like))
-        raise TypeError(f"{_name_verb(method, verb, 'returned')} a matrix of {has}; the linear is {needs}")
+def wrong_return(method: Method, verb: str, value: Any, wanted: str) -> TypeError:
+    """The error of a method whose `verb` returned a value that is not what is wanted; it names the place."""
+    returned = "None" if value is None else f"a {type(value).__name__}"
+    if isinstance(value, LINEARS):
+        returned += f" of shape {_shape(value)}"
+    code = inspect.unwrap(getattr(type(method), verb)).__code__
+    where = f"{shorten(Path(code.co_filename))}:{code.co_firstlineno}"
+    return TypeError(f"{type(method).__name__}.{verb} returned {returned}; it must return {wanted} ({where})")
 
 
-def _name_verb(method: Method, verb: str, did: str) -> str:
-    """`CLASS.verb (FILE:LINE) did`."""
-    code = getattr(type(method), verb).__code__
-    return f"{type(method).__name__}.{verb} ({shorten(Path(code.co_filename))}:{code.co_firstlineno}) {did}"
+def _shape(linear: nn.Module) -> list[int]:
+    """[out, in] of a linear."""
+    if isinstance(linear, Replaced):
+        return [linear.out_features, linear.in_features]
+    shape = list(linear.get_parameter("weight").shape)
+    return shape[::-1] if isinstance(linear, Conv1D) else shape
