@@ -241,6 +241,8 @@ def test_whatever_goes_wrong_while_a_record_is_written_costs_its_cell(store, mak
 
 def test_temporary_folders_removed_in_mid_run(store, make_job, tmp_path, monkeypatch):
     """Outputs, locks and the socket of the fork-server lie there. Cells run on, and new ones can start."""
+    socket = Path(util.get_temp_dir())  # made before, for its path has to be short
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # tests that run beside this one have folders of their own
     jobs = [make_job(f"r{i}", seconds=0.3) for i in range(6)]
     ended = 0
 
@@ -248,7 +250,9 @@ def test_temporary_folders_removed_in_mid_run(store, make_job, tmp_path, monkeyp
         nonlocal ended
         ended += event.record is not None
         if event.record is not None and ended in (1, 3):
-            for folder in (*Path(tempfile.gettempdir()).glob("effbench-*"), Path(util.get_temp_dir())):
+            folders = [*tmp_path.glob("effbench-*"), socket]
+            assert len(folders) > 1
+            for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
             jobs[0].place.gate.unlink(missing_ok=True)
 
