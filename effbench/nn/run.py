@@ -200,7 +200,7 @@ def round_to(dtype: torch.dtype, name: str, tensor: Tensor) -> Tensor:
     """The tensor in `dtype`. Raises `Refused` where rounding would make a finite number of it infinite."""
     rounded = tensor.to(dtype)
     if bool((torch.isinf(rounded) & torch.isfinite(tensor)).any()):
-        most = float(tensor[torch.isfinite(tensor)].abs().max())
+        most = float(tensor.detach()[torch.isfinite(tensor)].abs().max())
         kind = str(dtype).removeprefix("torch.")
         raise Refused(
             f"{name} holds {most:.4g}, which is finite but beyond {kind} (up to {torch.finfo(dtype).max:.4g}): "

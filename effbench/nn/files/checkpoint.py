@@ -15,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from effbench.nn.files.artifact import CONFIG
-from effbench.nn.model.linear import Storage
+from effbench.nn.model.linear import Storage, is_vector
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSORS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")  # suffixes of files of tensors
@@ -61,7 +61,7 @@ def choose_storage(headers: Mapping[str, Header], packed: torch.dtype = torch.bf
     if most == "F32":
         return torch.bfloat16
     matrices = DTYPES.get(most, packed)
-    wide = any(header.dtype == "F32" for header in headers.values() if len(header.shape) == 1)
+    wide = any(header.dtype == "F32" for name, header in headers.items() if is_vector(name, len(header.shape)))
     return Storage(matrices, torch.float32) if wide else matrices
 
 

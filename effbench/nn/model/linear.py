@@ -169,10 +169,13 @@ def stored_as(name: str, tensor: Tensor, storage: torch.dtype | Storage) -> torc
     if not isinstance(tensor, nn.Parameter) or tensor.dtype not in (torch.float32, torch.float64):
         return tensor.dtype
     if isinstance(storage, Storage):
-        # By name too: values of a sparse matrix lie in a row as well.
-        vector = tensor.ndim == 1 and name.rpartition(".")[2] in ("weight", "bias")
-        return storage.vectors if vector else storage.matrices
+        return storage.vectors if is_vector(name, tensor.ndim) else storage.matrices
     return storage
+
+
+def is_vector(name: str, dimensions: int) -> bool:
+    """Whether a tensor is a norm's weight or a bias; values and scales of packed matrices lie in a row as well."""
+    return dimensions == 1 and name.rpartition(".")[2] in ("weight", "bias")
 
 
 def kept(module: nn.Module) -> Tensor | None:
