@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from effbench.cells.job import Job
 from effbench.cells.options import DTYPES, RunOptions
-from effbench.cells.plan import find_jobs
 from effbench.core.errors import Refused, Usage
 from effbench.core.recipe import parse
 from effbench.core.usage import Seed, check_writable, named_path, nearest, one_of
+
+if TYPE_CHECKING:
+    from effbench.cells.job import Job
 
 FORMATS = ("effbench", "dense")
 CALIBRATION = {"calibration_sequences": "{} calibration sequences", "calibration_length": "of {} tokens"}
@@ -87,6 +88,8 @@ def export(
 
 def _find_job(options: ExportOptions, changes: Mapping[str, Any]) -> Job:
     """The cell whose model is wanted, as `effbench run` would plan it. Raises `Usage`."""
+    from effbench.cells.plan import find_jobs  # not needed to list what commands there are
+
     if (options.recipe is None) == (options.row is None):
         raise Usage("give suite=NAME row=NAME, or recipe='gptq(bits=4)' with or without suite=")
     shared = {field.name for field in dataclasses.fields(RunOptions)} & set(vars(options))
