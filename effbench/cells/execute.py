@@ -41,13 +41,11 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     with gate.shared(), findings.guard():
         findings.enter("open")
         from effbench.machine.environment import describe
-        from effbench.nn.files.load import open_run
 
         devices.check_room(device)
-        _pin(device, settings["threads"], job.cell.seed)
         environment = describe(device)
         tell(environment=environment)
-        run = open_run(job.source, job.data, device, settings["dtype"], job.cell.seed, settings)
+        run = open_cell(job)
         log = run.log
         try:
             _apply(recipe, run, findings)
@@ -81,6 +79,15 @@ def _label_steps(reason: str, recipe: Recipe) -> str:
     for step in recipe.steps:
         reason = reason.replace(str(step), step.label)
     return reason
+
+
+def open_cell(job: Job) -> ModelRun:
+    """The run of a job in this process, ready for its recipe; arithmetic and chance are those of its cell."""
+    from effbench.nn.files.load import open_run
+
+    device, cell = job.place.device, job.cell
+    _pin(device, cell.settings["threads"], cell.seed)
+    return open_run(job.source, job.data, device, cell.settings["dtype"], cell.seed, cell.settings)
 
 
 def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:

@@ -23,7 +23,9 @@ class RunOptions:
 
     suite: str | None = None  # name of a suite, or a YAML file of your own
     recipe: str | None = None  # the steps of one recipe, as one more row of the suite if that is given too
-    model: str | None = None  # tiny, a folder, a Hub id org/name[@REVISION], shape:NAME; else the suite's own
+    model: str | None = (
+        None  # tiny, smollm2, a folder, gguf:FILE, a Hub id org/name[@REVISION], shape:NAME; else the suite's
+    )
     data: str | None = None  # tiny, text:FOLDER or hub:NAME; by default what belongs to the model
     tokenizer: str | None = None  # folder or Hub id, for a model that comes without one
     device: str | None = None  # cpu, cuda (all GPUs like the first) or cuda:N; by default the first GPU, else the cpu

@@ -18,6 +18,7 @@ from effbench.cells.job import Job, Place
 from effbench.cells.options import RunOptions
 from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
+from effbench.core.files import file_digest
 from effbench.core.kinds import kind_of, service
 from effbench.core.method import Method
 from effbench.core.packages import module_file
@@ -70,19 +71,26 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     `changes` are settings that differ from those of the suite. With `again`, cells that are done run anew. Raises
     `Usage`.
     """
-    options.check()
-    placement = place(options.device, options.threads, options.jobs, options.tier)
-    suite, tier = _choose_rows(options, placement.tier)
-    tier = tier.with_settings(_settings(options, changes or {}))
+    placement, suite, tier, jobs = find_jobs(options, changes)
     store = Store(options.folder)
     store.check()
     records, notes = store.read(suite.name, suite.version)
     before = _Before(records, again)
-    jobs = list(_jobs(options, placement, suite, tier))
     cells = tuple(map(before.decide, jobs))
     if any(cell.done is None for cell in cells):
         _check_tasks(tier.settings.get("tasks"), jobs[0].data)
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
+
+
+def find_jobs(
+    options: RunOptions, changes: Mapping[str, Any] | None = None
+) -> tuple[Placement, Suite, Tier, list[Job]]:
+    """All cells that the options ask for, in the order of the suite, and what they are taken from. Raises `Usage`."""
+    options.check()
+    placement = place(options.device, options.threads, options.jobs, options.tier)
+    suite, tier = _choose_rows(options, placement.tier)
+    tier = tier.with_settings(_settings(options, changes or {}))
+    return placement, suite, tier, list(_jobs(options, placement, suite, tier))
 
 
 def _choose_rows(options: RunOptions, tier: str) -> tuple[Suite, Tier]:
@@ -258,7 +266,7 @@ def _flat(cell: Cell) -> dict[str, Any]:
 
 def _file_digest(path: Path) -> str:
     try:
-        return sources.file_digest(path)
+        return file_digest(path)
     except OSError as error:
         raise Usage(f"{path}: cannot be read ({error.strerror})") from None
 

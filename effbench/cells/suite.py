@@ -44,6 +44,7 @@ class Settings:
     calibration_length: Count | None = None  # tokens per calibration sequence; by default what the model takes
     skip: list[str] | None = None  # patterns of linears that methods leave alone
     tasks: Tasks | None = None  # lm-eval tasks; by default those that belong to the data
+    chat_template: bool | None = None  # whether tasks are put as a user's turn by the model's template; by default not
     limit: Count | None = None  # items per task, windows of perplexity
     window: Annotated[int, Meta(ge=2)] | None = None  # tokens per window of perplexity
     text_tokens: Count | None = None  # tokens of held-out text

@@ -17,7 +17,7 @@ from effbench.core.plain import plain
 if TYPE_CHECKING:
     from effbench.core.kinds import Swap
     from effbench.core.method import Method
-    from effbench.core.views import Data, Device, DType, Module, Segments, Tensor
+    from effbench.core.views import Data, Device, Module, Segments, Tensor
 
 T = TypeVar("T")
 HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # of methods, each a chain of the train plan
@@ -125,6 +125,7 @@ class RunLog:
 
     steps: list[StepCost] = dataclasses.field(default_factory=list)
     commit: str | None = None  # of the model on the Hub
+    model_types: str = ""  # how the files of the model store it, by kind of tensor
     calibration_sequences: int | None = None  # None: nothing calibrated
     calibration_tokens: int = 0  # of one pass over the calibration set
     layers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # errors by path of the linear
@@ -152,7 +153,7 @@ class Run(abc.ABC):
     tokenizer: Any  # of transformers; None where the model comes without one
     data: Data  # pool, train, calibration and held-out sets, tasks
     device: Device
-    storage: DType  # dtype in which an artifact keeps dense tensors
+    storage: Any  # dtype in which an artifact keeps dense parameters, or those of matrices and of vectors
     seed: int
 
     def __init__(self) -> None:

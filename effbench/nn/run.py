@@ -21,7 +21,16 @@ from effbench.core.kinds import kind_of, service
 from effbench.core.run import FitReport, Run
 from effbench.nn.data import LONGEST, SEQUENCES, Data
 from effbench.nn.model.blocks import Blocks, count_positions
-from effbench.nn.model.linear import Replaced, check_module, kept, replace, stored_as, stored_bytes, stored_tensors
+from effbench.nn.model.linear import (
+    Replaced,
+    Storage,
+    check_module,
+    kept,
+    replace,
+    stored_as,
+    stored_bytes,
+    stored_tensors,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +69,7 @@ class ModelRun(Run):
         data: Data,
         *,
         device: torch.device,
-        storage: torch.dtype,
+        storage: torch.dtype | Storage,
         seed: int = 0,
         sequences: int = SEQUENCES,
         length: int | None = None,
@@ -176,11 +185,28 @@ class ModelRun(Run):
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, storage: torch.dtype) -> None:
-    """Round floating tensors to `storage` and back, so that what is measured is what would be saved."""
-    for _, tensor in stored_tensors(model):
-        if stored_as(tensor, storage) is not tensor.dtype:
-            tensor.copy_(tensor.to(storage))
+def narrow(model: nn.Module, storage: torch.dtype | Storage) -> None:
+    """Round floating tensors to `storage` and back, so that what is measured is what would be saved.
+
+    Raises `Refused` for a finite number that is beyond the range of its type there.
+    """
+    for name, tensor in stored_tensors(model):
+        dtype = stored_as(name, tensor, storage)
+        if dtype is not tensor.dtype:
+            tensor.copy_(round_to(dtype, name, tensor))
+
+
+def round_to(dtype: torch.dtype, name: str, tensor: Tensor) -> Tensor:
+    """The tensor in `dtype`. Raises `Refused` where rounding would make a finite number of it infinite."""
+    rounded = tensor.to(dtype)
+    if bool((torch.isinf(rounded) & torch.isfinite(tensor)).any()):
+        most = float(tensor.detach()[torch.isfinite(tensor)].abs().max())
+        kind = str(dtype).removeprefix("torch.")
+        raise Refused(
+            f"{name} holds {most:.4g}, which is finite but beyond {kind} (up to {torch.finfo(dtype).max:.4g}): "
+            "rounding it would make infinity"
+        )
+    return rounded
 
 
 @torch.no_grad()

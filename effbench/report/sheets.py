@@ -241,6 +241,8 @@ def _write_caption(table: Table, differing: Sequence[str], stale: Stale | None) 
     counts = Counter(record.outcome for record in records)
     outcomes = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
     parts = [f"Data {cell.data}; {', '.join(where)}; {when}; {_count_cells(len(records))}: {outcomes}."]
+    if types := sorted({one_line(record.log["model_types"]) for record in records if record.log.get("model_types")}):
+        parts.append(f"The model's files hold {'; '.join(types)}.")
     if commits := _list_commits(records):
         parts.append(f"Measured at {commits}.")
     if stale is not None and (old := sum(any(map(stale, row.records)) for row in table.rows)):

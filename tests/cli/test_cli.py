@@ -514,12 +514,12 @@ def test_model_folders(here):
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"1234")
     first = sources.model("model")
-    assert (first.kind, first.name, first.path) == ("folder", "model", folder)
+    assert (first.kind, first.path) == ("folder", folder) and first.name == f"model@{first.digest[:8]}"
     (folder / "README.md").write_text("does not matter")
     assert sources.model(str(folder)).digest == first.digest
     (folder / "model.safetensors").write_bytes(b"1235")
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    assert sources.model("model").digest != first.digest
+    assert sources.model("model").digest != first.digest and sources.model("model").name != first.name
     assert sources.model("org/name") == sources.Source("org/name", "hub")
 
 
@@ -527,7 +527,7 @@ def test_text_folders(here):
     (here / "text" / "deep").mkdir(parents=True)
     (here / "text" / "deep" / "a.txt").write_text("words")
     first = sources.data("text:text")
-    assert (first.kind, first.name, first.path) == ("text", "text:text", here / "text")
+    assert (first.kind, first.path) == ("text", here / "text") and first.name == f"text:text@{first.digest[:8]}"
     (here / "text" / "b.txt").write_text("more words")
     assert sources.data("text:text").digest != first.digest
     assert sources.data(None) == sources.data("tiny")
@@ -575,7 +575,15 @@ def test_an_exported_model_is_measured_like_any_other(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "recipe= is missing"),
+        ([], "to= is missing"),
+        (["to=new"], "give suite=NAME row=NAME, or recipe="),
+        (["to=new", "row=rtn-4b", "recipe=rtn()"], "give suite=NAME row=NAME, or recipe="),
+        (["to=new", "row=rtn-4b"], "name the suite that has it"),
+        (["to=new", "suite=quant", "row=rtn-4"], "no row of quant in this tier; did you mean 'rtn-4b'"),
+        (["to=new", "suite=quint", "row=rtn-4b"], "unknown suite 'quint'"),
+        (["to=new", "recipe=fp8_weight()", "format=dense"], "fp8_weight() rounds activations too, which is lost there"),
+        (["to=new", "recipe=rtn(), fp8_weight()", "format=dense"], "fp8_weight() rounds activations too"),
+        (["to=new", "recipe=rtn()", "--set", "calibration_sequence=4"], "unknown setting 'calibration_sequence'"),
         (["recipe=rtn()"], "to= is missing"),
         (["recipe=rtn()", "to=full"], "to=full: is there already and not empty"),
         (["recipe=rtn()", "to=" + "a" * 5000], "File name too long"),

@@ -154,7 +154,7 @@ def test_stored_bytes(dtype: torch.dtype) -> None:
     csr = CSRLinear.of(_weight(dtype), keep)
     number = int(keep.sum())
     assert stored_bytes(csr, torch.bfloat16) == (number * 2, number * 2 + 4 * (OUT + 1))
-    assert stored_as(csr.values, torch.bfloat16) == (torch.bfloat16 if dtype == torch.float32 else dtype)
+    assert stored_as("values", csr.values, torch.bfloat16) == (torch.bfloat16 if dtype == torch.float32 else dtype)
     bcsr = BCSRLinear.of(_weight(dtype), _mask(OUT, IN, (4, 8)), (4, 8), bias=torch.ones(OUT))
     number = len(bcsr.values)
     assert stored_bytes(bcsr, torch.bfloat16) == (number * 4 * 8 * 2 + 2 * OUT, number * 2 + 4 * (OUT // 4 + 1))

@@ -600,3 +600,10 @@ def test_wrong_usage(results, command, words, message, capsys):
     out, err = capsys.readouterr()
     assert out == "" and message in err
     assert err.count("\n") == 1 and len(err) < 1500
+
+
+def test_a_caption_says_how_the_files_of_the_model_store_it():
+    types = "Q4_1 linears, Q8_0 embedding and head, F32 norms"
+    told = [make(log={"model_types": types}), make("rtn()", bits=4, log={"model_types": types}), failed("gptq()")]
+    assert f"The model's files hold {types}." in render(told, "quant", "md")
+    assert "The model's files" not in render([make(), make("rtn()", bits=4)], "quant", "md")

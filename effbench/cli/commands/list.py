@@ -118,6 +118,8 @@ def _models() -> list[dict[str, Any]]:
 
     return [
         {"name": "tiny", "summary": "small Llama that ships with effbench, trained on a generated world"},
+        {"name": "smollm2", "summary": "SmolLM2-135M-Instruct, which `effbench fetch smollm2` brings"},
+        {"name": "gguf:FILE", "summary": "local GGUF file, decoded; needs effbench[gguf]"},
         {"name": "FOLDER", "summary": "local checkpoint in safetensors with its config.json and tokenizer"},
         {"name": "ORG/NAME", "summary": "model on the Hugging Face Hub"},
         *(

@@ -37,6 +37,16 @@ class Bytes(NamedTuple):
         return Bytes(self.weights + other.weights, self.metadata + other.metadata)
 
 
+class Storage(NamedTuple):
+    """Dtypes of dense parameters in a saved artifact, where they are not one."""
+
+    matrices: torch.dtype
+    vectors: torch.dtype  # norms and biases
+
+    def __str__(self) -> str:
+        return f"{self.matrices}, vectors in {self.vectors}"
+
+
 class Replaced(nn.Module):
     """A module that stands where a linear stood and computes y = x W^T + b.
 
@@ -132,11 +142,11 @@ def dense_weight(module: nn.Module) -> Tensor:
     return (weight.T if isinstance(module, Conv1D) else weight).float()
 
 
-def stored_bytes(module: nn.Module, dtype: torch.dtype) -> Bytes:
-    """Bytes of `module` in a saved artifact whose dense tensors are kept in `dtype`; what is shared counts once."""
+def stored_bytes(module: nn.Module, storage: torch.dtype | Storage) -> Bytes:
+    """Bytes of `module` in a saved artifact whose dense tensors are kept in `storage`; what is shared counts once."""
     weights = described = 0
     for name, tensor in stored_tensors(module):
-        size = tensor.numel() * stored_as(tensor, dtype).itemsize
+        size = tensor.numel() * stored_as(name, tensor, storage).itemsize
         path, _, last = name.rpartition(".")
         owner = module.get_submodule(path)
         if isinstance(owner, Replaced) and last in owner.metadata:
@@ -155,10 +165,18 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, tensor
 
 
-def stored_as(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Dtype an artifact keeps `tensor` in: dense parameters in `dtype`, buffers (codes, scales) as they are."""
-    wide = isinstance(tensor, nn.Parameter) and tensor.dtype in (torch.float32, torch.float64)
-    return dtype if wide else tensor.dtype
+def stored_as(name: str, tensor: Tensor, storage: torch.dtype | Storage) -> torch.dtype:
+    """Dtype an artifact keeps a tensor in: dense parameters in `storage`, buffers (codes, scales) as they are."""
+    if not isinstance(tensor, nn.Parameter) or tensor.dtype not in (torch.float32, torch.float64):
+        return tensor.dtype
+    if isinstance(storage, Storage):
+        return storage.vectors if is_vector(name, tensor.ndim) else storage.matrices
+    return storage
+
+
+def is_vector(name: str, dimensions: int) -> bool:
+    """Whether a tensor is a norm's weight or a bias; values and scales of packed matrices lie in a row as well."""
+    return dimensions == 1 and name.rpartition(".")[2] in ("weight", "bias")
 
 
 def kept(module: nn.Module) -> Tensor | None:

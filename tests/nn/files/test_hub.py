@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from effbench import sources, tiny
 from effbench.core.errors import Unsupported, Usage
 from effbench.nn.data import open_data
-from effbench.nn.files.load import open_run
+from effbench.nn.files.load import find_folder, open_run
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
@@ -49,6 +49,14 @@ def test_a_revision_is_what_is_opened_and_recorded(hub: Path) -> None:
     assert commit == COMMITS["v2"] and not torch.equal(first, second)
     third, commit = weight(f"org/toy@{COMMITS['v2']}")
     assert commit == COMMITS["v2"] and torch.equal(second, third)
+
+
+def test_files_beside_the_tensors_are_found(hub: Path) -> None:
+    source = sources.model("org/toy@v2")
+    folder = find_folder(source)
+    assert folder is not None and folder.name == COMMITS["v2"] and (folder / "tokenizer.json").is_file()
+    named = sources.model("org/toy@v2", "tiny")
+    assert named.location == "org/toy" and named.name == "org/toy@v2 with tokenizer tiny"
 
 
 def test_only_a_commit_is_a_digest() -> None:
