@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 from effbench import tiny
 from effbench.core.errors import OutOfMemory, Refused, Unsupported, first_line
 from effbench.machine.devices import gib
-from effbench.nn.data import Data, RandomTokens, open_data
+from effbench.nn.data import LONGEST, Data, RandomTokens, open_data
 from effbench.nn.files import artifact
-from effbench.nn.model.blocks import ARCHITECTURES, Blocks
+from effbench.nn.model.blocks import ARCHITECTURES, Blocks, count_positions
 from effbench.nn.run import ModelRun
 from effbench.sources.shapes import SHAPES
 
@@ -60,7 +60,14 @@ def open_run(
     if source.kind == "shape":
         _check_shape(config, place, compute)
     model = build()
-    texts: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
+    positions = count_positions(model)
+    width = min(LONGEST, positions)
+    length = settings.get("calibration_length") or width
+    if length > positions:
+        raise Unsupported(f"calibration_length is {length} tokens, the model has {positions} positions")
+    texts: Data = (
+        RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer, width, length)
+    )
     if tokenizer is not None:
         ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         if ids > model.config.vocab_size:
@@ -78,7 +85,7 @@ def open_run(
         storage=storage,
         seed=seed,
         sequences=int(settings.get("calibration_sequences") or 128),
-        length=settings.get("calibration_length"),
+        length=length,
         skip=tuple(settings.get("skip") or ()),
     )
     if source.kind == "hub":
