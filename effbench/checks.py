@@ -81,13 +81,13 @@ class ToyData(Data):
     """Random tokens that count as text."""
 
     def __init__(self) -> None:
-        super().__init__("toy", {"train": ["toy"]}, None)
+        super().__init__("toy", {}, None)
         generator = torch.Generator().manual_seed(1)
         self._rows = torch.randint(1, VOCABULARY, (64, 32), generator=generator)
-        self._pool = [Example(str(i), tuple(row)) for i, row in enumerate(self._rows.tolist())]
+        self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(self._rows.tolist())]
 
-    def ids(self, part: str) -> Tensor:
-        return self._rows.flatten()
+    def ids(self, part: str, limit: int | None = None) -> Tensor:
+        return self._rows.flatten()[:limit]
 
 
 def toy_run(architecture: str = "llama", seed: int = 0, **settings: Any) -> ModelRun:

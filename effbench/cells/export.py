@@ -29,6 +29,7 @@ class ExportOptions:
     format: str = "effbench"  # effbench (packed, read by model=FOLDER) or dense (plain transformers, masks beside it)
     model: str | None = None  # as in `effbench run`; by default that of the suite
     data: str | None = None  # as in `effbench run`
+    calibration_data: str | None = None  # as in `effbench run`
     tokenizer: str | None = None  # folder or Hub id, for a model that comes without one
     device: str | None = None  # cpu, cuda or cuda:N; by default the first GPU, else the processor
     dtype: str | None = None  # of the arithmetic: float32, bfloat16, float16

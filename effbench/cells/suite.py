@@ -47,6 +47,7 @@ class Settings:
     chat_template: bool | None = None  # whether tasks are put as a user's turn by the model's template; by default not
     limit: Count | None = None  # items per task, windows of perplexity
     window: Annotated[int, Meta(ge=2)] | None = None  # tokens per window of perplexity
+    stride: Count | None = None  # tokens from one window to the next, all scored; by default those of a window
     text_tokens: Count | None = None  # tokens of held-out text
     score_block: Count | None = None  # tokens per forward pass after the context; by default all
     memory_batch: Count | None = None  # sequences at a time where memory is measured

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effbench.core.errors import Refused, Usage
+from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.kinds import kind_of, service
 from effbench.core.run import FitReport, Run
 from effbench.nn.data import LONGEST, SEQUENCES, Data
@@ -31,6 +31,7 @@ from effbench.nn.model.linear import (
     stored_bytes,
     stored_tensors,
 )
+from effbench.nn.model.memento import ModelMemento, ObjectMemento
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,6 +128,35 @@ class ModelRun(Run):
         self.log.fits.append(report)
         for entry in self._swapped:
             entry.trained = True
+
+    def remember(self) -> Callable[[], None]:
+        model = ModelMemento(self.model)
+        methods = [method for method, _ in self._states.values()]
+        plans = (self.train, self.infer)
+        lists = [(chain, list(chain)) for plan in plans for chain in (plan.chain(name) for name in plan.chains)]
+        lists.append((self._swapped, list(self._swapped)))
+        methods += [entry for chain, _ in lists for entry in chain]
+        slots = [value for plan in plans for value in map(plan.slot, plan.slots) if hasattr(value, "__dict__")]
+        beside = [*(state for _, state in self._states.values()), *slots, self.log]
+        try:
+            objects = ObjectMemento(beside, [self, self.data, self.tokenizer, *methods, *model.objects()])
+        except TypeError as error:
+            raise Unsupported(f"a step of the recipe holds what cannot be copied: {error}") from None
+        states = dict(self._states)
+        chance = torch.get_rng_state()
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+
+        def restore() -> None:
+            model.restore()
+            objects.restore()
+            self._states = dict(states)
+            for entries, before in lists:
+                entries[:] = before
+            torch.set_rng_state(chance)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self.device)
+
+        return restore
 
     def settle(self) -> None:
         trained = [entry for entry in self._swapped if entry.trained]

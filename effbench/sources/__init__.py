@@ -1,7 +1,7 @@
 """What `model=`, `data=` and `tokenizer=` name: looked up and digested, not opened.
 
-Names that cannot be right are `Usage`. What is wrong with the content (a pickle, a missing key, no text) shows
-when a cell opens it, and is that cell's outcome.
+Names that cannot be right are `Usage`, and so is text that cannot be read. What is wrong with a model (a pickle, a
+missing key) shows when a cell opens it, and is that cell's outcome.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from effbench.core.paths import PACKAGE
 from effbench.core.usage import named_path, nearest
 from effbench.sources import smollm2
 from effbench.sources.shapes import SHAPES
+from effbench.sources.text import READERS, read_speeches
 
 TINY = PACKAGE / "tiny"
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
@@ -70,9 +71,15 @@ class DataSource:
     """Text to train on, calibrate on and measure on."""
 
     name: str
-    kind: Literal["tiny", "text", "hub"]
-    path: Path | None = None  # of a text folder
+    kind: Literal["tiny", "speeches", "text", "jsonl", "hub"]
+    path: Path | None = None  # of a text folder, or a file of JSON lines
     digest: str = UNRESOLVED
+    learned: DataSource | None = None  # what methods calibrate and train on, where it is another
+
+    @property
+    def shown(self) -> str:
+        """The name, with that of what is learned from."""
+        return self.name if self.learned is None else f"{self.name} calibrated on {self.learned.name}"
 
     @property
     def task_folders(self) -> tuple[Path, ...]:
@@ -149,23 +156,41 @@ def _label(path: Path, digest: str) -> str:
     return f"{path.name}@{digest[:8]}"
 
 
-def data(name: str | None) -> DataSource:
-    """The data that `data=` names; without it the generated world of the tiny model. Raises `Usage`."""
-    kind, _, rest = (name or "tiny").partition(":")
-    if kind == "tiny" and not rest:
+def data(name: str | None, learned: str | None = None) -> DataSource:
+    """The data that `data=` names; without it the generated world of the tiny model. Raises `Usage`.
+
+    learned  what `calibration_data=` names: methods calibrate and train on that instead
+    """
+    source = _data("data", name or "tiny")
+    if learned is None:
+        return source
+    other = _data("calibration_data", learned)
+    digests = [source.digest, other.digest]
+    return dataclasses.replace(
+        source,
+        digest=UNRESOLVED if UNRESOLVED in digests else _joined(digests),
+        learned=other,
+    )
+
+
+def _data(option: str, name: str) -> DataSource:
+    kind, _, rest = name.partition(":")
+    if name == "tiny":
         return DataSource("tiny", "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
-    if kind == "text" and rest:
-        folder = named_path("data", rest)
-        if not folder.is_dir():
-            raise Usage(f"data={name}: no such folder")
-        files = _files(folder, ("**/*",))
-        if not files:
-            raise Usage(f"data={name}: the folder holds no files")
-        folder, digest = folder.resolve(), _digest(files)
-        return DataSource(f"text:{_label(folder, digest)}", "text", folder, digest)
+    if name == "speeches":
+        return DataSource("speeches", "speeches", None, read_speeches().digest)
+    if kind in READERS and rest:
+        path = named_path(option, rest)
+        if not (path.is_dir() if kind == "text" else path.is_file()):
+            raise Usage(f"{option}={name}: no such {'folder' if kind == 'text' else 'file'}")
+        try:
+            digest = READERS[kind](path).digest
+        except Usage as error:
+            raise Usage(f"{option}={kind}:{error}") from None
+        return DataSource(f"{kind}:{_label(path.resolve(), digest)}", kind, path.resolve(), digest)  # type: ignore[arg-type]
     if kind == "hub" and rest:
         return DataSource(f"hub:{rest}", "hub")
-    raise Usage(f"data={name}: must be tiny, text:FOLDER or hub:NAME")
+    raise Usage(f"{option}={name}: must be tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME")
 
 
 def task_digest() -> str:

@@ -99,6 +99,7 @@ class Texts:
     protocol = "text:test, one document, no token added"
     tasks: tuple[str, ...] = ()
     task_paths: tuple[Path, ...] = ()
+    window: int | None = None
 
     def __init__(self, tokenizer, text=TEXT):
         self.ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
@@ -209,6 +210,57 @@ def test_perplexity_is_the_transformers_loss(run):
     metric = reading.metrics["token_ppl"]
     assert metric.value == pytest.approx(math.exp(loss), rel=1e-5)
     assert metric.low < metric.value < metric.high
+
+
+@pytest.mark.parametrize("stride", [1, 7, 24, 47])
+@pytest.mark.parametrize("block", [None, 1])
+def test_overlapping_windows_score_every_token_once(run, stride, block):
+    settings = {"window": 48, "stride": stride, "text_tokens": 140, "score_block": block}
+    reading = perplexity.take(run, settings)
+    ids = run.data.ids[:140]
+    values = []
+    with torch.no_grad():  # every token that has 48 - stride tokens before it, in the last whole window that holds it
+        for end in range(48, 141, stride):
+            logits = run.model(ids[None, end - 48 : end]).logits[0].float().log_softmax(-1)
+            values += [-float(logits[i - 1, ids[end - 48 + i]]) for i in range(48 - stride, 48)]
+    assert len(values) == len(range(48, 141, stride)) * stride
+    metric = reading.metrics["token_ppl"]
+    assert metric.value == pytest.approx(math.exp(statistics.fmean(values)), rel=1e-5)
+    assert metric.n == len(range(48, 141, stride)) and metric.low < metric.value < metric.high
+    assert f"window48.stride{stride}.windows{metric.n}.last{stride}-of-window-scored" in reading.protocols["token_ppl"]
+
+
+def test_distance_of_overlapping_windows_is_that_of_what_is_scored(run):
+    run.model.lm_head.weight.data[7] += 0.5
+    settings = {"window": 48, "stride": 8, "text_tokens": 80}
+    kl = distance.take(run, settings).samples["kl_nats_per_token"]
+    ids = run.data.ids[:80]
+    with torch.no_grad():
+        for number, value in enumerate(kl):
+            window = ids[None, 8 * number : 8 * number + 48]
+            theirs, ours = (model(window).logits[0, 39:47].log_softmax(-1) for model in (run.reference, run.model))
+            assert value == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+    assert len(kl) == 5
+    own = {"token_ppl_window_nll": perplexity.take(run, settings).samples["token_ppl_window_nll"]}
+    run._shared.clear()
+    assert perplexity.take(run, settings).samples == own
+
+
+def test_a_stride_of_the_window_is_the_default_and_a_longer_one_is_unsupported(run):
+    assert perplexity.take(run, {"window": 48, "stride": 48}).samples == perplexity.take(run, {"window": 48}).samples
+    with pytest.raises(Unsupported, match="the stride is 49 tokens, the window 48"):
+        perplexity.take(run, {"window": 48, "stride": 49})
+
+
+def test_data_of_a_paper_bring_their_window_and_are_measured_whole(run, tokenizer):
+    run.data = Texts(tokenizer, TEXT * 4)
+    run.data.ids = run.data.ids.repeat(-(-inputs.TEXT_TOKENS // len(run.data.ids)) + 1)
+    run.data.window = 2048
+    whole = perplexity.take(run, {"window": None}).protocols["token_ppl"]
+    assert f"window96.stride96.windows{len(run.data.ids) // 96}." in whole
+    assert "window32" in perplexity.take(run, {"window": 32, "text_tokens": 320}).protocols["token_ppl"]
+    run.data.window = 64
+    assert f"window64.stride64.windows{len(run.data.ids) // 64}." in perplexity.take(run, {}).protocols["token_ppl"]
 
 
 def test_text_shorter_than_the_window_is_unsupported(run):

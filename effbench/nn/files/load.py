@@ -19,11 +19,11 @@ from transformers.utils.hub import cached_file
 from effbench import sources, tiny
 from effbench.core.errors import OutOfMemory, Refused, Unsupported, first_line
 from effbench.machine.devices import gib
-from effbench.nn.data import Data, RandomTokens, open_data
+from effbench.nn.data import LONGEST, Data, RandomTokens, open_data
 from effbench.nn.files import artifact
 from effbench.nn.files.checkpoint import PICKLES, Header, choose_storage, describe_headers, read_headers
 from effbench.nn.files.gguf import Gguf, open_gguf
-from effbench.nn.model.blocks import ARCHITECTURES, Blocks
+from effbench.nn.model.blocks import ARCHITECTURES, Blocks, count_positions
 from effbench.nn.model.linear import Storage
 from effbench.nn.run import ModelRun, round_to
 from effbench.sources.shapes import SHAPES
@@ -69,7 +69,14 @@ def open_run(
     if source.kind == "shape":
         _check_shape(config, place, compute)
     model = build()
-    texts: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
+    positions = count_positions(model)
+    width = min(LONGEST, positions)
+    length = settings.get("calibration_length") or width
+    if length > positions:
+        raise Unsupported(f"calibration_length is {length} tokens, the model has {positions} positions")
+    texts: Data = (
+        RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer, width, length)
+    )
     if tokenizer is not None:
         ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         if ids > model.config.vocab_size:
@@ -87,7 +94,7 @@ def open_run(
         storage=storage,
         seed=seed,
         sequences=int(settings.get("calibration_sequences") or 128),
-        length=settings.get("calibration_length"),
+        length=length,
         skip=tuple(settings.get("skip") or ()),
     )
     if source.kind == "hub":

@@ -78,8 +78,11 @@ def test_a_data_set_gives_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder.mkdir(parents=True)
     for split, texts in {"train": ["one", "two", "three", " "], "test": ["four"]}.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data = open_data(sources.data("hub:corpora/small"), AutoTokenizer.from_pretrained(tiny.MODEL))
-    assert data.documents("train") == ["two"] and data.documents("calibration") == ["one", "three"]
+    data = open_data(sources.data("hub:corpora/small"), AutoTokenizer.from_pretrained(tiny.MODEL), length=4)
+    assert data.documents("train") == ["two", "three"]
+    assert (
+        data.documents("calibration") == ["one", "two", "three"] and "filled up with the training part" in data.protocol
+    )
     assert data.documents("heldout") == ["four"]
     (folder / "test.jsonl").unlink()
     with pytest.raises(Unsupported, match="no test or validation split"):
