@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from effbench.core.kinds import Cache, Prompt, Select, Train, Weights
 from effbench.core.method import Method
 from effbench.core.packages import method_line
-from effbench.core.recipe import parse_step
+from effbench.core.recipe import parse, parse_step
 from effbench.core.registry import blame_method
 from effbench.core.run import FitReport
 from effbench.core.source import document_fields
@@ -179,6 +179,11 @@ def check_facts(method: Method) -> None:
     summary = inspect.getdoc(sys.modules[cls.__module__])
     assert summary, "the file does not begin with a docstring whose first line says what the method is"
     assert cls.paper, "the paper is not named: paper = 'arXiv:...', or where else it was published"
+    assert cls.published or cls.caveats or cls.paper == "unpublished", (
+        "the paper's own setting is not named: published = 'RECIPE', or caveats = ('why there is none here',)"
+    )
+    steps = parse(cls.published).steps
+    assert not steps or cls in map(type, steps), f"published = {cls.published!r} does not use the method"
     made = f"{cls.__name__}("  # by dataclass, for a class without
     assert not (cls.__dict__["__doc__"] or made).startswith(made), "the class has no docstring"
     bare = [field.name for field in document_fields(cls).values() if not field.comment]

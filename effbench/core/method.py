@@ -35,6 +35,8 @@ class Method:
     """
 
     paper: ClassVar[str] = ""  # where the method was published
+    published: ClassVar[str] = ""  # recipe of the paper's own setting; empty: there is none here, `caveats` say why
+    caveats: ClassVar[tuple[str, ...]] = ()  # what a reader of its numbers has to know, a phrase each, for footnotes
     identity: ClassVar[dict[str, Any] | None] = None  # settings at which the model must be unchanged
     trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings to test: the first by every check of the contract,
     # all of them by those of packing and saving, which run code that the defaults do not reach

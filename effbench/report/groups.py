@@ -86,6 +86,12 @@ class Row:
             return Estimate(measured[0].value, measured[0].low, measured[0].high)
         return over_seeds([one.value for one in measured])
 
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a reader has to know of the methods of the recipe."""
+        told = self.records[0].facts.get("caveats")
+        return tuple(map(one_line, told)) if isinstance(told, list) else ()
+
     def fact(self, name: str) -> str:
         """What the methods of the recipe declare."""
         return one_line(self.records[0].facts.get(name) or "") or DASH

@@ -177,15 +177,19 @@ def _show_stored(row: Row) -> str:
 
 
 def _name_row(row: Row, footnotes: dict[str, int]) -> str:
-    """The recipe and, where it is not simply `ok`, what became of it, with a footnote for the reason."""
-    name = row.recipe + " (simulated)" * row.simulated + " (densified)" * row.densified
+    """The recipe with footnotes: its caveats, and where it is not simply `ok`, what became of it and why."""
+
+    def mark(*texts: str) -> str:
+        return " ".join(superscript(footnotes.setdefault(text, len(footnotes) + 1)) for text in texts)
+
+    name = row.recipe + mark(*row.caveats) + " (simulated)" * row.simulated + " (densified)" * row.densified
     worst = row.worst
     if worst.outcome == "ok":
         return name
     text = f"{worst.outcome}: {one_line(worst.reason)[:300] or 'no reason given'}"
     if len(row.records) > 1:
         text = f"{sum(one.outcome != 'ok' for one in row.records)} of {len(row.records)} seeds, {text}"
-    return f"{name}: {worst.outcome}{superscript(footnotes.setdefault(text, len(footnotes) + 1))}"
+    return f"{name}: {worst.outcome}{mark(text)}"
 
 
 # ---- words --------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ class LotteryTicket(Method):
     """
 
     paper = "arXiv:1803.03635"
+    caveats = ("rewinds to the trained model; tickets of Frankle & Carbin start from random weights",)
     type = "sparse training"
     consumes = True
     settles = True

@@ -76,6 +76,7 @@ class SparseGPT(Weights):
     to one grid per row taken from the dense weights."""
 
     paper = "arXiv:2301.00774"
+    published = "sparsegpt()"
     type = "post-training"
     weight_update = "Hessian-based compensation"
     needs = {"hessian"}

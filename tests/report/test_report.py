@@ -546,3 +546,13 @@ def test_wrong_usage(results, command, words, message, capsys):
     out, err = capsys.readouterr()
     assert out == "" and message in err
     assert err.count("\n") == 1 and len(err) < 1500
+
+
+def test_caveats_of_methods_are_footnotes_of_their_rows():
+    told = {"caveats": ["Movement: 10 epochs in the paper", "GMP: not from the start"]}
+    first = make("movement()", facts=told)
+    other = failed("gmp()", facts={"caveats": told["caveats"][1:]})
+    text = render([make(), first, other], "quant")
+    assert {"baseline", "gmp()¹: oom²", "movement()³ ¹"} == set(table(text))
+    assert "¹ GMP: not from the start" in text and "³ Movement: 10 epochs in the paper" in text
+    assert render([make(), make("rtn()", facts={"caveats": 7})], "quant")  # a damaged record

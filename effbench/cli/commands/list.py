@@ -59,7 +59,7 @@ def _list(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1, default=str))
     elif rows:
         print_columns(
-            [[str(value) for key, value in row.items() if key not in ("parameters", "facts")] for row in rows]
+            [[str(value) for key, value in row.items() if key not in ("about", "parameters", "facts")] for row in rows]
         )
     else:
         print(f"effbench: there are no {what}", file=sys.stderr)
@@ -74,6 +74,7 @@ def describe(entry: registry.Entry) -> dict[str, Any]:
         "kind": entry.kind,
         "paper": entry.paper,
         "summary": entry.summary,
+        "about": entry.about,
         "parameters": {
             name: {key: value for key, value in dataclasses.asdict(parameter).items() if key != "name"}
             for name, parameter in entry.parameters.items()
