@@ -40,6 +40,7 @@ from effbench.nn.data import Data
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.linear import Replaced, dense_weight, stored_bytes, top_linears
+from effbench.nn.model.sparsity import measure_sparsity
 from effbench.nn.run import ModelRun, narrow
 from effbench.nn.train.fit import FitSettings, fit
 from effbench.sources import Source
@@ -266,6 +267,13 @@ def check_linear_protocol(method: Method) -> None:
             assert mask is None or not weight[~mask].any(), f"{path}: a weight held at zero is not zero"
 
 
+def check_sparsity(method: Method) -> None:
+    """What is asked to be zero is zero, no more and no less."""
+    if method.asked_sparsity is not None:
+        found = measure_sparsity(applied(method).model).linears
+        assert abs(found - method.asked_sparsity) < 0.01, f"{found:.3f} of the weights are zero"
+
+
 def method_tolerance(method: Method) -> float:
     """Relative error that a method may add in its forward pass beyond its weights: activation rounding, if any."""
     return 0.08 if method.rounds_activations else 1e-4
@@ -298,7 +306,8 @@ def check_architectures(method: Method) -> None:
             run.close()
 
 
-PACKING = (check_linear_protocol, check_save_and_load)  # that other settings than the first must pass too
+# What other settings than the first must pass too.
+PACKING = (check_linear_protocol, check_save_and_load, check_sparsity)
 
 
 def all_checks() -> tuple[Check, ...]:

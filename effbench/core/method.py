@@ -44,6 +44,7 @@ class Method:
     consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
     trains: ClassVar[bool] = False  # True: acts through the fit that follows
+    sparsifies: ClassVar[bool] = False  # True: its field `sparsity` is the fraction of the weights that it sets to zero
     type: ClassVar[str] = ""  # for comparison tables: what sort of method it is; empty: its kind
     weight_update: ClassVar[str] = ""  # for comparison tables: what happens to weights that stay; empty: not said
     exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
@@ -122,6 +123,11 @@ class Method:
     def rounds_activations(self) -> bool:
         """Whether its linears round their inputs too, and hence differ from what their weights alone compute."""
         return False
+
+    @property
+    def asked_sparsity(self) -> float | None:
+        """Fraction of the weights that are to be zero after it; None where that is no question."""
+        return getattr(self, "sparsity") if self.sparsifies else None  # noqa: B009  a field of subclasses
 
     def slots(self) -> tuple[str, ...]:
         """All slots this method writes: those it declares, and the optimizer if it brings one."""

@@ -87,6 +87,7 @@ class LearnedMask(Train):
     )
     caveats = ("masks need training: MaskLLM gives them 2,000 steps of a million tokens",)
     type = "sparse training"
+    sparsifies = True
     settles = True
     trials = ({}, {"pattern": "unstructured"})
 

@@ -52,6 +52,7 @@ class Movement(Train):
     published = "movement(sparsity=0.85), fit(steps=55000, lr=3e-05, batch_size=16, schedule='linear', warmup=0.1)"
     caveats = ("scores need training: the paper gives them 10 epochs, 55,000 steps",)
     type = "sparse training"
+    sparsifies = True
     settles = True
     trials = ({}, {"pattern": "2:4"})
 

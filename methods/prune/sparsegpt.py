@@ -78,6 +78,7 @@ class SparseGPT(Weights):
     paper = "arXiv:2301.00774"
     published = "sparsegpt()"
     type = "post-training"
+    sparsifies = True
     weight_update = "Hessian-based compensation"
     needs = {"hessian"}
     trials = ({}, {"pattern": "2:4", "bits": 4})
