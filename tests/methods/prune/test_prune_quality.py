@@ -47,7 +47,7 @@ def divergences(steps: str, seed: int) -> np.ndarray:
     ],
 )
 def test_taylor_at_50_percent(step: str, expected: float) -> None:
-    """The perplexity of each variant, as an independent implementation has it; that of the dense model is 5.050."""
+    """Perplexity of the variants; that of the dense model is 5.050."""
     settings = SETTINGS | {"text_tokens": 8192, "window": 512}
     run = open_run(sources.model("tiny"), sources.data("tiny"), "cpu", None, 0, settings)
     run.apply(parse_step(step))
