@@ -81,12 +81,12 @@ def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:
     from effbench.machine.peak import PeakMemory
 
     for step in recipe.steps:
-        findings.enter(str(step))
+        findings.enter(step.label)
         begin = time.perf_counter()
         with PeakMemory(run.device) as peak:
             run.apply(step)
         seconds = time.perf_counter() - begin
-        run.log.steps.append({"step": str(step), "seconds": seconds, "peaks": peak.bytes})
+        run.log.steps.append({"step": step.label, "seconds": seconds, "peaks": peak.bytes})
     findings.enter("finish")
     run.finish(recipe_is_empty=not recipe.steps)
 

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class Event:
     job: Job
     phase: str = ""
     record: Record | None = None
+    note: str = ""  # where the record comes from, if not from this run
 
 
 class Local:
@@ -102,8 +103,13 @@ class Local:
         self.execute = execute
         self.preload = list(preload)
 
-    def run(self, jobs: Sequence[Job], stop: threading.Event) -> Iterator[Event]:
-        """Run the jobs in order and give news of them. Once `stop` is set, running ones are killed."""
+    def run(
+        self, jobs: Sequence[Job], stop: threading.Event, find: Callable[[Job], Record | None] = lambda _: None
+    ) -> Iterator[Event]:
+        """Run the jobs in order and give news of them. Once `stop` is set, running ones are killed.
+
+        A job of which `find` knows a record by the time of its start is not run.
+        """
         waiting, running = deque(jobs), list[Worker]()
         if not waiting:
             return
@@ -112,6 +118,9 @@ class Local:
                 while (waiting or running) and not stop.is_set():
                     while waiting and (place := self._vacancy(waiting[0], running)) is not None:
                         job = waiting.popleft().at(place)
+                        if record := find(job):
+                            yield Event(job, record=record, note="measured by another run")
+                            continue
                         try:
                             running.append(self._start(job, Path(folder)))
                         except (OSError, EOFError) as error:

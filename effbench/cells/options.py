@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from effbench.core.errors import Usage
-from effbench.core.paths import PUBLISHED
+from effbench.core.paths import PUBLISHED, RUNS
 from effbench.core.usage import Count, Positive, Seed, named_path, one_of
 
 TIERS = ("quick", "full")
@@ -36,7 +36,7 @@ class RunOptions:
     threads: Count | None = None  # per cell; by default 1 on a processor, else cores / jobs
     jobs: Count | None = None  # cells at a time; by default cores / threads on a processor, else one per GPU
     timeout: Positive = 3600.0  # seconds for one cell, waiting for the machine not counted
-    results: str = "runs"  # folder for records; cells that are done there are not run again
+    results: str = RUNS  # folder for records; cells that are done there are not run again
 
     def check(self) -> None:
         """Raise `Usage` for values that cannot be right, whatever suite and model say."""
@@ -51,7 +51,7 @@ class RunOptions:
         one_of("tier", self.tier, TIERS)
         one_of("dtype", self.dtype, DTYPES)
         if PUBLISHED is not None and self.folder.resolve() == PUBLISHED.resolve():
-            raise Usage(f"results={self.results}: holds what is published; choose another folder, such as results=runs")
+            raise Usage(f"results={self.results}: holds what is published; choose another, such as results={RUNS}")
 
     @property
     def folder(self) -> Path:

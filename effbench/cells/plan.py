@@ -212,9 +212,10 @@ class _Before:
 
 
 def _changes(old: Cell, new: Cell) -> list[str]:
-    """Names of what differs between two cells of one row."""
+    """Names of what differs between two cells of one row; the digest of a probe only where both take it."""
     before, after = _flat(old), _flat(new)
-    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    names = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    return sorted(name for name in names if not name.startswith("digest of probe.") or name in before.keys() & after)
 
 
 def _flat(cell: Cell) -> dict[str, Any]:

@@ -19,18 +19,29 @@ def run_cells(
 ) -> tuple[list[Record], bool]:
     """Run jobs, write their records, and give these and whether a signal ended the run before its time.
 
-    SIGINT, SIGTERM and SIGHUP kill the cells that are running and keep what is done; a second one raises
-    `KeyboardInterrupt`.
+    A cell that another run into the same folder has finished in the meantime is not run again. SIGINT, SIGTERM and
+    SIGHUP kill the cells that are running and keep what is done; a second one raises `KeyboardInterrupt`.
     """
     records: list[Record] = []
     with _stop_on_signal() as stop:
-        for event in executor.run(jobs, stop):
+        for event in executor.run(jobs, stop, lambda job: store.find(Record(job.cell, "ok", attempt=job.attempt))):
             if event.record is not None:
-                event = dataclasses.replace(event, record=_keep(store, event.record))
+                event = _keep_record_of(event, store)
                 assert event.record is not None
                 records.append(event.record)
             watch(event)
+        # What lay in a folder that was removed since then is written again.
+        records = [record if store.holds(record) else _keep(store, record) for record in records]
         return records, stop.is_set() and len(records) < len(jobs)
+
+
+def _keep_record_of(event: Event, store: Store) -> Event:
+    """The event with its record as it stands in the store."""
+    assert event.record is not None
+    kept = _keep(store, event.record)
+    dropped = kept.started != event.record.started and not event.note
+    note = "another run measured it first, whose record is kept" if dropped else event.note
+    return dataclasses.replace(event, record=kept, note=note)
 
 
 def _keep(store: Store, record: Record) -> Record:

@@ -154,6 +154,8 @@ def load(name: str) -> Suite:
     """The suite of that name, or of that YAML file. Raises `Usage`."""
     path = _path(name)
     try:
+        if path.parent != SUITES and path.stem in (*names(), ADHOC):
+            raise Usage(f"the suite {path.stem!r} is effbench's own: give the file and its name: another name")
         return _suite(typed(SuiteFile, _read(path)), path.stem)
     except Usage as error:
         raise Usage(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -206,7 +208,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _suite(file: SuiteFile, stem: str) -> Suite:
     if file.name != stem or not NAME.fullmatch(file.name):
-        raise Usage(f"name: must be that of the file, {stem!r}, of at most 64 letters, digits, dots and dashes")
+        raise Usage(f"name: must be that of the file, {stem!r}; of at most 64 letters, digits, dots and dashes")
     if not file.tiers:
         raise Usage(f"tiers: is empty; name {' or '.join(TIERS)}")
     recipes = unique([Recipe(BASELINE, ()), *itertools.chain.from_iterable(map(_recipes, file.recipes))])

@@ -59,13 +59,18 @@ class Command:
 def document_options(cls: type, title: str = "options:", mark: str = "=") -> str:
     """Help on the fields of an options class, from the comments beside them."""
     fields = document_fields(cls).values()
+    values = {field.name: field.default for field in dataclasses.fields(cls)}  # a default may be written as a name
     width = max(len(field.name) for field in fields) + len(mark) + 1
     lines = [
         f"  {field.name + mark:<{width}}{field.comment}"
-        + ("" if field.default in (None, "None") else f" [{field.default}]")
+        + _show_default(field.default if values[field.name] is dataclasses.MISSING else values[field.name])
         for field in fields
     ]
     return "\n".join([title, *lines])
+
+
+def _show_default(default: object) -> str:
+    return "" if default in (None, "None") else f" [{default}]"
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:

@@ -48,11 +48,11 @@ def closing(records: list[Record], seconds: float, store: Store) -> str:
     return "\n".join(lines)
 
 
-def line(record: Record) -> str:
-    """One line for a cell that ended."""
+def line(record: Record, note: str = "") -> str:
+    """One line for a cell that ended; `note` says where its record comes from."""
     reason = f": {record.reason.splitlines()[0]}" if record.reason else ""
-    took = _duration(record.seconds)
-    return f"{record.cell.recipe} seed {record.cell.seed}: {record.outcome} in {took}{reason}"
+    took = f"{record.outcome} in {_duration(record.seconds)}{f' ({note})' if note else ''}"
+    return f"{record.cell.recipe} seed {record.cell.seed}: {took}{reason}"
 
 
 def _duration(seconds: float) -> str:
@@ -81,7 +81,7 @@ class Lines:
         """Take in news of a job."""
         if event.record is not None:
             self._ended += 1
-            print(f"[{self._ended}/{self._total}] {line(event.record)}", file=self._out, flush=True)
+            print(f"[{self._ended}/{self._total}] {line(event.record, event.note)}", file=self._out, flush=True)
 
 
 class Live(Lines):
@@ -130,7 +130,8 @@ class Live(Lines):
         self._ended += 1
         with contextlib.suppress(KeyError):
             del self._working[identity]
-        self._console.print(line(event.record), style=None if event.record.outcome == "ok" else "yellow", markup=False)
+        style = None if event.record.outcome == "ok" else "yellow"
+        self._console.print(line(event.record, event.note), style=style, markup=False)
         self._bar.advance(self._task)
 
     def _render(self) -> RenderableType:

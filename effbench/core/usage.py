@@ -26,6 +26,8 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what generators of random numbers take
 
+LARGEST = 2**63 - 1  # whole number that records and tensors hold
+TOO_LARGE = f"must be at most {LARGEST} in magnitude"
 LONGEST = 200  # characters of a name that is compared with others
 
 
@@ -88,11 +90,13 @@ def given(kind: type, arguments: Iterable[str], what: str = "option") -> dict[st
         if name in values:
             raise Usage(f"{what} {name} is given twice")
         stripped = _without_none(hints[name])
+        value: Any = None
         try:
             value = text if stripped is str else plain_yaml.read(text)
             values[name] = convert(value, hints[name], name)
         except Usage:
-            raise Usage(f"{name}={text}: must be {describe(stripped)}") from None
+            large = isinstance(value, int) and abs(value) > LARGEST
+            raise Usage(f"{name}={text}: {TOO_LARGE if large else f'must be {describe(stripped)}'}") from None
     return values
 
 
@@ -119,7 +123,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         raise Usage(f"{shown}: must be {describe(kind)}, not {wrong}") from None
     except RecursionError:
         raise Usage(f"{where}: is nested too deeply") from None
-    _check_text(converted, where)
+    _check_plain(converted, where)
     return converted
 
 
@@ -204,8 +208,10 @@ def _bounds(meta: Any) -> str:
     return ""
 
 
-def _check_text(value: Any, where: str) -> None:
-    """Raise `Usage` for text that no file name or record can hold, and for numbers that are not finite."""
+def _check_plain(value: Any, where: str) -> None:
+    """Raise `Usage` for what no record or file name can hold: some text, infinities, whole numbers of over 64 bits."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise Usage(f"{where}={_SHORT.repr(value)}: {TOO_LARGE}")
     if isinstance(value, float) and not math.isfinite(value):
         raise Usage(f"{where}={value}: must be a finite number")
     if isinstance(value, str):
@@ -213,8 +219,8 @@ def _check_text(value: Any, where: str) -> None:
             raise Usage(f"{where}={_SHORT.repr(value)}: holds characters that are not text")
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _check_text(item, where)
+            _check_plain(item, where)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _check_text(key, where)
-            _check_text(item, where)
+            _check_plain(key, where)
+            _check_plain(item, where)

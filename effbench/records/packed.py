@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from effbench.core.errors import first_line
 from effbench.records import files
 from effbench.records.metric import Finding, Metric
 from effbench.records.record import Summary, Unreadable, read_text, write_text
@@ -143,17 +144,13 @@ def _rows(path: Path, group: int) -> Iterator[Row]:
                 raise Unreadable("a parquet file of other content")
             table = file.read_row_group(group)
     except OSError as error:
-        raise Unreadable(f"cannot be read ({error.strerror or _first_line(error)})") from None
+        raise Unreadable(f"cannot be read ({error.strerror or first_line(error)})") from None
     except (pa.ArrowException, ValueError, UnicodeError) as error:
-        raise Unreadable(f"not a whole parquet file ({_first_line(error)})") from None
+        raise Unreadable(f"not a whole parquet file ({first_line(error)})") from None
     for entry in table.to_pylist():
         if entry["record"] is None or entry["part"] is None:
             raise Unreadable("a parquet file of other content")
         yield Row(**entry)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _summary_rows(name: str, summary: Summary) -> Iterator[Row]:

@@ -86,16 +86,27 @@ class Store:
         while True:
             path = folder / record.name
             if path.exists():
-                with contextlib.suppress(Unreadable):
-                    other = Reader(folder).read_record(path)
-                    if other.outcome not in RETRIED:
-                        return other
+                if other := self.find(record):
+                    return other
                 record = dataclasses.replace(record, attempt=record.attempt + 1)
                 continue
             summary = summary or self._refer(folder, summarize(record))
             summary.attempt = record.attempt
             if files.add(path, write_text(summary).encode()):
                 return record
+
+    def find(self, record: Record) -> Record | None:
+        """The final record that stands in the place of `record`, if there is one that can be read."""
+        folder = self.folder(record.cell.suite, record.cell.suite_version)
+        with contextlib.suppress(Unreadable):
+            other = Reader(folder).read_record(folder / record.name)
+            if other.outcome not in RETRIED:
+                return other
+        return None
+
+    def holds(self, record: Record) -> bool:
+        """Whether there is a file in the place of `record`."""
+        return (self.folder(record.cell.suite, record.cell.suite_version) / record.name).is_file()
 
     def _refer(self, folder: Path, summary: Summary) -> Summary:
         """Write content that lies in files beside a summary; returns the summary with their digests instead."""

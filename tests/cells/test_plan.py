@@ -102,3 +102,9 @@ def test_a_record_that_no_longer_says_how_it_was_measured_is_measured_again(opti
     for path in (options.folder / "records").rglob(pattern):
         path.unlink()
     assert reasons(plan(options)) == ["how it was measured is lost: attempt 2"] * 2
+
+
+def test_a_probe_that_is_not_taken_any_more_is_a_changed_setting_and_no_more(options):
+    end(options, "ok")
+    (why,) = set(reasons(plan(dataclasses.replace(options, probes="memory"))))
+    assert why == "changed: probes"

@@ -33,6 +33,7 @@ from effbench.cells.job import Place
 from effbench.cells.local import Local, last_words
 from effbench.cells.run import run_cells
 from effbench.core.errors import Diverged, OutOfMemory, Refused, Unavailable, Unsupported, Usage
+from effbench.records.metric import Metric
 from effbench.records.record import FAILED, OUTCOMES, RETRIED, Record
 from effbench.records.store import Store, latest
 
@@ -255,6 +256,56 @@ def test_temporary_folders_removed_in_mid_run(store, make_job, tmp_path, monkeyp
     assert not interrupted and len(records) == 6
     assert set(outcomes(records).values()) == {"ok"}
     assert jobs[0].place.gate.is_file()
+
+
+def test_a_cell_that_another_run_has_finished_is_not_measured_again(store, make_job):
+    jobs = [make_job(f"r{i}") for i in range(4)]
+    theirs = Record(jobs[3].cell, "ok", started="2026-01-01", metrics={"length": Metric(99.0)})
+    notes = {}
+
+    def watch(event):
+        if event.record is not None:
+            if not notes:  # while the first one of ours ends, the other run ends its own
+                store.write(theirs)
+            notes[event.record.cell.recipe] = event.note
+
+    records, _ = run_cells(jobs, store, local(jobs=1), watch)
+    assert notes == {"r0": "", "r1": "", "r2": "", "r3": "measured by another run"}
+    assert [r.metrics["length"].value for r in records if r.cell.recipe == "r3"] == [99.0]
+
+
+def test_a_record_that_comes_second_is_dropped_and_this_is_said(store, make_job):
+    job = make_job("slow", seconds=0.5)
+    events = []
+
+    def watch(event):
+        if not events:  # ours has started
+            store.write(Record(job.cell, "ok", started="2026-01-01", metrics={"length": Metric(99.0)}))
+        events.append(event)
+
+    (record,), _ = run_cells([job], store, local(), watch)
+    assert record.metrics["length"].value == 99.0 and "kept" in events[-1].note
+    assert len(store.read()[0]) == 1
+
+
+@pytest.mark.parametrize("barred", [False, True])
+def test_what_is_reported_is_on_disk_though_the_folder_was_removed(store, make_job, monkeypatch, barred):
+    removed = []
+
+    def watch(event):
+        if event.record is not None and not removed:
+            removed.append(event.record.cell.recipe)
+            shutil.rmtree(store.results)
+            if barred:
+                store.results.write_text("in the way")
+
+    records, _ = run_cells([make_job(f"r{i}") for i in range(3)], store, local(jobs=1), watch)
+    if barred:
+        assert set(outcomes(records).values()) == {"crashed"}
+        assert all("could not be written" in record.reason for record in records)
+    else:
+        assert set(outcomes(records).values()) == {"ok"} and len(removed) == 1
+        assert outcomes(store.read()[0]) == outcomes(records)
 
 
 def test_a_process_that_cannot_start_costs_its_cell(store, make_job, monkeypatch):

@@ -140,6 +140,15 @@ def test_a_suite_s_name_can_be_that_of_a_folder(name, tmp_path):
         suite.load(str(path))
 
 
+@pytest.mark.parametrize("name", [*suite.names(), "adhoc"])
+def test_a_suite_of_one_s_own_has_a_name_of_its_own(name, tmp_path):
+    """Else its records would lie among those of effbench's suite, and be compared with what is published of it."""
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"name": name}))
+    with pytest.raises(Usage, match=f"the suite '{name}' is effbench's own"):
+        suite.load(str(path))
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["${x}", "?", "*", "rtn()"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

@@ -602,3 +602,20 @@ def test_what_cannot_be_exported_is_an_outcome(here, capsys):
     assert cli.main(["export", "recipe=rtn(group_size=96)", "to=new", "device=cpu"]) == 1
     assert "effbench: unsupported:" in capsys.readouterr().err
     assert not (here / "new").exists()
+
+
+def test_a_list_names_its_columns_and_json_says_null_where_nothing_is_known(here, fakes, capsys):
+    fakes("quick")
+    assert run("recipe=rtn()") == 0
+    capsys.readouterr()
+    assert cli.main(["list", "records"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["suite", "version", "tier", "recipe"] and len(lines) == 2
+    assert cli.main(["list", "records", "--json"]) == 0
+    assert [row["token_ppl"] for row in json.loads(capsys.readouterr().out)] == [None, None]
+
+
+@pytest.mark.parametrize("what", ["methods", "suites", "models", "ops", "tasks"])
+def test_every_list_names_its_columns(what, capsys):
+    assert cli.main(["list", what]) == 0
+    assert capsys.readouterr().out.split()[0] in ("key", "name")

@@ -235,3 +235,20 @@ def test_any_steps_are_a_recipe_or_usage(steps):
     recipe = with_usage_only(parse_recipe, steps)
     if recipe is not None:
         assert parse_recipe(str(recipe)).steps == recipe.steps
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**20, 10**300])
+def test_whole_numbers_of_over_64_bits_are_refused_wherever_they_stand(number):
+    @dataclasses.dataclass
+    class Holds:
+        count: int | None = None
+        pairs: list[list[int]] | None = None
+        anything: Any = None
+
+    for text in (f"count={number}", f"anything={number}"):
+        with pytest.raises(Usage, match="must be at most 9223372036854775807 in magnitude"):
+            read_options(Holds, [text])
+    for values in ({"count": number}, {"pairs": [[1, number]]}, {"anything": {"deep": [number]}}):
+        with pytest.raises(Usage, match=r"(count|pairs|anything).*must be"):
+            typed(Holds, values)
+    assert read_options(Holds, [f"count={2**63 - 1}"]) == {"count": 2**63 - 1}

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 
 from effbench.cli.command import Command
+from effbench.core.paths import RUNS
 from effbench.core.usage import named_path, parse
 
 
@@ -14,7 +15,7 @@ class CompareOptions:
     """What `effbench compare` can be told."""
 
     suite: str | None = None  # the suite in which the names are looked up
-    results: str = "runs"  # folder of records; results for the published ones
+    results: str = RUNS  # folder of records; results for the published ones
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -15,8 +15,10 @@ from typing import Any
 from effbench.cli.command import JSON, Command, print_columns
 from effbench.core import registry
 from effbench.core.errors import Usage
-from effbench.core.paths import PACKAGE
+from effbench.core.paths import PACKAGE, RUNS
 from effbench.core.usage import named_path, nearest, parse
+
+APART = ("about", "parameters", "facts")  # of a method, too long for a line
 
 
 @dataclasses.dataclass
@@ -26,7 +28,7 @@ class ListOptions:
     suite: str | None = None  # records of this suite
     recipe: str | None = None  # records of recipes that fit this pattern, such as gptq*
     outcome: str | None = None  # records that ended so
-    results: str = "runs"  # folder of records
+    results: str = RUNS  # folder of records
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -58,12 +60,15 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=1, default=str))
     elif rows:
-        print_columns(
-            [[str(value) for key, value in row.items() if key not in ("about", "parameters", "facts")] for row in rows]
-        )
+        _print_rows([{key: value for key, value in row.items() if key not in APART} for row in rows])
     else:
         print(f"effbench: there are no {what}", file=sys.stderr)
     return 0
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    """A line per row below the names of the columns."""
+    print_columns([list(rows[0]), *(["" if value is None else str(value) for value in row.values()] for row in rows)])
 
 
 def describe(entry: registry.Entry) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def _records(options: ListOptions) -> list[dict[str, Any]]:
     rows, notes = list_records(folder, filters)
     for note in notes:
         print(f"effbench: {note}", file=sys.stderr)
-    return [{key: "" if value is None else value for key, value in row.items()} for row in rows]
+    return rows
 
 
 def _suites() -> list[dict[str, Any]]:

@@ -20,8 +20,7 @@ def _lock(arguments: argparse.Namespace) -> int:
         for complaint in complaints:
             print(complaint, file=sys.stderr)
         return int(bool(complaints))
-    if write_lock():
-        print(f"wrote suites/{FILE}")
+    print(f"wrote suites/{FILE}" if write_lock() else f"suites/{FILE} holds all suites as they are")
     return 0
 
 

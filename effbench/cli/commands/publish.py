@@ -8,7 +8,7 @@ import os
 
 from effbench.cli.command import Command
 from effbench.core.errors import Usage
-from effbench.core.paths import PUBLISHED
+from effbench.core.paths import PUBLISHED, RUNS
 from effbench.core.usage import named_path, parse
 
 
@@ -18,7 +18,7 @@ class PublishOptions:
 
     suite: str | None = None  # name of the suite
     tier: str | None = None  # quick or full; may be left out where only one was run
-    runs: str = "runs"  # folder of own records
+    runs: str = RUNS  # folder of own records
     results: str | None = None  # folder of published ones; by default that of the checkout
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from effbench.cli.command import Command
 from effbench.core.errors import Usage
-from effbench.core.paths import PUBLISHED
+from effbench.core.paths import PUBLISHED, RUNS
 from effbench.core.usage import named_path, one_of, parse
 
 
@@ -39,7 +39,7 @@ def _report(arguments: argparse.Namespace) -> int:
         results = _folder(options.results, PUBLISHED)
         pages.check_folder_name(results)
         return (_check if arguments.check else _write)(results, options.suite)
-    records = pages.load(_folder(options.results, Path("runs")), options.suite)
+    records = pages.load(_folder(options.results, Path(RUNS)), options.suite)
     if not arguments.published:
         pages.print_tables(records, style, options.detail, is_stale)
     else:

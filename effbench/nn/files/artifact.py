@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from effbench.core.errors import Refused, Unsupported
+from effbench.core.errors import Refused, Unsupported, first_line
 from effbench.core.paths import PACKAGE
 from effbench.nn.model.linear import Replaced, stored_as, stored_tensors, top_linears
 
@@ -166,7 +166,7 @@ def load(folder: Path) -> Any:
     except Unsupported:
         raise
     except Exception as error:  # whatever constructors and transformers raise on sizes that cannot be
-        raise Unsupported(f"{folder.name} cannot be built: {_first_line(error)}") from error
+        raise Unsupported(f"{folder.name} cannot be built: {first_line(error)}") from error
     model = _build(config, manifest, folder)
     state = dict(stored_tensors(model))
     for name, tensor in load_file(folder / WEIGHTS).items():
@@ -185,7 +185,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode((folder / CONFIG).read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError, RecursionError) as error:
-        raise Unsupported(f"{folder.name}/{CONFIG}: {_first_line(error)}") from None
+        raise Unsupported(f"{folder.name}/{CONFIG}: {first_line(error)}") from None
     for kind in [*(entry.kind for entry in manifest.replaced.values()), *(c.kind for c in manifest.changed.values())]:
         if kind is not None and kind != LINEAR and kind not in buildable():
             raise Unsupported(f"{folder.name}/{CONFIG}: {kind!r} is no class of effbench's formats, models or methods")
@@ -332,7 +332,3 @@ def _class(name: str) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise Unsupported(f"{name} is no module of a model")
     return kind
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from effbench import tiny
-from effbench.core.errors import OutOfMemory, Refused, Unsupported
+from effbench.core.errors import OutOfMemory, Refused, Unsupported, first_line
 from effbench.machine.devices import gib
 from effbench.nn.data import Data, RandomTokens, open_data
 from effbench.nn.files import artifact
@@ -117,7 +117,7 @@ def read(folder: Path | str, dtype: torch.dtype, revision: str | None = None) ->
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever safetensors and transformers raise on damaged or foreign files
-            raise Unsupported(f"{_name(folder)} cannot be read: {str(error).strip().splitlines()[0]}") from error
+            raise Unsupported(f"{_name(folder)} cannot be read: {first_line(error)}") from error
     model, info = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
@@ -212,7 +212,7 @@ def _config(source: Source) -> Any:
             local_files_only=isinstance(folder, Path),
         )
     except Exception as error:
-        raise Unsupported(f"{_name(folder)}: config.json cannot be read: {str(error).splitlines()[0]}") from error
+        raise Unsupported(f"{_name(folder)}: config.json cannot be read: {first_line(error)}") from error
     if config.model_type not in ARCHITECTURES:
         raise Unsupported(f"architecture {config.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
     for name, most in SIZES.items():
@@ -247,9 +247,7 @@ def _tokenizer(source: Source) -> Any:
                 local_files_only=Path(folder).is_dir(),
             )
         except Exception as error:
-            raise Unsupported(
-                f"the tokenizer of {_name(folder)} cannot be read: {str(error).splitlines()[0]}"
-            ) from error
+            raise Unsupported(f"the tokenizer of {_name(folder)} cannot be read: {first_line(error)}") from error
 
 
 class _quiet:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
 
-from effbench.core.errors import Unsupported
+from effbench.core.errors import Unsupported, first_line
 from effbench.machine.capture import CAPTURES, Step
 from effbench.nn.infer import attention
 from effbench.nn.infer.engine import Engine, State
@@ -132,7 +132,7 @@ def decoders(engines: Sequence[Engine], ids: Tensor, new: int) -> tuple[list[Dec
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, Unsupported) as error:
-            reason = f"not captured: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+            reason = f"not captured: {first_line(error)}"
     return list(engines), f"eager ({reason})"
 
 
