@@ -51,7 +51,7 @@ class RunOptions:
         one_of("tier", self.tier, TIERS)
         one_of("dtype", self.dtype, DTYPES)
         if PUBLISHED is not None and self.folder.resolve() == PUBLISHED.resolve():
-            raise Usage(f"results={self.results}: holds what is published; choose another, such as results={RUNS}")
+            raise Usage(f"results={self.results}: holds what is published; choose another folder, as {RUNS}")
 
     @property
     def folder(self) -> Path:

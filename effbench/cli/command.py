@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `Usage`."""
 
     def error(self, message: str) -> NoReturn:
-        raise Usage(f"{message}; see {self.prog} --help")
+        raise Usage(f"{message} (to {self.description}); see {self.prog} --help")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Command:
         for word, text in self.words.items():
             parser.add_argument(word.strip("[]"), nargs="?" if word.startswith("[") else None, help=text)
         if self.options:
-            parser.add_argument("options", nargs="*", metavar="key=value", help="options, listed below")
+            parser.add_argument("options", nargs="*", default=[], metavar="key=value", help="options, listed below")
         for flag, text in self.flags.items():
             parser.add_argument(flag, action="store_true", help=text)
         for flag, text in self.repeated.items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from effbench.core.errors import Usage
 from effbench.core.packages import class_file, method_key
-from effbench.core.usage import convert
+from effbench.core.usage import PLAIN, convert, is_plain
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -71,6 +71,13 @@ class Method:
             hint = next((f"; it has {close[0]!r}: did you mean {name!r}?" for name, close in slips if close), "")
             calls = " or ".join(" and ".join(_call(base, name) for name in names) for names in lacking)
             raise Usage(f"{where} does not define {calls}{hint}")
+        try:
+            hints = _hints(cls)  # type: ignore[arg-type]
+        except Exception as error:  # whatever an annotation raises that is no type
+            raise Usage(f"{where}: {type(error).__name__}: {error}") from None
+        for field in dataclasses.fields(cls):
+            if not is_plain(hints[field.name]):
+                raise Usage(f"{where}: {field.name}: {_name(field.type)} is no type of a parameter; {PLAIN}")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -95,7 +102,10 @@ class Method:
         return f"./{os.path.relpath(self.key)}({self._arguments()})" if inside else str(self)
 
     def _arguments(self) -> str:
-        default = {field.name: field.default for field in dataclasses.fields(self)}
+        default = {
+            field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            for field in dataclasses.fields(self)
+        }
         given = {name: getattr(self, name) for name in default}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != default[name])
 
@@ -176,6 +186,11 @@ def _call(base: type, name: str) -> str:
     """A name that a method has to define, with its arguments."""
     value = getattr(base, name)
     return f"{name}({', '.join(list(inspect.signature(value).parameters)[1:])})" if inspect.isfunction(value) else name
+
+
+def _name(kind: Any) -> str:
+    """A type as it is written."""
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 @functools.cache

@@ -12,14 +12,17 @@ import functools
 import hashlib
 import io
 import re
+import sys
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from effbench.core.packages import module_file
+from effbench.core.errors import Usage
+from effbench.core.packages import PREFIX, module_file
 from effbench.core.paths import PACKAGE
 
 ROOT = PACKAGE.name  # its own module holds the version and is no part of a digest: a release changes no number
+IMPORTING = re.compile(r"(\w+\.)*(import_module|__import__)")
 LAZY = re.compile(r"([\w.]+):\w+")  # how kernels name a function that is imported when it is called
 
 
@@ -53,6 +56,45 @@ def follow_imports(modules: Iterable[str]) -> dict[str, Path]:
         queue += _parents(name)  # importing a module runs the packages that it is in
         queue += (absolute for imported in _read(path).imports if (absolute := _absolute(imported, package)))
     return files
+
+
+def check_imports(module: str) -> None:
+    """Raise `Usage` where a file of an outside folder imports another in a way that its digest could not follow."""
+    if not module.startswith(PREFIX):
+        return
+    files = {name: path for name, path in _follow_readable(module).items() if name.startswith(PREFIX)}
+    for path in files.values():
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                beside = [alias.name for alias in node.names if _lies_beside(alias.name, path)]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                beside = [node.module] if node.module and _lies_beside(node.module, path) else []
+            elif isinstance(node, ast.Call) and IMPORTING.fullmatch(ast.unparse(node.func)):
+                wanted = node.args[0] if node.args else None
+                constant = wanted.value if isinstance(wanted, ast.Constant) and isinstance(wanted.value, str) else "."
+                beside = [ast.unparse(node)] if constant[:1] == "." or _lies_beside(constant, path) else []
+            else:
+                continue
+            if beside:
+                raise Usage(
+                    f"{path}, line {node.lineno}: {beside[0]} would be read without being part of what is measured; "
+                    "write `from . import NAME` for a file beside it"
+                )
+
+
+def _follow_readable(module: str) -> dict[str, Path]:
+    """`follow_imports`; only the module itself where one of the files is no Python, which importing it will say."""
+    try:
+        return follow_imports([module])
+    except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
+        return {}
+
+
+def _lies_beside(module: str, path: Path) -> bool:
+    """Whether an absolute import names what lies in the folder of a file and is not installed under that name."""
+    top = module.partition(".")[0]
+    there = [path.with_name(f"{top}.py"), path.with_name(top) / "__init__.py"]
+    return bool(top) and top not in sys.stdlib_module_names and any(file.is_file() for file in there)
 
 
 def _parents(module: str) -> Iterator[str]:

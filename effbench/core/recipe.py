@@ -20,6 +20,7 @@ from effbench.core.run import conflict
 from effbench.core.usage import nearest
 
 # A quoted string, left as it is, or FILE.py:CLASS before its bracket.
+BARE = re.compile(r"[^\s,'\"()=]+\.py:\w+(?!\w|\s*\()")  # FILE:CLASS without its brackets
 REFERENCE = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^\s,'"()=]+\.py(?::\w+)?)(?=\s*\()""")
 
 
@@ -98,6 +99,8 @@ def _calls(text: str) -> list[ast.Call]:
         raise Usage(f"recipe {text[:60]!r}... is nested too deeply") from None
     except (SyntaxError, ValueError) as error:
         form = "name(key=value), ..."
+        if (bare := BARE.search(text)) is not None:
+            raise Usage(f"recipe {text!r} cannot be read: brackets are missing; write {bare[0]}()") from None
         if ".py" in text:
             form += " or './my file.py:Class'(key=value), in quotes where the path has spaces"
         raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; write steps as {form}") from None

@@ -14,6 +14,7 @@ import functools
 import importlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from effbench.core.lineage import trace
 from effbench.core.method import Method
 from effbench.core.packages import SHIPPED, absolute, method_line, package
 from effbench.core.paths import PACKAGE, SUITES
+from effbench.core.provenance import check_imports
 from effbench.core.source import Module, Parameter, read_fields, read_module
 from effbench.core.usage import named_path, nearest
 
@@ -173,6 +175,8 @@ def entries_in(file: str) -> list[Entry]:
     path = absolute(named_path("file", file))
     if not path.is_file():
         raise Usage(f"{file}: no such file")
+    if path.suffix != ".py":
+        raise Usage(f"{file}: methods are defined in a file FILE.py")
     if not path.stem.isidentifier():
         raise Usage(f"{file}: the file's name may hold letters, digits and _ only")
     named = [known for known in catalog().values() if known.path.name == path.name and known.path.samefile(path)]
@@ -195,15 +199,17 @@ def entries_in(file: str) -> list[Entry]:
 def load(key: str) -> type[Method]:
     """The class of a method. Raises `Usage` for an unknown name or a file that cannot be imported."""
     known = entry(key)
+    check_imports(known.module)
     try:
         importlib.invalidate_caches()  # the file may be younger than the folder's listing
-        module = importlib.import_module(known.module)
+        with contextlib.redirect_stdout(sys.stderr):  # what is printed here is no output of a command
+            module = importlib.import_module(known.module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever the file raises is its own fault
         hint = ""
-        if isinstance(error, ModuleNotFoundError) and (known.path.parent / f"{error.name}.py").is_file():
-            hint = f"; import a file beside it as `from . import {error.name}`"
+        if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
+            hint = "; write @dataclass(frozen=True)"
         raise Usage(f"method {key!r}: {known.path} cannot be imported: {error!r}{method_line(error)}{hint}") from error
     cls: Any = getattr(module, known.cls, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):

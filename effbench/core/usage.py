@@ -136,6 +136,16 @@ def typed(kind: type[T], values: Any) -> T:
     return cast(T, _fields(values, kind, ""))
 
 
+def is_plain(kind: Any) -> bool:
+    """Whether all values of a type can be written in a recipe and in a record."""
+    origin, arms = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return is_plain(arms[0])
+    if origin in (Union, types.UnionType, list, tuple, dict):
+        return all(is_plain(arm) for arm in arms if arm is not Ellipsis)
+    return origin is Literal or kind in _WORDS
+
+
 def describe(kind: Any) -> str:
     """The values of a type, in words."""
     origin, arms = get_origin(kind), get_args(kind)
@@ -163,6 +173,8 @@ _WORDS = {
     type(None): "None",
     Any: "anything",
 }
+
+PLAIN = "write it as numbers, text, true or false, None, and tuples or lists of them"
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60

@@ -25,6 +25,10 @@ class Lazy(Mapping[str, Value]):
     def __getitem__(self, key: str) -> Value:
         return self.content[key]
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, without the exception that makes `Mapping.get` slow where there is none."""
+        return self.content.get(key, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.content)
 

@@ -36,6 +36,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.samples = samples_of(folder)
         self.notes: list[str] = []  # what was skipped or is missing
         self._environments: dict[str, dict[str, Any]] = {}
         self._sets: dict[str, dict[str, str]] = {}
@@ -74,8 +75,8 @@ class Reader:
         samples = summary.samples
         if not isinstance(samples, str):
             return self._record(summary, samples, None)
-        lazily, layers = _load_later(functools.partial(read_samples, samples_of(self.folder), samples), path)
-        if not samples_file(samples_of(self.folder), samples).is_file():
+        lazily, layers = _load_later(functools.partial(read_samples, self.samples, samples), path)
+        if not samples_file(self.samples, samples).is_file():
             self.notes.append(f"{path}: its results per item ({samples}) are missing")
         return self._record(summary, lazily, layers if summary.layers else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -13,13 +14,19 @@ from effbench.core.errors import Usage
 from effbench.core.usage import nearest
 from effbench.records.reader import read_record
 from effbench.records.record import Record, Unreadable
-from effbench.report.differences import LEVEL, average_items, count_changes, estimate_difference, read_items
-from effbench.report.groups import Row, group_records
+from effbench.report.differences import (
+    LEVEL,
+    Pairs,
+    Side,
+    average_items,
+    count_changes,
+    estimate_difference,
+    read_items,
+)
+from effbench.report.groups import Row, Table, find_place, group_records
 from effbench.report.metrics import (
-    ACCURACY,
-    DISTANCES,
-    PPL,
     TASKS,
+    get_family,
     get_scale,
     natural_key,
     select_quality,
@@ -37,6 +44,7 @@ LEGEND = (
 )
 LONGEST = 100  # characters of a name that are looked at
 FEW = 20  # names that are worth listing
+SHOWN = 3  # records of a name that are described
 SEE = "; `effbench report` shows the recipes that have records"
 HEADER = ("metric", "A", "B", "B - A", "95 % interval", "n", "lost, gained", "p", "p (Holm)")
 
@@ -58,14 +66,14 @@ class Change:
 
 
 def compare(before: Row, after: Row) -> str:
-    """The comparison as a table with notes above and below. Raises `Usage` for rows not measured alike."""
-    refuse(before, after)
-    changes = list(compare_metrics(before.records, after.records))
+    """The comparison as a table with notes above and below. Raises `Usage` for rows that cannot be compared."""
+    changes = [] if find_obstacle(before, after) else list(compare_metrics(before.records, after.records))
     if not changes:
-        raise Usage(f"{before.recipe} and {after.recipe}: no metric of both has results per item")
+        raise Usage(_explain((before.recipe, after.recipe), ([before], [after]), find_obstacle(before, after)))
     adjusted = holm([change.test.p for change in changes])
     lines = [_write_line(before, after, change, p) for change, p in zip(changes, adjusted, strict=True)]
-    return f"A: {_describe(before)}\nB: {_describe(after)}\n\n{markdown_table(HEADER, lines)}\n\n{LEGEND}"
+    sides = "\n".join([f"A: {_describe(before)}", f"B: {_describe(after)}", *_list_settings(before, after)])
+    return f"{sides}\n\n{markdown_table(HEADER, lines)}\n\n{LEGEND}"
 
 
 def compare_metrics(before: Sequence[Record], after: Sequence[Record]) -> Iterator[Change]:
@@ -85,7 +93,7 @@ def _measure_level(records: Sequence[Record], metric: str) -> float:
 
 
 def _make_change(metric: str, before: float, after: float, test: Estimate) -> Change:
-    if PPL.search(metric):
+    if get_family(metric) == "perplexity":
         middle = 2 * math.exp((before + after) / 2)
         before, after = math.exp(before), math.exp(after)
         low, high = (None if bound is None else middle * math.sinh(bound / 2) for bound in (test.low, test.high))
@@ -96,31 +104,49 @@ def _make_change(metric: str, before: float, after: float, test: Estimate) -> Ch
 
 
 def find_rows(names: tuple[str, str], results: Path, suite: str | None) -> tuple[Row, Row]:
-    """The rows of two record files or recipe names; names are looked up in the first table that has both.
+    """The rows of two record files or recipe names. A name may have rows in several tables: the pair is taken that
+    can be compared best, as `_rank` says.
 
     Raises `Usage`.
     """
     files = [_read_file(name) for name in names]
-    if files[0] is not None and files[1] is not None:
-        return files[0], files[1]
-    known: set[str] = set()
-    for table in group_records(load(results, suite)):
-        rows = {row.recipe: row for row in table.rows} | {row.steps: row for row in table.rows if row.steps}
-        known |= set(rows)
-        before, after = (row or rows.get(name) for row, name in zip(files, names, strict=True))
-        if before is not None and after is not None:
-            return before, after
-    for row, name in zip(files, names, strict=True):
-        if row is None and name not in known:
-            shown = name[:LONGEST]
-            hint = nearest(shown, known) if len(known) <= FEW or get_close_matches(shown, known) else SEE
-            raise Usage(f"{shown!r} is neither a record file nor a recipe with records{hint}")
-    raise Usage(f"{names[0]} and {names[1]} were never measured alike: no table has both")
+    tables = group_records(load(results, suite)) if None in files else []
+    left, right = (_look_up(name, tables) if row is None else [row] for row, name in zip(files, names, strict=True))
+    before, after = max(itertools.product(left, right), key=lambda pair: _rank(*pair))
+    if not _count_shared(before, after):
+        raise Usage(_explain(names, (left, right), find_obstacle(before, after)))
+    return before, after
 
 
-def refuse(before: Row, after: Row) -> None:
-    """Raise `Usage` unless the two rows were measured alike."""
-    pair = f"{before.recipe} and {after.recipe} cannot be compared"
+def _look_up(name: str, tables: Sequence[Table]) -> list[Row]:
+    """The rows of a recipe. Raises `Usage` where there is none."""
+    rows = [row for table in tables for row in table.rows]
+    if found := [row for row in rows if name and name in (row.recipe, row.steps)]:
+        return found
+    known = {label for row in rows for label in (row.recipe, row.steps) if label}
+    shown = name[:LONGEST]
+    hint = nearest(shown, known) if len(known) <= FEW or get_close_matches(shown, known) else SEE
+    raise Usage(f"{shown!r} is neither a record file nor a recipe with records{hint}")
+
+
+def _rank(before: Row, after: Row) -> tuple[bool, bool, bool, int]:
+    """How well two rows can be compared: at all, both of them `ok`, with equal settings, in how many metrics."""
+    shared = _count_shared(before, after)
+    equal = find_place(before.records[0]) == find_place(after.records[0])
+    return shared > 0, before.worst.outcome == after.worst.outcome == "ok", equal, shared
+
+
+def _count_shared(before: Row, after: Row) -> int:
+    """How many metrics of two rows can be compared."""
+    if find_obstacle(before, after):
+        return 0
+    pairs = Pairs(Side(before.records), Side(after.records))
+    common = set(before.records[0].metrics) & set(after.records[0].metrics)
+    return sum(bool(pairs.find(metric)) for metric in select_quality(common))
+
+
+def find_obstacle(before: Row, after: Row) -> str:
+    """In what two rows were not measured alike; empty where they were."""
     first, second = before.records[0], after.records[0]
     digests = first.cell.digests, second.cell.digests
     for what, left, right in (
@@ -129,11 +155,47 @@ def refuse(before: Row, after: Row) -> None:
         *((f"the {name} digest", digests[0].get(name), digests[1].get(name)) for name in ("model", "data", "tasks")),
     ):
         if left != right:
-            raise Usage(f"{pair}: {what} is {left} for one and {right} for the other")
+            return f"{what} is {left} for one and {right} for the other"
     for metric in sorted(set(first.protocols) & set(second.protocols), key=natural_key):
         left, right = first.protocols[metric], second.protocols[metric]
-        if left != right and (PPL.search(metric) or ACCURACY.search(metric) or metric in DISTANCES):
-            raise Usage(f"{pair}: {metric} was measured as {left!r} for one and as {right!r} for the other")
+        if left != right and get_family(metric) in ("perplexity", "accuracy", "distance"):
+            return f"{metric} was measured as {left!r} for one and as {right!r} for the other"
+    return ""
+
+
+def _explain(names: Sequence[str], sides: Sequence[Sequence[Row]], obstacle: str) -> str:
+    """Why rows of two names cannot be compared, which there are, and the mend."""
+    first, second = (name[:LONGEST] for name in names)
+    why = obstacle or "no metric of both has results per item"
+    there = [
+        f"{name} has {'; '.join([*map(_tell_content, rows[:SHOWN]), *(['more'] if len(rows) > SHOWN else [])])}"
+        for name, rows in zip((first, second), sides, strict=True)
+    ]
+    suite = sides[0][0].records[0].cell.suite
+    mend = f"measure both in one `effbench run suite={suite}`, or name two files of records"
+    return f"{first} and {second} cannot be compared: {why}. {'. '.join(there)}. Mend: {mend}"
+
+
+def _tell_content(row: Row) -> str:
+    """Where a row was measured, and how it failed or which metrics have results per item."""
+    cell, worst = row.records[0].cell, row.worst
+    where = f"{cell.suite} v{cell.suite_version}, {cell.tier} tier, model {cell.model}"
+    if worst.outcome != "ok":
+        return f"{where}: {worst.outcome} ({one_line(worst.reason)[:LONGEST] or 'no reason given'})"
+    pairs = Pairs(Side(row.records), Side(row.records))
+    names = [name for name in select_quality(row.records[0].metrics) if pairs.find(name)]
+    return f"{where}: {', '.join(names)[:LONGEST] or 'no results per item'}"
+
+
+def _list_settings(before: Row, after: Row) -> list[str]:
+    """The settings in which two rows differ, as a line; none where they are equal."""
+    left, right = before.records[0].cell.settings, after.records[0].cell.settings
+    differing = [
+        f"{name} {left.get(name)} and {right.get(name)}"
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name)
+    ]
+    return [f"Settings of A and B differ: {one_line(differing)}"] if differing else []
 
 
 def _read_file(name: str) -> Row | None:
@@ -182,10 +244,10 @@ def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> lis
 
 def _count_changes(before: Row, after: Row, metric: str) -> str:
     """Right answers lost and gained, where one seed stands against one."""
-    if not ACCURACY.search(metric) or len(before.records) > 1 or len(after.records) > 1:
+    if get_family(metric) != "accuracy" or len(before.records) > 1 or len(after.records) > 1:
         return DASH
     left, right = read_items(before.records[0], metric), read_items(after.records[0], metric)
     if left is None or right is None:
         return DASH
-    lost, gained = count_changes([(left, right)])
+    lost, gained = count_changes(left, right)
     return f"{lost}, {gained}"

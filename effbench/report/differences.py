@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from effbench.core.provenance import strip_prose
+from effbench.records.definitions import DEFINITIONS
 from effbench.records.record import Record
 from effbench.report import metrics
 from effbench.report.groups import Row, Table
-from effbench.report.metrics import ACCURACY, TASKS, select_tasks
+from effbench.report.metrics import TASKS, get_family, select_tasks
 from effbench.stats import paired
 from effbench.stats.paired import Estimate, Floats, holm, mcnemar, mean_interval
 
 LEVEL = 0.05
+TESTED = ("perplexity", "accuracy")  # kinds of metrics that a table tests
 
 
-@dataclasses.dataclass(frozen=True)
-class Test:
+class Test(msgspec.Struct, frozen=True, gc=False):
     """A difference from the baseline: its sign and size, and the p of there being none."""
 
     value: float
@@ -54,13 +56,16 @@ def read_items(record: Record, metric: str) -> Floats | None:
 
 def average_items(records: Sequence[Record], metric: str) -> Floats | None:
     """Per-item values averaged over the records of a row, its seeds; None unless all have the same items."""
-    values = [read_items(record, metric) for record in records]
-    first = values[0]
-    if first is None or any(one is None or one.shape != first.shape for one in values):
+    first = read_items(records[0], metric)
+    if len(records) == 1:
+        return first
+    others = [read_items(record, metric) for record in records[1:]]
+    if first is None or any(one is None or one.shape != first.shape for one in others):
         return None
     if any(record.protocols.get(metric) != records[0].protocols.get(metric) for record in records):
         return None
-    return first if len(values) == 1 else np.mean(np.stack([one for one in values if one is not None]), axis=0)
+    mean: Floats = np.mean(np.stack([first, *(one for one in others if one is not None)]), axis=0)
+    return mean
 
 
 class Side:
@@ -85,8 +90,49 @@ class Side:
         """Whether the items are right and wrong answers: ones and zeros."""
         if metric not in self._answers:
             values = self.average(metric)
-            self._answers[metric] = values is not None and bool((values * values == values).all())
+            self._answers[metric] = values is not None and bool(((values == 0) | (values == 1)).all())
         return self._answers[metric]
+
+
+class Pair(NamedTuple):
+    """The items of one metric on both sides, and for right and wrong answers how many were lost and gained."""
+
+    before: Floats
+    after: Floats
+    changes: tuple[int, int] | None
+
+
+class Pairs:
+    """The items of two sides, paired; each metric is read and counted once."""
+
+    def __init__(self, before: Side, after: Side) -> None:
+        self.before, self.after = before, after
+        self._known: dict[str, Pair | None] = {}
+
+    def find(self, metric: str) -> list[Pair]:
+        """The pairs of a metric, for the mean over tasks one per task. Empty where items cannot be paired."""
+        parts = self.after.tasks if metric == TASKS else [metric]
+        if metric == TASKS and parts != self.before.tasks:
+            return []
+        pairs = []
+        for part in parts:
+            if part not in self._known:
+                self._known[part] = self._pair(part)
+            if (pair := self._known[part]) is None:
+                return []
+            pairs.append(pair)
+        return pairs
+
+    def _pair(self, metric: str) -> Pair | None:
+        left, right = self.before.average(metric), self.after.average(metric)
+        if left is None or right is None or left.shape != right.shape:
+            return None
+        if self.before.records[0].protocols.get(metric) != self.after.records[0].protocols.get(metric):
+            return None
+        answers = (
+            get_family(metric) == "accuracy" and self.before.has_answers(metric) and self.after.has_answers(metric)
+        )
+        return Pair(left, right, count_changes(left, right) if answers else None)
 
 
 def estimate_difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> Estimate | None:
@@ -95,64 +141,38 @@ def estimate_difference(before: Sequence[Record], after: Sequence[Record], metri
     An item is averaged over the seeds of each side first, because the items are the sample. So the two sides are
     alike to it: exchanging them changes the sign and nothing else. None where the items cannot be paired.
     """
-    left, right = Side(before), Side(after)
-    pairs = _pair_items(left, right, metric)
+    pairs = Pairs(Side(before), Side(after)).find(metric)
     if not pairs:
         return None
-    test = mean_interval(*(second - first for first, second in pairs.values()))
-    if _are_answers(left, right, pairs):
-        return dataclasses.replace(test, p=mcnemar(*count_changes(pairs.values())))
-    return test
+    test = mean_interval(*(pair.after - pair.before for pair in pairs))
+    changes = _sum_changes(pairs)
+    return test if changes is None else msgspec.structs.replace(test, p=mcnemar(*changes))
 
 
-def _test_metric(before: Side, after: Side, metric: str) -> Test | None:
+def _test_metric(pairs: Pairs, metric: str) -> Test | None:
     """The difference without its interval."""
-    pairs = _pair_items(before, after, metric)
-    if not pairs:
+    found = pairs.find(metric)
+    if not found:
         return None
-    if _are_answers(before, after, pairs):
-        lost, gained = count_changes(pairs.values())
-        return Test((gained - lost) / sum(left.size for left, _ in pairs.values()), mcnemar(lost, gained))
-    test = mean_interval(*(right - left for left, right in pairs.values()), level=None)
+    changes = _sum_changes(found)
+    if changes is not None:
+        lost, gained = changes
+        return Test((gained - lost) / sum(pair.before.size for pair in found), mcnemar(lost, gained))
+    test = mean_interval(*(pair.after - pair.before for pair in found), level=None)
     return Test(test.value, test.p)
 
 
-Pairs = Mapping[str, tuple[Floats, Floats]]  # by stratum: the items of both sides
+def count_changes(before: Floats, after: Floats) -> tuple[int, int]:
+    """How many right answers are lost and gained from one side to the other."""
+    return int(np.count_nonzero(before > after)), int(np.count_nonzero(before < after))
 
 
-def _pair_items(before: Side, after: Side, metric: str) -> Pairs:
-    """The items of both sides; the mean over tasks has one stratum per task. Empty where they cannot be paired."""
-    parts = after.tasks if metric == TASKS else [metric]
-    if metric == TASKS and parts != before.tasks:
-        return {}
-    pairs = {}
-    for part in parts:
-        left, right = before.average(part), after.average(part)
-        if left is None or right is None or left.shape != right.shape:
-            return {}
-        if before.records[0].protocols.get(part) != after.records[0].protocols.get(part):
-            return {}
-        pairs[part] = left, right
-    return pairs
-
-
-def _are_answers(before: Side, after: Side, pairs: Pairs) -> bool:
-    """Whether both sides are right and wrong answers, each of which counts alike."""
-    if len({left.size for left, _ in pairs.values()}) > 1:
-        return False
-    return all(ACCURACY.search(part) and before.has_answers(part) and after.has_answers(part) for part in pairs)
-
-
-def count_changes(pairs: Iterable[tuple[Floats, Floats]]) -> tuple[int, int]:
-    """How many right answers are lost and gained from one side to the other.
-
-    Over all tasks for their mean: where each has as many items, every answer counts alike in it.
-    """
-    lost = gained = 0
-    for left, right in pairs:
-        lost += int(np.count_nonzero(left > right))
-        gained += int(np.count_nonzero(left < right))
-    return lost, gained
+def _sum_changes(pairs: Sequence[Pair]) -> tuple[int, int] | None:
+    """Answers lost and gained over all tasks; None where not all are answers, each of which counts alike."""
+    changes = [pair.changes for pair in pairs if pair.changes is not None]
+    if len(changes) < len(pairs) or len({pair.before.size for pair in pairs}) > 1:
+        return None
+    return sum(lost for lost, _ in changes), sum(gained for _, gained in changes)
 
 
 # ---- the tests of a table -----------------------------------------------------------------------
@@ -167,7 +187,7 @@ def compute_tests(table: Table, kept: Kept | None = None) -> dict[tuple[str, str
         (recipe, metric): test for recipe, row in compute_row_tests(table, kept).items() for metric, test in row.items()
     }
     adjusted = holm([test.p for test in tests.values()])
-    return {key: dataclasses.replace(test, p=p) for (key, test), p in zip(tests.items(), adjusted, strict=True)}
+    return {key: Test(test.value, p) for (key, test), p in zip(tests.items(), adjusted, strict=True)}
 
 
 def compute_row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mapping[str, Test]]:
@@ -175,7 +195,7 @@ def compute_row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mappi
     baseline = table.baseline
     if baseline is None:
         return {}
-    names = [name for name in metrics.select_quality(table.measured) if name not in metrics.DISTANCES]
+    names = [name for name in metrics.select_quality(table.measured) if get_family(name) in TESTED]
     names = [name for name in names if baseline.estimate(name)]
     before = Side(baseline.records)
     tests: dict[str, Mapping[str, Test]] = {}
@@ -186,8 +206,8 @@ def compute_row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mappi
 
 
 def _test_row(before: Side, row: Row, names: Sequence[str]) -> dict[str, Test]:
-    after = Side(row.records)
-    tests = {name: _test_metric(before, after, name) for name in names if row.estimate(name)}
+    pairs = Pairs(before, Side(row.records))
+    tests = {name: _test_metric(pairs, name) for name in names if row.estimate(name)}
     return {name: test for name, test in tests.items() if test is not None}
 
 
@@ -238,7 +258,8 @@ def make_key(baseline: Row, row: Row) -> str:
 
 @functools.cache
 def get_version() -> str:
-    """Digest of the source that decides these numbers; comments decide nothing."""
+    """Digest of the source and of the kinds of metrics that decide these numbers; comments decide nothing."""
     sources = (__file__, metrics.__file__, paired.__file__)
-    text = "\0".join(strip_prose(Path(file).read_text(encoding="utf-8")) for file in sources)
+    kinds = [f"{one.pattern} {one.family}" for one in DEFINITIONS if one.family in TESTED]
+    text = "\0".join([*(strip_prose(Path(file).read_text(encoding="utf-8")) for file in sources), *kinds])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

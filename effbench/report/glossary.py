@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from effbench.records.definitions import DEFINITIONS, Definition, Undefined, describe
+from effbench.records.definitions import DEFINITIONS, Definition
+from effbench.report.metrics import find_definition
 from effbench.report.text import DASH, markdown, markdown_table
 
 HEADER = """\
@@ -17,12 +18,7 @@ Every metric of a record, by its name or the pattern of its name, with its unit 
 
 def select_definitions(names: Iterable[str]) -> list[Definition]:
     """The definitions of some metrics, each once, in the order they are kept in; names without one are left out."""
-    used = set()
-    for name in names:
-        try:
-            used.add(describe(name))
-        except Undefined:
-            continue  # of a record that another version of effbench wrote
+    used = set(map(find_definition, names))
     return [definition for definition in DEFINITIONS if definition in used]
 
 

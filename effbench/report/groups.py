@@ -14,15 +14,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from effbench.records.definitions import Undefined, describe
 from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, Cell, Record
-from effbench.report.metrics import natural_key
+from effbench.report.metrics import get_family, natural_key
 from effbench.report.text import DASH, one_line
 from effbench.stats.paired import Estimate, over_seeds
 
 OF_A_ROW = ("method", "methods", "files")  # digests that differ between the rows of a table
-OF_A_HOST = ("memory", "speed", "energy", "cost")  # families of metrics that say nothing of another host
+OF_A_HOST = ("memory", "speed", "energy", "cost", None)  # kinds of metrics that say nothing of another host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Row:
     def is_baseline(self) -> bool:
         return not self.steps
 
-    @property
+    @functools.cached_property
     def simulated(self) -> bool:
         return any(record.simulated for record in self.records)
 
@@ -70,21 +69,11 @@ class Row:
 
         A single seed has the interval of its own items; several have that of the seeds.
         """
-        if metric not in self._estimates:
-            self._estimates[metric] = self._estimate(metric)
-        return self._estimates[metric]
-
-    @functools.cached_property
-    def _estimates(self) -> dict[str, Estimate | None]:
-        return {}
-
-    def _estimate(self, metric: str) -> Estimate | None:
-        measured = [record.metrics[metric] for record in self.records if metric in record.metrics]
-        if len(measured) < len(self.records):
-            return None
-        if len(measured) == 1:
-            return Estimate(measured[0].value, measured[0].low, measured[0].high)
-        return over_seeds([one.value for one in measured])
+        if len(self.records) == 1:
+            single = self.records[0].metrics.get(metric)
+            return None if single is None else Estimate(single.value, single.low, single.high)
+        values = [one.value for record in self.records if (one := record.metrics.get(metric))]
+        return over_seeds(values) if len(values) == len(self.records) else None
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -140,7 +129,7 @@ def group_records(records: Iterable[Record]) -> list[Table]:
     the model or the data) the newer one counts, and neither a row nor a table mixes the two.
     """
     placed = [
-        (_find_place(record), record) for record in sorted(records, key=lambda record: (record.started, record.name))
+        (find_place(record), record) for record in sorted(records, key=lambda record: (record.started, record.name))
     ]
     hosts = {place: get_host(record) for place, record in placed if get_host(record)}
     tables: dict[tuple[Any, ...], list[Record]] = {}
@@ -178,14 +167,7 @@ def _share_state(table: Table, other: Table) -> bool:
 
 def _drop_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     """The metrics that do not depend on the host."""
-    return {name: metric for name, metric in metrics.items() if _holds_anywhere(name)}
-
-
-def _holds_anywhere(name: str) -> bool:
-    try:
-        return describe(name).family not in OF_A_HOST
-    except Undefined:
-        return False
+    return {name: metric for name, metric in metrics.items() if get_family(name) not in OF_A_HOST}
 
 
 def _take_newest(records: Sequence[Record]) -> Table:
@@ -219,7 +201,7 @@ def _list_labels(record: Record) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("name", record.cell.recipe), ("steps", record.cell.steps)
 
 
-def _find_place(record: Record) -> tuple[Any, ...]:
+def find_place(record: Record) -> tuple[Any, ...]:
     """Where a record belongs as far as a reader sees it, but for the host; sorts as tables are shown."""
     cell = record.cell
     # None is the default of a setting.

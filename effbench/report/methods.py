@@ -31,13 +31,12 @@ COLUMNS = ("key", "kind", "what it does", "paper", "parameters")
 def index(folder: Path) -> str:
     """The page, for a file in `folder`: a table for each family of methods, and what their open parameters take.
 
-    Raises `Usage` for a method file that cannot be read.
+    Methods whose file cannot be read are left out.
     """
     families: dict[str, list[registry.Entry]] = {}
     for entry in registry.catalog().values():
-        if entry.kind == "broken":
-            raise Usage(f"method {entry.key!r}: {entry.path} {entry.summary}")
-        families.setdefault(entry.family, []).append(entry)
+        if entry.kind != "broken":
+            families.setdefault(entry.family, []).append(entry)
     parts = [HEADER]
     for family, entries in sorted(families.items()):
         rows = [_cells(entry, folder) for entry in entries]

@@ -1,4 +1,8 @@
-"""What the names of metrics say: their kind, their order, their title in a table, the range of their values."""
+"""What the names of metrics say: their kind, their order, their title in a table, the range of their values.
+
+Kinds and units come from `effbench.records.definitions`. A metric of a record that another version of effbench wrote
+may have no definition; it is of no kind then.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,26 @@ import math
 import re
 from collections.abc import Iterable
 
-PPL = re.compile(r"(^|_)ppl$")
-ACCURACY = re.compile(r"_(acc|exact_match)$")
-SPEED = re.compile(r"(prefill|decode)_speedup_b(\d+)_c(\d+)")
-COMPUTE = re.compile(r"_flops_per_token_|^flops_2d$|_energy_j_per_token_")
-DISTANCES = ("kl_nats_per_token", "top1_agreement")
+from effbench.records.definitions import Definition, Family, Undefined, describe
+
+DISTANCES = ("kl_nats_per_token", "top1_agreement")  # `flips` is the rest of the agreement
 TASKS = "tasks_acc"  # the mean over all tasks
+TITLES = {"token_ppl": "perplexity", "kl_nats_per_token": "KL, nats", "top1_agreement": "top-1, %", TASKS: "tasks, %"}
+
+
+@functools.cache
+def find_definition(metric: str) -> Definition | None:
+    """What a metric means; None where this version does not know it."""
+    try:
+        return describe(metric)
+    except Undefined:
+        return None
+
+
+def get_family(metric: str) -> Family | None:
+    """The kind of a metric."""
+    definition = find_definition(metric)
+    return None if definition is None else definition.family
 
 
 @functools.lru_cache(maxsize=65536)
@@ -22,18 +40,29 @@ def natural_key(text: str) -> tuple[tuple[float, str], ...]:
     return tuple((float(part), "") if i % 2 else (math.inf, part) for i, part in enumerate(parts))
 
 
+def select(names: Iterable[str], family: Family, unit: str | None = None) -> list[str]:
+    """Those of a kind, and of a unit, in natural order; of a task with several filters, those of the first."""
+    of_family = (name for name in names if get_family(name) == family and unit in (None, _get_unit(name)))
+    return sorted((name for name in of_family if _read_fields(name) is not None), key=natural_key)
+
+
 def select_perplexities(names: Iterable[str]) -> list[str]:
     """Those that are perplexities, that of the held-out tokens first."""
-    return sorted(filter(PPL.search, names), key=lambda name: (name != "token_ppl", natural_key(name)))
+    return sorted(select(names, "perplexity"), key=lambda name: name != "token_ppl")
 
 
 def select_tasks(names: Iterable[str]) -> list[str]:
     """The accuracy of every task: `acc`, or `exact_match` where the task has no `acc`."""
+    return list(_select_tasks(tuple(names)))
+
+
+@functools.lru_cache(maxsize=128)  # the rows of a table have the same metrics
+def _select_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
     accuracies: dict[str, str] = {}
-    for name in sorted(names):
-        if name != TASKS and (match := ACCURACY.search(name)):
-            accuracies.setdefault(name[: match.start()], name)
-    return [accuracies[task] for task in sorted(accuracies, key=natural_key)]
+    for name in sorted(select(names, "accuracy")):
+        if fields := _read_fields(name):
+            accuracies.setdefault(fields["task"], name)
+    return tuple(accuracies[task] for task in sorted(accuracies, key=natural_key))
 
 
 def select_quality(names: Iterable[str]) -> list[str]:
@@ -45,25 +74,38 @@ def select_quality(names: Iterable[str]) -> list[str]:
 
 def get_limits(metric: str) -> tuple[float, float]:
     """Smallest and largest value that the metric can have."""
-    if PPL.search(metric):
+    if get_family(metric) == "perplexity":
         return 1.0, math.inf
-    return 0.0, 1.0 if ACCURACY.search(metric) or metric == "top1_agreement" else math.inf
+    return 0.0, 1.0 if _get_unit(metric) == "fraction" else math.inf
 
 
 def get_scale(metric: str) -> float:
-    """What a value is multiplied by to be shown: shares are shown in percent."""
-    return 100.0 if ACCURACY.search(metric) or metric == "top1_agreement" else 1.0
+    """What a value is multiplied by to be shown: fractions are shown in percent."""
+    return 100.0 if _get_unit(metric) == "fraction" else 1.0
 
 
 def get_title(metric: str) -> str:
     """Column title of a metric."""
-    if match := SPEED.fullmatch(metric):
-        return f"{match[1]} b{match[2]} c{match[3]}"
+    fields = _read_fields(metric) or {}
+    if metric in TITLES:
+        return TITLES[metric]
+    if get_family(metric) == "speed" and _get_unit(metric) == "ratio":
+        return f"{fields['phase']} b{fields['batch']} c{fields['context']}"
     if match := re.fullmatch("(.*)_peak_(.*)_bytes", metric):
         return f"{match[1]} peak ({match[2]})"
-    if match := ACCURACY.search(metric):
-        return f"{metric[: match.start()]}, %".replace("_", " ")
-    return TITLES.get(metric) or metric.replace("_", " ")
+    if get_family(metric) == "accuracy" and fields:
+        return f"{fields['task']}, %".replace("_", " ")
+    return metric.replace("_", " ")
 
 
-TITLES = {"token_ppl": "perplexity", "kl_nats_per_token": "KL, nats", "top1_agreement": "top-1, %"}
+def _get_unit(metric: str) -> str | None:
+    definition = find_definition(metric)
+    return None if definition is None else definition.unit
+
+
+@functools.cache
+def _read_fields(metric: str) -> dict[str, str] | None:
+    """What the name says of task, batch and so on; None for a task's further filters, which have no fields."""
+    definition = find_definition(metric)
+    match = None if definition is None else definition.regex.fullmatch(metric)
+    return None if match is None else match.groupdict()

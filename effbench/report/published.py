@@ -19,7 +19,14 @@ from effbench.records.record import PLACE, Record
 from effbench.records.store import Store, latest
 from effbench.report.differences import estimate_difference
 from effbench.report.groups import Row, Table, get_machine, group_records
-from effbench.report.metrics import ACCURACY, PPL, get_scale, get_title, select_perplexities, select_quality
+from effbench.report.metrics import (
+    get_family,
+    get_scale,
+    get_title,
+    select,
+    select_perplexities,
+    select_quality,
+)
 from effbench.report.sheets import Grid, Sheet, Stale, make_sheets
 from effbench.report.text import DASH, rounded
 from effbench.stats.paired import Estimate
@@ -28,7 +35,6 @@ DETAIL = "published"  # the grid of this module
 TOLERANCE = 0.001  # of the published value; of one, for an accuracy
 SIZES = ("bits_per_weight", "stored_bytes")
 INSTRUMENT = re.compile(r"(speed|memory|energy|flops)_")  # settings of instruments that do not measure quality
-SPEED = re.compile(r"(prefill|decode)_tok_per_s_.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Difference:
         if self.test is None or self.test.low is None or self.test.high is None:
             return ""
         bounds = (self.test.low, self.test.high)
-        if PPL.search(self.metric):
+        if get_family(self.metric) == "perplexity":
             low, high = (f"{100 * math.expm1(min(bound, 700)):+.2g} %" for bound in bounds)
         else:
             low, high = (f"{bound * get_scale(self.metric):+.2g}" for bound in bounds)
@@ -213,7 +219,7 @@ def _average(row: Row, metric: str) -> float:
 
 def _measure_distance(metric: str, own: float, published: float) -> float:
     """Of accuracies absolute, else relative to the published value."""
-    if ACCURACY.search(metric) or own == published:
+    if get_family(metric) == "accuracy" or own == published:
         return abs(own - published)
     return abs(own / published - 1) if published else math.inf
 
@@ -227,7 +233,7 @@ def _compare_speeds(own: Row, published: Row) -> dict[str, float]:
     records = (*own.records, *published.records)
     common = set.intersection(*(set(record.metrics) for record in records))
     ratios = {}
-    for name in sorted(filter(SPEED.fullmatch, common)):
+    for name in select(common, "speed", "tokens/s"):
         theirs_mean = _average(published, name)
         if theirs_mean > 0:
             ratios[name] = _average(own, name) / theirs_mean
@@ -241,11 +247,22 @@ def summarise(table: Table, verdicts: Sequence[Verdict]) -> str:
     """A line per row that does not reproduce, and one that sums all up."""
     cell = table.cell
     name = f"{cell.suite} v{cell.suite_version}, {cell.tier} tier, model {cell.model}"
-    published = [verdict for verdict in verdicts if verdict.published is not None]
-    if not published:
+    if all(verdict.published is None for verdict in verdicts):
         return f"{name}: nothing is published to compare with."
-    lines = [f"  {v.own.recipe} {v}" for v in published if not v.reproduces]
-    return "\n".join([*lines, f"{name}: {_sum_up(verdicts)}"])
+    return "\n".join([*(f"  {line}" for line in _explain(verdicts)), f"{name}: {_sum_up(verdicts)}"])
+
+
+def _explain(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line per published row that does not reproduce; none where all have one reason, which the summary gives."""
+    if _find_shared_reason(verdicts):
+        return []
+    return [f"{v.own.recipe} {v}" for v in verdicts if v.published is not None and not v.reproduces]
+
+
+def _find_shared_reason(verdicts: Sequence[Verdict]) -> str:
+    """Why rows are not comparable, where none is and all have one reason; else empty."""
+    reasons = {verdict.why for verdict in verdicts if verdict.published is not None}
+    return reasons.pop() if len(reasons) == 1 else ""
 
 
 def _sum_up(verdicts: Sequence[Verdict]) -> str:
@@ -255,9 +272,12 @@ def _sum_up(verdicts: Sequence[Verdict]) -> str:
     if good:
         largest = max(verdict.largest for verdict in good)
         counts[0] += f" (largest difference {'0' if largest == 0 else f'{100 * largest:.1g}'} %)"
+    apart = sum(bool(verdict.why) for verdict in verdicts)
+    if shared := _find_shared_reason(verdicts):
+        counts = [f"{_count_rows(apart)} cannot be compared with the published quality ({shared})"]
     for count, words in (
         (len(comparable) - len(good), "differ"),
-        (sum(bool(verdict.why) for verdict in verdicts), "not comparable"),
+        (0 if shared else apart, "not comparable"),
         (sum(verdict.published is None for verdict in verdicts), "not published"),
     ):
         if count:
@@ -287,8 +307,7 @@ def make_published_sheets(
     sheets = []
     for table, sheet in zip(tables, make_sheets(tables, stale=stale), strict=True):
         verdicts = judge_table(table, published_tables, stale)
-        reasons = [f"{verdict.own.recipe} {verdict}" for verdict in verdicts if not verdict.reproduces]
-        notes = [one for one in reasons if not one.endswith("not published")]
+        notes = _explain(verdicts)
         grid = _make_grid(table, verdicts)
         sheets.append(
             dataclasses.replace(sheet, grids=(grid,), notes=tuple(notes), legend=_sum_up(verdicts), metrics=())

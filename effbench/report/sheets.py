@@ -13,15 +13,13 @@ from effbench.records.record import OUTCOMES, Record
 from effbench.report.differences import LEVEL, Kept, Test, compute_tests
 from effbench.report.groups import Row, Table, find_differing_settings, get_machine
 from effbench.report.metrics import (
-    ACCURACY,
-    COMPUTE,
-    PPL,
-    SPEED,
     TASKS,
+    get_family,
     get_limits,
     get_scale,
     get_title,
     natural_key,
+    select,
     select_perplexities,
     select_tasks,
 )
@@ -84,9 +82,16 @@ def make_sheets(tables: Sequence[Table], kept: Kept | None = None, stale: Stale 
 
 
 def cut_to_detail(sheet: Sheet, detail: str) -> Sheet:
-    """The sheet with the grid of one detail alone, and the protocol of the perplexity that every summary has."""
-    grids = tuple(grid for grid in sheet.grids if grid.detail == detail)
-    return dataclasses.replace(sheet, grids=grids, protocols=sheet.protocols[:1], metrics=())
+    """The sheet with the grid of one detail alone, and the protocol of the perplexity that every summary has.
+
+    Where nothing of the detail was measured, a note instead of the grid says so, and what there is.
+    """
+    cut = dataclasses.replace(sheet, protocols=sheet.protocols[:1], metrics=())
+    if grids := tuple(grid for grid in sheet.grids if grid.detail == detail):
+        return dataclasses.replace(cut, grids=grids)
+    present = ", ".join(grid.detail for grid in sheet.grids)
+    note = f"Nothing was measured of detail={detail} ({DETAILS[detail]}); there is detail={present}."
+    return dataclasses.replace(cut, grids=(), notes=(note,), legend="")
 
 
 def _make_sheet(table: Table, name: str, caption: str, tests: Mapping[tuple[str, str], Test]) -> Sheet:
@@ -110,7 +115,8 @@ def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict
     """The columns of each detail, by header."""
     measured = functools.partial(_show_estimate, tests)
     ppls = select_perplexities(table.measured)
-    speeds = sorted(table.metrics(SPEED), key=lambda name: (not name.startswith("prefill"), natural_key(name)))
+    speeds = sorted(select(table.measured, "speed", "ratio"), key=lambda name: not name.startswith("prefill"))
+    operations = [*select(table.measured, "compute"), *select(table.measured, "energy", "J")]
 
     summary: dict[str, Show] = {"bits": _show_value("bits_per_weight", "{:.2f}".format), "stored": _show_stored}
     if "sparsity_asked" in table.measured:
@@ -137,23 +143,26 @@ def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict
         methods |= {"steps": lambda row: row.steps or DASH}
     return {
         "summary": summary,
-        "quality": {get_title(name): measured(name) for name in [*ppls[1:], *select_tasks(table.metrics(ACCURACY))]},
+        "quality": {get_title(name): measured(name) for name in [*ppls[1:], *select_tasks(table.measured)]},
         "speed": {get_title(name): _show_speed(name) for name in speeds},
         "memory": {header: _show_value(name, bytes_text) for header, name in sizes.items()}
         | {get_title(name): _show_value(name, bytes_text) for name in peaks},
-        "compute": {get_title(name): measured(name) for name in table.metrics(COMPUTE)},
+        "compute": {get_title(name): measured(name) for name in sorted(operations, key=natural_key)},
         "methods": methods,
     }
 
 
 def _show_estimate(tests: Mapping[tuple[str, str], Test], metric: str) -> Show:
     """A value with its interval, and an arrow where the row differs from the baseline beyond chance."""
-    digits = 4 if PPL.search(metric) else 3  # rows differ by less than their own intervals: they are paired
+    scale, limits = get_scale(metric), get_limits(metric)
+    digits = (
+        4 if get_family(metric) == "perplexity" else 3
+    )  # rows differ by less than their own intervals: they are paired
 
     def show(row: Row) -> str:
         test = tests.get((row.recipe, metric))
         arrow = "" if test is None or test.p > LEVEL else " ↑" if test.value > 0 else " ↓"
-        return with_interval(row.estimate(metric), get_scale(metric), digits, get_limits(metric)) + arrow
+        return with_interval(row.estimate(metric), scale, digits, limits) + arrow
 
     return show
 
@@ -170,7 +179,8 @@ def _show_value(metric: str, text: Callable[[float], str]) -> Show:
 
 def _show_speed(metric: str) -> Show:
     """A speed; a row that only simulates has none."""
-    return lambda row: DASH if row.simulated else with_interval(row.estimate(metric), limits=get_limits(metric))
+    limits = get_limits(metric)
+    return lambda row: DASH if row.simulated else with_interval(row.estimate(metric), limits=limits)
 
 
 def _show_stored(row: Row) -> str:
@@ -287,7 +297,7 @@ def _write_legend(table: Table, tested: bool) -> str:
     ]
     if tested:
         parts.append("↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table.")
-    if speeds := table.metrics(SPEED):
+    if speeds := select(table.measured, "speed", "ratio"):
         first = get_title(speeds[0]).partition(" ")[2]
         parts.append(f"Speed: the baseline of the same run is 1; b: batch, c: context, {first} unless named.")
     if "sparsity_asked" in table.measured:

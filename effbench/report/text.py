@@ -10,6 +10,8 @@ from typing import Any
 from effbench.stats.paired import Estimate
 
 DASH = "–"
+NUMBER = re.compile(r"[-+.\d][^a-df-jl-z]*")  # with letters of units: e, k, capitals
+SPECIAL = re.compile(r"[\\`*<&$~]|\[(?=[^\]]*\]\()|(?<![^\W_])_|_(?![^\W_])")  # in Markdown
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -36,8 +38,8 @@ def with_interval(
     if estimate is None:
         return DASH
     value = estimate.value * scale
-    least, most = (limit * scale for limit in limits)
-    low, high = (value if bound is None else bound * scale for bound in (estimate.low, estimate.high))
+    low = value if estimate.low is None else estimate.low * scale
+    high = value if estimate.high is None else estimate.high * scale
     reach = max(high - value, value - low)
     if reach <= 1e-6 * abs(value) or max(abs(value), reach) >= 1e5:
         return rounded(value, digits)
@@ -46,6 +48,7 @@ def with_interval(
         fewest = digits - 1 - math.floor(math.log10(abs(value))) if abs(value) >= 0.1 else 0
         text = f"{{:.{max(places(reach), fewest)}f}}".format
     mark = "ˢ" if estimate.n > 1 else ""
+    least, most = limits[0] * scale, limits[1] * scale
     if estimate.n == 2 or value - reach < least or value + reach > most:
         return f"{text(value)} [{text(max(low, least))}–{text(min(high, most))}]{mark}"
     return f"{text(value)} ±{text(reach)}{mark}"
@@ -92,10 +95,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], pad: bo
 
 
 def numeric_column(column: Iterable[str]) -> bool:
-    """Whether the cells of a column are numbers, to be set flush right (letters of units: e, k, capitals)."""
-    return all(re.fullmatch(r"[-+.\d][^a-df-jl-z]*", cell) or cell == DASH for cell in column)
+    """Whether the cells of a column are numbers, to be set flush right."""
+    return all(cell == DASH or NUMBER.fullmatch(cell) for cell in column)
 
 
 def markdown(text: str) -> str:
     """Plain text so that Markdown shows it as it is; pipes are the table's business."""
-    return re.sub(r"([\\`*<&$~]|\[(?=[^\]]*\]\()|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+    return SPECIAL.sub(lambda match: f"\\{match[0]}", text)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -21,8 +21,7 @@ ENOUGH = 30  # values other than zero from which on Student's t is as good as a 
 RESAMPLES = 9999
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """A mean of `n` values, the bounds of its interval where there is one, and p of the mean being zero."""
 
     value: float
@@ -145,6 +144,7 @@ def _counts(n: int, k: int, resamples: int, seed: tuple[int, int]) -> Floats:
     return np.ascontiguousarray(rng.multinomial(n, chances, size=resamples)[:, :k].T, dtype=np.float64)
 
 
+@functools.lru_cache(maxsize=65536)
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided p of McNemar's test: equal sides lose as many right answers as they gain."""
     from scipy.special import bdtr

@@ -114,7 +114,11 @@ FAULTS = {
         "    sparsifies = True\n    sparsity: float = 0.5  # of the weights\n    paper =",
         "0.000 of the weights are zero",
     ),
-    "save and load": ("return rebuilt(", "return None and (", r"Toy\.compress returned None.*module \(.*toy\.py:18\)"),
+    "save and load": (
+        "return rebuilt(",
+        "return None and (",
+        r"Toy\.compress \(.*toy\.py:18\) returned None; it must",
+    ),
     "architectures": ("layer.weight *", "layer.wait *", r"AttributeError: 'Layer'.* 'wait' \(.*/toy\.py:19\)"),
 }
 
@@ -192,7 +196,7 @@ def test_own_files_are_listed_and_shown(here, capsys):
     assert cli.main(["list", "methods", "toy.py"]) == 0
     assert re.findall(r"toy\.py:(\w+)", capsys.readouterr().out) == ["Toy", "Other"]
     assert cli.main(["list", "suites", "mine.yaml"]) == 0
-    assert capsys.readouterr().out.split() == ["mine", "3", "My", "rows."]
+    assert capsys.readouterr().out.split()[3:] == ["mine", "3", "My", "rows."]
     assert cli.main(["show", "toy.py:Other"]) == 0
     assert re.search(r"factor +0\.5 +float +of every weight", capsys.readouterr().out)
     assert cli.main(["show", "mine.yaml"]) == 0
@@ -206,7 +210,7 @@ def test_presets_are_listed(capsys, monkeypatch):
     assert capsys.readouterr().err == "effbench: there are no presets\n"
     monkeypatch.setattr(registry, "presets", lambda: {"small": "rtn(bits=2)"})
     assert cli.main(["list", "presets"]) == 0
-    assert capsys.readouterr().out.split() == ["small", "rtn(bits=2)"]
+    assert capsys.readouterr().out.split() == ["name", "steps", "small", "rtn(bits=2)"]
 
 
 def test_the_index_is_written_where_it_is_wanted(here, capsys):
@@ -359,6 +363,8 @@ BAD = {  # what an author's file may do wrong, each with what the one line says
     "a field without default": ("    f: float\n", "missing 1 required positional argument"),
     "its own check raises": ("    def check(self):\n        raise ValueError('no such grid')\n", "no such grid"),
     "an annotation of nothing": ("    f: 'Floot' = 1.0\n", "Floot"),
+    "a parameter that no record can hold": ("    f: Path = Path('x')\n", "f: Path is no type of a parameter"),
+    "many of them": ("    f: dict[str, list[object]] = field(default_factory=dict)\n", "is no type of a parameter"),
     "slots that fail": ("    def slots(self):\n        return 1 / 0\n", "ZeroDivisionError"),
     "files that are no paths": ("    def files(self):\n        return ('a.txt',)\n", "must be paths"),
 }
@@ -368,13 +374,69 @@ BAD = {  # what an author's file may do wrong, each with what the one line says
 def test_what_an_author_s_own_code_raises_is_one_line(name, here, capsys):
     body, words = BAD[name]
     (here / "bad.py").write_text(
-        '"""Bad."""\nfrom dataclasses import dataclass\nfrom effbench.core.kinds import Weights\n\n\n'
+        '"""Bad."""\nfrom dataclasses import dataclass, field\nfrom pathlib import Path\n'
+        "from effbench.core.kinds import Weights\n\n\n"
         f"@dataclass(frozen=True)\nclass Bad(Weights):\n{body}\n"
         "    def compress(self, layer):\n        return layer.module\n"
     )
     assert main(["run", "recipe=./bad.py:Bad()", "device=cpu", "--dry-run"]) == 2
     err = capsys.readouterr().err
     assert words in err and "bad.py" in err and err.count("\n") == 1
+
+
+WORKS = """\"\"\"Works.\"\"\"
+from dataclasses import dataclass, field
+from effbench.core.kinds import Weights
+
+print("imported")
+
+
+@dataclass(frozen=True)
+class Works(Weights):
+    sizes: tuple[int, ...] = field(default_factory=lambda: (1, 2))
+
+    def compress(self, layer):
+        return layer.module
+"""
+
+
+def test_what_a_file_prints_when_imported_is_no_output_and_made_defaults_are_defaults(here, capsys):
+    (here / "works.py").write_text(WORKS)
+    assert main(["run", "recipe=./works.py:Works()", "device=cpu", "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["recipe"] for row in json.loads(out)] == ["baseline", "./works.py:Works()"] and "imported" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["list", "methods", "works.yaml"], "methods are defined in a file FILE.py"),
+        (["run", "recipe=./works.py:Works"], "brackets are missing; write ./works.py:Works()"),
+        (["run", "recipe=rtn(), ./works.py:Works, fit()"], "write ./works.py:Works()"),
+        (["run", "recipe=./loose.py:Works()"], "write @dataclass(frozen=True)"),
+        (["show", "rtn", "results=~nobody_of_that_name/x"], "results=~nobody"),
+        (["new", "method", "Weights", "x" * 300], "at most 60 in all"),
+        (["new", "method", "Weights", "random"], "would be taken for Python's random"),
+        (["new", "method", "Weights", "torch"], "would be taken for Python's torch"),
+    ],
+)
+def test_slips_of_an_author_are_one_line(words, message, here, capsys):
+    (here / "works.py").write_text(WORKS)
+    (here / "works.yaml").write_text("name: works\n")
+    (here / "loose.py").write_text(WORKS.replace("(frozen=True)", ""))
+    assert main(words) == 2
+    err = capsys.readouterr().err.removeprefix("imported\n")
+    assert message in err and err.count("\n") == 1
+    assert not (here / "random.py").exists()
+
+
+def test_a_broken_file_is_left_out_of_the_pages_and_named(here, capsys, monkeypatch):
+    (here / "fam" / "q").mkdir(parents=True)
+    (here / "fam" / "q" / "broken.py").write_text("def (")
+    monkeypatch.setenv("EFFBENCH_METHODS", str(here / "fam"))
+    assert main(["docs", f"to={here / 'pages'}"]) == 1
+    assert re.search(r"left out broken: .*broken\.py .*line 1", capsys.readouterr().err)
+    assert "[rtn](" in (here / "pages" / "methods.md").read_text()
 
 
 @pytest.mark.parametrize("command", [["check", "{}"], ["show", "{}"], ["list", "methods", "{}"]])

@@ -188,13 +188,13 @@ def test_any_folder_can_be_written_in_a_step(name):
         ("mine.py:Mien()", "mine.py: defines no method 'Mien'; did you mean 'Mine'?"),
         ("mine.py()", r"mine\.py: name the class, mine\.py:Mine$"),
         ("./my folder/mine.py:Mine()", "in quotes where the path has spaces"),
-        ("mine.py:Mine", "in quotes where the path has spaces"),
+        ("mine.py:Mine", r"brackets are missing; write mine\.py:Mine\(\)"),
         ("empty.py:Mine()", "empty.py: defines no method: a class whose base is"),
         ("torn.py:Mine()", r"torn\.py: cannot be read: .*line 1"),
         ("binary.py:Mine()", "binary.py: cannot be read"),
         (
             "beside.py:Beside()",
-            r"No module named 'helpers'.*\(.*/beside.py:1\); import a file beside it as `from \. imp",
+            r"beside\.py, line 1: helpers would be read without being part of .*; write `from \. imp",
         ),
         ("exits.py:Exits()", r"cannot be imported: SystemExit\(3\) \(.*exits\.py:4\)"),
         ("deep.py:Deep()", "beyond top-level package"),
@@ -219,3 +219,32 @@ def test_wrong_files_cost_one_line(step, words, file, monkeypatch):
     with pytest.raises(Usage, match=words) as caught:
         parse(step)
     assert "\n" not in str(caught.value)
+
+
+HIDDEN = {  # ways to read the file beside that a digest could not follow, and neighbours that are none
+    "import shared": False,
+    "from shared import x": False,
+    "import importlib; importlib.import_module('.shared', __package__)": False,
+    "from importlib import import_module; import_module('shared')": False,
+    "import importlib; name = 'shared'; importlib.import_module(name)": False,
+    "__import__('shared')": False,
+    "from . import shared": True,
+    "from .shared import x": True,
+    "import random": True,  # Python's, though a file beside it is called so
+    "import importlib; importlib.import_module('json')": True,
+}
+
+
+@pytest.mark.parametrize("statement", HIDDEN)
+def test_what_lies_beside_a_method_is_imported_so_that_its_digest_holds_it(statement, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)  # as in a session of Python that was started in the folder
+    (tmp_path / "shared.py").write_text("x = 1\n")
+    (tmp_path / "random.py").write_text("raise ValueError('not this one')\n")
+    (tmp_path / "_common.py").write_text("FACTOR = 0.5\n")
+    (tmp_path / "mine.py").write_text(f"{statement}\n{HALVES.format(name='Mine')}")
+    step = f"{tmp_path}/mine.py:Mine()"
+    if HIDDEN[statement]:
+        assert parse(step).steps
+    else:
+        with pytest.raises(Usage, match=r"mine\.py, line 1: .* would be read without being part of what is measured"):
+            parse(step)

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from fake_records import RECORDS, make
+from fake_records import RECORDS, failed, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from effbench.records.record import Metric
 from effbench.records.store import Store
 from effbench.report.compare import compare, compare_metrics, find_rows
 from effbench.report.groups import Row, group_records
-from effbench.report.metrics import PPL, get_scale, select_quality
+from effbench.report.metrics import get_family, get_scale, select_quality
 from effbench.report.pages import load
 
 
@@ -120,7 +120,11 @@ def test_columns_are_the_published_numbers(suite):
         assert changes.keys() == set(select_quality(row.records[0].metrics)), row.recipe
         for metric, change in changes.items():
             values = [record.metrics[metric].value for record in row.records]
-            mean = math.exp(np.mean(np.log(values))) if PPL.search(metric) else np.mean(values) * get_scale(metric)
+            mean = (
+                math.exp(np.mean(np.log(values)))
+                if get_family(metric) == "perplexity"
+                else np.mean(values) * get_scale(metric)
+            )
             assert change.after == pytest.approx(mean, rel=1e-6, abs=1e-9), (row.recipe, metric)
 
 
@@ -149,7 +153,13 @@ def test_a_perplexity_beyond_all_numbers_is_left_out():
     ("a", "b", "message"),
     [
         ("baseline", "rtn(bits=9)", "did you mean 'rtn"),
-        ("rtn(bits=2)", "rtn(bits=3)", "never measured alike"),
+        ("rtn(bits=2)", "rtn(bits=3)", "token_ppl was measured as"),
+        (
+            "baseline",
+            "squeezellm(bits=3)",
+            "(bits=3) has quant v1, quick tier, model tiny: oom (needs 9 GiB)",
+        ),
+        ("", "baseline", "neither a record file nor a recipe"),
         ("baseline", "a\0b", "neither a record file nor a recipe"),
         ("baseline", "x" * 5000, "neither a record file nor a recipe"),
         ("/etc", "baseline", "neither a record file nor a recipe"),
@@ -157,7 +167,7 @@ def test_a_perplexity_beyond_all_numbers_is_left_out():
     ],
 )
 def test_wrong_names_cost_one_line(results, capsys, a, b, message):
-    Store(results).write(make("rtn(bits=3)", tier="full"))
+    Store(results).write(make("rtn(bits=3)", tier="full", protocols={"token_ppl": "whole"}))
     assert run(results, a, b) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1 and len(err) < 1500
@@ -181,3 +191,69 @@ def test_columns_show_a_difference_smaller_than_its_interval():
     row = next(line for line in compare(Row((before,)), Row((after,))).splitlines() if "token_ppl" in line)
     a, b, change = (float(cell) for cell in row.split("|")[2:5])
     assert a != b and change == pytest.approx(b - a, abs=1.1e-2 * abs(change))
+
+
+def test_of_several_records_of_a_name_those_that_can_be_compared_are_taken(tmp_path):
+    """The first table has a row that failed, the second one metric, the third all."""
+    store = Store(tmp_path)
+    for version, outcome, kept in ((3, "unsupported", 0), (2, "ok", 1), (1, "ok", 9)):
+        for recipe in ("rtn()", "gptq()"):
+            whole = make(recipe, worse=0.1, suite_version=version)
+            store.write(
+                dataclasses.replace(
+                    whole,
+                    outcome=outcome if recipe == "gptq()" else "ok",
+                    reason="no such layer" if outcome != "ok" else "",
+                    samples=dict(list(whole.samples.items())[:kept]),
+                )
+            )
+    for names in (("rtn()", "gptq()"), ("gptq()", "rtn()")):
+        rows = find_rows(names, tmp_path, None)
+        assert [row.records[0].cell.suite_version for row in rows] == [1, 1]
+        assert [row.worst.outcome for row in rows] == ["ok", "ok"]
+        assert "recall_acc" in compare(*rows)
+
+
+def test_equal_settings_count_more_than_metrics_and_others_are_named(tmp_path):
+    store, other = Store(tmp_path), {"threads": 2, "dtype": "float32"}
+    one = make("rtn()", worse=0.1)
+    store.write(dataclasses.replace(one, samples={"token_ppl_window_nll": one.samples["token_ppl_window_nll"]}))
+    store.write(make("rtn()", settings=other))
+    store.write(make("gptq()"))
+    before, after = find_rows(("rtn()", "gptq()"), tmp_path, None)
+    assert before.records[0].cell.settings == after.records[0].cell.settings
+    assert "Settings of A and B differ" not in compare(before, after)
+    store.write(make("wanda()", settings=other | {"limit": 5}))
+    text = compare(*find_rows(("gptq()", "wanda()"), tmp_path, None))
+    assert "Settings of A and B differ: limit None and 5, threads 1 and 2\n" in text
+
+
+def test_where_no_pair_can_be_compared_all_are_told_with_the_mend(tmp_path, capsys):
+    for version in (1, 2):
+        Store(tmp_path).write(make("rtn()", suite_version=version, samples={}))
+    Store(tmp_path).write(failed("gptq()", suite_version=1, outcome="unsupported", reason="no such layer"))
+    Store(tmp_path).write(make("gptq()", suite_version=2))
+    assert main(["compare", "rtn()", "gptq()", f"results={tmp_path}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "rtn() and gptq() cannot be compared: no metric of both has results per item. " in err
+    assert "quant v1, quick tier, model tiny: no results per item" in err and "quant v2, quick tier" in err
+    assert (
+        "v2, quick tier, model tiny: token_ppl, " in err and "v1, quick tier, model tiny: unsupported (no such" in err
+    )
+    assert "Mend: measure both in one `effbench run suite=quant`" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: a, b (to compare two rows item by item); see"),
+        (["rtn()"], "required: b (to compare two rows item by item); see"),
+        (["rtn()", "suite=quant"], "'suite=quant' is an option: two rows are needed before it"),
+        (["results=results", "rtn()"], "'results=results' is an option: two rows are needed"),
+    ],
+)
+def test_one_row_alone_is_not_enough(words, message, capsys):
+    assert main(["compare", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and "key=value" not in err and err.count("\n") == 1

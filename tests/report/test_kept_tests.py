@@ -51,7 +51,7 @@ def test_nothing_is_computed_twice(results, computed):
 def test_a_new_row_costs_its_own_tests_alone(results, computed):
     Store(results).write(make("rtn(bits=3)", worse=0.1, bits=3.25))
     assert check(results)
-    assert {after.records[0].cell.recipe for _, after, _ in computed} == {"rtn(bits=3)"}
+    assert {pairs.after.records[0].cell.recipe for pairs, _ in computed} == {"rtn(bits=3)"}
 
 
 def test_what_is_kept_is_what_is_computed():
@@ -69,7 +69,7 @@ def test_a_changed_record_makes_the_file_stale(results, computed):
     record["metrics"]["bits_per_weight"][0] = 2.5
     path.write_text(json.dumps(record))
     assert any("statistics/quant.json: line" in line for line in check(results))
-    assert {after.records[0].cell.recipe for _, after, _ in computed} == {"rtn(bits=2)"}
+    assert {pairs.after.records[0].cell.recipe for pairs, _ in computed} == {"rtn(bits=2)"}
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,24 @@ def test_the_summary_counts_and_names(store):
     assert len(lines) == 3
 
 
+def test_a_reason_that_all_rows_share_is_said_once(store):
+    """Rows that are not published do not hide it; a row with another reason, or that differs, does."""
+    other = {"threads": 1, "dtype": "bfloat16"}
+    own = [make(settings=other), make("rtn(bits=2)", settings=other), make("rtn(bits=8)", settings=other)]
+    name, why = "quant v1, quick tier, model tiny", "dtype bfloat16 here, float32 published"
+    assert (
+        compare_with_published(own, store) == f"{name}: 3 rows cannot be compared with the published quality ({why})."
+    )
+    text = compare_with_published([*own, make("mine()", settings=other)], store)
+    assert text == f"{name}: 3 rows cannot be compared with the published quality ({why}), 1 not published."
+    assert f"{name}: 1 row cannot be compared with" in compare_with_published(own[:1], store)
+    apart = make("rtn(bits=8)", settings=other, resolved=({"method": "rtn"},))
+    lines = compare_with_published([*own[:2], apart], store).splitlines()
+    assert why in lines[0] and why in lines[1] and "other defaults" in lines[2] and "3 not comparable" in lines[3]
+    (sheet,) = make_published_sheets(own, store)
+    assert sheet.notes == () and why in sheet.legend
+
+
 def test_nothing_published_is_one_line(tmp_path, monkeypatch):
     nothing = "quant v1, quick tier, model tiny: nothing is published to compare with."
     assert compare_with_published(RECORDS, Store(tmp_path)) == nothing

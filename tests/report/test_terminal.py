@@ -82,7 +82,7 @@ def test_footnotes_and_the_way_to_the_rest():
 
 def test_a_detail_that_nobody_measured_says_so():
     text = terminal.page(make_sheets(group_records(RECORDS)), 80, "compute")
-    assert "Nothing measured of: Operations and energy." in text
+    assert "Nothing was measured of detail=compute (Operations and energy); there is\ndetail=summary, " in text
 
 
 def test_colour_only_where_it_is_wanted():

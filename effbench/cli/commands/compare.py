@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 
 from effbench.cli.command import Command
+from effbench.core.errors import Usage
 from effbench.core.paths import RUNS
 from effbench.core.usage import named_path, parse
 
@@ -21,8 +22,11 @@ class CompareOptions:
 def _compare(arguments: argparse.Namespace) -> int:
     from effbench.report.compare import compare, find_rows
 
-    options = parse(CompareOptions, arguments.options)
     names = arguments.a, arguments.b
+    for name in names:
+        if name.partition("=")[0] in CompareOptions.__dataclass_fields__:
+            raise Usage(f"{name!r} is an option: two rows are needed before it, `effbench compare A B {name}`")
+    options = parse(CompareOptions, arguments.options)
     print(compare(*find_rows(names, named_path("results", options.results), options.suite)))
     return 0
 

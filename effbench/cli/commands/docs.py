@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from effbench.cli.command import Command
+from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.usage import named_path, parse
 
@@ -33,7 +35,10 @@ def _docs(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise Usage(f"to={options.to}: cannot write there ({error.strerror})") from None
         print(f"wrote {folder / name}")
-    return 0
+    broken = [entry for entry in registry.catalog().values() if entry.kind == "broken"]
+    for entry in broken:
+        print(f"effbench: left out {entry.key}: {entry.path} {entry.summary}", file=sys.stderr)
+    return int(bool(broken))
 
 
 COMMAND = Command(_docs, "write the index of methods and the glossary of metrics as pages", options=DocsOptions)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import keyword
+import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from effbench.cli import templates
@@ -33,6 +36,8 @@ def _new(arguments: argparse.Namespace) -> int:
     text = write_template(arguments.kind, arguments.name)
     folder = named_path("to", options.to)
     path = folder / f"{arguments.name}.py"
+    if folder.absolute() in map(Path, (os.getcwd(), *sys.path)) and _stands_for_another(arguments.name):
+        raise Usage(f"to={options.to}: {path.name} there would be taken for Python's {arguments.name}; name a folder")
     if folder.exists() and not folder.is_dir():
         raise Usage(f"to={options.to}: is a file; name a folder")
     try:
@@ -60,8 +65,9 @@ def write_template(kind: str, name: str) -> str:
     kinds = {known.lower(): known for known in (*KINDS, "apply")}
     if kind.lower() not in kinds:
         raise Usage(f"unknown kind {kind!r}{nearest(kind, kinds.values())}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise Usage(f"{name!r} cannot name a method: write small letters, digits and _, a letter first")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,59}", name) or keyword.iskeyword(name):
+        rule = "write small letters, digits and _, a letter first, at most 60 in all"
+        raise Usage(f"{name[:60]!r} cannot name a method: {rule}")
     taken = {**registry.catalog(), **registry.presets()}
     if name in taken:
         raise Usage(f"{name!r} is taken by a method or preset of that name; see `effbench show {name}`")
@@ -70,6 +76,12 @@ def write_template(kind: str, name: str) -> str:
     return re.sub(rf"\bclass {EXAMPLE}\b", f"class {class_name(name)}", text).replace(
         f'"""{EXAMPLE}:', f'"""{title}:', 1
     )
+
+
+def _stands_for_another(name: str) -> bool:
+    """Whether a file of this name, in a folder that Python looks through, would hide a module."""
+    found = None if name in sys.modules else importlib.util.find_spec(name)
+    return name in sys.modules or found is not None
 
 
 def class_name(name: str) -> str:

@@ -35,9 +35,12 @@ def _report(arguments: argparse.Namespace) -> int:
     one_of("detail", options.detail, [name for name in DETAILS if name != published.DETAIL])
     if arguments.published and (style == "csv" or options.detail or arguments.write or arguments.check):
         raise Usage("--published has a table of its own: leave out detail=, format=csv, --write and --check")
+    if style == "csv" and options.detail:
+        raise Usage("format=csv has every metric of every record: leave out detail=")
     if arguments.write or arguments.check:
+        if options.detail or options.format or (arguments.write and arguments.check):
+            raise Usage("--write and --check are of whole pages: give one of them, without detail= and format=")
         results = _folder(options.results, PUBLISHED)
-        pages.check_folder_name(results)
         return (_check if arguments.check else _write)(results, options.suite)
     records = pages.load(_folder(options.results, Path(RUNS)), options.suite)
     if not arguments.published:

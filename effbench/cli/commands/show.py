@@ -15,7 +15,7 @@ from effbench.cli.commands.list import describe
 from effbench.core import registry
 from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE
-from effbench.core.usage import nearest, parse
+from effbench.core.usage import named_path, nearest, parse
 
 METRICS = ("bits_per_weight", "token_ppl", "kl_nats_per_token", "tasks_acc")  # units are part of the names
 NEWEST = 12  # measured rows that are printed
@@ -29,7 +29,7 @@ class ShowOptions:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    results = Path(parse(ShowOptions, arguments.options).results)
+    results = named_path("results", parse(ShowOptions, arguments.options).results)
     name = arguments.name
     if name.endswith((".yaml", ".yml")):
         return _show_suite(name, arguments.json)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from effbench.core.kinds import Weights
 from effbench.nn.calibration import BlockInputs, walk
-from effbench.nn.model.linear import check_module, dense_weight, replace
+from effbench.nn.model.linear import check_module, check_shape, dense_weight, replace
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -32,20 +32,21 @@ def stream(run: Run, method: Weights, prepared: Any = None) -> None:
             for path, module in method.compress_block(inputs, stage).items():
                 check_module(module, method, verb)
                 if not method.folds:
-                    run.log.layers[path] = measure_error(run.model.get_submodule(path), module, inputs, path)
+                    before, after = dense_weight(run.model.get_submodule(path)), dense_weight(module)
+                    check_shape(after, before, method, verb)
+                    run.log.layers[path] = measure_error(before, after, inputs, path)
                 replace(run.model, path, module)
         if method.sequential:
             inputs.outputs = inputs.forward()
 
 
-def measure_error(before: nn.Module, after: nn.Module, inputs: BlockInputs, path: str) -> dict[str, float]:
-    """Relative error of the weights, and of the outputs where the inputs' second moment is known."""
-    old = dense_weight(before)
-    delta = dense_weight(after) - old
-    errors = {"weight_error": float(delta.norm() / old.norm().clamp(min=1e-30))}
+def measure_error(before: Tensor, after: Tensor, inputs: BlockInputs, path: str) -> dict[str, float]:
+    """Relative error of weights [out, in], and of the outputs where the inputs' second moment is known."""
+    delta = after - before
+    errors = {"weight_error": float(delta.norm() / before.norm().clamp(min=1e-30))}
     statistics = inputs.statistics(path)
     if statistics is not None and "hessian" in statistics.needs:
         moment = statistics.second_moment.float()
-        full = ((old @ moment) * old).sum().clamp(min=1e-30)
+        full = ((before @ moment) * before).sum().clamp(min=1e-30)
         errors["output_error"] = float(((delta @ moment) * delta).sum().div(full).clamp(min=0).sqrt())
     return errors

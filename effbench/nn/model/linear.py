@@ -196,7 +196,18 @@ def top_linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 def check_module(module: Any, method: Method, verb: str) -> None:
     """Raise `TypeError` unless what `verb` of a method returned is a module."""
     if not isinstance(module, nn.Module):
-        code = getattr(type(method), verb).__code__
         returned = "None" if module is None else f"a {type(module).__name__}"
-        where = f"{shorten(Path(code.co_filename))}:{code.co_firstlineno}"
-        raise TypeError(f"{type(method).__name__}.{verb} returned {returned}; it must return a module ({where})")
+        raise TypeError(f"{_name_verb(method, verb, 'returned')} {returned}; it must return a module")
+
+
+def check_shape(weight: Tensor, like: Tensor, method: Method, verb: str) -> None:
+    """Raise `TypeError` unless the matrix of what `verb` of a method returned is as large as that of its place."""
+    if weight.shape != like.shape:
+        has, needs = (" x ".join(map(str, matrix.shape)) for matrix in (weight, like))
+        raise TypeError(f"{_name_verb(method, verb, 'returned')} a matrix of {has}; the linear is {needs}")
+
+
+def _name_verb(method: Method, verb: str, did: str) -> str:
+    """`CLASS.verb (FILE:LINE) did`."""
+    code = getattr(type(method), verb).__code__
+    return f"{type(method).__name__}.{verb} ({shorten(Path(code.co_filename))}:{code.co_firstlineno}) {did}"

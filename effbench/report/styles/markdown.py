@@ -9,9 +9,9 @@ from effbench.report.sheets import Sheet
 from effbench.report.text import markdown, markdown_table
 
 
-def page(sheets: Sequence[Sheet], note: str) -> str:
-    """A whole page; `note` says how it was made."""
-    parts = [f"<!-- {note} -->", *map(block, sheets)]
+def page(sheets: Sequence[Sheet]) -> str:
+    """A whole page."""
+    parts = list(map(block, sheets))
     if names := {name for sheet in sheets for name in sheet.metrics}:
         parts += ["**Metrics**, as the CSV and the records name them:", write_list(names)]
     return "\n\n".join(parts) + "\n"
@@ -24,4 +24,4 @@ def block(sheet: Sheet) -> str:
         if len(sheet.grids) > 1:
             parts.append(f"*{markdown(grid.title)}*")
         parts.append(markdown_table(grid.header, [[markdown(cell) for cell in row] for row in grid.rows]))
-    return "\n\n".join([*parts, *map(markdown, (*sheet.notes, sheet.legend))])
+    return "\n\n".join([*parts, *map(markdown, filter(None, (*sheet.notes, sheet.legend)))])

@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from effbench.report.sheets import DETAILS, Grid, Sheet
+from effbench.report.sheets import DETAILS, Grid, Sheet, cut_to_detail
 from effbench.report.text import numeric_column
 
 GAP = "  "
@@ -22,21 +22,18 @@ def page(sheets: Sequence[Sheet], width: int, detail: str = "summary", colour: b
     def say(text: str, style: str = "") -> None:
         print(f"{style}{text}{PLAIN}" if colour and style else text, file=out)
 
-    for sheet in sheets:
+    for sheet in (cut_to_detail(sheet, detail) for sheet in sheets):
         say(_wrap(sheet.title, width), BOLD)
-        say(_wrap(" ".join((sheet.caption, *sheet.protocols[:1])), width), DIM)
+        say(_wrap(" ".join((sheet.caption, *sheet.protocols)), width), DIM)
         say("")
-        grids = [grid for grid in sheet.grids if grid.detail == detail]
-        for grid in grids:
+        for grid in sheet.grids:
             lines, omitted = fit(grid, width)
             say(lines[0], BOLD)
             for line in lines[1:]:
                 say(line)
             if omitted:
                 say(_wrap(f"Left out at this width: {', '.join(omitted)}.", width), DIM)
-        if not grids:
-            say(f"Nothing measured of: {DETAILS[detail]}.")
-        for note in (*sheet.notes, sheet.legend):
+        for note in filter(None, (*sheet.notes, sheet.legend)):
             say(_wrap(note, width), DIM)
         say("")
     for suite in dict.fromkeys(sheet.suite for sheet in sheets):

@@ -17,9 +17,9 @@ CHARACTERS = {
 }  # fmt: skip
 
 
-def page(sheets: Sequence[Sheet], note: str) -> str:
-    """A whole file to be included; `note` says how it was made."""
-    return "\n\n".join([f"% {note} Needs \\usepackage{{booktabs}}.", *map(_write_tables, sheets)]) + "\n"
+def page(sheets: Sequence[Sheet]) -> str:
+    """A whole file to be included."""
+    return "\n\n".join(["% Needs \\usepackage{booktabs}.", *map(_write_tables, sheets)]) + "\n"
 
 
 def escape(text: str) -> str:
@@ -28,6 +28,8 @@ def escape(text: str) -> str:
 
 
 def _write_tables(sheet: Sheet) -> str:
+    if not sheet.grids:
+        return escape(" ".join((f"{sheet.title}:", *sheet.notes)))
     tables = []
     for grid in sheet.grids:
         align = "".join("r" if numeric_column(column) else "l" for column in zip(*grid.rows, strict=True))
