@@ -69,7 +69,7 @@ class Movement(Train):
         self.require(0 <= self.begin <= self.end <= 1, "begin and end are fractions of the fit, begin first")
 
     def at(self, done: int, total: int) -> float:
-        """Sparsity of the mask after `done` of `total` steps: 0, then a cubic rise, then `sparsity`."""
+        """Sparsity of the mask after `done` of `total` steps: 0, then the cubic rise of GMP, then `sparsity`."""
         first, last = self.begin * total, self.end * total
         if done > last or done == total:
             return self.sparsity
