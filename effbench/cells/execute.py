@@ -126,14 +126,19 @@ def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Find
 
 
 def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
-    """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`."""
+    """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`.
+
+    Columns of the table are text; `caveats` is a list, a footnote each.
+    """
     steps = recipe.steps
     columns = {
         "type": [step.type or kind_of(type(step)) for step in steps],
         "calibration_data": [describe_calibration(step.needs, sequences) for step in steps if step.needs is not None],
         "weight_update": [step.weight_update for step in steps if step.weight_update],
     }
-    return {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
+    told: dict[str, Any] = {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
+    caveats = [f"{type(step).__name__}: {caveat}" for step in steps for caveat in step.caveats]
+    return told | ({"caveats": list(dict.fromkeys(caveats))} if caveats else {})
 
 
 def describe_calibration(needs: Set[Need], sequences: int | None) -> str:

@@ -35,6 +35,8 @@ class Method:
     """
 
     paper: ClassVar[str] = ""  # where the method was published
+    published: ClassVar[str] = ""  # recipe of the paper's own setting; empty: there is none here, `caveats` say why
+    caveats: ClassVar[tuple[str, ...]] = ()  # what a reader of its numbers has to know, a phrase each, for footnotes
     identity: ClassVar[dict[str, Any] | None] = None  # settings at which the model must be unchanged
     trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings to test: the first by every check of the contract,
     # all of them by those of packing and saving, which run code that the defaults do not reach
@@ -42,6 +44,7 @@ class Method:
     consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
     trains: ClassVar[bool] = False  # True: acts through the fit that follows
+    sparsifies: ClassVar[bool] = False  # True: its field `sparsity` is the fraction of the weights that it sets to zero
     type: ClassVar[str] = ""  # for comparison tables: what sort of method it is; empty: its kind
     weight_update: ClassVar[str] = ""  # for comparison tables: what happens to weights that stay; empty: not said
     exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
@@ -134,6 +137,11 @@ class Method:
     def rounds_activations(self) -> bool:
         """Whether its linears round their inputs too, and hence differ from what their weights alone compute."""
         return False
+
+    @property
+    def asked_sparsity(self) -> float | None:
+        """Fraction of the weights that are to be zero after it; None where that is no question."""
+        return getattr(self, "sparsity") if self.sparsifies else None  # noqa: B009  a field of subclasses
 
     def slots(self) -> tuple[str, ...]:
         """All slots this method writes: those it declares, and the optimizer if it brings one."""

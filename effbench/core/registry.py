@@ -44,8 +44,9 @@ class Entry:
     kind: str  # `broken` for a file that defines no method
     paper: str
     summary: str  # first line of the module's docstring; of a broken file, what is wrong with it
+    about: str  # docstring of the class
     parameters: dict[str, Parameter]
-    facts: dict[str, Any]  # literal class attributes: needs, type, weight_update ...
+    facts: dict[str, Any]  # literal class attributes: needs, published, caveats ...
     path: Path
     cls: str
     module: str
@@ -108,7 +109,7 @@ def _family_entry(path: Path, root: Path) -> Entry:
         return _entry(key, family, path, classes[0], source)
     except SyntaxError as error:
         reason = str(error) if error.lineno is None else f"cannot be read: {error}"
-        return Entry(key, family, "broken", "", reason, {}, {}, path, "", module)
+        return Entry(key, family, "broken", "", reason, "", {}, {}, path, "", module)
 
 
 def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module) -> Entry:
@@ -132,6 +133,7 @@ def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module
         kind=kind or "apply",
         paper=facts.pop("paper", ""),
         summary=(ast.get_docstring(source.tree) or "").partition("\n")[0],
+        about=ast.get_docstring(node) or "",
         parameters=parameters,
         facts=facts,
         path=path,

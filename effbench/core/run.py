@@ -150,6 +150,7 @@ class RunLog:
     removed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # structure: its step, and what went
     selected: dict[str, int] = dataclasses.field(default_factory=dict)  # training examples left, by step
     fits: list[FitReport] = dataclasses.field(default_factory=list)
+    sparsity_asked: float | None = None  # the largest that a step was asked for; None: no step prunes weights
     densified: list[str] = dataclasses.field(default_factory=list)  # linears whose held zeros were given up
     energy: str | None = None  # why energy was not measured
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # a method's own remarks

@@ -192,6 +192,8 @@ class ModelRun(Run):
         if method.settles:
             self.settle()
         method.apply(self)
+        if method.asked_sparsity is not None:
+            self.log.sparsity_asked = max(self.log.sparsity_asked or 0.0, method.asked_sparsity)
 
     def finish(self, recipe_is_empty: bool = False) -> None:
         """Settle what is pending, bring everything to its stored form, and refuse a recipe without effect."""

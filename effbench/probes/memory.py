@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effbench.machine.peak import SCOPES, PeakMemory
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.linear import Replaced, Storage, stored_as, stored_bytes, top_linears
+from effbench.nn.model.sparsity import measure_sparsity
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
 from effbench.records.metric import Finding
@@ -23,7 +24,7 @@ BATCH, CONTEXT, NEW_TOKENS = 4, 256, 16  # where the settings do not say
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """Stored bytes by kind, effective bits per weight, resident bytes, and peaks over what was resident."""
+    """Stored bytes by kind, bits per weight, shares of zeros, resident bytes, and peaks over what was resident."""
     reading = Reading()
     stored = stored_bytes(run.model, run.storage)
     kept_in = f"as saved, dense tensors in {str(run.storage).replace('torch.', '')}, tied tensors once"
@@ -39,6 +40,13 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading.add(
         "model_bits_per_weight", 8 * total / run.original.parameters, "all stored bytes over the reference's parameters"
     )
+    sparsity = measure_sparsity(run.model)
+    reading.add("sparsity", sparsity.linears, "exact zeros of the matrices of all linears but the head")
+    reading.add(
+        "model_sparsity", sparsity.model, "exact zeros of all parameters, linears by their matrices, tied ones once"
+    )
+    if run.log.sparsity_asked is not None:
+        reading.add("sparsity_asked", run.log.sparsity_asked, "the largest that a step of the recipe was asked for")
     reading.add("resident_bytes", resident_bytes(run.model), "all tensors of the model as held for computing")
     _peaks(run, settings, reading)
     return reading

@@ -47,7 +47,9 @@ class GMP(Train):
     """
 
     paper = "arXiv:1710.01878"
+    caveats = ("a fit of a trained model; Zhu & Gupta prune during the whole training, over epochs",)
     type = "sparse training"
+    sparsifies = True
     settles = True
     trials = ({}, {"pattern": "2:4"}, {"pattern": "block:16x16"})
 

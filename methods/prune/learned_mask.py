@@ -82,7 +82,13 @@ class LearnedMask(Train):
     """
 
     paper = "arXiv:2409.17481"
+    published = (
+        "sparsegpt(pattern='2:4'), learned_mask(weights='reference'), "
+        "fit(steps=2000, batch_size=256, warmup=0.0, max_length=4096)"
+    )
+    caveats = ("masks need training: MaskLLM gives them 2,000 steps of a million tokens",)
     type = "sparse training"
+    sparsifies = True
     settles = True
     trials = ({}, {"pattern": "unstructured"})
 

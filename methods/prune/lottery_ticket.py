@@ -31,7 +31,9 @@ class LotteryTicket(Method):
     """
 
     paper = "arXiv:1803.03635"
+    caveats = ("rewinds to the trained model; tickets of Frankle & Carbin start from random weights",)
     type = "sparse training"
+    sparsifies = True
     consumes = True
     settles = True
     trials = ({"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32},)

@@ -48,6 +48,7 @@ class SliceGPT(Method):
     """
 
     paper = "arXiv:2401.15024"
+    published = "slicegpt()"
     settles = True
     type = "post-training"
     weight_update = "rotation and slicing"

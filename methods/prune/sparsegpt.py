@@ -77,7 +77,9 @@ class SparseGPT(Weights):
     to one grid per row taken from the dense weights."""
 
     paper = "arXiv:2301.00774"
+    published = "sparsegpt()"
     type = "post-training"
+    sparsifies = True
     weight_update = "Hessian-based compensation"
     needs = {"hessian"}
     trials = ({}, {"pattern": "2:4", "bits": 4})

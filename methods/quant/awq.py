@@ -26,6 +26,7 @@ class AWQ(Weights):
     """
 
     paper = "arXiv:2306.00978"
+    published = "awq()"
     type = "PTQ"
     weight_update = "per-channel scaling and clipping"
     needs = {"norm", "hessian"}

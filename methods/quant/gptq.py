@@ -52,6 +52,7 @@ class GPTQ(Weights):
     """
 
     paper = "arXiv:2210.17323"
+    published = "gptq()"
     type = "PTQ"
     weight_update = "Hessian-based compensation"
     needs = {"hessian"}

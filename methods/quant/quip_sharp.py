@@ -72,6 +72,7 @@ class QuIPSharp(Weights):
     """
 
     paper = "arXiv:2402.04396"
+    caveats = ("without the fine-tuning of the paper",)
     type = "PTQ"
     weight_update = "block LDLQ"
     needs = {"hessian"}

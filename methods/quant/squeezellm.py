@@ -31,6 +31,7 @@ class SqueezeLLM(Weights):
     """The weights of the k-means are squared gradients of the loss (the diagonal of the Fisher information)."""
 
     paper = "arXiv:2306.07629"
+    published = "squeezellm()"
     type = "PTQ"
     weight_update = "none"
     needs = {"grad2"}

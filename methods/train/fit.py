@@ -12,6 +12,7 @@ class Fit(FitSettings, Method):
     """Uses the train plan up: what stands before it prepares, what stands after acts on the trained weights."""
 
     paper = "arXiv:1711.05101"
+    published = "fit(weight_decay=0.01)"
     type = "fine-tuning"
     consumes = True
     trials = ({"steps": 2, "max_length": 32},)

@@ -119,6 +119,11 @@ FAULTS = {
     "identity": ("layer.weight * self.factor", "layer.weight * 0.5 * self.factor", "logits or text differ"),
     "facts": ("  # of every weight", "", "without a comment beside or above the field: factor"),
     "deterministic": ("* self.factor", "* self.factor + __import__('torch').rand(1)", "two runs with one seed differ"),
+    "sparsity": (
+        "    paper =",
+        "    sparsifies = True\n    sparsity: float = 0.5  # of the weights\n    paper =",
+        "0.000 of the weights are zero",
+    ),
     "save and load": ("return rebuilt(", "return None and (", r"Toy\.compress returned None.*module \(.*toy\.py:18\)"),
     "linear protocol": (
         "layer.module, layer.weight *",

@@ -240,6 +240,16 @@ def test_show_a_method(capsys, here):
     assert facts["parameters"]["bits"] == bits and facts["measured"] == []
 
 
+def test_show_tells_the_published_recipe_and_the_caveats(capsys, here):
+    assert cli.main(["show", "learned_mask"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The masks are trained, by a fit whose own learning rate" in text  # the docstring of the class
+    assert "published sparsegpt(pattern='2:4'), learned_mask(weights='reference'), fit(steps=2000" in text
+    assert "caveats masks need training: MaskLLM gives them 2,000 steps" in text
+    assert cli.main(["show", "wanda"]) == 0
+    assert "caveats" not in capsys.readouterr().out
+
+
 def test_show_a_suite(capsys):
     assert cli.main(["show", "quant"]) == 0
     text = capsys.readouterr().out

@@ -29,13 +29,17 @@ from transformers import (
 )
 
 from effbench import probes
+from effbench.checks import toy_run
 from effbench.core.errors import Diverged, Refused, Unsupported, Usage
+from effbench.core.recipe import parse
 from effbench.core.run import InferPlan, Run, RunLog
+from effbench.formats.sparse import PrunedLinear
 from effbench.machine import clock, environment, nvml, peak
 from effbench.machine.clock import Span
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import Engine, open_engine
-from effbench.nn.model.linear import MaskedLinear, stored_bytes
+from effbench.nn.model.linear import MaskedLinear, replace, stored_bytes, top_linears
+from effbench.nn.model.sparsity import measure_sparsity
 from effbench.nn.run import Original
 from effbench.probes import distance, energy, flops, inputs, memory, perplexity, quality, speed
 from effbench.sources import tasks as names
@@ -539,6 +543,41 @@ def test_metadata_is_told_apart(run, tmp_path):
     assert stored.metadata == 2 * 128 * 64 // 8
     assert memory.bits_per_weight(run.model, torch.bfloat16) == (17.0, {"linears": 2, "compressed": True})
     assert sum(stored) == artifact.save(run.model, tmp_path / "saved", torch.bfloat16)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_zeros_are_counted_in_linears_and_in_all_parameters(tokenizer, tied):
+    run = make_run(tokenizer, reference=llama(tied=tied))
+    model, embedding = run.model, run.model.get_input_embeddings().weight
+    assert measure_sparsity(model) == (0.0, 0.0)
+    linears = [module for path, module in top_linears(model) if path != "lm_head"]
+    for module in linears:
+        module.weight.data[:, ::4] = 0
+    embedding.data[:8] = 0
+    model.model.norm.weight.data[0] = 0
+    linear_zeros, size = (sum(m.weight.numel() for m in linears) // n for n in (4, 1))
+    total = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    assert measure_sparsity(model).linears == linear_zeros / size
+    assert measure_sparsity(model).model == (linear_zeros + 8 * embedding.shape[1] + 1) / total
+    module = linears[0]
+    replace(model, next(iter(top_linears(model)))[0], PrunedLinear.of(module.weight, module.weight != 0).pack())
+    assert measure_sparsity(model).linears == linear_zeros / size  # packed ones by what they compute with
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked"),
+    [("", None), ("rtn(bits=2)", None), ("wanda()", 0.5), ("magnitude(sparsity=0.3), wanda(), rtn(bits=8)", 0.5)],
+)
+def test_sparsity_is_measured_beside_what_was_asked_for(steps, asked):
+    run = toy_run()
+    for step in parse(steps).steps:
+        run.apply(step)
+    run.finish(recipe_is_empty=not steps)
+    metrics = memory.take(run, {"memory_context": 8, "memory_batch": 1, "memory_new_tokens": 1}).metrics
+    assert (metrics["sparsity_asked"].value if "sparsity_asked" in metrics else None) == asked
+    found = metrics["sparsity"].value
+    assert found == 0 if not steps else found > 0.2 if asked is None else abs(found - asked) < 0.01
+    assert 0 <= metrics["model_sparsity"].value <= found
 
 
 # Speed
