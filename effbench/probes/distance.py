@@ -34,9 +34,10 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     with torch.inference_mode():
         references = predict(open_engine(run, run.reference), text)
         for ours, theirs in zip(predictions(run, text), references, strict=True):
-            for values, tokens in zip((kl, changed), compare(theirs.logits, ours.logits), strict=True):
-                values[ours.window] += tokens.tolist()
-    divergence, flipped = ([statistics.fmean(window) for window in values] for values in (kl, changed))
+            apart, flips = compare(theirs.logits, ours.logits)
+            kl[ours.window] += apart.tolist()
+            changed[ours.window] += flips.tolist()
+    divergence, flipped = list(map(statistics.fmean, kl)), list(map(statistics.fmean, changed))
     lost = sum(not math.isfinite(value) for value in divergence)
     if lost:
         raise Diverged(f"the KL divergence is not finite in {lost} of {len(divergence)} windows")
