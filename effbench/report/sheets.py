@@ -294,7 +294,7 @@ def _list_commits(records: Sequence[Record]) -> str:
 def _write_legend(table: Table, tested: bool) -> str:
     """What the marks mean, as far as they can occur."""
     parts = [
-        "±: half of the 95 % interval over items or windows; [a–b]: its bounds, where ± would leave what is possible; "
+        "±: half of the 95 % interval over items or windows; [a–b]: its bounds, where ± would mislead; "
         "ˢ: over seeds, for two of them [a–b]ˢ is their range; –: not measured."
     ]
     if tested:
