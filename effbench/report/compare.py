@@ -41,9 +41,9 @@ from effbench.stats.paired import ENOUGH, Estimate, holm
 LEGEND = (
     "Paired by item; an item is averaged over the seeds of each side first. Accuracies in %. A perplexity is that of\n"
     "the mean log-likelihood, and the interval of its change is that of the ratio, at the geometric mean of both.\n"
-    "p: McNemar's exact test for right and wrong answers, Student's t of the differences for windows and texts, and for\n"
-    f"other items, or a studentized bootstrap where fewer than {ENOUGH} of them differ. *: at most {LEVEL} after Holm over\n"
-    "the table."
+    "p: McNemar's exact test for right and wrong answers, Student's t of the differences for windows and texts, and\n"
+    f"for other items, or a studentized bootstrap where fewer than {ENOUGH} of them differ. *: at most {LEVEL} after\n"
+    "Holm over the table."
 )
 LONGEST = 100  # characters of a name that are looked at
 FEW = 20  # names that are worth listing

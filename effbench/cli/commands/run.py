@@ -79,12 +79,12 @@ def _is_option(pair: str) -> bool:
 
 
 def _print_tables(records: Sequence[Record], suite: str, style: str) -> None:
-    """The tables of a run, and how its rows compare with the published ones."""
+    """The summaries of a run, how to get the rest, and how its rows compare with the published ones."""
     from effbench.cells.stale import is_stale
     from effbench.report.pages import render
     from effbench.report.published import compare_with_published
 
-    print(f"\n{render(list(records), suite, style)}", end="")
+    print(f"\n{render(list(records), suite, style, 'summary')}", end="")
     print(f"\n{compare_with_published(records, stale=is_stale)}")
 
 
