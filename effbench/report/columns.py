@@ -1,6 +1,7 @@
 """Columns of tables, declared once: their headers, what they show of a row, what they mean, which are for which detail.
 
-Columns stand in the order of their importance: where room is short, those at the end go first.
+Columns stand in the order of their importance: where room is short, those at the end go first. A summary has at most
+eight, the names of the recipes among them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ DETAILS = {
     "published": "Beside the published results",
     "chosen": "Chosen columns",
 }
-HEADLINE = 8  # columns of a summary at most, the names of the recipes among them
 ABSOLUTE = {"tok_per_s": "tok/s", "ms_per_token": "ms"}  # what stands in brackets beside a ratio of speeds
 
 

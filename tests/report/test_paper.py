@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_left_out_and_named_but_chosen_columns_stay():
     text = render([make(metrics=few), make("rtn(bits=4)", metrics=few)], "quant", "paper")
     assert r"$\pm$1.0" in text and "Left out" not in text
     text = render([make(), make(LONG)], "quant", "paper")
-    assert "Left out for want of room: intervals, perplexity" in text and "prefill, $" not in text.partition("Left")[0]
+    assert "Left out for want of room: intervals; perplexity" in text and "prefill, $" not in text.partition("Left")[0]
     chosen = render(
         [make(), make(LONG)], "quant", "paper", choice=Choice.read(None, "bits,token_ppl,kl,tasks,stored,decode")
     )

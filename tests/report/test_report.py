@@ -23,7 +23,7 @@ from effbench.records.metric import Metric
 from effbench.records.store import Store
 from effbench.report import pages
 from effbench.report.choice import Choice
-from effbench.report.columns import DETAILS, HEADLINE, list_columns
+from effbench.report.columns import DETAILS, list_columns
 from effbench.report.differences import compute_tests, estimate_difference
 from effbench.report.groups import group_records
 from effbench.report.metrics import get_limits, get_scale, get_title, select, select_quality
@@ -253,7 +253,7 @@ def test_a_headline_has_at_most_eight_columns_whatever_was_measured(asked):
     measured = sorted({"kl_nats_per_token", "top1_agreement", *names} - {"sparsity_asked"} | {*asked})
     record = make("rtn(bits=2)", metrics={name: Metric(0.5) for name in measured})
     sheet = make_sheets(group_records([record]))[0]
-    assert sheet.grids[0].detail == "summary" and len(sheet.grids[0].header) == HEADLINE == 8
+    assert sheet.grids[0].detail == "summary" and len(sheet.grids[0].header) == 8
     assert ("zeros, %" in sheet.grids[0].header) == bool(asked)
     shown = {header for grid in sheet.grids for header in grid.header}
     assert {"top-1, %", "bits", "weights", "task, %"} <= shown

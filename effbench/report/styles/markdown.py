@@ -10,7 +10,7 @@ from effbench.report.text import markdown, markdown_table
 
 
 def page(sheets: Sequence[Sheet], detail: str | None = None) -> str:
-    """A whole page; where its sheets were cut to one detail, a line at its end says how to get the rest."""
+    """A whole page; where its sheets are cut to one detail, a line at its end says how to get the rest."""
     parts = list(map(block, sheets))
     if detail is not None:
         parts.append(markdown(point_to_more(sheets, detail)))

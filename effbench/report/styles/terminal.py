@@ -31,7 +31,7 @@ def page(sheets: Sequence[Sheet], width: int, detail: str = "summary", colour: b
             for line in lines[1:]:
                 say(line)
             if omitted:
-                say(_wrap(f"Left out at this width: {', '.join(omitted)}.", width), DIM)
+                say(_wrap(f"Left out at this width: {'; '.join(omitted)}.", width), DIM)
         for note in filter(None, (*sheet.notes, sheet.legend)):
             say(_wrap(note, width), DIM)
         say("")

@@ -63,7 +63,7 @@ def _write_paper_table(sheet: Sheet, grid: Grid) -> str:
         omitted = []
     label = re.sub(r"[^a-z0-9]+", "-", f"{sheet.title} {grid.detail}".casefold()).strip("-")
     said = [sheet.caption, *sheet.protocols, *sheet.notes, sheet.legend]
-    said += [f"Left out for want of room: {', '.join(omitted)}."] if omitted else []
+    said += [f"Left out for want of room: {'; '.join(omitted)}."] if omitted else []
     tables = []
     for start in range(0, len(grid.rows), TALL):
         part = Grid(grid.detail, grid.header, grid.rows[start : start + TALL])
