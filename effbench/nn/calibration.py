@@ -107,6 +107,12 @@ class _Reached(Exception):
     """Raised to end a forward pass early, once its hook has what it needs."""
 
 
+def _first(out: Any) -> Tensor:
+    """The hidden states among the outputs of a module."""
+    states: Tensor = out if isinstance(out, Tensor) else out[0]
+    return states
+
+
 class BlockInputs:
     """One transformer block with the calibration set's hidden states at its input."""
 
@@ -136,25 +142,28 @@ class BlockInputs:
             return [self._one(hidden, call) for hidden, call in zip(self.hidden, self._calls, strict=True)]
 
     def _one(self, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-        out = self.module(hidden, *call["args"], **call["kwargs"])
-        result: Tensor = out if isinstance(out, Tensor) else out[0]
-        return result
+        return _first(self.module(hidden, *call["args"], **call["kwargs"]))
 
-    def output_of(self, module: nn.Module) -> list[Tensor]:
-        """Outputs of a submodule on every sequence; the block runs no further than that."""
-        outputs: list[Tensor] = []
+    def replay(self, module: nn.Module) -> Callable[[], list[Tensor]]:
+        """A function that runs a submodule on what it is now given on every sequence; the submodule may change."""
+        inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def keep(_: nn.Module, __: Any, out: Any) -> None:
-            outputs.append(out if isinstance(out, Tensor) else out[0])
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append((args, kwargs))
             raise _Reached
 
-        handle = module.register_forward_hook(keep)
+        handle = module.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             for hidden, call in zip(self.hidden, self._calls, strict=True):
                 with contextlib.suppress(_Reached), torch.no_grad():
                     self._one(hidden, call)
         finally:
             handle.remove()
+
+        def outputs() -> list[Tensor]:
+            with torch.no_grad():
+                return [_first(module(*args, **kwargs)) for args, kwargs in inputs]
+
         return outputs
 
     def gather(self, shared: Sequence[SharedInput], needs: Set[str]) -> None:
