@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import pickle
 import sys
 import tempfile
@@ -36,10 +37,11 @@ from effbench.core.registry import blame_method
 from effbench.core.run import FitReport
 from effbench.core.source import document_fields
 from effbench.core.views import Example, Segments
+from effbench.nn.calibration import walk
 from effbench.nn.data import Data
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import open_engine
-from effbench.nn.model.linear import Replaced, dense_weight, stored_bytes, top_linears
+from effbench.nn.model.linear import Replaced, dense_weight, rebuilt, replace, stored_bytes, top_linears
 from effbench.nn.run import ModelRun, narrow
 from effbench.nn.train.fit import FitSettings, fit
 from effbench.sources import Source
@@ -58,8 +60,8 @@ TOYS: dict[str, dict[str, Any]] = {
 }
 
 
-def toy(architecture: str = "llama", seed: int = 0, layers: int = 2) -> Any:
-    """A random model of `architecture`, small enough to be changed in milliseconds."""
+def toy(architecture: str = "llama", seed: int = 0, layers: int = 2, activation: str | None = None) -> Any:
+    """A random model of `architecture`, small enough to be changed in milliseconds, `activation` in its MLPs."""
     shape = {
         "hidden_size": WIDTH,
         "num_hidden_layers": layers,
@@ -71,6 +73,8 @@ def toy(architecture: str = "llama", seed: int = 0, layers: int = 2) -> Any:
     }
     torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, **(shape | TOYS[architecture]))
+    if activation is not None:
+        setattr(config, "hidden_act" if hasattr(config, "hidden_act") else "activation_function", activation)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     narrow(model, torch.bfloat16)
     return model
@@ -89,12 +93,12 @@ class ToyData(Data):
         return self._rows.flatten()
 
 
-def toy_run(architecture: str = "llama", seed: int = 0, **settings: Any) -> ModelRun:
+def toy_run(architecture: str = "llama", seed: int = 0, activation: str | None = None, **settings: Any) -> ModelRun:
     """A run on a toy model with toy data."""
     return ModelRun(
         Source(name="toy", kind="folder", path=None, tokenizer=None, digest="toy"),
-        toy(architecture),
-        lambda: toy(architecture),
+        toy(architecture, activation=activation),
+        lambda: toy(architecture, activation=activation),
         None,
         ToyData(),
         device=torch.device("cpu"),
@@ -264,6 +268,27 @@ def check_linear_protocol(method: Method) -> None:
 def method_tolerance(method: Method) -> float:
     """Relative error that a method may add in its forward pass beyond its weights: activation rounding, if any."""
     return 0.08 if method.rounds_activations else 1e-4
+
+
+def check_folded_scales(method: Method) -> None:
+    """Scales that a method moves between modules change nothing before it rounds, in no architecture."""
+    if not isinstance(method, Weights) or type(method).scales is Weights.scales:
+        return
+    for architecture, activation in itertools.product(TOYS, ("relu", "gelu")):
+        inputs = next(walk(toy_run(architecture, activation=activation), method.needs))
+        shared = inputs.view.shared_inputs(inputs.module)
+        inputs.gather(shared, method.needs)
+        before = torch.cat(inputs.forward())
+        inputs.fold(shared, method.scales(inputs, shared))
+        for layer in inputs.layers(shared):
+            linear: Any = rebuilt(layer.module, layer.weight)
+            if layer.bias is not None:
+                linear.bias.data.copy_(layer.bias)
+            replace(inputs.run.model, layer.name, linear)
+        error = float((torch.cat(inputs.forward()) - before).norm() / before.norm())
+        assert error < 1e-5, (
+            f"{architecture} with {activation}: moving the scales changes the outputs of a block by {error:.2g}"
+        )
 
 
 def check_undone_on_exit(method: Method) -> None:

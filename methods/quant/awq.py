@@ -31,7 +31,6 @@ class AWQ(Weights):
     needs = {"norm", "hessian"}
     trials = ({}, {"bits": 3})
     sequential: ClassVar[bool] = False
-    folds: ClassVar[bool] = True
 
     bits: int = 4  # 2, 3, 4 or 8
     group_size: int = 128  # consecutive inputs that share a scale; the last may be fewer
@@ -45,23 +44,8 @@ class AWQ(Weights):
         self.require(self.group_size > 0, "group_size must be positive")
         self.require(self.grid > 0, "grid must be positive")
 
-    def compress_block(self, block: Block, shared: Sequence[SharedInput]) -> dict[str, nn.Module]:
-        members = [(group, block.layers([group])) for group in shared]
-        # Step 1, the scales: all are searched on the original block; only then is anything changed.
-        scales = [self._scale(block, group, layers) for group, layers in members]
-        every = {layer.module: layer for _, layers in members for layer in layers}
-        # Step 2, W diag(s) with diag(s)^-1 folded into the op before: the block's function is unchanged.
-        for (group, layers), scale in zip(members, scales, strict=True):
-            if scale is not None and group.previous is not None:
-                _absorb(group.previous, every.get(group.previous), scale)
-                for layer in layers:
-                    layer.weight *= scale
-        # Step 3, clipping and rounding.
-        return {
-            layer.name: self._quantize(layer, scale)
-            for (_, layers), scale in zip(members, scales, strict=True)
-            for layer in layers
-        }
+    def scales(self, block: Block, shared: Sequence[SharedInput]) -> list[Tensor | None]:
+        return [self._scale(block, group, block.layers([group])) for group in shared]
 
     def _scale(self, block: Block, group: SharedInput, layers: Sequence[Layer]) -> Tensor | None:
         """The best scale of a group's inputs [in], s* of equation (4); None where nothing before it can absorb one."""
@@ -135,15 +119,13 @@ class AWQ(Weights):
                 losses.append(float(sum(squares)) / sum(b.numel() for b in before))
         return losses
 
-    def _quantize(self, layer: Layer, scale: Tensor | None) -> nn.Module:
+    def compress(self, layer: Layer) -> nn.Module:
         parts = split_groups(layer.weight, self.group_size)
         # Products of queries and keys make their clipping error hard to judge one linear at a time.
         if self.clip and not layer.name.rpartition(".")[2].startswith(("q_", "k_")):
-            moment = layer.inputs.second_moment
-            if scale is not None:
-                moment = moment / scale.outer(scale)
+            moment = layer.inputs.second_moment.float()
             widths = [part[0].numel() for part in parts]
-            own = [rows.split(widths, 1)[i] for i, rows in enumerate(moment.float().split(widths))]
+            own = [rows.split(widths, 1)[i] for i, rows in enumerate(moment.split(widths))]
             parts = [self._clip(part, block) for part, block in zip(parts, own, strict=True)]
         codes, grids = zip(*(self._fit(part) for part in parts), strict=True)
         joined = Grid.join([grid.per_group() for grid in grids])
@@ -168,19 +150,6 @@ class AWQ(Weights):
             error = (through * delta).sum(-1, keepdim=True)
             best, least = torch.where(error < least, limit, best), torch.minimum(error, least)
         return weight.clamp(-best, best)
-
-
-def _absorb(previous: nn.Module, layer: Layer | None, scale: Tensor) -> None:
-    """Divide the outputs of `previous` by `scale`; `layer` is `previous` if this block quantizes it, too."""
-    if layer is not None:
-        layer.weight /= scale.unsqueeze(1)
-        layer.bias = None if layer.bias is None else layer.bias.detach() / scale
-        return
-    weight: nn.Parameter = previous.weight  # type: ignore[assignment]
-    bias: nn.Parameter | None = getattr(previous, "bias", None)
-    weight.data /= scale.view(-1, *[1] * (weight.dim() - 1))
-    if bias is not None:
-        bias.data /= scale
 
 
 @contextlib.contextmanager

@@ -26,15 +26,16 @@ def stream(run: Run, method: Weights, prepared: Any = None) -> None:
     """Compress every targeted linear of every block with `method`, from the first block to the last."""
     verb = "compress" if type(method).compress_block is Weights.compress_block else "compress_block"
     for inputs in walk(run, method.needs, prepared):
-        shared = inputs.view.shared_inputs(inputs.module)
-        for stage in [[part] for part in shared] if method.true_sequence else [shared]:
-            inputs.gather(stage, method.needs)
-            for path, module in method.compress_block(inputs, stage).items():
+        number = len(inputs.view.shared_inputs(inputs.module))
+        for stage in [slice(i, i + 1) for i in range(number)] if method.true_sequence else [slice(number)]:
+            shared = inputs.view.shared_inputs(inputs.module)[stage]  # as earlier stages have left the block
+            inputs.gather(shared, method.needs)
+            inputs.fold(shared, method.scales(inputs, shared))
+            for path, module in method.compress_block(inputs, shared).items():
                 check_module(module, method, verb)
-                if not method.folds:
-                    before, after = dense_weight(run.model.get_submodule(path)), dense_weight(module)
-                    check_shape(after, before, method, verb)
-                    run.log.layers[path] = measure_error(before, after, inputs, path)
+                before, after = inputs.dense_weight(path), dense_weight(module)
+                check_shape(after, before, method, verb)
+                run.log.layers[path] = measure_error(before, after, inputs, path)
                 replace(run.model, path, module)
         if method.sequential:
             inputs.outputs = inputs.forward()

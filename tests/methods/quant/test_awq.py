@@ -30,6 +30,12 @@ def first_block(model: nn.Module) -> tuple[BlockInputs, Any]:
     return block, groups
 
 
+def compress_first_block(method: AWQ) -> dict[str, nn.Module]:
+    block, groups = first_block(tiny())
+    block.fold(groups, method.scales(block, groups))
+    return method.compress_block(block, groups)
+
+
 def round_plainly(group: Tensor, top: int) -> Tensor:
     """A group [out, n] on its grid: codes by the scale as it is, decoded by the scale as it is stored."""
     low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
@@ -85,10 +91,13 @@ def test_awq_without_alpha_and_clip_is_rounding(size: int) -> None:
         assert torch.equal(dense_weight(module), rounded)
 
 
-@pytest.mark.parametrize(("kind", "heads"), [("llama", 4), ("llama", 2), ("opt", 4)])
-def test_awq_folding_changes_nothing_but_the_rounding(kind: str, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "heads", "activation"),
+    [("llama", 4, None), ("llama", 2, None), ("opt", 4, None), ("opt", 4, "gelu"), ("opt", 4, "leaky_relu")],
+)
+def test_awq_folding_changes_nothing_but_the_rounding(kind: str, heads: int, activation: str | None) -> None:
     """At 8 bits the folded model computes what the original did: scales cancel."""
-    model = tiny(kind, heads)
+    model = tiny(kind, heads, activation)
     ids = torch.arange(24)[None]
     before = model(ids).logits
     norms = {n: m.weight.clone() for n, m in model.named_modules() if "layers.0" in n and "norm" in n}
@@ -110,7 +119,7 @@ def test_awq_beats_rounding_on_the_module_output() -> None:
 
 
 def test_awq_clips_all_but_queries_and_keys() -> None:
-    with_clip, plain = (AWQ(bits=2, group_size=32, clip=c).compress_block(*first_block(tiny())) for c in (True, False))
+    with_clip, plain = (compress_first_block(AWQ(bits=2, group_size=32, clip=clip)) for clip in (True, False))
     assert with_clip.keys() == plain.keys() and len(plain) == 7
     for name, module in with_clip.items():
         same = torch.equal(dense_weight(module), dense_weight(plain[name]))
@@ -120,7 +129,7 @@ def test_awq_clips_all_but_queries_and_keys() -> None:
 def test_awq_clip_equals_a_search_over_tokens() -> None:
     """With groups of 32, 32 and 16 inputs."""
     layer = make_layer(out=16, width=80)
-    module = AWQ(bits=3, group_size=32)._quantize(layer, None)
+    module = AWQ(bits=3, group_size=32).compress(layer)
     for tokens, weight, got in zip(
         *(matrix.split(32, 1) for matrix in (layer.inputs.raw, layer.weight, dense_weight(module))), strict=True
     ):
@@ -139,7 +148,7 @@ def test_awq_clip_equals_a_search_over_tokens() -> None:
 def test_awq_uses_the_lowest_code_of_every_group_that_it_clips(bits: int) -> None:
     """The lowest weights lie at the end of the range, or halfway between its last codes, however a scale is stored."""
     layer = make_layer(out=64, width=256)
-    module = AWQ(bits=bits, group_size=64)._quantize(layer, None)
+    module = AWQ(bits=bits, group_size=64).compress(layer)
     assert isinstance(module, IntLinear)
     codes = unpack(module.weight, bits, 256).unflatten(1, (-1, 64))
     grid = fit_grid(layer.weight.unflatten(1, (-1, 64)), bits, grid="awq").per_group()

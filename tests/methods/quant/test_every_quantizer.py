@@ -46,7 +46,7 @@ def test_settings_no_data_can_mend_are_usage_errors() -> None:
 
 
 def compress(method: Any, layer: Layer) -> IntLinear:
-    module = method._quantize(layer, None) if isinstance(method, AWQ) else method.compress(layer)
+    module = method.compress(layer)
     assert isinstance(module, IntLinear)
     return module
 
