@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from effbench.core.views import Layer
 from effbench.formats.lattice import E8PLinear, encode, rotate
 from effbench.kernels.e8p_linear.cases import RESIDUAL_SCALE
 from effbench.kernels.e8p_linear.reference import E8PMatrix
+from effbench.kernels.hadamard.matrices import factors
 
 SPAN = 8  # weights that share a lattice point
 SCALE = {2: 0.9, 3: 0.98, 4: 1.03}  # spread of the rotated weights over the codebook, as the authors set it
@@ -87,12 +89,19 @@ class QuIPSharp(Weights):
         self.require(self.scale is None or self.scale > 0, "scale must be positive")
         self.require(self.sigma_reg > 0, "sigma_reg must be positive")
 
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        for path, (out, width) in shapes.items():
+            try:
+                factors(out), factors(width)
+                if width % SPAN:
+                    raise ValueError(f"width {width} is not a multiple of {SPAN}")
+            except ValueError as error:
+                raise Unsupported(f"{path}: {error}; leave such linears out with the setting skip") from None
+
     def compress(self, layer: Layer) -> nn.Module:
         if layer.kept is not None:
             raise Unsupported(f"{layer.name}: rotated weights cannot keep the zeros of pruned ones")
         out, width = layer.weight.shape
-        if width % SPAN:
-            raise Unsupported(f"{layer.name}: width {width} is not a multiple of {SPAN}")
         # Incoherence: random signs and a Hadamard transform on both sides, of W and of H alike.
         generator = torch.Generator().manual_seed(layer.seed)
         signs_in, signs_out = (
@@ -101,11 +110,8 @@ class QuIPSharp(Weights):
         hessian = layer.inputs.second_moment
         hessian = hessian / hessian.diagonal().mean().clamp(min=1e-30)
         hessian.diagonal().add_(self.sigma_reg)
-        try:
-            hessian = rotate(hessian, signs_in, signs_in)
-            weight = rotate(layer.weight, signs_in, signs_out)
-        except ValueError as error:
-            raise Unsupported(f"{layer.name}: {error}") from None
+        hessian = rotate(hessian, signs_in, signs_in)
+        weight = rotate(layer.weight, signs_in, signs_out)
         # The weights, nearly Gaussian now, are scaled so that the codebook covers them.
         scale = weight.square().mean().sqrt().clamp(min=1e-12) / (self.scale or SCALE[self.bits])
         codes, residual = ldlq(weight / scale, hessian, self.bits, self.tune_iters)

@@ -18,6 +18,7 @@ from effbench.machine.devices import gib
 from effbench.nn.data import Data, RandomTokens, open_data
 from effbench.nn.files import artifact
 from effbench.nn.model.blocks import ARCHITECTURES, Blocks
+from effbench.nn.model.linear import matrix_shape
 from effbench.nn.run import ModelRun
 from effbench.sources.shapes import SHAPES
 
@@ -84,6 +85,14 @@ def open_run(
     if source.kind == "hub":
         run.log.commit = config._commit_hash
     return run
+
+
+@functools.cache
+def linear_shapes(source: Source) -> dict[str, tuple[int, int]]:
+    """[out, in] of the linears of all blocks by path, as the configuration has them. Raises `Unsupported`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(source))
+    return {path: matrix_shape(module) for path, module in Blocks(model).linears()}
 
 
 def open_model(source: Source, config: Any, device: torch.device, dtype: torch.dtype) -> Any:

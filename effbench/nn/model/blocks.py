@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
 from effbench.core.views import SharedInput
-from effbench.nn.model.linear import MaskedLinear, top_linears
+from effbench.nn.model.linear import MaskedLinear, matrix_shape, top_linears
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -151,7 +151,11 @@ class Blocks:
             up = None
         return [
             SharedInput(names.qkv, _if_scalable(before_attention), block.get_submodule(names.attention)),
-            SharedInput((names.out,), value if value is not None and _width(value) == _inputs(out) else None, out),
+            SharedInput(
+                (names.out,),
+                value if value is not None and matrix_shape(value)[0] == matrix_shape(out)[1] else None,
+                out,
+            ),
             SharedInput(names.up, _if_scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
             SharedInput((names.down,), up, block.get_submodule(names.down)),
         ]
@@ -192,14 +196,6 @@ def _if_scalable(norm: nn.Module | None) -> nn.Module | None:
 def _if_matrix(module: nn.Module) -> nn.Module | None:
     """The module if its weight is a plain matrix that can be rescaled in place."""
     return module if isinstance(module, nn.Linear) else None
-
-
-def _width(module: nn.Module) -> int:
-    return int(module.out_features)  # type: ignore[arg-type]
-
-
-def _inputs(module: nn.Module) -> int:
-    return int(module.in_features) if hasattr(module, "in_features") else int(module.weight.shape[0])  # type: ignore
 
 
 def count_positions(model: Any) -> int:

@@ -123,6 +123,13 @@ class MaskedLinear(Replaced):
 LINEARS = (nn.Linear, Conv1D, Replaced)
 
 
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """[out, in] of the matrix that a linear multiplies by."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.weight.shape[0])
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The matrix that `module` multiplies by, float32 [out, in]."""
     if isinstance(module, Replaced):
