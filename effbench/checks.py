@@ -14,6 +14,7 @@ says so in its class: `exceptions = {"check_name": "why"}`. `examine` runs them 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -32,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from effbench.core.kinds import Cache, Prompt, Select, Train, Weights
 from effbench.core.method import Method
 from effbench.core.packages import method_line
-from effbench.core.recipe import parse_step
+from effbench.core.recipe import parse, parse_step
 from effbench.core.registry import blame_method
 from effbench.core.run import FitReport
 from effbench.core.source import document_fields
@@ -42,6 +43,7 @@ from effbench.nn.data import Data
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.linear import Replaced, dense_weight, rebuilt, replace, stored_bytes, top_linears
+from effbench.nn.model.sparsity import measure_sparsity
 from effbench.nn.run import ModelRun, narrow
 from effbench.nn.train.fit import FitSettings, fit
 from effbench.sources import Source
@@ -84,13 +86,13 @@ class ToyData(Data):
     """Random tokens that count as text."""
 
     def __init__(self) -> None:
-        super().__init__("toy", {"train": ["toy"]}, None)
+        super().__init__("toy", {}, None)
         generator = torch.Generator().manual_seed(1)
         self._rows = torch.randint(1, VOCABULARY, (64, 32), generator=generator)
-        self._pool = [Example(str(i), tuple(row)) for i, row in enumerate(self._rows.tolist())]
+        self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(self._rows.tolist())]
 
-    def ids(self, part: str) -> Tensor:
-        return self._rows.flatten()
+    def ids(self, part: str, limit: int | None = None) -> Tensor:
+        return self._rows.flatten()[:limit]
 
 
 def toy_run(architecture: str = "llama", seed: int = 0, activation: str | None = None, **settings: Any) -> ModelRun:
@@ -183,6 +185,11 @@ def check_facts(method: Method) -> None:
     summary = inspect.getdoc(sys.modules[cls.__module__])
     assert summary, "the file does not begin with a docstring whose first line says what the method is"
     assert cls.paper, "the paper is not named: paper = 'arXiv:...', or where else it was published"
+    assert cls.published or cls.caveats or cls.paper == "unpublished", (
+        "the paper's own setting is not named: published = 'RECIPE', or caveats = ('why there is none here',)"
+    )
+    steps = parse(cls.published).steps
+    assert not steps or cls in map(type, steps), f"published = {cls.published!r} does not use the method"
     made = f"{cls.__name__}("  # by dataclass, for a class without
     assert not (cls.__dict__["__doc__"] or made).startswith(made), "the class has no docstring"
     bare = [field.name for field in document_fields(cls).values() if not field.comment]
@@ -259,10 +266,17 @@ def check_linear_protocol(method: Method) -> None:
             assert weight.shape == (module.out_features, module.in_features), path
             x = torch.randn(5, module.in_features, generator=torch.Generator().manual_seed(0))
             expected = nn.functional.linear(x, weight, module.bias)
-            error = (module(x) - expected).norm() / expected.norm()
+            error = (module(x) - expected).norm() / expected.norm().clamp(min=1e-30)  # all of it may be pruned
             assert error < method_tolerance(method), f"{path}: forward differs from dense_weight by {float(error):.2g}"
             mask = module.kept()
             assert mask is None or not weight[~mask].any(), f"{path}: a weight held at zero is not zero"
+
+
+def check_sparsity(method: Method) -> None:
+    """What is asked to be zero is zero, no more and no less."""
+    if method.asked_sparsity is not None:
+        found = measure_sparsity(applied(method).model).linears
+        assert abs(found - method.asked_sparsity) < 0.01, f"{found:.3f} of the weights are zero"
 
 
 def method_tolerance(method: Method) -> float:
@@ -318,7 +332,8 @@ def check_architectures(method: Method) -> None:
             run.close()
 
 
-PACKING = (check_linear_protocol, check_save_and_load)  # that other settings than the first must pass too
+# What other settings than the first must pass too.
+PACKING = (check_linear_protocol, check_save_and_load, check_sparsity)
 
 
 def all_checks() -> tuple[Check, ...]:
@@ -355,10 +370,16 @@ def examine(cls: type[Method]) -> Iterator[Verdict]:
 
 
 def _run_check(check: Check, method: Method) -> str:
-    """Why a check fails, with the line of the method's file that crashed; empty if it passes."""
+    """Why a check fails, with the line of the method's file that crashed; empty if it passes.
+
+    What the method prints goes to stderr.
+    """
     try:
-        check(method)
-    except Exception as error:
+        with contextlib.redirect_stdout(sys.stderr):
+            check(method)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an author's code may end the program, too
         message = " ".join(str(error).split())
         name = "" if message and isinstance(error, AssertionError) else type(error).__name__
         return ": ".join(filter(None, (name, message))) + method_line(error)

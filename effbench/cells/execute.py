@@ -41,13 +41,11 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     with gate.shared(), findings.guard():
         findings.enter("open")
         from effbench.machine.environment import describe
-        from effbench.nn.files.load import open_run
 
         devices.check_room(device)
-        _pin(device, settings["threads"], job.cell.seed)
         environment = describe(device)
         tell(environment=environment)
-        run = open_run(job.source, job.data, device, settings["dtype"], job.cell.seed, settings)
+        run = open_cell(job)
         log = run.log
         try:
             _apply(recipe, run, findings)
@@ -60,7 +58,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     return Record(
         cell=job.cell,
         outcome=findings.outcome,
-        reason=findings.reason,
+        reason=_label_steps(findings.reason, recipe),
         traceback=findings.traceback,
         attempt=job.attempt,
         simulated=simulated,
@@ -74,6 +72,22 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - begin - findings.seconds["wait"], 3),
     )
+
+
+def _label_steps(reason: str, recipe: Recipe) -> str:
+    """A reason with its steps as a person writes them: in whole they name folders of this machine."""
+    for step in recipe.steps:
+        reason = reason.replace(str(step), step.label)
+    return reason
+
+
+def open_cell(job: Job) -> ModelRun:
+    """The run of a job in this process, ready for its recipe; arithmetic and chance are those of its cell."""
+    from effbench.nn.files.load import open_run
+
+    device, cell = job.place.device, job.cell
+    _pin(device, cell.settings["threads"], cell.seed)
+    return open_run(job.source, job.data, device, cell.settings["dtype"], cell.seed, cell.settings)
 
 
 def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:
@@ -112,14 +126,19 @@ def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Find
 
 
 def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
-    """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`."""
+    """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`.
+
+    Columns of the table are text; `caveats` is a list, a footnote each.
+    """
     steps = recipe.steps
     columns = {
         "type": [step.type or kind_of(type(step)) for step in steps],
         "calibration_data": [describe_calibration(step.needs, sequences) for step in steps if step.needs is not None],
         "weight_update": [step.weight_update for step in steps if step.weight_update],
     }
-    return {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
+    told: dict[str, Any] = {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
+    caveats = [f"{type(step).__name__}: {caveat}" for step in steps for caveat in step.caveats]
+    return told | ({"caveats": list(dict.fromkeys(caveats))} if caveats else {})
 
 
 def describe_calibration(needs: Set[Need], sequences: int | None) -> str:

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 
-from effbench.core.errors import Outcome, OutOfMemory, Unavailable, Usage
+from effbench.core.errors import Outcome, OutOfMemory, Unavailable, Usage, first_line
 from effbench.core.packages import method_line
 from effbench.machine.devices import gib
 from effbench.records.record import OutcomeName
@@ -48,7 +48,7 @@ class Failure:
 
 def diagnose(error: BaseException) -> Failure:
     """The failure that an exception stands for."""
-    message = _first_line(error)
+    message = first_line(error) if str(error).strip() else ""
     if isinstance(error, OutOfMemory):
         return Failure("oom", str(error), shortfall=error.shortfall)
     if is_unavailable(error):
@@ -98,7 +98,7 @@ def broken(device: str) -> str:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        return _first_line(error)
+        return first_line(error)
     return ""
 
 
@@ -122,7 +122,3 @@ def _left() -> dict[str, int]:
             free, total = torch.cuda.mem_get_info()
             return {"free_bytes": free, "total_bytes": total}
     return {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -23,8 +23,11 @@ class RunOptions:
 
     suite: str | None = None  # name of a suite, or a YAML file of your own
     recipe: str | None = None  # the steps of one recipe, as one more row of the suite if that is given too
-    model: str | None = None  # tiny, a folder, a Hub id org/name[@REVISION], shape:NAME; else the suite's own
-    data: str | None = None  # tiny, text:FOLDER or hub:NAME; by default what belongs to the model
+    model: str | None = (
+        None  # tiny, smollm2, a folder, gguf:FILE, a Hub id org/name[@REVISION], shape:NAME; else the suite's
+    )
+    data: str | None = None  # tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME; by default the world of tiny
+    calibration_data: str | None = None  # as data=, for methods to calibrate and train on; by default the same
     tokenizer: str | None = None  # folder or Hub id, for a model that comes without one
     device: str | None = None  # cpu, cuda (all GPUs like the first) or cuda:N; by default the first GPU, else the cpu
     dtype: str | None = None  # float32, bfloat16, float16; by default float32 on a processor, else as stored

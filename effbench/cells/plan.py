@@ -18,6 +18,7 @@ from effbench.cells.job import Job, Place
 from effbench.cells.options import RunOptions
 from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Usage
+from effbench.core.files import file_digest
 from effbench.core.kinds import kind_of, service
 from effbench.core.method import Method
 from effbench.core.packages import module_file
@@ -30,6 +31,7 @@ from effbench.machine.gate import gate_file
 from effbench.machine.placement import Placement, place
 from effbench.records.record import RETRIED, Cell, Record
 from effbench.records.store import Store, latest
+from effbench.sources import DataSource, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +71,26 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     `changes` are settings that differ from those of the suite. With `again`, cells that are done run anew. Raises
     `Usage`.
     """
-    options.check()
-    placement = place(options.device, options.threads, options.jobs, options.tier)
-    suite, tier = _choose_rows(options, placement.tier)
-    tier = tier.with_settings(_settings(options, changes or {}))
+    placement, suite, tier, jobs = find_jobs(options, changes)
     store = Store(options.folder)
     store.check()
     records, notes = store.read(suite.name, suite.version)
     before = _Before(records, again)
-    cells = tuple(before.decide(job) for job in _jobs(options, placement, suite, tier))
+    cells = tuple(map(before.decide, jobs))
+    if any(cell.done is None for cell in cells):
+        _check_tasks(tier.settings.get("tasks"), jobs[0].data)
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
+
+
+def find_jobs(
+    options: RunOptions, changes: Mapping[str, Any] | None = None
+) -> tuple[Placement, Suite, Tier, list[Job]]:
+    """All cells that the options ask for, in the order of the suite, and what they are taken from. Raises `Usage`."""
+    options.check()
+    placement = place(options.device, options.threads, options.jobs, options.tier)
+    suite, tier = _choose_rows(options, placement.tier)
+    tier = tier.with_settings(_settings(options, changes or {}))
+    return placement, suite, tier, list(_jobs(options, placement, suite, tier))
 
 
 def _choose_rows(options: RunOptions, tier: str) -> tuple[Suite, Tier]:
@@ -118,8 +130,9 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
     places = tuple(Place(device.name, gate_file(device), device.visible) for device in placement.devices)
     models = tier.models if options.model is None else (options.model,)
     seeds = options.seeds or tier.seeds
-    data = sources.data(options.data)
+    data = sources.data(options.data, options.calibration_data)
     for source in [sources.model(name, options.tokenizer) for name in models]:
+        _check_lengths(settings, source)
         for recipe in tier.recipes:
             for seed in seeds if seeded(recipe) else seeds[:1]:
                 cell = Cell(
@@ -130,12 +143,39 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
                     steps=str(recipe),
                     resolved=tuple(recipe.resolved()),
                     model=source.name,
-                    data=data.name,
+                    data=data.shown,
                     seed=seed,
                     settings=settings,
                     digests=digests(recipe, settings["probes"], source.digest, data.digest),
                 )
                 yield Job(cell, source, data, places)
+
+
+def _check_lengths(settings: Mapping[str, Any], source: Source) -> None:
+    """Raise `Usage` for a setting that asks for more tokens than the model can see, where that is known."""
+    if (positions := source.positions) is None:
+        return
+    new = settings.get("speed_new_tokens", 1)
+    tokens = {
+        "window": settings.get("window", 0),
+        "calibration_length": settings.get("calibration_length", 0),
+        "speed_points": max((context + new for _, context in settings.get("speed_points", [])), default=0),
+    }
+    if long := {name: count for name, count in tokens.items() if count > positions}:
+        counts = ", ".join(f"{name} takes {count} tokens" for name, count in long.items())
+        fitting = " ".join(f"--set {name}=null" for name in long)
+        raise Usage(f"{counts}, and the model {source.name} has {positions} positions; {fitting} takes what fits")
+
+
+def _check_tasks(tasks: Sequence[str] | None, data: DataSource) -> None:
+    """Raise `Usage` for a task that neither the data nor lm-eval has."""
+    if tasks is None:
+        return
+    from effbench.sources.tasks import index_tasks
+
+    known = index_tasks(tasks, data.task_folders).all_tasks
+    for name in tasks:
+        one_of("task", name, known)
 
 
 def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict[str, str]:
@@ -226,7 +266,7 @@ def _flat(cell: Cell) -> dict[str, Any]:
 
 def _file_digest(path: Path) -> str:
     try:
-        return sources.file_digest(path)
+        return file_digest(path)
     except OSError as error:
         raise Usage(f"{path}: cannot be read ({error.strerror})") from None
 

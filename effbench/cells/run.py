@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from effbench.cells.job import Job
 from effbench.cells.local import STOPPING, Event, Local
 from effbench.records.record import Record
-from effbench.records.store import Store
+from effbench.records.store import Store, latest
 
 
 def run_cells(
@@ -35,13 +35,27 @@ def run_cells(
         return records, stop.is_set() and len(records) < len(jobs)
 
 
+def find_lost(records: Sequence[Record], store: Store) -> list[Record]:
+    """Those of the records of one suite that were read from the store and are no more there."""
+    if not records:
+        return []
+    cell = records[0].cell
+    there = latest(store.read(cell.suite, cell.suite_version)[0])
+    return [record for record in records if record.cell.identity not in there]
+
+
 def _keep_record_of(event: Event, store: Store) -> Event:
     """The event with its record as it stands in the store."""
     assert event.record is not None
     kept = _keep(store, event.record)
-    dropped = kept.started != event.record.started and not event.note
+    dropped = _tell_times(kept) != _tell_times(event.record) and not event.note
     note = "another run measured it first, whose record is kept" if dropped else event.note
     return dataclasses.replace(event, record=kept, note=note)
+
+
+def _tell_times(record: Record) -> tuple[str, float]:
+    """What two runs of one cell differ in: when it began, to the second, and how long it took, to the millisecond."""
+    return record.started, record.seconds
 
 
 def _keep(store: Store, record: Record) -> Record:

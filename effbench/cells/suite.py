@@ -24,12 +24,15 @@ from effbench.core.kinds import Weights
 from effbench.core.paths import SUITES
 from effbench.core.recipe import Recipe, parse, unique
 from effbench.core.usage import Count, Positive, Seed, named_path, nearest, one_of, typed
+from effbench.records.shared import ENVIRONMENTS
 
 BASELINE = "baseline"  # the row of no steps that every suite has
 ADHOC = "adhoc"  # the suite of recipes that were given without one
 NAME = re.compile(r"\w[\w.-]{0,63}")  # of a suite: records lie in a folder of this name
 
 Pair = Annotated[list[Count], Meta(min_length=2, max_length=2)]
+Tasks = Annotated[list[str], Meta(min_length=1)]
+Points = Annotated[list[Pair], Meta(min_length=1)]
 
 
 @dataclasses.dataclass
@@ -40,15 +43,17 @@ class Settings:
     calibration_sequences: Count = 128  # sequences that methods calibrate on
     calibration_length: Count | None = None  # tokens per calibration sequence; by default what the model takes
     skip: list[str] | None = None  # patterns of linears that methods leave alone
-    tasks: list[str] | None = None  # lm-eval tasks; by default those that belong to the data
+    tasks: Tasks | None = None  # lm-eval tasks; by default those that belong to the data
+    chat_template: bool | None = None  # whether tasks are put as a user's turn by the model's template; by default not
     limit: Count | None = None  # items per task, windows of perplexity
     window: Annotated[int, Meta(ge=2)] | None = None  # tokens per window of perplexity
+    stride: Count | None = None  # tokens from one window to the next, all scored; by default those of a window
     text_tokens: Count | None = None  # tokens of held-out text
     score_block: Count | None = None  # tokens per forward pass after the context; by default all
     memory_batch: Count | None = None  # sequences at a time where memory is measured
     memory_context: Count | None = None  # tokens before generation where memory is measured
     memory_new_tokens: Count | None = None  # tokens to generate where memory is measured
-    speed_points: list[Pair] | None = None  # pairs [batch, context] at which speed is measured
+    speed_points: Points | None = None  # pairs [batch, context] at which speed is measured
     speed_new_tokens: Count | None = None  # tokens to generate where speed is measured
     speed_seconds: Positive | None = None  # seconds of timing per point
     flops_context: Count | None = None  # tokens for which operations are counted
@@ -154,8 +159,8 @@ def load(name: str) -> Suite:
     """The suite of that name, or of that YAML file. Raises `Usage`."""
     path = _path(name)
     try:
-        if path.parent != SUITES and path.stem in (*names(), ADHOC):
-            raise Usage(f"the suite {path.stem!r} is effbench's own: give the file and its name: another name")
+        if path.stem in (*names(), ADHOC, ENVIRONMENTS) and path.resolve().parent != SUITES.resolve():
+            raise Usage(f"effbench keeps records of its own as {path.stem!r}: rename the file, and its `name:` alike")
         return _suite(typed(SuiteFile, _read(path)), path.stem)
     except Usage as error:
         raise Usage(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -208,7 +213,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _suite(file: SuiteFile, stem: str) -> Suite:
     if file.name != stem or not NAME.fullmatch(file.name):
-        raise Usage(f"name: must be that of the file, {stem!r}; of at most 64 letters, digits, dots and dashes")
+        raise Usage(f"name: must be that of the file, {stem!r}, and at most 64 letters, digits, dots and dashes")
     if not file.tiers:
         raise Usage(f"tiers: is empty; name {' or '.join(TIERS)}")
     recipes = unique([Recipe(BASELINE, ()), *itertools.chain.from_iterable(map(_recipes, file.recipes))])

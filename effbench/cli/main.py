@@ -46,9 +46,10 @@ def _dispatch(arguments: list[str]) -> int:
         raise Usage(f"unknown command {name!r}{nearest(name, known)}")
     command = load_command(name)
     try:
-        return command.act(command.parser(name).parse_intermixed_args(rest))
+        parsed = command.parser(name).parse_intermixed_args(rest)
     except SystemExit as end:  # argparse ends the program after --help
         return int(end.code or 0)
+    return command.act(parsed)
 
 
 def command_names() -> list[str]:

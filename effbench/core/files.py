@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and their digests."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +26,18 @@ def create_file(path: Path, content: str | bytes) -> None:
     with _temporary(path.parent, data) as temporary:
         os.link(temporary, path)  # fails where a rename would overwrite
         _sync_folder(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of one file, remembered while its size and time of change stay the same. Raises `OSError`."""
+    status = path.stat()
+    return _file_digest(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from effbench.core.errors import Usage
-from effbench.core.packages import class_file, method_key
+from effbench.core.packages import class_file, method_key, shorten
 from effbench.core.usage import PLAIN, convert, is_plain
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Method:
     """
 
     paper: ClassVar[str] = ""  # where the method was published
+    published: ClassVar[str] = ""  # recipe of the paper's own setting; empty: there is none here, `caveats` say why
+    caveats: ClassVar[tuple[str, ...]] = ()  # what a reader of its numbers has to know, a phrase each, for footnotes
     identity: ClassVar[dict[str, Any] | None] = None  # settings at which the model must be unchanged
     trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # settings to test: the first by every check of the contract,
     # all of them by those of packing and saving, which run code that the defaults do not reach
@@ -42,6 +44,7 @@ class Method:
     consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
     trains: ClassVar[bool] = False  # True: acts through the fit that follows
+    sparsifies: ClassVar[bool] = False  # True: its field `sparsity` is the fraction of the weights that it sets to zero
     type: ClassVar[str] = ""  # for comparison tables: what sort of method it is; empty: its kind
     weight_update: ClassVar[str] = ""  # for comparison tables: what happens to weights that stay; empty: not said
     exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
@@ -78,10 +81,12 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            hint = _hints(type(self))[field.name]  # type: ignore[arg-type]
-            value = convert(getattr(self, field.name), hint, f"{self.key}.{field.name}")
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, field.name, self._convert(field.name, getattr(self, field.name)))
         self.check()
+
+    def _convert(self, name: str, value: Any) -> Any:
+        """A value as the type of the parameter `name`. Raises `Usage`."""
+        return convert(value, _hints(type(self))[name], f"{self.key}.{name}")  # type: ignore[arg-type]
 
     @property
     def key(self) -> str:
@@ -94,15 +99,17 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The step as a person writes it: a file below the working folder by its path from there."""
+        """The step as a person writes it: a file by its path from the working folder, or by its own folder and name."""
+        if self.key.isidentifier():
+            return str(self)
         inside = self.key.startswith(os.path.join(os.getcwd(), ""))
-        return f"./{os.path.relpath(self.key)}({self._arguments()})" if inside else str(self)
+        return f"{f'./{os.path.relpath(self.key)}' if inside else shorten(Path(self.key))}({self._arguments()})"
 
     def _arguments(self) -> str:
-        default = {
-            field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            for field in dataclasses.fields(self)
-        }
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for field in dataclasses.fields(self):
+            if field.default_factory is not dataclasses.MISSING:
+                default[field.name] = self._convert(field.name, field.default_factory())
         given = {name: getattr(self, name) for name in default}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != default[name])
 
@@ -130,6 +137,11 @@ class Method:
     def rounds_activations(self) -> bool:
         """Whether its linears round their inputs too, and hence differ from what their weights alone compute."""
         return False
+
+    @property
+    def asked_sparsity(self) -> float | None:
+        """Fraction of the weights that are to be zero after it; None where that is no question."""
+        return getattr(self, "sparsity") if self.sparsifies else None  # noqa: B009  a field of subclasses
 
     def slots(self) -> tuple[str, ...]:
         """All slots this method writes: those it declares, and the optimizer if it brings one."""

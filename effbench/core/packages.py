@@ -18,6 +18,7 @@ from effbench.core.paths import PACKAGE
 
 PREFIX = "effbench_methods_"
 SHIPPED = "effbench.methods."
+AUTHORED = (SHIPPED, PREFIX)  # how the names of modules of methods begin
 
 
 def package(folder: Path) -> str:
@@ -36,7 +37,7 @@ def module_file(name: str) -> Path | None:
     top, _, rest = name.partition(".")
     if top == "effbench":
         folder = PACKAGE
-    elif top.startswith(PREFIX) and top in sys.modules:
+    elif top.startswith(PREFIX) and top in sys.modules and rest:  # the package itself runs no file
         folder = Path(sys.modules[top].__path__[0])
     else:
         return None
@@ -62,7 +63,7 @@ def method_line(error: BaseException) -> str:
     """` (FILE:LINE)` of the innermost call in a method's file that an exception passed; empty if it passed none."""
     line = ""
     for frame, number in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals.get("__name__", "").startswith((SHIPPED, PREFIX)):
+        if frame.f_globals.get("__name__", "").startswith(AUTHORED):
             line = f" ({shorten(Path(frame.f_code.co_filename))}:{number})"
     return line
 

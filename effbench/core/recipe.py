@@ -20,8 +20,10 @@ from effbench.core.run import conflict
 from effbench.core.usage import nearest
 
 # A quoted string, left as it is, or FILE.py:CLASS before its bracket.
-BARE = re.compile(r"[^\s,'\"()=]+\.py:\w+(?!\w|\s*\()")  # FILE:CLASS without its brackets
 REFERENCE = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^\s,'"()=]+\.py(?::\w+)?)(?=\s*\()""")
+
+BARE = re.compile(r"""(?<![^\s,])[^\s,'"()=]+\.py(:\w+)?(?=\s*(?:,|$))""")  # one without its bracket
+STEPS = "write steps as name(key=value), ..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +97,30 @@ def _calls(text: str) -> list[ast.Call]:
         quoted = REFERENCE.sub(lambda match: match[1] or repr(match[2]), text)
         tree = ast.parse(f"({quoted}\n,)", mode="eval").body
         ast.unparse(tree)
+        if not isinstance(tree, ast.Tuple):  # the text closes our bracket
+            raise SyntaxError("unmatched ')'")
     except (RecursionError, MemoryError):
         raise Usage(f"recipe {text[:60]!r}... is nested too deeply") from None
     except (SyntaxError, ValueError) as error:
-        form = "name(key=value), ..."
-        if (bare := BARE.search(text)) is not None:
-            raise Usage(f"recipe {text!r} cannot be read: brackets are missing; write {bare[0]}()") from None
+        if mend := _add_brackets(text):
+            raise Usage(f"recipe {text!r} cannot be read: brackets are missing; {mend}") from None
+        form = STEPS
         if ".py" in text:
             form += " or './my file.py:Class'(key=value), in quotes where the path has spaces"
-        raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; write steps as {form}") from None
-    assert isinstance(tree, ast.Tuple)
+        raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; {form}") from None
     for node in tree.elts:
         if not isinstance(node, ast.Call):
             shown = ast.unparse(node)
-            hint = f"write {shown}()" if isinstance(node, ast.Name) else "write steps as name(key=value), ..."
-            raise Usage(f"recipe {text!r}: {shown!r} is not a step; {hint}")
+            named = isinstance(node, ast.Name) or isinstance(getattr(node, "value", None), str)
+            hint = f"write {shown}()" if named else _add_brackets(text) or STEPS
+            raise Usage(f"recipe {text!r}: {shown} is not a step; {hint}")
     return tree.elts  # type: ignore[return-value]
+
+
+def _add_brackets(text: str) -> str:
+    """How the first file is written that lacks its class or brackets; empty where there is none."""
+    bare = BARE.search(text)
+    return "" if bare is None else f"write {bare[0]}{'' if bare[1] else ':CLASS'}()"
 
 
 def _name(call: ast.Call, text: str) -> str:

@@ -44,8 +44,9 @@ class Entry:
     kind: str  # `broken` for a file that defines no method
     paper: str
     summary: str  # first line of the module's docstring; of a broken file, what is wrong with it
+    about: str  # docstring of the class
     parameters: dict[str, Parameter]
-    facts: dict[str, Any]  # literal class attributes: needs, type, weight_update ...
+    facts: dict[str, Any]  # literal class attributes: needs, published, caveats ...
     path: Path
     cls: str
     module: str
@@ -107,8 +108,8 @@ def _family_entry(path: Path, root: Path) -> Entry:
             raise SyntaxError(f"defines no class {wanted!r} (capitals as in the paper)")
         return _entry(key, family, path, classes[0], source)
     except SyntaxError as error:
-        reason = str(error.args[0]) if error.lineno is None else f"cannot be read: {error}"
-        return Entry(key, family, "broken", "", reason, {}, {}, path, "", module)
+        reason = str(error) if error.lineno is None else f"cannot be read: {error}"
+        return Entry(key, family, "broken", "", reason, "", {}, {}, path, "", module)
 
 
 def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module) -> Entry:
@@ -132,6 +133,7 @@ def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module
         kind=kind or "apply",
         paper=facts.pop("paper", ""),
         summary=(ast.get_docstring(source.tree) or "").partition("\n")[0],
+        about=ast.get_docstring(node) or "",
         parameters=parameters,
         facts=facts,
         path=path,
@@ -171,10 +173,10 @@ def find(name: str) -> Entry:
 def entries_in(file: str) -> list[Entry]:
     """The methods that a file defines; what is in the catalog keeps its key. Raises `Usage` for a file without any."""
     path = absolute(named_path("file", file))
+    if path.suffix != ".py":
+        raise Usage(f"{file}: methods are defined in a FILE.py, suites in a FILE.yaml")
     if not path.is_file():
         raise Usage(f"{file}: no such file")
-    if path.suffix != ".py":
-        raise Usage(f"{file}: methods are defined in a file FILE.py")
     if not path.stem.isidentifier():
         raise Usage(f"{file}: the file's name may hold letters, digits and _ only")
     named = [known for known in catalog().values() if known.path.name == path.name and known.path.samefile(path)]
@@ -197,18 +199,17 @@ def entries_in(file: str) -> list[Entry]:
 def load(key: str) -> type[Method]:
     """The class of a method. Raises `Usage` for an unknown name or a file that cannot be imported."""
     known = entry(key)
-    check_imports(known.module)
     try:
+        check_imports(known.module)
         importlib.invalidate_caches()  # the file may be younger than the folder's listing
-        with contextlib.redirect_stdout(sys.stderr):  # what is printed here is no output of a command
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             module = importlib.import_module(known.module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever the file raises is its own fault
-        hint = ""
-        if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
-            hint = "; write @dataclass(frozen=True)"
-        raise Usage(f"method {key!r}: {known.path} cannot be imported: {error!r}{method_line(error)}{hint}") from error
+        reason = str(error) if isinstance(error, Usage | SyntaxError) else repr(error)
+        hint = "; write @dataclass(frozen=True) above the class" if "non-frozen dataclass" in reason else ""
+        raise Usage(f"method {key!r}: {known.path} cannot be imported: {reason}{method_line(error)}{hint}") from error
     cls: Any = getattr(module, known.cls, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise Usage(f"method {key!r}: {known.cls} in {known.path} is not a Method")
@@ -218,12 +219,13 @@ def load(key: str) -> type[Method]:
 
 @contextlib.contextmanager
 def blame_method(key: str) -> Iterator[None]:
-    """Turn what a method's own code raises here into `Usage` that names its line."""
+    """Turn what a method's own code raises here into `Usage` that names its line; what it prints goes to stderr."""
     try:
-        yield
-    except Usage:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (Usage, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # as when it is imported
         raise Usage(f"method {key!r}: {error!r}{method_line(error)}") from error
 
 

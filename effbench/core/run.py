@@ -9,7 +9,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar
 
 from effbench.core.errors import Conflict
 from effbench.core.plain import plain
@@ -17,7 +17,7 @@ from effbench.core.plain import plain
 if TYPE_CHECKING:
     from effbench.core.kinds import Swap
     from effbench.core.method import Method
-    from effbench.core.views import Data, Device, DType, Module, Segments, Tensor
+    from effbench.core.views import Data, Device, Module, Segments, Tensor
 
 T = TypeVar("T")
 HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # of methods, each a chain of the train plan
@@ -70,8 +70,9 @@ class TrainPlan(Plan):
     """The plan of the next fit, which uses it up; `effbench.nn.train.fit` says where each entry acts.
 
     Slots: `precision` makes the context of each forward pass, `optimizer` is the method that builds the optimizer,
-    `sampler` draws examples. Chains: methods, called through the hook of the chain's name; `optimizer_wrap` holds
-    functions from an optimizer to the one that is used in its place.
+    `sampler` draws examples: places in `run.data.train`, which holds the windows of the fit as long as it goes on.
+    Chains: methods, called through the hook of the chain's name; `optimizer_wrap` holds functions from an optimizer to
+    the one that is used in its place.
     """
 
     name = "train"
@@ -110,13 +111,30 @@ class StepCost(TypedDict):
     peaks: dict[str, int]  # bytes, by kind of peak
 
 
+class GroupReport(TypedDict):
+    """Parameters that were trained alike."""
+
+    lr: float  # peak
+    weight_decay: float
+    tensors: int
+    parameters: int  # numbers in them
+
+
 class FitReport(TypedDict):
     """What happened in one fit."""
 
     steps: int  # optimizer steps taken
-    tokens: int  # tokens learned
+    tokens: int  # tokens learned: predicted, and neither prompt nor padding
+    distinct_tokens: int  # different ones of them
+    available_tokens: int  # that could be learned from the train set
+    epochs: float  # tokens over available tokens
+    lr: float  # peak
+    groups: list[GroupReport]
     loss_first: float
     loss_last: float
+    left_out: NotRequired[str]  # what of the train set could not be learned, or was not needed
+    rates: NotRequired[dict[str, float | None]]  # validation loss by the learning rates tried; None: it diverged
+    validation_tokens: NotRequired[int]  # learned tokens of that part, which was set aside from the train set
 
 
 @dataclasses.dataclass
@@ -125,12 +143,14 @@ class RunLog:
 
     steps: list[StepCost] = dataclasses.field(default_factory=list)
     commit: str | None = None  # of the model on the Hub
+    model_types: str = ""  # how the files of the model store it, by kind of tensor
     calibration_sequences: int | None = None  # None: nothing calibrated
     calibration_tokens: int = 0  # of one pass over the calibration set
     layers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # errors by path of the linear
     removed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # structure: its step, and what went
     selected: dict[str, int] = dataclasses.field(default_factory=dict)  # training examples left, by step
     fits: list[FitReport] = dataclasses.field(default_factory=list)
+    sparsity_asked: float | None = None  # the largest that a step was asked for; None: no step prunes weights
     densified: list[str] = dataclasses.field(default_factory=list)  # linears whose held zeros were given up
     energy: str | None = None  # why energy was not measured
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # a method's own remarks
@@ -152,7 +172,7 @@ class Run(abc.ABC):
     tokenizer: Any  # of transformers; None where the model comes without one
     data: Data  # pool, train, calibration and held-out sets, tasks
     device: Device
-    storage: DType  # dtype in which an artifact keeps dense tensors
+    storage: Any  # dtype in which an artifact keeps dense parameters, or those of matrices and of vectors
     seed: int
 
     def __init__(self) -> None:
@@ -233,6 +253,13 @@ class Run(abc.ABC):
         for hook in HOOKS:
             if method.overrides(hook):
                 self.train.chain(hook).append(method)
+
+    @abc.abstractmethod
+    def remember(self) -> Callable[[], None]:
+        """A function that puts back in place what a fit may change: model, plans, states of steps, log and chance.
+
+        Raises `Unsupported` where something cannot be kept.
+        """
 
     @abc.abstractmethod
     def settle(self) -> None:

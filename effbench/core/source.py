@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import io
 import math
@@ -36,7 +37,11 @@ class Module:
 
     name: str
     tree: ast.Module
-    lines: list[str]
+    text: str
+
+    @functools.cached_property
+    def lines(self) -> list[str]:
+        return self.text.splitlines()
 
     def find_class(self, name: str, before: float = math.inf) -> ast.ClassDef | None:
         """The class of that name at the top level, the last one that begins above line `before`."""
@@ -59,18 +64,19 @@ class Module:
 
 
 def read_module(path: Path, name: str = "") -> Module:
-    """Read a file as the module `name`. Raises `SyntaxError`, also for what is no text or no file."""
+    """Read a file as the module `name`. Raises `SyntaxError` that names it, also for what is no text or no file."""
     try:
         text = path.read_text(encoding="utf-8")
-        return Module(name, ast.parse(text, str(path)), text.splitlines())
+        return Module(name, ast.parse(text, str(path)), text)
     except (RecursionError, MemoryError):
-        raise SyntaxError("nested too deeply") from None
+        reason = "nested too deeply"
     except UnicodeDecodeError as error:
-        raise SyntaxError(f"not UTF-8 at byte {error.start}") from None
+        reason = f"not UTF-8 at byte {error.start}"
     except OSError as error:
-        raise SyntaxError(f"cannot be read ({error.strerror})") from None
+        reason = f"cannot be read ({error.strerror})"
     except ValueError as error:  # null bytes, in some versions of Python
-        raise SyntaxError(str(error)) from None
+        reason = str(error)
+    raise SyntaxError(reason, (str(path), None, None, None))
 
 
 def read_fields(node: ast.ClassDef, module: Module) -> dict[str, Parameter]:

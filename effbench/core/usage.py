@@ -29,14 +29,17 @@ Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what generators of random
 LARGEST = 2**63 - 1  # whole number that records and tensors hold
 TOO_LARGE = f"must be at most {LARGEST} in magnitude"
 LONGEST = 200  # characters of a name that is compared with others
+LISTED = 200  # names that a message lists
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x' or 'y'?` for the nearest choices, or the list of them."""
+    """`; did you mean 'x' or 'y'?` for the nearest choices, or the list of them where it is not too long to read."""
     choices = list(choices)
     close = difflib.get_close_matches(name[:LONGEST], choices, n=3, cutoff=0.6)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
+    if len(choices) > LISTED:
+        return f"; none of {len(choices)} has a name like it"
     return f"; there is {', '.join(sorted(choices)) or 'none'}"
 
 
@@ -137,13 +140,17 @@ def typed(kind: type[T], values: Any) -> T:
 
 
 def is_plain(kind: Any) -> bool:
-    """Whether all values of a type can be written in a recipe and in a record."""
+    """Whether all values of a type can be written in a recipe and in a record, and are read back as they were."""
     origin, arms = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return is_plain(arms[0])
-    if origin in (Union, types.UnionType, list, tuple, dict):
-        return all(is_plain(arm) for arm in arms if arm is not Ellipsis)
-    return origin is Literal or kind in _WORDS
+    if origin is dict:
+        return arms[:1] == (str,) and is_plain(arms[1])
+    if origin in (Union, types.UnionType, list, tuple):
+        return bool(arms) and all(is_plain(arm) for arm in arms if arm is not Ellipsis)
+    if origin is Literal:
+        return all(is_plain(type(arm)) for arm in arms)
+    return kind is not Any and kind in list(_WORDS)  # a list: what is no type may have no hash
 
 
 def describe(kind: Any) -> str:
@@ -174,7 +181,7 @@ _WORDS = {
     Any: "anything",
 }
 
-PLAIN = "write it as numbers, text, true or false, None, and tuples or lists of them"
+PLAIN = "it may be bool, int, float, str, None, Literal[...], or tuple[...], list[...], dict[str, ...] of these"
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -227,6 +234,8 @@ def _check_plain(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise Usage(f"{where}={value}: must be a finite number")
     if isinstance(value, str):
+        if type(value) is not str:  # such as a member of an enumeration, which is not written as the text that it is
+            raise Usage(f"{where}={_SHORT.repr(value)}: must be plain text, not {type(value).__name__}")
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise Usage(f"{where}={_SHORT.repr(value)}: holds characters that are not text")
     elif isinstance(value, (list, tuple)):

@@ -58,14 +58,18 @@ class Data(Protocol):
     protocol: str  # how documents become one stream of tokens
     tasks: tuple[str, ...]  # lm-eval tasks that belong to the data
     task_paths: tuple[Path, ...]  # folders that define them
+    window: int | None  # tokens per window of perplexity that belong to the data, all of which is then measured
     pool: list[Example]  # everything that may be trained on
     train: list[Example]  # what the next fit sees: the pool, or what selections have left of it
 
     def documents(self, part: str) -> list[str]:
         """The texts of `train`, `calibration` or `heldout`."""
 
-    def ids(self, part: str) -> Tensor:
-        """[N] all tokens of a part, documents joined."""
+    def ids(self, part: str, limit: int | None = None) -> Tensor:
+        """[N] tokens of a part, documents joined, at most `limit`; no more text than that takes is tokenised."""
+
+    def extend(self, tokens: int) -> int:
+        """Have the pool hold so many tokens, if there is so much text, and say how many documents are left over."""
 
     def heldout_ids(self, limit: int | None = None) -> Tensor:
         """[N] tokens of the held-out part, at most `limit`."""

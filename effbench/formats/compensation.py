@@ -1,6 +1,7 @@
 """The loop of GPTQ and SparseGPT: columns are settled one by one, and those that follow compensate each error.
 
-Numbers of equations are those of GPTQ (Frantar et al., 2023); SparseGPT runs the same loop.
+Algorithm 1 of either paper (Frantar et al., 2023; Frantar & Alistarh, 2023). In formulas W are the weights, Q their
+final values, E the errors and U the factor, which the papers go on calling H^-1.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ def compensate(weight: Tensor, factor: Tensor, settle: Settle, block: int = 128)
         for column in range(start, stop):
             i = column - start
             final = settle(column, work[i:], rest)
-            # The error of equation (2) over the root of [H_F^-1]_qq, where F are the columns not yet settled. Row q of
-            # U is row q of H_F^-1 over that root, so the inverse need not be updated by equation (3).
+            # E_:j = (W_:j - Q_:j) / U_jj. With F the columns not yet settled, row j of U is row j of H_F^-1 over the
+            # root of its diagonal entry, so that H_F^-1 itself need not be updated from column to column.
             error = torch.sub(work[i], final, out=errors[i]).div_(factor[column, column])
-            # The update delta_F of equation (2), within the block.
+            # W_:k -= E_:j U_jk for the columns k > j of the block.
             work[i + 1 :] -= factor[column, column + 1 : stop, None] * error
-        # The same update for all columns behind the block, of the block's errors at once (equation 4).
+        # The lazy batch update: W -= E U for all columns behind the block, by the block's errors at once.
         rest[stop:] -= factor[start:stop, stop:].T @ errors
 
 

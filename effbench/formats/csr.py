@@ -1,4 +1,6 @@
-"""Compressed sparse rows: zeros that lie anywhere are not stored."""
+"""Compressed rows: zeros that lie anywhere are not stored, and a column for every weight or a bit for every place says
+where the others are.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from effbench.formats.packed import Packed
+from effbench.formats.packing import pack, word_count
+from effbench.kernels.bitmask_linear.cases import OP as BITMASK_OP
 from effbench.kernels.csr_linear.cases import OP
+from effbench.nn.model.linear import stored_bytes
 from effbench.ops import LinearOp
 
 
@@ -20,45 +25,55 @@ class Compressed(Packed):
     """
 
     op: ClassVar[LinearOp]
-    maskable = False  # the indices say what is kept
+    places: ClassVar[str] = "col"  # the tensor that says where in its row an entry lies
+    maskable = False  # the places say what is kept
     metadata = frozenset({"crow", "col"})
     crow: Tensor
-    col: Tensor
     values: nn.Parameter
 
     def _reserve(self, rows: int, columns: int, *values: int) -> None:
         """Declare the storage of a matrix of rows x columns entries; values: its shape, [n, ...]."""
         self.values = nn.Parameter(torch.zeros(values), requires_grad=False)
         self.reserve("crow", rows + 1, dtype=torch.int32)
-        self.reserve("col", values[0], dtype=torch.int16 if columns <= 2**15 else torch.int32)
+        self._reserve_places(rows, columns, values[0])
+
+    def _reserve_places(self, rows: int, columns: int, number: int) -> None:
+        self.reserve(self.places, number, dtype=torch.int16 if columns <= 2**15 else torch.int32)
+
+    @staticmethod
+    def _find_places(keep: Tensor) -> Tensor:
+        return keep.nonzero()[:, 1]
 
     def _store(self, bias: Tensor | None, keep: Tensor, values: Tensor) -> Self:
         """Take over values [n, ...] of the entries where keep (bool [rows, columns]) is True, row by row."""
         self.values = nn.Parameter(values.detach().contiguous(), requires_grad=False)
         crow = nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
-        return self.fill(bias, crow=crow, col=keep.nonzero()[:, 1])
+        return self.fill(bias, **{"crow": crow, self.places: self._find_places(keep)})
 
     def product(self, x: Tensor) -> Tensor:
-        return self.op(x, self.crow, self.col, self.values)
+        return self.op(x, self.crow, self.get_buffer(self.places), self.values)
 
     def dense_weight(self) -> Tensor:
-        return self.op.matrix(self.crow, self.col, self.values).dense(self.in_features).float()
+        return self._spread(self.values).float()
 
     def kept(self) -> Tensor:
-        return self.op.matrix(self.crow, self.col, torch.ones_like(self.values)).dense(self.in_features).bool()
+        return self._spread(torch.ones_like(self.values)).bool()
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values of the kept entries as a matrix [out, in]."""
+        dense: Tensor = self.op.matrix(self.crow, self.get_buffer(self.places), values).dense(self.in_features)
+        return dense
 
 
-class CSRLinear(Compressed):
-    """The kept weights of every row, `number` in all, each with its column."""
-
-    op = OP
+class Unstructured(Compressed):
+    """The kept weights of every row, `number` in all."""
 
     def __init__(self, in_features: int, out_features: int, number: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
         self._reserve(out_features, in_features, number)
 
     @classmethod
-    def of(cls, weight: Tensor, keep: Tensor, bias: Tensor | None = None) -> CSRLinear:
+    def of(cls, weight: Tensor, keep: Tensor, bias: Tensor | None = None) -> Self:
         """Hold `weight` [out, in] where `keep` (bool [out, in]) is True; values are stored in its dtype."""
         values = weight[keep]
         module = cls(weight.shape[1], weight.shape[0], len(values), bias is not None)
@@ -67,6 +82,38 @@ class CSRLinear(Compressed):
     def config(self) -> dict[str, Any]:
         return super().config() | {"number": len(self.values)}
 
-    def rebuilt(self, weight: Tensor) -> CSRLinear:
+    def rebuilt(self, weight: Tensor) -> Self:
         """The same positions."""
-        return CSRLinear.of(weight.to(self.values.dtype), self.kept(), self.bias)
+        return self.of(weight.to(self.values.dtype), self.kept(), self.bias)
+
+
+class CSRLinear(Unstructured):
+    """Each weight with its column: 16 bits for every one that is kept."""
+
+    op = OP
+
+
+class BitmaskLinear(Unstructured):
+    """One bit for every place, kept or not."""
+
+    op = BITMASK_OP
+    places = "bits"
+    metadata = frozenset({"crow", "bits"})
+
+    def _reserve_places(self, rows: int, columns: int, number: int) -> None:
+        self.reserve(self.places, rows, word_count(columns, 1), dtype=torch.int32)
+
+    @staticmethod
+    def _find_places(keep: Tensor) -> Tensor:
+        return pack(keep, 1)
+
+
+def pack_unstructured(weight: Tensor, keep: Tensor, bias: Tensor | None = None) -> Unstructured:
+    """`weight` [out, in] where `keep` (bool [out, in]) is True, in the form that takes fewer bytes."""
+    out_features, in_features = weight.shape
+
+    def count_bytes(form: type[Unstructured]) -> int:
+        with torch.device("meta"):
+            return sum(stored_bytes(form(in_features, out_features, int(keep.sum())), weight.dtype))
+
+    return min((CSRLinear, BitmaskLinear), key=count_bytes).of(weight, keep, bias)

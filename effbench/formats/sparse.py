@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 from torch import Tensor, nn
 
 from effbench.formats.bcsr import BCSRLinear, find_whole_blocks
-from effbench.formats.csr import CSRLinear
+from effbench.formats.csr import pack_unstructured
 from effbench.formats.nm import NMLinear
 from effbench.nn.model.linear import MaskedLinear
 
@@ -69,4 +69,4 @@ class PrunedLinear(MaskedLinear):
             kind == "block" and find_whole_blocks(keep, first, second) is not None
         ):  # another mask may have cut into them
             return BCSRLinear.of(weight, keep, block=(first, second), bias=self.bias)
-        return CSRLinear.of(weight, keep, bias=self.bias)
+        return pack_unstructured(weight, keep, self.bias)

@@ -16,12 +16,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effbench.core.errors import Refused, Usage
+from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.kinds import kind_of, service
 from effbench.core.run import FitReport, Run
 from effbench.nn.data import LONGEST, SEQUENCES, Data
 from effbench.nn.model.blocks import Blocks, count_positions
-from effbench.nn.model.linear import Replaced, check_module, kept, replace, stored_as, stored_bytes, stored_tensors
+from effbench.nn.model.linear import (
+    Replaced,
+    Storage,
+    check_module,
+    kept,
+    replace,
+    stored_as,
+    stored_bytes,
+    stored_tensors,
+)
+from effbench.nn.model.memento import ModelMemento, ObjectMemento
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +70,7 @@ class ModelRun(Run):
         data: Data,
         *,
         device: torch.device,
-        storage: torch.dtype,
+        storage: torch.dtype | Storage,
         seed: int = 0,
         sequences: int = SEQUENCES,
         length: int | None = None,
@@ -119,6 +129,35 @@ class ModelRun(Run):
         for entry in self._swapped:
             entry.trained = True
 
+    def remember(self) -> Callable[[], None]:
+        model = ModelMemento(self.model)
+        methods = [method for method, _ in self._states.values()]
+        plans = (self.train, self.infer)
+        lists = [(chain, list(chain)) for plan in plans for chain in (plan.chain(name) for name in plan.chains)]
+        lists.append((self._swapped, list(self._swapped)))
+        methods += [entry for chain, _ in lists for entry in chain]
+        slots = [value for plan in plans for value in map(plan.slot, plan.slots) if hasattr(value, "__dict__")]
+        beside = [*(state for _, state in self._states.values()), *slots, self.log]
+        try:
+            objects = ObjectMemento(beside, [self, self.data, self.tokenizer, *methods, *model.objects()])
+        except TypeError as error:
+            raise Unsupported(f"a step of the recipe holds what cannot be copied: {error}") from None
+        states = dict(self._states)
+        chance = torch.get_rng_state()
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+
+        def restore() -> None:
+            model.restore()
+            objects.restore()
+            self._states = dict(states)
+            for entries, before in lists:
+                entries[:] = before
+            torch.set_rng_state(chance)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self.device)
+
+        return restore
+
     def settle(self) -> None:
         trained = [entry for entry in self._swapped if entry.trained]
         if trained:
@@ -126,7 +165,7 @@ class ModelRun(Run):
         for entry in trained:
             if entry.module in paths:  # its block may be gone
                 path, final = paths[entry.module], entry.method.settle(entry.module)
-                check_module(final, entry.method, "settle")
+                check_module(final, entry.method, "settle", entry.module)
                 if entry.held and final is not entry.module and kept(final) is None:
                     self.log.densified.append(path)
                 dtype: torch.dtype = self.model.dtype
@@ -153,6 +192,8 @@ class ModelRun(Run):
         if method.settles:
             self.settle()
         method.apply(self)
+        if method.asked_sparsity is not None:
+            self.log.sparsity_asked = max(self.log.sparsity_asked or 0.0, method.asked_sparsity)
 
     def finish(self, recipe_is_empty: bool = False) -> None:
         """Settle what is pending, bring everything to its stored form, and refuse a recipe without effect."""
@@ -176,11 +217,28 @@ class ModelRun(Run):
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, storage: torch.dtype) -> None:
-    """Round floating tensors to `storage` and back, so that what is measured is what would be saved."""
-    for _, tensor in stored_tensors(model):
-        if stored_as(tensor, storage) is not tensor.dtype:
-            tensor.copy_(tensor.to(storage))
+def narrow(model: nn.Module, storage: torch.dtype | Storage) -> None:
+    """Round floating tensors to `storage` and back, so that what is measured is what would be saved.
+
+    Raises `Refused` for a finite number that is beyond the range of its type there.
+    """
+    for name, tensor in stored_tensors(model):
+        dtype = stored_as(name, tensor, storage)
+        if dtype is not tensor.dtype:
+            tensor.copy_(round_to(dtype, name, tensor))
+
+
+def round_to(dtype: torch.dtype, name: str, tensor: Tensor) -> Tensor:
+    """The tensor in `dtype`. Raises `Refused` where rounding would make a finite number of it infinite."""
+    rounded = tensor.to(dtype)
+    if bool((torch.isinf(rounded) & torch.isfinite(tensor)).any()):
+        most = float(tensor.detach()[torch.isfinite(tensor)].abs().max())
+        kind = str(dtype).removeprefix("torch.")
+        raise Refused(
+            f"{name} holds {most:.4g}, which is finite but beyond {kind} (up to {torch.finfo(dtype).max:.4g}): "
+            "rounding it would make infinity"
+        )
+    return rounded
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     with torch.inference_mode():
         references = logits(open_engine(run, run.reference), text.ids)
         for ours, theirs in zip(predictions(run, text), references, strict=True):
-            kl, flips = compare(theirs[:-1], ours[:-1])
+            kl, flips = compare(theirs[text.first - 1 : -1], ours[text.first - 1 : -1])
             divergence.append(float(kl.mean()))
             flipped.append(float(flips.double().mean()))
     lost = sum(not math.isfinite(value) for value in divergence)

@@ -19,11 +19,16 @@ TEXT_TOKENS = 16384  # of held-out text, where the settings do not say
 
 
 class Windows(NamedTuple):
-    """Disjoint windows of one stream of tokens; the first token of each is context only."""
+    """Windows of one stream of tokens, none of which is scored twice; what stands before `first` is context only."""
 
     ids: Tensor  # [windows, width]
+    first: int  # place in every window of the first token that is scored
     cut: str
     text: str  # how documents became one stream
+
+    def nll(self, ids: Tensor, logits: Tensor) -> float:
+        """Mean negative log-likelihood of what is scored in one window, nats per token, from logits [T, V]."""
+        return score_targets(logits[self.first - 1 : -1], ids[self.first :]).nll
 
     def protocol(self, metric: str, *more: str) -> str:
         """The full name of a number taken on these windows."""
@@ -44,18 +49,29 @@ def slow(run: ModelRun) -> bool:
 
 
 def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
-    """Cut the held-out text: settings `window`, `text_tokens` and `limit` (windows)."""
+    """Cut the held-out text: settings `window`, `stride`, `text_tokens` and `limit` (windows).
+
+    Windows that overlap score their last `stride` tokens each, so that every token has at least the rest of the window
+    for context; disjoint ones score all but the first. Data that follow a paper bring their own window and are measured
+    whole, where the settings do not say.
+    """
     require_quality(run)
     positions = open_engine(run).max_length
-    width = settings.get("window") or min(512, positions)
+    width = settings.get("window") or min(run.data.window or 512, positions)
     if not 2 <= width <= positions:
         raise Unsupported(f"the window is {width} tokens, the model takes 2 to {positions}")
-    ids = run.data.heldout_ids(settings.get("text_tokens") or TEXT_TOKENS)
-    count = min(len(ids) // width, settings.get("limit") or len(ids))
-    if count == 0:
+    stride = settings.get("stride") or width
+    if stride > width:
+        raise Unsupported(
+            f"the stride is {stride} tokens, the window {width}: tokens between windows would be left out"
+        )
+    ids = run.data.heldout_ids(settings.get("text_tokens") or (TEXT_TOKENS if run.data.window is None else None))
+    if len(ids) < width:
         raise Unsupported(f"text has {len(ids)} tokens, the window is {width}: give more text or window=")
-    cut = f"token.window{width}.stride{width}.windows{count}.first-of-window-unscored"
-    return Windows(ids[: count * width].view(count, width), cut, run.data.protocol)
+    cut = ids.unfold(0, width, stride)[: settings.get("limit")]
+    scored = "first-of-window-unscored" if stride == width else f"last{stride}-of-window-scored"
+    name = f"token.window{width}.stride{stride}.windows{len(cut)}.{scored}"
+    return Windows(cut, 1 if stride == width else width - stride, name, run.data.protocol)
 
 
 def logits(engine: Engine, ids: Tensor) -> Iterator[Tensor]:
@@ -69,7 +85,7 @@ def predictions(run: ModelRun, text: Windows) -> Iterator[Tensor]:
     """The model's `logits` of every window; when all were taken, their likelihoods are shared with `nll`."""
     values: list[float] = []
     for ids, window in zip(text.ids.to(run.device), logits(open_engine(run), text.ids), strict=True):
-        values.append(score_targets(window[:-1], ids[1:]).nll)
+        values.append(text.nll(ids, window))
         yield window
     run.share(("nll", text.cut, text.text), lambda: values)
 
@@ -78,7 +94,7 @@ def nll(run: ModelRun, text: Windows) -> list[float]:
     """Mean negative log-likelihood of every window in one block, in nats per token."""
     pairs = zip(text.ids.to(run.device), logits(open_engine(run), text.ids), strict=True)
     key = ("nll", text.cut, text.text)
-    return run.share(key, lambda: [score_targets(window[:-1], ids[1:]).nll for ids, window in pairs])
+    return run.share(key, lambda: [text.nll(ids, window) for ids, window in pairs])
 
 
 def score_block(run: ModelRun, settings: Mapping[str, Any]) -> tuple[int | None, str]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from effbench.machine.peak import SCOPES, PeakMemory
 from effbench.nn.infer.engine import open_engine
-from effbench.nn.model.linear import Replaced, stored_as, stored_bytes, top_linears
+from effbench.nn.model.linear import Replaced, Storage, stored_as, stored_bytes, top_linears
+from effbench.nn.model.sparsity import measure_sparsity
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
 from effbench.records.metric import Finding
@@ -23,10 +24,10 @@ BATCH, CONTEXT, NEW_TOKENS = 4, 256, 16  # where the settings do not say
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """Stored bytes by kind, effective bits per weight, resident bytes, and peaks over what was resident."""
+    """Stored bytes by kind, bits per weight, shares of zeros, resident bytes, and peaks over what was resident."""
     reading = Reading()
     stored = stored_bytes(run.model, run.storage)
-    kept_in = f"as saved, dense tensors in {str(run.storage).removeprefix('torch.')}, tied tensors once"
+    kept_in = f"as saved, dense tensors in {str(run.storage).replace('torch.', '')}, tied tensors once"
     total, original = sum(stored), run.original.stored_bytes
     reading.add("weight_bytes", stored.weights, kept_in)
     reading.add("metadata_bytes", stored.metadata, f"scales, zero-points, indices, masks; {kept_in}")
@@ -39,18 +40,25 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading.add(
         "model_bits_per_weight", 8 * total / run.original.parameters, "all stored bytes over the reference's parameters"
     )
+    sparsity = measure_sparsity(run.model)
+    reading.add("sparsity", sparsity.linears, "exact zeros of the matrices of all linears but the head")
+    reading.add(
+        "model_sparsity", sparsity.model, "exact zeros of all parameters, linears by their matrices, tied ones once"
+    )
+    if run.log.sparsity_asked is not None:
+        reading.add("sparsity_asked", run.log.sparsity_asked, "the largest that a step of the recipe was asked for")
     reading.add("resident_bytes", resident_bytes(run.model), "all tensors of the model as held for computing")
     _peaks(run, settings, reading)
     return reading
 
 
-def bits_per_weight(model: nn.Module, dtype: torch.dtype) -> tuple[float, dict[str, Finding]]:
+def bits_per_weight(model: nn.Module, storage: torch.dtype | Storage) -> tuple[float, dict[str, Finding]]:
     """Stored bits per weight of the replaced linears (where none is, of all but the head); and how many they are."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = [module for _, module in top_linears(model) if module is not head]
     replaced = [module for module in linears if isinstance(module, Replaced)]
     chosen = replaced or linears
-    size = sum(sum(stored_bytes(module, dtype)) - _bias_bytes(module, dtype) for module in chosen)
+    size = sum(sum(stored_bytes(module, storage)) - _bias_bytes(module, storage) for module in chosen)
     bits = 8 * size / sum(elements(module) for module in chosen)
     return bits, {"linears": len(chosen), "compressed": bool(replaced)}
 
@@ -74,9 +82,9 @@ def tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _bias_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+def _bias_bytes(module: nn.Module, storage: torch.dtype | Storage) -> int:
     bias = getattr(module, "bias", None)
-    return bias.numel() * stored_as(bias, dtype).itemsize if isinstance(bias, Tensor) else 0
+    return bias.numel() * stored_as("bias", bias, storage).itemsize if isinstance(bias, Tensor) else 0
 
 
 def _peaks(run: ModelRun, settings: Mapping[str, Any], reading: Reading) -> None:

@@ -31,7 +31,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 
 def _streamed(engine: Engine, text: Windows, block: int) -> list[float]:
-    pairs = [(window[:1], window[1:]) for window in text.ids.tolist()]
+    pairs = [(window[: text.first], window[text.first :]) for window in text.ids.tolist()]
     values = [scored.nll for scored in engine.score(pairs, block=block)]
     engine.verify()
     return values

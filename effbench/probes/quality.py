@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.usage import nearest
 from effbench.core.views import Segments
+from effbench.nn.files.checkpoint import stop_ids
 from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
 from effbench.probes.inputs import require_quality, score_block
 from effbench.records.metric import Metric
+from effbench.sources.tasks import index_tasks
 from effbench.stats import intervals
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ PERPLEXITIES = {  # metric of lm-eval: our name, what its mean becomes
     "bits_per_byte": ("bits_per_byte", lambda mean: -mean / math.log(2)),
     "perplexity": ("ppl", lambda mean: intervals.exp(-mean)),
 }
+PENALTIES = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens")
 OWN = ("acc", "acc_norm", "exact_match", "f1", "mcc")  # of lm-eval, under its name; others are said to be lm-eval's
 HEADLINE = ("acc", "exact_match")  # what counts as a task's accuracy, first found
 
@@ -62,10 +64,15 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     engine = open_engine(run)
     lm = EngineLM(engine, run.tokenizer, *score_block(run, settings))
     lm.rewrite = run.rewrite if run.infer.chain("prompt") else None
+    lm.chats = bool(settings.get("chat_template"))
+    if lm.chats and run.tokenizer.chat_template is None:
+        raise Unsupported("chat_template: the model's tokenizer has none")
     with quiet():
         tasks = load(wanted, run.data.task_paths)
         limit = settings.get("limit")
-        evaluated = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+        evaluated = evaluator.evaluate(
+            lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=lm.chats
+        )
     engine.verify()
     width = str(next(run.model.parameters()).dtype).removeprefix("torch.")
     findings = {"cut_contexts": lm.truncated} if lm.truncated else {}  # of all tasks together
@@ -95,6 +102,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self.block, self.spelled = block, spelled
         self.truncated = 0  # contexts that lost their beginning
         self.generation: dict[str, str] = {}  # task: resolved settings of its generations
+        self.chats = False  # whether prompts are put as a user's turn, by the model's own template
         self.rewrite: Callable[[Segments], Segments] | None = None
         self.rewrites: dict[str, str] = {}  # prompt: what prompt methods made of it
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -124,7 +132,24 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             words.append(self.spelled)
         if config.output_type == "loglikelihood_rolling":
             words.append(f"windows of {self.engine.max_length}, one token of context, each text apart")
+            words.append("every token of the text scored once, the prefix token never")
+        elif self.chats:
+            words.append("chat template of the model, prompts as a user's turn")
         return ", ".join(words)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The turns as one prompt, by the model's own template."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         if add_special_tokens is None:
@@ -163,11 +188,17 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return [(scored.logprob, scored.greedy) for scored in self.engine.score(pairs, block=self.block)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Every token once, from windows of the model's full length; each text by itself."""
+        """Every token once, from windows of the model's full length; each text by itself.
+
+        Where the tokenizer opens texts with the prefix token, it is context and not scored: lm-eval's own model scores
+        it, as a token that follows itself.
+        """
         pairs: list[tuple[list[int], list[int]]] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
+            if ids[:1] == [self.prefix_token_id]:
+                del ids[0]
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.engine.max_length, 1)
             windows = [make_disjoint_window(window) for window in rolling]
             pairs += windows
@@ -193,7 +224,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             ids = self.tok_encode(context)
             self.truncated += len(ids) > room
             groups[longest, stops].append((index, ids[-room:]))
-            self.generation[request.task_name] = f"greedy, at most {longest} tokens, until {list(stops)} or EOS"
+            how = f"greedy, at most {longest} tokens, until {list(stops)} or EOS{self._left_out}"
+            self.generation[request.task_name] = how
         for (longest, stops), members in groups.items():
             members.sort(key=lambda member: len(member[1]))
             for start in range(0, len(members), GENERATED):
@@ -204,9 +236,16 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                     texts[index] = postprocess_generated_text(text, list(stops), None)
         return texts
 
+    @property
+    def _left_out(self) -> str:
+        """What the checkpoint asks of generation beside sampling and is not done here, in words."""
+        wanted = {name: getattr(self.engine.model.generation_config, name, None) for name in PENALTIES}
+        given = [f"{name}={value}" for name, value in wanted.items() if value not in (None, 0, 1, [])]
+        return f", without {', '.join(given)} of the checkpoint" if given else ""
+
     def _stop_ids(self, stops: Sequence[str]) -> set[int]:
-        """EOS, and every token that by itself is a stop string."""
-        ids = {self.eot_token_id}
+        """EOS of tokenizer and checkpoint, and every token that by itself is a stop string."""
+        ids = {self.eot_token_id} | stop_ids(self.engine.model)
         for stop in stops:
             single = self.tokenizer.encode(stop, add_special_tokens=False)
             if len(single) == 1 and self.tokenizer.decode(single) == stop:
@@ -215,11 +254,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
 
 def load(wanted: list[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """Tasks by name; lm-eval's own thousands are indexed only when one of them is asked for."""
-    paths = [str(folder) for folder in folders]
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    if not set(wanted) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=paths)
+    """Tasks by name."""
+    manager = index_tasks(wanted, folders)
     for name in wanted:
         if name not in manager.all_tasks:
             raise Unsupported(f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)}")

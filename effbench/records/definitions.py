@@ -131,6 +131,18 @@ DEFINITIONS: tuple[Definition, ...] = (
         "model_bits_per_weight", "size", "bits", "lower",
         "All stored bits over the number of parameters of the unchanged model.",
     ),
+    Definition(
+        "sparsity", "size", "fraction", "neither",
+        "The share of exact zeros in the matrices of all linears but the head.",
+    ),
+    Definition(
+        "model_sparsity", "size", "fraction", "neither",
+        "The share of exact zeros among all parameters of the model.",
+    ),
+    Definition(
+        "sparsity_asked", "size", "fraction", "neither",
+        "The share of zeros among the weights that the recipe asked for.",
+    ),
     Definition("resident_bytes", "memory", "bytes", "lower", "The bytes of all tensors as held for computing."),
     Definition(
         "decode_weight_bytes", "memory", "bytes", "lower",

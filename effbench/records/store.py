@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -84,29 +85,30 @@ class Store:
         folder = self.folder(record.cell.suite, record.cell.suite_version)
         summary: Summary | None = None
         while True:
-            path = folder / record.name
-            if path.exists():
+            if self.holds(record):
                 if other := self.find(record):
                     return other
                 record = dataclasses.replace(record, attempt=record.attempt + 1)
                 continue
             summary = summary or self._refer(folder, summarize(record))
             summary.attempt = record.attempt
-            if files.add(path, write_text(summary).encode()):
+            if files.add(folder / record.name, write_text(summary).encode()):
                 return record
 
     def find(self, record: Record) -> Record | None:
-        """The final record that stands in the place of `record`, if there is one that can be read."""
+        """The final record of the attempt of `record` or of a later one, if there is one that can be read."""
         folder = self.folder(record.cell.suite, record.cell.suite_version)
-        with contextlib.suppress(Unreadable):
-            other = Reader(folder).read_record(folder / record.name)
-            if other.outcome not in RETRIED:
-                return other
+        while self.holds(record):
+            with contextlib.suppress(Unreadable):
+                other = Reader(folder).read_record(folder / record.name)
+                if other.outcome not in RETRIED:
+                    return other
+            record = dataclasses.replace(record, attempt=record.attempt + 1)
         return None
 
     def holds(self, record: Record) -> bool:
-        """Whether there is a file in the place of `record`."""
-        return (self.folder(record.cell.suite, record.cell.suite_version) / record.name).is_file()
+        """Whether there is a file in the place of `record`; there is none where it cannot be looked at."""
+        return os.path.exists(self.folder(record.cell.suite, record.cell.suite_version) / record.name)
 
     def _refer(self, folder: Path, summary: Summary) -> Summary:
         """Write content that lies in files beside a summary; returns the summary with their digests instead."""

@@ -75,6 +75,12 @@ class Row:
         values = [one.value for record in self.records if (one := record.metrics.get(metric))]
         return over_seeds(values) if len(values) == len(self.records) else None
 
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a reader has to know of the methods of the recipe."""
+        told = self.records[0].facts.get("caveats")
+        return tuple(map(one_line, told)) if isinstance(told, list) else ()
+
     def fact(self, name: str) -> str:
         """What the methods of the recipe declare."""
         return one_line(self.records[0].facts.get(name) or "") or DASH

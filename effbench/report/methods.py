@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -28,14 +29,21 @@ only, these are named. Any other combination is wrong usage.
 COLUMNS = ("key", "kind", "what it does", "paper", "parameters")
 
 
-def index(folder: Path) -> str:
+def index(folder: Path) -> tuple[str, list[str]]:
     """The page, for a file in `folder`: a table for each family of methods, and what their open parameters take.
 
-    Methods whose file cannot be read are left out.
+    Methods that cannot be imported and made are left out of it; what is wrong with them is given beside it.
     """
     families: dict[str, list[registry.Entry]] = {}
+    broken: list[str] = []
     for entry in registry.catalog().values():
-        if entry.kind != "broken":
+        try:
+            cls = registry.load(entry.key)
+            with registry.blame_method(entry.key):
+                cls(**cls.trials[0])
+        except Usage as error:
+            broken.append(str(error))
+        else:
             families.setdefault(entry.family, []).append(entry)
     parts = [HEADER]
     for family, entries in sorted(families.items()):
@@ -45,7 +53,7 @@ def index(folder: Path) -> str:
             takers = [entry for entry in entries if field in entry.parameters]
             table = [[entry.key, *(_taken(entry, field, value) for value in values)] for entry in takers]
             parts.append(f"{CHOICES.format(field=field)}\n{markdown_table(('key', *values), table, pad=False)}\n")
-    return "\n".join(parts)
+    return "\n".join(parts), broken
 
 
 def _tried(entries: list[registry.Entry]) -> dict[str, list[str]]:
@@ -54,9 +62,11 @@ def _tried(entries: list[registry.Entry]) -> dict[str, list[str]]:
     for entry in entries:
         for name, parameter in entry.parameters.items():
             if parameter.type == "str" and sum(name in other.parameters for other in entries) > 1:
-                settings: list[dict[str, Any]] = [{}, *registry.load(entry.key).trials]
-                defaults = registry.load(entry.key)().__dict__
-                values.setdefault(name, {}).update(dict.fromkeys((defaults | given)[name] for given in settings))
+                cls: Any = registry.load(entry.key)
+                default = {field.name: field.default for field in dataclasses.fields(cls)}
+                settings = [{name: default[name]} if isinstance(default[name], str) else {}, *cls.trials]
+                tried = (given[name] for given in settings if name in given)
+                values.setdefault(name, {}).update(dict.fromkeys(tried))
     return {name: list(tried) for name, tried in values.items() if len(tried) > 1}
 
 
@@ -68,16 +78,17 @@ def _taken(entry: registry.Entry, field: str, value: str) -> str:
     accepted = [
         choice
         for choice in itertools.product(*others.values())
-        if _accepts(cls, {field: value} | dict(zip(others, choice, strict=True)))
+        if _accepts(entry.key, cls, {field: value} | dict(zip(others, choice, strict=True)))
     ]
     if len(accepted) in (0, len(list(itertools.product(*others.values())))):
         return "yes" if accepted else "-"
     return "; ".join(_restrictions(others, accepted))
 
 
-def _accepts(cls: Any, settings: dict[str, Any]) -> bool:
+def _accepts(key: str, cls: Any, settings: dict[str, Any]) -> bool:
     try:
-        cls(**settings)
+        with registry.blame_method(key):
+            cls(**settings)
     except Usage:
         return False
     return True

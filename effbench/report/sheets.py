@@ -119,6 +119,8 @@ def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict
     operations = [*select(table.measured, "compute"), *select(table.measured, "energy", "J")]
 
     summary: dict[str, Show] = {"bits": _show_value("bits_per_weight", "{:.2f}".format), "stored": _show_stored}
+    if "sparsity_asked" in table.measured:
+        summary["zeros, %"] = _show_sparsity
     summary |= {get_title(name): measured(name) for name in ppls[:1]}
     summary |= {get_title(name): measured(name) for name in ("kl_nats_per_token", "top1_agreement", TASKS)}
     for phase in ("prefill", "decode"):
@@ -186,16 +188,26 @@ def _show_stored(row: Row) -> str:
     return DASH if size is None else bytes_text(size.value) + (f" ({ratio.value:.2f}×)" if ratio else "")
 
 
+def _show_sparsity(row: Row) -> str:
+    """The share of zeros of the linears, and in brackets that which was asked for."""
+    found, asked = row.estimate("sparsity"), row.estimate("sparsity_asked")
+    return DASH if found is None else f"{100 * found.value:.1f}" + (f" ({100 * asked.value:g})" if asked else "")
+
+
 def _name_row(row: Row, footnotes: dict[str, int]) -> str:
-    """The recipe and, where it is not simply `ok`, what became of it, with a footnote for the reason."""
-    name = row.recipe + " (simulated)" * row.simulated + " (densified)" * row.densified
+    """The recipe with footnotes: its caveats, and where it is not simply `ok`, what became of it and why."""
+
+    def mark(*texts: str) -> str:
+        return " ".join(superscript(footnotes.setdefault(text, len(footnotes) + 1)) for text in texts)
+
+    name = row.recipe + mark(*row.caveats) + " (simulated)" * row.simulated + " (densified)" * row.densified
     worst = row.worst
     if worst.outcome == "ok":
         return name
     text = f"{worst.outcome}: {one_line(worst.reason)[:300] or 'no reason given'}"
     if len(row.records) > 1:
         text = f"{sum(one.outcome != 'ok' for one in row.records)} of {len(row.records)} seeds, {text}"
-    return f"{name}: {worst.outcome}{superscript(footnotes.setdefault(text, len(footnotes) + 1))}"
+    return f"{name}: {worst.outcome}{mark(text)}"
 
 
 # ---- words --------------------------------------------------------------------------------------
@@ -241,6 +253,8 @@ def _write_caption(table: Table, differing: Sequence[str], stale: Stale | None) 
     counts = Counter(record.outcome for record in records)
     outcomes = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
     parts = [f"Data {cell.data}; {', '.join(where)}; {when}; {_count_cells(len(records))}: {outcomes}."]
+    if types := sorted({one_line(record.log["model_types"]) for record in records if record.log.get("model_types")}):
+        parts.append(f"The model's files hold {'; '.join(types)}.")
     if commits := _list_commits(records):
         parts.append(f"Measured at {commits}.")
     if stale is not None and (old := sum(any(map(stale, row.records)) for row in table.rows)):
@@ -288,6 +302,8 @@ def _write_legend(table: Table, tested: bool) -> str:
     if speeds := select(table.measured, "speed", "ratio"):
         first = get_title(speeds[0]).partition(" ")[2]
         parts.append(f"Speed: the baseline of the same run is 1; b: batch, c: context, {first} unless named.")
+    if "sparsity_asked" in table.measured:
+        parts.append("Zeros: of the linears but the head, in brackets what was asked for; rounding makes some too.")
     if any(row.simulated for row in table.rows):
         parts.append("Simulated: computes like the compressed form without being stored as it, so it has no speed.")
     if any(row.densified for row in table.rows):

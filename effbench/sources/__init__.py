@@ -1,47 +1,69 @@
 """What `model=`, `data=` and `tokenizer=` name: looked up and digested, not opened.
 
-Names that cannot be right are `Usage`. What is wrong with the content (a pickle, a missing key, no text) shows
-when a cell opens it, and is that cell's outcome.
+Names that cannot be right are `Usage`, and so is text that cannot be read. What is wrong with a model (a pickle, a
+missing key) shows when a cell opens it, and is that cell's outcome.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from effbench.core.errors import Usage
+from effbench.core.errors import Unavailable, Usage
+from effbench.core.files import file_digest
 from effbench.core.paths import PACKAGE
 from effbench.core.usage import named_path, nearest
+from effbench.sources import smollm2
 from effbench.sources.shapes import SHAPES
+from effbench.sources.text import READERS, read_speeches
 
 TINY = PACKAGE / "tiny"
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
+POSITIONS = ("max_position_embeddings", "n_positions")  # what configurations call the number of them
 MODEL_FILES = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model: `tiny`, a local folder, a Hub id, or the shape of a public model with random weights."""
+    """A model: `tiny`, a local folder or GGUF file, a Hub id, or the shape of a public model with random weights."""
 
-    name: str
-    kind: Literal["tiny", "folder", "hub", "shape"]
-    path: Path | None = None  # of tiny and folders
+    name: str  # as shown: no two models have the same
+    kind: Literal["tiny", "folder", "gguf", "hub", "shape"]
+    path: Path | None = None  # of tiny, folders and files
     tokenizer: str | None = None  # tiny, a folder or a Hub id, where it is not the model's own
     digest: str = UNRESOLVED
     revision: str | None = None  # branch, tag or commit on the Hub
 
     @property
     def location(self) -> Path | str:
-        """The folder, or the name on the Hub."""
-        return TINY / "model" if self.kind == "tiny" else self.path or self.name.partition("@")[0]
+        """The folder or file, or the name on the Hub."""
+        if self.path is not None:
+            return self.path
+        hub = HUB_NAME.match(self.name)
+        return hub[1] if hub is not None else self.name
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model can see; None where that is only known once it is open."""
+        if self.kind == "shape":
+            config = SHAPES[self.name.removeprefix("shape:")]
+        elif self.path is not None:
+            try:
+                config = json.loads((self.path / "config.json").read_bytes())
+            except (OSError, ValueError, RecursionError):
+                return None
+        else:
+            return None
+        counts = [config.get(name) for name in POSITIONS] if isinstance(config, dict) else []
+        return next((count for count in counts if type(count) is int), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +71,20 @@ class DataSource:
     """Text to train on, calibrate on and measure on."""
 
     name: str
-    kind: Literal["tiny", "text", "hub"]
-    path: Path | None = None  # of a text folder
+    kind: Literal["tiny", "speeches", "text", "jsonl", "hub"]
+    path: Path | None = None  # of a text folder, or a file of JSON lines
     digest: str = UNRESOLVED
+    learned: DataSource | None = None  # what methods calibrate and train on, where it is another
+
+    @property
+    def shown(self) -> str:
+        """The name, with that of what is learned from."""
+        return self.name if self.learned is None else f"{self.name} calibrated on {self.learned.name}"
+
+    @property
+    def task_folders(self) -> tuple[Path, ...]:
+        """Folders of the lm-eval tasks that come with the data."""
+        return (TINY / "tasks",) if self.kind == "tiny" else ()
 
 
 def model(name: str, tokenizer: str | None = None) -> Source:
@@ -67,41 +100,97 @@ def model(name: str, tokenizer: str | None = None) -> Source:
         source = Source("tiny", "tiny", TINY / "model", tokenizer, _digest(_model_files(TINY / "model")))
     elif name.startswith("shape:"):
         source = Source(name, "shape", None, tokenizer, _shape_digest(name.removeprefix("shape:")))
+    elif name == smollm2.NAME:
+        source = Source(name, "gguf", smollm2.cache_folder() / smollm2.FILE, tokenizer, smollm2.DIGEST)
+    elif name.startswith("gguf:"):
+        file = named_path("model", name.removeprefix("gguf:")).resolve()
+        if not file.is_file():
+            raise Usage(f"model={name}: no such file")
+        if lacking := _find_lacking_reader():
+            raise Usage(f"model={name}: {lacking}")
+        digest = file_digest(file)
+        source = Source(f"gguf:{_label(file, digest)}", "gguf", file, tokenizer, digest)
     elif (folder := named_path("model", name)).is_dir():
         if not (folder / "config.json").is_file():
             raise Usage(f"model={name}: the folder has no config.json")
-        source = Source(folder.resolve().name, "folder", folder.resolve(), tokenizer, _digest(_model_files(folder)))
+        folder, digest = folder.resolve(), _digest(_model_files(folder))
+        source = Source(_label(folder, digest), "folder", folder, tokenizer, digest)
     elif (match := HUB_NAME.fullmatch(name)) and not name.startswith("."):
         fixed = match[2] is not None and COMMIT.fullmatch(match[2])
         source = Source(name, "hub", None, tokenizer, name if fixed else UNRESOLVED, match[2])
     else:
         raise Usage(
-            f"model={name}: no such folder; a model is tiny, a folder, org/name or org/name@REVISION on the Hub, or "
-            "shape:NAME"
+            f"model={name}: no such folder; a model is tiny, smollm2, a folder, gguf:FILE, shape:NAME, or org/name or "
+            "org/name@REVISION on the Hub"
         )
-    if tokenizer is None:
+    if tokenizer is None or source.kind == "shape":  # which has no use for text
         return source
     folder = TINY / "model" if tokenizer == "tiny" else named_path("tokenizer", tokenizer)
     digest = _digest(_model_files(folder)) if folder.is_dir() else tokenizer
-    return dataclasses.replace(source, digest=_joined([source.digest, digest]))
+    shown = _label(folder.resolve(), digest) if folder.is_dir() and tokenizer != "tiny" else tokenizer
+    name = f"{source.name} with tokenizer {shown}"
+    return dataclasses.replace(source, name=name, digest=_joined([source.digest, digest]))
 
 
-def data(name: str | None) -> DataSource:
-    """The data that `data=` names; without it the generated world of the tiny model. Raises `Usage`."""
-    kind, _, rest = (name or "tiny").partition(":")
-    if kind == "tiny" and not rest:
+def open_file(source: Source) -> Path:
+    """The GGUF file of a source. Raises `Unavailable` if it or what reads it is not there."""
+    path = source.path
+    assert path is not None
+    if lacking := _find_lacking_reader():
+        raise Unavailable(lacking)
+    if source.name == smollm2.NAME and not smollm2.is_there(path.parent):
+        raise Unavailable(f"{path} is not there or not whole: `effbench fetch smollm2` brings it")
+    if not path.is_file():
+        raise Unavailable(f"{path} is not there any more")
+    return path
+
+
+def _find_lacking_reader() -> str:
+    """Which package that reads GGUF files is not installed, with the mend; empty if none."""
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    return f"GGUF files need the package {missing[0]}: pip install 'effbench[gguf]'" if missing else ""
+
+
+def _label(path: Path, digest: str) -> str:
+    """How a folder or file is shown: its own name, and what tells it from others of that name."""
+    return f"{path.name}@{digest[:8]}"
+
+
+def data(name: str | None, learned: str | None = None) -> DataSource:
+    """The data that `data=` names; without it the generated world of the tiny model. Raises `Usage`.
+
+    learned  what `calibration_data=` names: methods calibrate and train on that instead
+    """
+    source = _data("data", name or "tiny")
+    if learned is None:
+        return source
+    other = _data("calibration_data", learned)
+    digests = [source.digest, other.digest]
+    return dataclasses.replace(
+        source,
+        digest=UNRESOLVED if UNRESOLVED in digests else _joined(digests),
+        learned=other,
+    )
+
+
+def _data(option: str, name: str) -> DataSource:
+    kind, _, rest = name.partition(":")
+    if name == "tiny":
         return DataSource("tiny", "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
-    if kind == "text" and rest:
-        folder = named_path("data", rest)
-        if not folder.is_dir():
-            raise Usage(f"data={name}: no such folder")
-        files = _files(folder, ("**/*",))
-        if not files:
-            raise Usage(f"data={name}: the folder holds no files")
-        return DataSource(f"text:{folder.resolve().name}", "text", folder.resolve(), _digest(files))
+    if name == "speeches":
+        return DataSource("speeches", "speeches", None, read_speeches().digest)
+    if kind in READERS and rest:
+        path = named_path(option, rest)
+        if not (path.is_dir() if kind == "text" else path.is_file()):
+            raise Usage(f"{option}={name}: no such {'folder' if kind == 'text' else 'file'}")
+        try:
+            digest = READERS[kind](path).digest
+        except Usage as error:
+            raise Usage(f"{option}={kind}:{error}") from None
+        return DataSource(f"{kind}:{_label(path.resolve(), digest)}", kind, path.resolve(), digest)  # type: ignore[arg-type]
     if kind == "hub" and rest:
         return DataSource(f"hub:{rest}", "hub")
-    raise Usage(f"data={name}: must be tiny, text:FOLDER or hub:NAME")
+    raise Usage(f"{option}={name}: must be tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME")
 
 
 def task_digest() -> str:
@@ -109,18 +198,6 @@ def task_digest() -> str:
     from importlib.metadata import version
 
     return _joined([_digest(_files(TINY, ("tasks/*", "data/*"))), version("lm-eval")])
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of one file, remembered while its size and time of change stay the same. Raises `OSError`."""
-    status = path.stat()
-    return _file_digest(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def _file_digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(files: Iterable[Path]) -> str:

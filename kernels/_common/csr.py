@@ -13,14 +13,24 @@ def positions(crow: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
     return rows.repeat_interleave(crow.diff(), output_size=len(col)), col.long()
 
 
-def random_positions(case: Mapping[str, Any], rows: int, columns: int, on: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Random crow and col of `number` entries.
+def random_entries(case: Mapping[str, Any], rows: int, columns: int, on: dict[str, Any]) -> Tensor:
+    """Ascending flat places of `number` random entries, int64 [number].
 
-    `uneven`: every third row is empty, the others differ in length; `wide`: columns are int32 instead of int16.
+    `uneven`: every third row is empty, the others differ in length.
     """
     score = torch.rand(rows, columns, **on)
     if case.get("uneven"):
         score *= torch.arange(rows, device=score.device)[:, None] % 3
-    entry = score.flatten().topk(case["number"]).indices.sort().values
-    crow = torch.searchsorted(entry, torch.arange(rows + 1, device=score.device) * columns, out_int32=True)
-    return crow, (entry % columns).to(torch.int32 if case.get("wide") else torch.int16)
+    return score.flatten().topk(case["number"]).indices.sort().values
+
+
+def row_starts(entries: Tensor, rows: int, columns: int) -> Tensor:
+    """crow of ascending flat places, int32 [rows + 1]."""
+    return torch.searchsorted(entries, torch.arange(rows + 1, device=entries.device) * columns, out_int32=True)
+
+
+def random_positions(case: Mapping[str, Any], rows: int, columns: int, on: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Crow and col of `random_entries`; `wide`: columns are int32 instead of int16."""
+    entries = random_entries(case, rows, columns, on)
+    col = (entries % columns).to(torch.int32 if case.get("wide") else torch.int16)
+    return row_starts(entries, rows, columns), col

@@ -8,7 +8,7 @@ from effbench.kernels._common.shapes import size_cases
 from effbench.kernels.e8p_linear.reference import E8PMatrix
 from effbench.ops import Case, LinearOp, linear_case
 
-# Factors of the residual stage, by bits per weight in all: the authors' (QuIP#, appendix on RVQ).
+# Factors of the residual stage, by bits per weight in all: those of the code of QuIP#'s authors.
 RESIDUAL_SCALE = {2: 1.0, 3: 2.04, 4: 3.45}
 
 

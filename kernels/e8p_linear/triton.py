@@ -72,7 +72,7 @@ def _e8p_linear(
     total = start_sum(BLOCK_M, BLOCK_N, BLOCK_K)
     for start in range(0, IN, BLOCK_K):
         # One code for 8 inputs: a point of the codebook, and with more than 2 bits a second, finer one, added after
-        # division by its scale (residual vector quantization, QuIP#, arXiv:2402.04396, section 4).
+        # division by its scale (residual vector quantization, as in QuIP#, arXiv:2402.04396).
         column = (start // 8 + tl.arange(0, BLOCK_K // 8))[None, :]
         at = rows[:, None] * (IN // 8) + column
         inside = (rows[:, None] < OUT) & (column < IN // 8)

@@ -104,6 +104,7 @@ class LoRA(Swap):
     """
 
     paper = "arXiv:2106.09685"
+    caveats = ("on every linear; Hu et al. adapt queries and values, at rank 4 to 8",)
     type = "PEFT"
     weight_update = "low rank"
 

@@ -1,6 +1,6 @@
 """Hard-concrete gates: masks whose expected number of non-zeros has a gradient (Louizos et al., 2018).
 
-Numbers of equations are those of arXiv:1712.01312.
+The names in the formulas are those of arXiv:1712.01312, "The hard concrete distribution".
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ class HardConcreteMask(TrainedMask):
 
     def gate(self) -> Tensor:
         uniform = torch.rand(self.log_alpha.shape, generator=self.generator("gate"), device=self.log_alpha.device)
-        noise = uniform.clamp(1e-6, 1 - 1e-6).logit()  # log u - log(1 - u) of equation (10)
+        noise = uniform.clamp(1e-6, 1 - 1e-6).logit()  # log u - log(1 - u): the binary concrete distribution
         return stretch(((noise + self.log_alpha) / BETA).sigmoid())
 
     def open(self) -> Tensor:
         """[out, in]: probability that a gate is not 0; a weight that an earlier step pruned does not count."""
-        # Equation (12): the probability that the stretched variable exceeds 0.
+        # The probability that the stretched variable exceeds 0: sigmoid(log alpha - beta log(-gamma / zeta)). The
+        # paper's penalty is its sum over all gates.
         probability = (self.log_alpha - BETA * math.log(-LOW / HIGH)).sigmoid()
         return probability if self.held is None else probability * self.held
 
@@ -44,12 +45,12 @@ class HardConcreteMask(TrainedMask):
         return alpha if self.held is None else alpha.masked_fill(~self.held, -torch.inf)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        gate = stretch(self.log_alpha.detach().sigmoid())  # equation (13): without noise and temperature
+        gate = stretch(self.log_alpha.detach().sigmoid())  # the test-time gate: without noise and temperature
         return self.weight * gate.to(self.weight.dtype), self.chosen & (gate > 0)
 
 
 def stretch(concrete: Tensor) -> Tensor:
-    """A gate in [0, 1] from its concrete variable in (0, 1): stretched (equation 10) and clipped (equation 11)."""
+    """A gate in [0, 1] from its concrete variable in (0, 1): stretched to (gamma, zeta), then clipped."""
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
 
 

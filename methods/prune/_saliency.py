@@ -19,6 +19,7 @@ class Saliency(Weights):
     """One-shot pruning by a score per weight: the lowest of every comparison group go, the rest stays as it is."""
 
     type = "post-training"
+    sparsifies = True
     must_define = (("zeros", "score"),)
 
     sparsity: float = 0.5  # fraction of the weights set to zero

@@ -140,7 +140,7 @@ def split_group(groups: Groups, parameters: Iterable[nn.Parameter], **settings: 
     own = list(parameters)
     ids = {id(parameter) for parameter in own}
     rest = [group | {"params": [p for p in group["params"] if id(p) not in ids]} for group in groups]
-    return [group for group in rest if group["params"]] + [{"params": own, **settings}]
+    return [*rest, {"params": own, **settings}]
 
 
 def _weight(linear: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""Block sparsity: square blocks of the smallest norm go as a whole (Lagunas et al., 2021)."""
+"""Block sparsity: square blocks of the smallest norm go as a whole (after Narang et al., 2017)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from effbench.methods.prune._saliency import Saliency
 class BlockSparse(Saliency):
     """Needs no data. Blocks are compared by their Frobenius norm, as magnitude pruning compares weights.
 
-    The other saliencies prune blocks by the sum of their scores: `wanda(pattern='block:16x16')`.
+    The other saliencies prune blocks by the sum of their scores: `wanda(pattern='block:16x16')`. Block movement pruning
+    (Lagunas et al., arXiv:2109.04838) is `movement(pattern='block:32x32'), fit()`.
     """
 
-    paper = "arXiv:2109.04838"
+    paper = "arXiv:1711.02782"
+    caveats = (
+        "in one shot, by the norm of a block; Narang et al. prune by its largest weight, more and more while training",
+    )
     weight_update = "none"
     identity = {"sparsity": 0.0}
 

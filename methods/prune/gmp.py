@@ -43,11 +43,13 @@ class GMP(Train):
     """The sparsity rises fast at first and slowly at the end; the masks are chosen anew at every rise.
 
     By default the first tenth of the fit is dense and the last fifth recovers under fixed masks: the share that
-    arXiv:2005.07683 gives magnitude pruning when it fine-tunes language models.
+    the code of arXiv:2005.07683 gives magnitude pruning when it fine-tunes language models.
     """
 
     paper = "arXiv:1710.01878"
+    caveats = ("a fit of a trained model; Zhu & Gupta prune during the whole training, over epochs",)
     type = "sparse training"
+    sparsifies = True
     settles = True
     trials = ({}, {"pattern": "2:4"}, {"pattern": "block:16x16"})
 
@@ -67,7 +69,7 @@ class GMP(Train):
     def update(self, done: int, total: int) -> float | None:
         """Sparsity of the update after `done` of `total` steps; None when there is no update.
 
-        Equation (1) of the paper: s_f + (s_i - s_f) (1 - (t - t0) / (n dt))^3 at t = t0, t0 + dt, ..., t0 + n dt.
+        The paper's cubic schedule: s_f + (s_i - s_f) (1 - (t - t0) / (n dt))^3 at t = t0, t0 + dt, ..., t0 + n dt.
         """
         first = max(1, round(self.begin * total))
         last = max(first, round(self.end * total))

@@ -17,7 +17,7 @@ from effbench.nn.model.structure import find_cuttable, heads, keep_groups
 
 
 @torch.enable_grad()
-def importance(run: Run, view: Blocks, absolute: Literal["sequence", "token"] = "sequence") -> list[Tensor]:
+def importance(run: Run, view: Blocks, absolute: Literal["sequence", "token"] = "token") -> list[Tensor]:
     """Of every block, [query heads] float64: the mean of |dL/dgate| at gates of 1 on the heads' outputs.
 
     The magnitude is taken before the mean over `absolute`, so that opposite signs do not cancel: of a whole
@@ -61,6 +61,7 @@ class HeadPruning(Method):
     """
 
     paper = "arXiv:1905.10650"
+    published = "head_pruning()"
     type = "post-training"
     weight_update = "none"
     needs = {"grad"}
@@ -70,7 +71,8 @@ class HeadPruning(Method):
 
     sparsity: float = 0.2  # fraction of the heads, rounded down to whole (key-value) heads
     normalize: bool = True  # divide by the l2 norm of the block's importances, or compare them as they are
-    absolute: Literal["sequence", "token"] = "sequence"  # magnitudes of what are averaged, see `importance`
+    # Magnitudes of what are averaged, see `importance`: of tokens in the authors' code, of sequences in their formula.
+    absolute: Literal["sequence", "token"] = "token"
     rounds: int = 1  # rankings; after each an equal share of the heads goes
 
     def check(self) -> None:

@@ -63,6 +63,7 @@ class LayerPruning(Method):
     """
 
     paper = "arXiv:2403.03853"
+    published = "layer_pruning()"
     type = "post-training"
     weight_update = "none"
     needs = {"raw"}

@@ -50,7 +50,8 @@ class CandidateMask(TrainedMask):
         groups = len(to_groups(weight, method.pattern, "local", path))
         logits = 0.01 * torch.randn(groups, len(rows), generator=self.generator("start"), device=weight.device)
         if method.prior == "magnitude":
-            # The prior: candidates that share more with the mask of the largest weights start with larger logits.
+            # The paper's mask prior: candidates that share more with the mask of the largest weights start with larger
+            # logits.
             largest = keep_mask(dense_weight(linear).abs(), method.sparsity, method.pattern, name=path)
             prior = largest.float().view(-1, m)
             overlap = prior @ self.candidates.T - n * n / m  # 0 on average over the candidates
@@ -81,7 +82,13 @@ class LearnedMask(Train):
     """
 
     paper = "arXiv:2409.17481"
+    published = (
+        "sparsegpt(pattern='2:4'), learned_mask(weights='reference'), "
+        "fit(steps=2000, batch_size=256, warmup=0.0, max_length=4096)"
+    )
+    caveats = ("masks need training: MaskLLM gives them 2,000 steps of a million tokens",)
     type = "sparse training"
+    sparsifies = True
     settles = True
     trials = ({}, {"pattern": "unstructured"})
 
@@ -94,7 +101,7 @@ class LearnedMask(Train):
     prior_strength: float = 3.0  # in standard deviations of the logits
     weights: str = "model"  # what n:m masks choose from: the weights of the model, the reference or a snapshot
     weight_reg: float = 1e-5  # reward for the squared norm of the kept weights, removed linearly over the fit
-    penalty: float = 125.0  # on the expected density of L0 gates, as arXiv:2005.07683 sets it for language models
+    penalty: float = 125.0  # on the expected density of L0 gates, from the code of arXiv:2005.07683
 
     def check(self) -> None:
         check_pattern(self, self.sparsity, self.pattern)
@@ -149,7 +156,8 @@ class LearnedMask(Train):
         if self.pattern == "unstructured":
             return {"density": self.penalty * (density(find_masks(run, HardConcreteMask)) - (1 - self.sparsity)).abs()}
         masks = find_masks(run, CandidateMask)
-        # The reward for large kept weights, -lambda ||W * M||^2: gradients would vanish where masks keep small ones.
+        # The paper's sparse weight regularization, -lambda ||W * M||^2, rewards large kept weights: gradients would
+        # vanish where masks keep small ones.
         norm = torch.stack([(mask.weight.float() * mask.gate()).square().sum() for mask in masks]).sum()
         return {"kept_norm": -self.weight_reg * (1 - masks[0].progress) * norm}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import Literal
 
 import torch
@@ -30,7 +31,9 @@ class LotteryTicket(Method):
     """
 
     paper = "arXiv:1803.03635"
+    caveats = ("rewinds to the trained model; tickets of Frankle & Carbin start from random weights",)
     type = "sparse training"
+    sparsifies = True
     consumes = True
     settles = True
     trials = ({"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32},)
@@ -40,7 +43,7 @@ class LotteryTicket(Method):
     rewind: int = 0  # optimizer step whose parameters every round starts from, above 0 as in arXiv:1912.05671
     control: Literal["none", "reinit"] = "none"  # reinit: the last round trains the same masks from random parameters
     steps: int = 200  # of a fit; after rewinding, those beyond `rewind`
-    lr: float = 1e-4  # peak, on a cosine
+    lr: float | tuple[float, ...] = 1e-4  # peak, on a cosine; of several, the one that validates best in the dense fit
     batch_size: int = 8  # examples per step
     max_length: int = 512  # tokens of an example
 
@@ -48,14 +51,18 @@ class LotteryTicket(Method):
         check_pattern(self, self.sparsity, "unstructured")
         self.require(min(self.rounds, self.batch_size) > 0, "rounds and batch_size must be at least 1")
         self.require(0 <= self.rewind < self.steps, "rewind is a step of the fit, in [0, steps)")
-        self.require(self.lr > 0 and self.max_length > 1, "lr must be above 0 and max_length at least 2")
+        self.require(not self._settings.find_fault(), self._settings.find_fault())
+        self.require(self.max_length > 1, "max_length must be at least 2")
+
+    @property
+    def _settings(self) -> FitSettings:
+        return FitSettings(self.steps, self.lr, self.batch_size, max_length=self.max_length)
 
     def apply(self, run: Run) -> None:
         linears = trainable_linears(run)
         run.state(self)["start"] = copy_parameters(run.model, list(linears))
         run.attach(self)
-        settings = FitSettings(self.steps, self.lr, self.batch_size, max_length=self.max_length)
-        fit(run, settings)
+        settings = replace_fields(self._settings, lr=fit(run, self._settings)["lr"])
         start = run.state(self).pop("start")  # freed at the end: it is as large as the model
         for number in range(1, self.rounds + 1):
             masks = {path: self._survivors(run.model.get_submodule(path), path, number) for path in linears}

@@ -15,6 +15,7 @@ class Magnitude(Patterned):
     """Needs no data. The baseline that every calibrated pruner has to beat; one threshold per matrix or per model."""
 
     paper = "arXiv:1506.02626"
+    caveats = ("in one shot, the baseline of later papers; Han et al. prune and retrain in turns",)
     weight_update = "none"
     identity = {"sparsity": 0.0}
     trials = ({}, {"scope": "global"})

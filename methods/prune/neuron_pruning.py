@@ -40,6 +40,9 @@ class NeuronPruning(Method):
     """
 
     paper = "arXiv:2305.11627"
+    caveats = (
+        "neurons of every block alone; LLM-Pruner also prunes heads, spares the outer blocks and trains LoRA after",
+    )
     type = "post-training"
     weight_update = "none"
     settles = True

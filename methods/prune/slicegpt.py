@@ -48,6 +48,7 @@ class SliceGPT(Method):
     """
 
     paper = "arXiv:2401.15024"
+    published = "slicegpt()"
     settles = True
     type = "post-training"
     weight_update = "rotation and slicing"
@@ -72,7 +73,8 @@ class SliceGPT(Method):
                 raise Unsupported(f"{path}: slicing changes every linear, so none can be skipped")
         if width < full and not self.slice_head and run.model.config.model_type == "gpt2":
             raise Unsupported("transformer.ln_f: GPT-2 needs one width from embeddings to head; use slice_head=True")
-        # Step 1: norms without weights of their own commute with orthogonal matrices (Theorem 1 of the paper).
+        # Step 1: norms without weights of their own commute with orthogonal matrices, RMSNorm(X Q) = RMSNorm(X) Q, so
+        # turning the stream changes no output: the paper's "computational invariance".
         fuse_norms(view)
         basis: Tensor | None = None
         for inputs in walk(run, self.needs):

@@ -39,15 +39,15 @@ def solve(
     inverse_diagonal = factor.diagonal().square().unsqueeze(1)
 
     def choose(column: int, ahead: Tensor) -> None:
-        # Masks are chosen when the loop reaches a block of columns (B_s of the paper), from weights that carry the
-        # compensation of all columns before it.
+        # Adaptive mask selection: masks are chosen when the loop reaches a block of columns (the paper's B_s: `block`,
+        # or m), from weights that carry the compensation of all columns before it.
         if pattern is None and (column % block or not sparsity):
             return
         if pattern is not None and column % pattern[1]:
             return
         ahead = ahead if pattern is None else ahead[: pattern[1]]
         span = slice(column, column + len(ahead))
-        cost = ahead.square() / inverse_diagonal[span]  # [columns, out]
+        cost = ahead.square() / inverse_diagonal[span]  # w_c^2 / U_cc^2, [columns, out]
         if kept is not None:
             cost *= kept.T[span]
         if pattern is None:
@@ -62,7 +62,8 @@ def solve(
         choose(column, ahead)
         if kept is not None:
             keep[column] &= kept.T[column]
-        # A pruned weight's error is all of it, a kept one's is that of rounding (zero without a grid).
+        # A pruned weight's error, which `compensate` spreads, is all of it; a kept one's is that of rounding (zero
+        # without a grid).
         value = ahead[0] if grid is None else grid.round(ahead[0])
         return torch.mul(value, keep[column], out=final[column])
 
@@ -76,7 +77,9 @@ class SparseGPT(Weights):
     to one grid per row taken from the dense weights."""
 
     paper = "arXiv:2301.00774"
+    published = "sparsegpt()"
     type = "post-training"
+    sparsifies = True
     weight_update = "Hessian-based compensation"
     needs = {"hessian"}
     trials = ({}, {"pattern": "2:4", "bits": 4})
@@ -104,9 +107,11 @@ class SparseGPT(Weights):
         width = layer.weight.shape[1]
         if kind == "n:m" and width % m:
             raise Unsupported(f"{layer.name}: width {width} is not a multiple of {m}, as pattern {self.pattern} needs")
+        # Joint quantization: the grid of every row is known beforehand.
         grid = None
         if self.bits is not None:
             grid = fit_grid(layer.weight, self.bits, self.symmetric).as_stored().per_group()
+        # Algorithm 1, with U from the dampened Hessian.
         weight, hessian = neutralize_dead(layer.weight, layer.inputs.hessian)
         factor = inverse_factor(hessian, self.damp, layer.name)
         pattern = (n, m) if kind == "n:m" else None

@@ -16,6 +16,7 @@ class Wanda(Patterned):
     """|W_ij| * ||X_j||_2 with the norm over all calibration tokens; what is kept is not updated."""
 
     paper = "arXiv:2306.11695"
+    published = "wanda()"
     weight_update = "none"
     needs = {"norm"}
     identity = {"sparsity": 0.0}

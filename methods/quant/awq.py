@@ -26,6 +26,7 @@ class AWQ(Weights):
     """
 
     paper = "arXiv:2306.00978"
+    published = "awq()"
     type = "PTQ"
     weight_update = "per-channel scaling and clipping"
     needs = {"norm", "hessian"}
@@ -48,7 +49,10 @@ class AWQ(Weights):
         return [self._scale(block, group, block.layers([group])) for group in shared]
 
     def _scale(self, block: Block, group: SharedInput, layers: Sequence[Layer]) -> Tensor | None:
-        """The best scale of a group's inputs [in], s* of equation (4); None where nothing before it can absorb one."""
+        """The scale of a group's inputs [in] that changes outputs least; None where nothing before it can absorb one.
+
+        That is s* = argmin ||Q(W diag(s)) diag(s)^-1 X - W X||, on the grid of alphas and on the module that is fed.
+        """
         if group.previous is None or len(layers) < len(group.names):
             return None
         candidates = [self.candidate(layers, step / self.grid) for step in range(self.grid)]
@@ -59,7 +63,7 @@ class AWQ(Weights):
         return candidates[losses.index(min(losses))]
 
     def candidate(self, layers: Sequence[Layer], alpha: float) -> Tensor:
-        """Scales [in] of linears that share an input, at one alpha: s = s_X^alpha of equation (5), and variants."""
+        """Scales [in] of linears that share an input, at one alpha: s = s_X^alpha, s_X the mean |x|, and variants."""
         inputs, weight = layers[0].inputs, torch.cat([layer.weight for layer in layers])
         if self.scale == "paper":
             scale = inputs.mean_abs.pow(alpha)

@@ -20,6 +20,7 @@ class FP8Weight(Weights):
     """
 
     paper = "arXiv:2209.05433"
+    published = "fp8_weight()"
     type = "PTQ"
     weight_update = "none"
     trials = ({}, {"granularity": "tensor", "activations": False})

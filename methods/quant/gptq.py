@@ -32,7 +32,7 @@ def solve(
 
     def settle(column: int, ahead: Tensor, rest: Tensor) -> Tensor:
         grid = grid_of(column, rest)
-        code = grid.codes(ahead[0])  # quant(w_q), of all rows at once
+        code = grid.codes(ahead[0])  # Q_:j = quant(W_:j) of Algorithm 1, of all rows at once
         if pruned is not None:
             code = torch.where(pruned[column], grid.zero, code)
         codes[column] = code
@@ -53,6 +53,7 @@ class GPTQ(Weights):
     """
 
     paper = "arXiv:2210.17323"
+    published = "gptq()"
     type = "PTQ"
     weight_update = "Hessian-based compensation"
     needs = {"hessian"}
@@ -110,7 +111,7 @@ class GPTQ(Weights):
                 grids.append(self._grid(rest[column : column + size].T))
             return grids[member[column]]
 
-        # Step 3, the loop over the columns with U from H = 2 X X^T, dampened.
+        # Step 3, Algorithm 1: the loop over the columns with U from H = 2 X X^T, dampened.
         codes = solve(weight, inverse_factor(hessian, self.damp, layer.name), grid_of, self.block, kept)
         scale, zero = (torch.stack(column, 1) for column in zip(*((g.scale, g.zero) for g in grids), strict=True))
         # Step 4, codes back in the order of the inputs; dynamic groups lie in the order of the loop and are named.

@@ -38,6 +38,7 @@ class NF4(Weights):
     """Needs no data. `double_quant` stores the blocks' factors in 8 bits about their mean: 0.373 bit a weight less."""
 
     paper = "arXiv:2305.14314"
+    published = "nf4()"
     type = "PTQ"
     weight_update = "none"
     trials = ({}, {"double_quant": True})

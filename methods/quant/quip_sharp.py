@@ -31,9 +31,9 @@ def block_ldl(hessian: Tensor, span: int = SPAN) -> Tensor:
 def ldlq(weight: Tensor, hessian: Tensor, bits: int, tune_iters: int) -> tuple[Tensor, Tensor | None]:
     """Codes of `weight` [out, in] (divided by its scale), eight inputs at a time from the last to the first.
 
-    Block LDLQ: with H = L D L^T, block k becomes Q(W_k + (W - W^) L_k) of the errors W - W^ of the blocks behind it
-    (equation 2 of QuIP, arXiv:2307.13304, with blocks of 8 for single inputs). Then `tune_iters` passes of coordinate
-    descent round every block again, given all the others.
+    Block LDLQ: with H = L D L^T, block k becomes Q(W_k + (W - W^) L_k) of the errors W - W^ of the blocks behind it:
+    LDLQ of QuIP (arXiv:2307.13304) with blocks of 8 for single inputs. Then `tune_iters` passes of coordinate descent,
+    which the authors' code adds, round every block again, given all the others.
     """
     lower = block_ldl(hessian)
     one = torch.ones((), device=weight.device)
@@ -46,13 +46,14 @@ def ldlq(weight: Tensor, hessian: Tensor, bits: int, tune_iters: int) -> tuple[T
         points = E8PMatrix(codes, one, residual, RESIDUAL_SCALE[bits]).dense(SPAN)
         left[start : start + SPAN] = (weight[:, start : start + SPAN] - points).T
 
-    # LDLQ: the rows of L below the block say how much of each later error a block takes over.
+    # Block LDLQ: the rows of L below the block say how much of each later error a block takes over.
     starts = range(weight.shape[1] - SPAN, -1, -SPAN)
     for start in starts:
         stop = start + SPAN
         settle(start, left[start:stop] + lower[stop:, start:stop].T @ left[stop:])
-    # Coordinate descent on tr((W - W^) H (W - W^)^T): with all other blocks fixed, its minimum over block k lies at
-    # W_k + sum over j != k of (W - W^)_j H_jk H_kk^-1, which is then rounded. `settled + gain @ left` is that target.
+    # Coordinate descent on the proxy loss, tr((W - W^) H (W - W^)^T): with all other blocks fixed, its minimum over
+    # block k lies at W_k + sum over j != k of (W - W^)_j H_jk H_kk^-1, which is then rounded. `settled + gain @ left`
+    # is that target.
     rows = hessian.unflatten(0, (-1, SPAN))  # [in / 8, 8, in]
     own = rows.unflatten(2, (-1, SPAN)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [in / 8, 8, 8]
     gain = torch.linalg.solve(own, rows).flatten(0, 1)  # H_kk^-1 H_k of every block k, [in, in]
@@ -73,6 +74,7 @@ class QuIPSharp(Weights):
     """
 
     paper = "arXiv:2402.04396"
+    caveats = ("without the fine-tuning of the paper",)
     type = "PTQ"
     weight_update = "block LDLQ"
     needs = {"hessian"}
@@ -102,7 +104,7 @@ class QuIPSharp(Weights):
         if layer.kept is not None:
             raise Unsupported(f"{layer.name}: rotated weights cannot keep the zeros of pruned ones")
         out, width = layer.weight.shape
-        # Incoherence: random signs and a Hadamard transform on both sides, of W and of H alike.
+        # Step 1, incoherence processing: random signs and a Hadamard transform on both sides, of W and of H alike.
         generator = torch.Generator().manual_seed(layer.seed)
         signs_in, signs_out = (
             (torch.randint(2, (size,), generator=generator) * 2.0 - 1).to(layer.weight.device) for size in (width, out)
@@ -112,7 +114,7 @@ class QuIPSharp(Weights):
         hessian.diagonal().add_(self.sigma_reg)
         hessian = rotate(hessian, signs_in, signs_in)
         weight = rotate(layer.weight, signs_in, signs_out)
-        # The weights, nearly Gaussian now, are scaled so that the codebook covers them.
+        # Step 2, block LDLQ. The weights, nearly Gaussian now, are scaled so that the codebook covers them.
         scale = weight.square().mean().sqrt().clamp(min=1e-12) / (self.scale or SCALE[self.bits])
         codes, residual = ldlq(weight / scale, hessian, self.bits, self.tune_iters)
         return E8PLinear.of(codes, scale, signs_in, signs_out, residual, bias=layer.bias)

@@ -18,6 +18,7 @@ class RTN(Weights):
     """Needs no data. The baseline that every calibrated quantizer has to beat."""
 
     paper = "arXiv:1712.05877"
+    caveats = ("weights alone, the baseline of later papers; Jacob et al. also round activations and train",)
     type = "PTQ"
     weight_update = "none"
     trials = (

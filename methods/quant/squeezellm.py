@@ -31,6 +31,7 @@ class SqueezeLLM(Weights):
     """The weights of the k-means are squared gradients of the loss (the diagonal of the Fisher information)."""
 
     paper = "arXiv:2306.07629"
+    published = "squeezellm()"
     type = "PTQ"
     weight_update = "none"
     needs = {"grad2"}
@@ -46,13 +47,16 @@ class SqueezeLLM(Weights):
         self.require(self.sensitive + self.outliers < 1, "sensitive and outliers must leave weights to cluster")
 
     def compress(self, layer: Layer) -> nn.Module:
+        # Step 1, dense-and-sparse decomposition: a few weights are kept apart.
         weight, importance, kept = layer.weight, layer.inputs.grad2, layer.kept
         if kept is not None:
             importance = importance * kept
         apart = keep_apart(weight, importance, self.sensitive, self.outliers)
+        # Step 2, sensitivity-based non-uniform quantization: the table of a row minimises the weighted squared error.
         dense = weight.masked_fill(apart, 0)
         lut = kmeans(dense, importance.masked_fill(apart, 0), 2**self.bits, zero=kept is not None).half()
         codes = nearest(dense, lut.float())
-        # The errors of the table at the positions kept apart, so that table and sparse part add up to the weight.
+        # Step 3, the sparse part: the errors of the table at the positions kept apart, so that table and sparse part
+        # add up to the weight.
         left = (weight - lut.float().gather(1, codes)) * apart
         return LutLinear.of(codes, lut, bits=self.bits, outliers=left, bias=layer.bias, keep=layer.kept)

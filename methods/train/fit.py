@@ -12,13 +12,14 @@ class Fit(FitSettings, Method):
     """Uses the train plan up: what stands before it prepares, what stands after acts on the trained weights."""
 
     paper = "arXiv:1711.05101"
+    published = "fit(weight_decay=0.01)"
     type = "fine-tuning"
     consumes = True
     trials = ({"steps": 2, "max_length": 32},)
 
     def check(self) -> None:
         self.require(self.steps > 0, "steps must be at least 1")
-        self.require(self.lr > 0, "lr must be above 0")
+        self.require(not self.find_fault(), self.find_fault())
         self.require(self.batch_size > 0, "batch_size must be at least 1")
         self.require(0 <= self.warmup < 1, "warmup is a fraction of the steps, in [0, 1)")
         self.require(self.clip is None or self.clip > 0, "clip must be above 0, or None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import string
 
@@ -15,6 +16,7 @@ from effbench.core.errors import Usage
 from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, RETRIED, Record
 from effbench.records.store import Store
+from effbench.sources import tasks
 
 
 @pytest.fixture
@@ -90,6 +92,73 @@ def test_any_options_are_a_plan_or_usage(options, names, data):
         plan(dataclasses.replace(options, **changes))
     except Usage as error:
         assert str(error).strip()
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"window": 2049}, 2049),
+        ({"calibration_length": 2049}, 2049),
+        ({"speed_points": [[1, 8], [1, 2048]]}, 2049),
+        ({"speed_points": [[1, 2040]], "speed_new_tokens": 9}, 2049),
+    ],
+)
+def test_no_setting_asks_for_more_tokens_than_the_model_sees(options, changes, tokens):
+    with pytest.raises(Usage, match=rf"takes {tokens} tokens, and the model tiny has 2048 positions; --set \w+=null"):
+        plan(options, changes)
+    plan(options, {name: None for name in changes})
+    plan(dataclasses.replace(options, model="shape:llama-2-7b"), changes)
+    plan(dataclasses.replace(options, model="org/name"), changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ('{"max_position_embeddings": 64}', 64),
+        ('{"n_positions": 64}', 64),
+        ("{}", None),
+        ("[]", None),
+        ("{", None),
+        ('{"max_position_embeddings": "many"}', None),
+    ],
+)
+def test_positions_are_read_from_a_model_s_folder(options, tmp_path, config, positions):
+    (tmp_path / "config.json").write_text(config)
+    options = dataclasses.replace(options, model=str(tmp_path))
+    fits = {"window": 64, "calibration_length": 64, "speed_points": [[1, 63]]}
+    plan(options, fits)
+    mend = "64 positions; --set window=null --set speed_points=null takes what fits"
+    with contextlib.nullcontext() if positions is None else pytest.raises(Usage, match=mend):
+        plan(options, fits | {"window": 65, "speed_points": [[1, 64]]})
+
+
+@pytest.fixture
+def no_own_tasks(monkeypatch):
+    """lm-eval without its thousands of tasks, which take seconds to read; those are what it was asked for."""
+    manager, asked = tasks.TaskManager, []
+
+    def make(include_path, include_defaults=True):
+        asked.append(include_defaults)
+        return manager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", make)
+    return asked
+
+
+def test_unknown_tasks_are_refused(options, no_own_tasks):
+    for wrong, words in (("tiny_fact", "did you mean 'tiny_facts'"), ("nope", "unknown task 'nope'; there is ")):
+        with pytest.raises(Usage, match=words):
+            plan(options, {"tasks": ["tiny_copy", wrong]})
+    with pytest.raises(Usage, match="unknown task 'tiny_copy'"):  # it comes with the data
+        plan(dataclasses.replace(options, data="hub:org/name"), {"tasks": ["tiny_copy"]})
+    no_own_tasks.clear()
+    changes = {"tasks": ["tiny", "tiny_copy"]}  # a group, and one of its tasks
+    jobs = plan(options, changes).todo
+    assert no_own_tasks == [False]
+    for job in jobs:
+        Store(options.folder).write(Record(job.cell, "ok"))
+    no_own_tasks.clear()
+    assert plan(options, changes).todo == [] and no_own_tasks == []  # what is done had its tasks
 
 
 @pytest.mark.parametrize("lost", ["protocols", "environment"])

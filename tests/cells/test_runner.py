@@ -241,6 +241,8 @@ def test_whatever_goes_wrong_while_a_record_is_written_costs_its_cell(store, mak
 
 def test_temporary_folders_removed_in_mid_run(store, make_job, tmp_path, monkeypatch):
     """Outputs, locks and the socket of the fork-server lie there. Cells run on, and new ones can start."""
+    socket = Path(util.get_temp_dir())  # made before, for its path has to be short
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # tests that run beside this one have folders of their own
     jobs = [make_job(f"r{i}", seconds=0.3) for i in range(6)]
     ended = 0
 
@@ -248,7 +250,9 @@ def test_temporary_folders_removed_in_mid_run(store, make_job, tmp_path, monkeyp
         nonlocal ended
         ended += event.record is not None
         if event.record is not None and ended in (1, 3):
-            for folder in (*Path(tempfile.gettempdir()).glob("effbench-*"), Path(util.get_temp_dir())):
+            folders = [*tmp_path.glob("effbench-*"), socket]
+            assert len(folders) > 1
+            for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
             jobs[0].place.gate.unlink(missing_ok=True)
 
@@ -274,13 +278,22 @@ def test_a_cell_that_another_run_has_finished_is_not_measured_again(store, make_
     assert [r.metrics["length"].value for r in records if r.cell.recipe == "r3"] == [99.0]
 
 
-def test_a_record_that_comes_second_is_dropped_and_this_is_said(store, make_job):
+def test_a_later_attempt_of_another_run_counts_as_well(store, make_job):
+    job = make_job("r0")
+    store.write(Record(job.cell, "crashed"))
+    store.write(Record(job.cell, "ok", attempt=2, metrics={"length": Metric(99.0)}))
+    (record,), _ = run_cells([job], store, local())
+    assert record.attempt == 2 and record.metrics["length"].value == 99.0
+
+
+@pytest.mark.parametrize("times", [{"started": "2026-01-01"}, {"seconds": 0.25}])  # the second may be the same
+def test_a_record_that_comes_second_is_dropped_and_this_is_said(store, make_job, times):
     job = make_job("slow", seconds=0.5)
     events = []
 
     def watch(event):
         if not events:  # ours has started
-            store.write(Record(job.cell, "ok", started="2026-01-01", metrics={"length": Metric(99.0)}))
+            store.write(Record(job.cell, "ok", **times, metrics={"length": Metric(99.0)}))
         events.append(event)
 
     (record,), _ = run_cells([job], store, local(), watch)
@@ -608,6 +621,33 @@ def test_a_refused_probe_keeps_the_other_readings(fake, make_job):
     assert record.traceback == ""
 
 
+def test_a_reason_names_no_folder_of_the_machine(fake, make_job, tmp_path, monkeypatch):
+    """But the file of a method, as the user does from the working folder, or with its own folder."""
+    file = tmp_path / "home" / "mine" / "fails.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(FAILS)
+    steps = f"'{file}:Fails'(bits=4)"
+    for folder, name in ((file.parent.parent, "./mine/fails.py:Fails"), ("/usr", "mine/fails.py:Fails")):
+        monkeypatch.chdir(folder)
+        record = fake(make_job("row", steps=steps))
+        assert record.reason == f"{name}(bits=4): {name}(bits=4): cannot be"
+        assert str(tmp_path) not in json.dumps([record.reason, record.log])
+
+
+FAILS = """
+from dataclasses import dataclass
+from effbench.core.errors import Unsupported
+from effbench.core.method import Method
+
+@dataclass(frozen=True)
+class Fails(Method):
+    bits: int = 8
+
+    def apply(self, run):
+        raise Unsupported(f"{self}: cannot be")
+"""
+
+
 @pytest.mark.parametrize(
     ("error", "outcome", "reason"),
     [
@@ -622,6 +662,9 @@ def test_a_refused_probe_keeps_the_other_readings(fake, make_job):
             "can't",
         ),
         (FloatingPointError("nan in loss"), "diverged", "nan in loss"),
+        (FloatingPointError(" \n"), "diverged", "a number is not finite"),
+        (ModuleNotFoundError(), "unavailable", "ModuleNotFoundError"),
+        (ValueError(), "crashed", "ValueError"),
         (Usage("rope is already set"), "refused", "rope"),
         (OSError(errno.ENOSPC, "No space left on device"), "crashed", "OSError: no space left on the disk"),
         (KeyError("weight"), "crashed", "KeyError: 'weight'"),

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import effbench
+from effbench.checks import all_checks
 from effbench.cli import main as cli
 from effbench.cli.main import main
 from effbench.core import registry
@@ -105,14 +106,39 @@ def test_a_new_method_in_a_family_is_known_by_its_name(here, monkeypatch, capsys
     assert verdicts and all(verdict["ok"] for verdict in verdicts)
 
 
+@pytest.mark.parametrize("name", ["random", "a" * 60])
+def test_a_family_may_have_a_method_of_any_name(name, here, monkeypatch, capsys):
+    (here / "methods").mkdir()
+    monkeypatch.setenv("EFFBENCH_METHODS", str(here / "methods"))
+    assert cli.main(["new", "method", "weights", name, "to=methods/mine"]) == 0
+    registry._catalog.cache_clear()
+    assert registry.load(name).__name__ == name.capitalize()
+
+
 FAULTS = {
     "identity": ("layer.weight * self.factor", "layer.weight * 0.5 * self.factor", "logits or text differ"),
     "facts": ("  # of every weight", "", "without a comment beside or above the field: factor"),
     "deterministic": ("* self.factor", "* self.factor + __import__('torch').rand(1)", "two runs with one seed differ"),
-    "save and load": (
+    "sparsity": (
+        "    paper =",
+        "    sparsifies = True\n    sparsity: float = 0.5  # of the weights\n    paper =",
+        "0.000 of the weights are zero",
+    ),
+    "save and load": ("return rebuilt(", "return None and (", r"Toy\.compress returned None.*module \(.*toy\.py:18\)"),
+    "linear protocol": (
+        "layer.module, layer.weight *",
+        "layer.module, layer.weight[1:] *",
+        r"Toy\.compress returned a Linear of shape \[127, 128\]; .* one of shape \[128, 128\] \(.*toy\.py:18\)",
+    ),
+    "undone on exit": (
         "return rebuilt(",
-        "return None and (",
-        r"Toy\.compress \(.*toy\.py:18\) returned None; it must",
+        "return __import__('torch').nn.ReLU() or (",
+        r"Toy\.compress returned a ReLU; it must return a linear module \(.*toy\.py:18\)",
+    ),
+    "touches only its part": (
+        "compress(self, layer):\n        return rebuilt(",
+        "compress_block(self, layer, shared):\n        return None and (",
+        r"Toy\.compress_block returned None; it must return a dict of modules by path \(.*toy\.py:18\)",
     ),
     "architectures": ("layer.weight *", "layer.wait *", r"AttributeError: 'Layer'.* 'wait' \(.*/toy\.py:19\)"),
 }
@@ -157,6 +183,32 @@ def test_further_trials_are_checked(here, capsys):
     write(here / "toy.py", text)
     assert cli.main(["check", "toy.py"]) == 0
     assert "ok      save and load with factor=0.25" in capsys.readouterr().out
+
+
+def test_what_an_author_s_code_prints_leaves_results_alone(here, monkeypatch, capsys):
+    """At import, when it is made and when it is applied: stdout is for results."""
+    shouting = "print('import')\n" + TOY.format(name="Toy").replace(
+        "return rebuilt", "print('apply')\n        return rebuilt"
+    )
+    shouting += "\n    def check(self):\n        print('made')\n"
+    write(here / "methods" / "mine" / "toy.py", shouting)
+    monkeypatch.setenv("EFFBENCH_METHODS", str(here / "methods"))
+    assert cli.main(["check", "toy", "--json"]) == 1  # no docstring any more
+    out, err = capsys.readouterr()
+    assert len([json.loads(line) for line in out.splitlines()]) == len(all_checks())
+    assert {"import", "made", "apply"} <= set(err.splitlines())
+
+
+def test_a_check_survives_code_that_ends_the_program(here, capsys):
+    write(here / "toy.py", TOY.format(name="Toy").replace("return rebuilt", "raise SystemExit(0) or rebuilt"))
+    assert cli.main(["check", "toy.py"]) == 1
+    assert re.search(r"^FAILED  deterministic: SystemExit: 0 \(.*toy\.py:19\)", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_an_interrupt_stays_an_interrupt(here, capsys):
+    write(here / "toy.py", TOY.format(name="Toy") + "\nraise KeyboardInterrupt\n")
+    assert cli.main(["check", "toy.py"]) == 130
+    assert capsys.readouterr().err == "effbench: interrupted\n"
 
 
 # ---- show, list and docs ----
@@ -222,6 +274,30 @@ def test_the_index_is_written_where_it_is_wanted(here, capsys):
     assert cli.main(["docs", "to=site/pages"]) == 0  # again is no trouble
 
 
+def test_docs_leave_out_what_is_broken_and_say_so(here, monkeypatch, capsys):
+    texts = {
+        "fine": "",
+        "torn": "def (",
+        "raises": "1 / 0",
+        "unmade": "    def check(self):\n        raise OSError('no')\n",
+    }
+    texts["needs"] = "    scheme: str = field()  # no default\n    trials = ({'scheme': 'a'},)\n"
+    texts["shares"] = "    scheme: str = 'b'  # shared with another\n    def check(self): 1 / (self.scheme == 'b')\n"
+    for name, more in texts.items():
+        text = TOY.format(name=name.capitalize()).replace("import dataclass", "import dataclass, field")
+        if name == "needs":
+            text = text.replace("@dataclass(", "@dataclass(kw_only=True, ")
+        write(here / "own" / "mine" / f"{name}.py", f"{text}\n{more}")
+    monkeypatch.setenv("EFFBENCH_METHODS", str(here / "own"))
+    assert cli.main(["docs", "to=pages"]) == 1
+    page, err = (here / "pages" / "methods.md").read_text(), capsys.readouterr().err
+    assert [name for name in texts if f"[{name}](" in page] == ["fine", "needs", "shares"]
+    assert re.search(r"^\| shares +\| - +\| yes \|", page, re.MULTILINE) and "[gptq](" in page
+    for name in ("raises", "torn", "unmade"):
+        assert re.search(rf"^effbench: left out: method '{name}': .*{name}\.py", err, re.MULTILINE)
+    assert err.count("\n") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -231,6 +307,7 @@ def test_the_index_is_written_where_it_is_wanted(here, capsys):
         (["new", "method", "Weights", "My-Toy"], "'My-Toy' cannot name a method"),
         (["new", "method", "Weights", "../toy"], "'../toy' cannot name a method"),
         (["new", "method", "Weights", "class"], "'class' cannot name a method"),
+        (["new", "method", "Weights", "a" * 61], "' cannot name a method: write small letters, digits and _, a letter"),
         (["new", "method", "Weights", "_toy"], "'_toy' cannot name a method"),
         (["new", "method", "Weights", "rtn"], "'rtn' is taken"),
         (["new", "method", "Weights", "there"], "there.py is there already"),
@@ -405,7 +482,7 @@ def test_what_a_file_prints_when_imported_is_no_output_and_made_defaults_are_def
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["list", "methods", "works.yaml"], "methods are defined in a file FILE.py"),
+        (["list", "methods", "works.yaml"], "methods are defined in a FILE.py, suites in a FILE.yaml"),
         (["run", "recipe=./works.py:Works"], "brackets are missing; write ./works.py:Works()"),
         (["run", "recipe=rtn(), ./works.py:Works, fit()"], "write ./works.py:Works()"),
         (["run", "recipe=./loose.py:Works()"], "write @dataclass(frozen=True)"),
@@ -423,15 +500,6 @@ def test_slips_of_an_author_are_one_line(words, message, here, capsys):
     err = capsys.readouterr().err.removeprefix("imported\n")
     assert message in err and err.count("\n") == 1
     assert not (here / "random.py").exists()
-
-
-def test_a_broken_file_is_left_out_of_the_pages_and_named(here, capsys, monkeypatch):
-    (here / "fam" / "q").mkdir(parents=True)
-    (here / "fam" / "q" / "broken.py").write_text("def (")
-    monkeypatch.setenv("EFFBENCH_METHODS", str(here / "fam"))
-    assert main(["docs", f"to={here / 'pages'}"]) == 1
-    assert re.search(r"left out broken: .*broken\.py .*line 1", capsys.readouterr().err)
-    assert "[rtn](" in (here / "pages" / "methods.md").read_text()
 
 
 @pytest.mark.parametrize("command", [["check", "{}"], ["show", "{}"], ["list", "methods", "{}"]])

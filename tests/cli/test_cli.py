@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ import yaml
 from effbench import sources
 from effbench.cells import local as executors
 from effbench.cells import plan as runner
+from effbench.cells import run as batches
 from effbench.cells.options import RunOptions
 from effbench.cli import main as cli
 from effbench.core.paths import PUBLISHED
@@ -71,6 +73,8 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "--set", "window"], "write window=VALUE"),
         (["run", "suite=quant", "--set", "window=1"], "window=1: must be a whole number from 2 up"),
         (["run", "suite=quant", "--set", "window=9", "--set", "window=9"], "setting window is given twice"),
+        (["run", "suite=quant", "--set", "window=9999"], "window takes 9999 tokens, and the model tiny has 2048"),
+        (["run", "suite=quant", "--set", "tasks=[]"], "tasks=[]: must be a list in brackets, each item text"),
         (["run", "suite=quant", "--set", "limit=9", "limit=9"], "limit is given twice"),
         (["run", "suite=quant", "--set", "seeds=[1]", "seeds=[1]"], "option seeds is given twice"),
         (["run", "suite=quant", "--set", "tasks=tiny"], "tasks=tiny: must be a list in brackets, each item text"),
@@ -139,9 +143,9 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "model=shape:llama-9b"], "unknown shape 'llama-9b'; did you mean"),
         (["run", "suite=quant", "tokenizer=nowhere"], "tokenizer=nowhere: no such folder"),
         (["run", "suite=quant", "data=text:nowhere"], "data=text:nowhere: no such folder"),
-        (["run", "suite=quant", "data=text:folder"], "data=text:folder: the folder holds no files"),
+        (["run", "suite=quant", "data=text:folder"], "data=text:folder: holds no text; text files end in .md"),
         (["run", "suite=quant", "probes=speed,enrgy"], "unknown probe 'enrgy'; did you mean 'energy'?"),
-        (["run", "suite=quant", "data=wiki"], "data=wiki: must be tiny, text:FOLDER or hub:NAME"),
+        (["run", "suite=quant", "data=wiki"], "data=wiki: must be tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME"),
         (["run", "suite=quant", "results=twice.yaml/results"], "cannot write there"),
         (["run", "suite=quant", "results=/proc/results"], "cannot write there"),
         (["run", "suite=quant", "results=" + "a" * 5000], "File name too long"),
@@ -234,6 +238,16 @@ def test_show_a_method(capsys, here):
     facts = json.loads(capsys.readouterr().out)
     bits = {"type": "int", "default": "4", "comment": "2, 3, 4 or 8"}
     assert facts["parameters"]["bits"] == bits and facts["measured"] == []
+
+
+def test_show_tells_the_published_recipe_and_the_caveats(capsys, here):
+    assert cli.main(["show", "learned_mask"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The masks are trained, by a fit whose own learning rate" in text  # the docstring of the class
+    assert "published sparsegpt(pattern='2:4'), learned_mask(weights='reference'), fit(steps=2000" in text
+    assert "caveats masks need training: MaskLLM gives them 2,000 steps" in text
+    assert cli.main(["show", "wanda"]) == 0
+    assert "caveats" not in capsys.readouterr().out
 
 
 def test_show_a_suite(capsys):
@@ -438,7 +452,7 @@ MUTATIONS = {
     "score_block": lambda at, patch: {"suite": suite_file(at, settings={"score_block": 1})},
     "window": lambda at, patch: {"suite": suite_file(at, settings={"window": 64})},
     "calibration": lambda at, patch: {"suite": suite_file(at, settings={"calibration_sequences": 8})},
-    "tasks": lambda at, patch: {"suite": suite_file(at, settings={"tasks": ["lambada_openai"]})},
+    "tasks": lambda at, patch: {"suite": suite_file(at, settings={"tasks": ["tiny_copy"]})},
     "model's content": lambda at, patch: source(patch, "model", "other"),
     "data's content": lambda at, patch: source(patch, "data", "other"),
     "another model": lambda at, patch: {"model": "shape:gpt2"},
@@ -510,12 +524,12 @@ def test_model_folders(here):
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"1234")
     first = sources.model("model")
-    assert (first.kind, first.name, first.path) == ("folder", "model", folder)
+    assert (first.kind, first.path) == ("folder", folder) and first.name == f"model@{first.digest[:8]}"
     (folder / "README.md").write_text("does not matter")
     assert sources.model(str(folder)).digest == first.digest
     (folder / "model.safetensors").write_bytes(b"1235")
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    assert sources.model("model").digest != first.digest
+    assert sources.model("model").digest != first.digest and sources.model("model").name != first.name
     assert sources.model("org/name") == sources.Source("org/name", "hub")
 
 
@@ -523,7 +537,7 @@ def test_text_folders(here):
     (here / "text" / "deep").mkdir(parents=True)
     (here / "text" / "deep" / "a.txt").write_text("words")
     first = sources.data("text:text")
-    assert (first.kind, first.name, first.path) == ("text", "text:text", here / "text")
+    assert (first.kind, first.path) == ("text", here / "text") and first.name == f"text:text@{first.digest[:8]}"
     (here / "text" / "b.txt").write_text("more words")
     assert sources.data("text:text").digest != first.digest
     assert sources.data(None) == sources.data("tiny")
@@ -571,7 +585,15 @@ def test_an_exported_model_is_measured_like_any_other(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "recipe= is missing"),
+        ([], "to= is missing"),
+        (["to=new"], "give suite=NAME row=NAME, or recipe="),
+        (["to=new", "row=rtn-4b", "recipe=rtn()"], "give suite=NAME row=NAME, or recipe="),
+        (["to=new", "row=rtn-4b"], "name the suite that has it"),
+        (["to=new", "suite=quant", "row=rtn-4"], "no row of quant in this tier; did you mean 'rtn-4b'"),
+        (["to=new", "suite=quint", "row=rtn-4b"], "unknown suite 'quint'"),
+        (["to=new", "recipe=fp8_weight()", "format=dense"], "fp8_weight() rounds activations too, which is lost there"),
+        (["to=new", "recipe=rtn(), fp8_weight()", "format=dense"], "fp8_weight() rounds activations too"),
+        (["to=new", "recipe=rtn()", "--set", "calibration_sequence=4"], "unknown setting 'calibration_sequence'"),
         (["recipe=rtn()"], "to= is missing"),
         (["recipe=rtn()", "to=full"], "to=full: is there already and not empty"),
         (["recipe=rtn()", "to=" + "a" * 5000], "File name too long"),
@@ -595,6 +617,24 @@ def test_what_cannot_be_exported_is_an_outcome(here, capsys):
     assert cli.main(["export", "recipe=rtn(group_size=96)", "to=new", "device=cpu"]) == 1
     assert "effbench: unsupported:" in capsys.readouterr().err
     assert not (here / "new").exists()
+
+
+def test_a_run_does_not_report_what_is_gone_from_its_folder(here, fakes, capsys, monkeypatch):
+    fakes("quick")
+    assert run("suite=quant", "recipes=rtn-4b") == 0
+    capsys.readouterr()
+    run_cells = batches.run_cells
+
+    def remove(todo, store, *more):
+        shutil.rmtree(store.results)
+        return run_cells(todo, store, *more)
+
+    monkeypatch.setattr(batches, "run_cells", remove)
+    assert run("suite=quant", "recipes=rtn-*b") == 1
+    out, err = capsys.readouterr()
+    assert "2 records of cells that were done are gone" in err and "rtn-8b" in out and "rtn-4b" not in out
+    shutil.move(here / "runs", here / "other")
+    assert run("suite=quant", "recipes=rtn-4b", "results=other") == 0
 
 
 def test_a_list_names_its_columns_and_json_says_null_where_nothing_is_known(here, fakes, capsys):

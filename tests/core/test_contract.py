@@ -709,7 +709,7 @@ def test_prompts_and_padding_are_not_learned():
     from effbench.core.views import Example
     from effbench.nn.train.fit import collate
 
-    batch = collate([Example("a", (1, 2, 3, 4), prompt=2), Example("b", (5, 6))], 32, 0, torch.device("cpu"))
+    batch = collate([Example("a", (1, 2, 3, 4), prompt=2), Example("b", (5, 6))], 0, torch.device("cpu"))
     assert batch["labels"].tolist() == [[-100, -100, 3, 4], [5, 6, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import typing
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +98,65 @@ def test_a_class_typed_at_a_prompt_is_understood():
 def test_a_class_without_its_decorator_says_so():
     with pytest.raises(Usage, match=r"^Bare in .*: write @dataclass\(frozen=True\) above the class$"):
         type("Bare", (Weights,), {"__module__": __name__, "compress": give, "bits": 4})(bits=2)
+
+
+# ---- values of parameters ----
+
+
+def with_parameter(kind, **default):
+    """A method with one parameter `x` of a type."""
+    return define(Weights, __annotations__={"x": kind}, x=dataclasses.field(**default), compress=give)
+
+
+Colour = enum.StrEnum("Colour", "RED")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        object,
+        Any,
+        bytes,
+        Path,
+        Colour,
+        tuple,
+        typing.Dict,  # noqa: UP006
+        set[int],
+        dict[int, str],
+        dict[str, list[Any]],
+        tuple[int, ...] | bytes,
+        typing.Literal["a", b"b"],
+        [int],
+    ],
+)
+def test_a_type_of_values_that_no_recipe_can_write_is_refused(kind):
+    words = r"^Toy in .*test_definition\.py: x: .* is no type of a parameter; it may be bool, int, .*of these$"
+    with pytest.raises(Usage, match=words):
+        with_parameter(kind, default=None)()
+
+
+def test_text_that_is_not_written_as_text_is_refused():
+    with pytest.raises(Usage, match=r"\.x=.*: must be plain text, not Colour$"):
+        with_parameter(tuple[str, ...], default=(Colour.RED,))()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "other"),
+    [
+        (tuple[int, ...], (1, 2), (2,)),
+        (tuple[float, ...], [1, 2], (1.5,)),
+        (list[int], [], [1]),
+        (dict[str, list[int]], {"a": [1]}, {}),
+        (str, "a", "b"),
+        (float, 1, 2.0),
+        (int | None, None, 3),
+        (typing.Literal["a"] | None, None, "a"),
+    ],
+)
+def test_a_default_that_is_made_is_no_change(kind, value, other):
+    method = with_parameter(kind, default_factory=lambda: value)
+    assert str(method()).endswith("()") and str(method(x=value)).endswith("()")
+    assert str(method(x=other)).endswith(f"(x={other!r})")
 
 
 # ---- read from source ----

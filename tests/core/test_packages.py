@@ -92,6 +92,89 @@ def test_digests_of_outside_methods_are_those_of_their_source(tmp_path, outside)
     assert len(digests) == 3
 
 
+# ---- no file of an author's is missing in a digest ----
+
+
+@pytest.fixture
+def importing(tmp_path, outside, monkeypatch):
+    """The module of a method that begins with some code, with files around it that the code may import."""
+    (root,) = outside(write_root(tmp_path / "root", 0.5, "toy"))
+    for name in ("mine/_beside", "mine/lib/inner", "above", "mine/random", "random"):
+        path = root / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("X = 1\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(root / "mine")])  # so that plain imports work
+
+    def write(code):
+        path = root / "mine" / "toy.py"
+        path.write_text(f"{code}\n{path.read_text()}")
+        registry._catalog.cache_clear()
+        return registry.entry("toy").module
+
+    yield write
+    sys.modules.pop("_beside", None)
+
+
+@pytest.mark.parametrize(
+    ("code", "files"),
+    [
+        ("import importlib\nimportlib.import_module('._beside', __package__)", ["_beside"]),
+        ("import importlib as i\ni.import_module('.lib.inner', package=__package__)", ["inner"]),
+        ("from importlib import import_module as get\nget('..above', __package__)", ["above"]),
+        ("from . import _beside\nfrom .lib.inner import X", ["_beside", "inner"]),
+        ("import random, importlib\nimportlib.import_module('json.tool')\n__import__('math')", []),
+        ("class A:\n    path = 1\n    def exec(self): return self.exec, self.path\nTEXT = 'lib:x'", []),
+        ("import re, sys\nre.compile('x'), eval('1'), sys.platform", []),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import _beside", []),
+    ],
+)
+def test_imports_of_every_kind_are_in_the_digest(code, files, importing):
+    module = importing(code)
+    followed = provenance.follow_imports([module], (module.partition(".")[0],))
+    assert sorted(path.stem for path in followed.values()) == sorted(["_common", "toy", *files])
+    registry.load("toy")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import _beside", r"1: _beside would be no part .*; write `from \. import _beside`"),
+        ("import json, _beside as b", "1: _beside would"),
+        ("\ndef f():\n    from _beside import X", "3: _beside would"),
+        ("import lib.inner", r"1: .*; write `from \. import lib`"),
+        ("from above import X", r"1: .*; write `from \.\. import above`"),
+        ("import importlib\nimportlib.import_module('_beside')", "2: _beside would"),
+        ("__import__('_beside')", "1: _beside would"),
+        ("import importlib\nfor x in 'ab':\n    importlib.import_module(f'._{x}', __package__)", "3: importlib.imp"),
+        ("from importlib import import_module\nget = import_module", "2: import_module may run"),
+        ("import importlib\nimportlib.import_module('.x', 'json')", "2: importlib.import_module may run"),
+        ("import importlib\nimportlib.import_module()", "2: importlib.import_module may run"),
+        ("import sys\nsys.path.insert(0, 'lib')", r"2: sys\.path may run files .* folders of libraries in PYTHONPATH"),
+        ("from sys import path\npath.append('lib')", "2: path may run"),
+        ("from importlib import util\nutil.spec_from_file_location('a', 'b.py')", "2: util.spec_from_file_location"),
+        ("import runpy\nrunpy.run_path('b.py')", "2: runpy.run_path"),
+        ("exec(open('b.py').read())", "1: exec may run"),
+    ],
+)
+def test_imports_that_a_digest_would_miss_are_refused(code, words, importing):
+    importing(code)
+    with pytest.raises(Usage, match=rf"^method 'toy': .*/mine/toy\.py:{words}") as caught:
+        registry.load("toy")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_a_method_imports_is_held_to_the_same(importing, tmp_path):
+    importing("")
+    (tmp_path / "root" / "mine" / "_common.py").write_text("import _beside\nFACTOR = 1.0\n")
+    with pytest.raises(Usage, match=r"/mine/_common\.py:1: _beside would be no part"):
+        registry.load("toy")
+
+
+def test_shipped_methods_hide_no_import():
+    for entry in registry.catalog().values():
+        provenance.check_imports(entry.module)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -145,8 +228,9 @@ def test_the_canonical_step_holds_the_whole_path(file, monkeypatch):
     method = parse_step("'./my folder/mine.py:Mine'(factor=0.75)")
     assert str(method) == f"'{file}:Mine'(factor=0.75)"
     assert method.label == "./my folder/mine.py:Mine(factor=0.75)"
-    monkeypatch.chdir("/")
+    monkeypatch.chdir("/usr")
     assert parse_step(str(method)) == method
+    assert method.label == "my folder/mine.py:Mine(factor=0.75)"
     assert parse(str(method)).resolved() == [{"method": f"{file}:Mine", "factor": 0.75}]
 
 
@@ -186,17 +270,27 @@ def test_any_folder_can_be_written_in_a_step(name):
     [
         ("./nowhere.py:Mine()", r"\./nowhere\.py: no such file"),
         ("mine.py:Mien()", "mine.py: defines no method 'Mien'; did you mean 'Mine'?"),
+        (")(0", r"unmatched '\)'; write steps as name\(key=value\)"),
+        ("rtn(), ) + (gptq()", r"unmatched '\)'"),
         ("mine.py()", r"mine\.py: name the class, mine\.py:Mine$"),
         ("./my folder/mine.py:Mine()", "in quotes where the path has spaces"),
-        ("mine.py:Mine", r"brackets are missing; write mine\.py:Mine\(\)"),
+        ("mine.py:Mine", r"brackets are missing; write mine\.py:Mine\(\)$"),
+        ("rtn(), ./mine.py:Mine , gptq()", r"write \./mine\.py:Mine\(\)$"),
+        ("./mine.py", r"write \./mine\.py:CLASS\(\)$"),
+        ("mine.py", r"mine\.py is not a step; write mine\.py:CLASS\(\)$"),
+        ("'my mine.py:Mine'", r"is not a step; write 'my mine\.py:Mine'\(\)$"),
         ("empty.py:Mine()", "empty.py: defines no method: a class whose base is"),
         ("torn.py:Mine()", r"torn\.py: cannot be read: .*line 1"),
         ("binary.py:Mine()", "binary.py: cannot be read"),
         (
             "beside.py:Beside()",
-            r"beside\.py, line 1: helpers would be read without being part of .*; write `from \. imp",
+            r"/beside\.py:1: helpers would be no part .*; write `from \. import helpers`",
         ),
         ("exits.py:Exits()", r"cannot be imported: SystemExit\(3\) \(.*exits\.py:4\)"),
+        ("quits.py:Quits()", r"^method .*quits\.py:Quits': SystemExit\('done'\) \(.*quits\.py:6\)"),
+        ("thawed.py:Thawed()", r"\(.*/thawed\.py:3\); write @dataclass\(frozen=True\) above the class$"),
+        ("follows.py:Follows()", r"follows\.py cannot be imported: .*\(torn\.py, line 1\)"),
+        ("follows2.py:Follows()", r"follows2\.py cannot be imported: not UTF-8 at byte 0 \(binary\.py\)"),
         ("deep.py:Deep()", "beyond top-level package"),
         ("my-mine.py:Mine()", "may hold letters, digits and _ only"),
     ],
@@ -210,6 +304,11 @@ def test_wrong_files_cost_one_line(step, words, file, monkeypatch):
         "beside": f"import helpers\n{base}class Beside(Weights): pass\n",
         "helpers": "",
         "exits": f"{base}class Exits(Weights): pass\nimport sys\nsys.exit(3)\n",
+        "quits": f"from dataclasses import dataclass\n{base}@dataclass(frozen=True)\nclass Quits(Weights):\n"
+        "    def compress(self, layer): pass\n    def check(self): raise SystemExit('done')\n",
+        "thawed": f"from dataclasses import dataclass\n{base}@dataclass\nclass Thawed(Weights): pass\n",
+        "follows": f"from . import torn\n{base}class Follows(Weights): pass\n",
+        "follows2": f"from . import binary\n{base}class Follows(Weights): pass\n",
         "deep": f"from ... import x\n{base}class Deep(Weights): pass\n",
         "my-mine": f"{base}class Mine(Weights): pass\n",
     }
@@ -219,32 +318,3 @@ def test_wrong_files_cost_one_line(step, words, file, monkeypatch):
     with pytest.raises(Usage, match=words) as caught:
         parse(step)
     assert "\n" not in str(caught.value)
-
-
-HIDDEN = {  # ways to read the file beside that a digest could not follow, and neighbours that are none
-    "import shared": False,
-    "from shared import x": False,
-    "import importlib; importlib.import_module('.shared', __package__)": False,
-    "from importlib import import_module; import_module('shared')": False,
-    "import importlib; name = 'shared'; importlib.import_module(name)": False,
-    "__import__('shared')": False,
-    "from . import shared": True,
-    "from .shared import x": True,
-    "import random": True,  # Python's, though a file beside it is called so
-    "import importlib; importlib.import_module('json')": True,
-}
-
-
-@pytest.mark.parametrize("statement", HIDDEN)
-def test_what_lies_beside_a_method_is_imported_so_that_its_digest_holds_it(statement, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)  # as in a session of Python that was started in the folder
-    (tmp_path / "shared.py").write_text("x = 1\n")
-    (tmp_path / "random.py").write_text("raise ValueError('not this one')\n")
-    (tmp_path / "_common.py").write_text("FACTOR = 0.5\n")
-    (tmp_path / "mine.py").write_text(f"{statement}\n{HALVES.format(name='Mine')}")
-    step = f"{tmp_path}/mine.py:Mine()"
-    if HIDDEN[statement]:
-        assert parse(step).steps
-    else:
-        with pytest.raises(Usage, match=r"mine\.py, line 1: .* would be read without being part of what is measured"):
-            parse(step)

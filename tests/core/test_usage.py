@@ -18,7 +18,7 @@ from effbench.cells.suite import Settings
 from effbench.core import plain_yaml
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse as parse_recipe
-from effbench.core.usage import Count, convert, describe, parse, typed
+from effbench.core.usage import Count, convert, describe, nearest, parse, typed
 from effbench.core.usage import given as read_options
 
 # ---- plain YAML ----
@@ -252,3 +252,11 @@ def test_whole_numbers_of_over_64_bits_are_refused_wherever_they_stand(number):
         with pytest.raises(Usage, match=r"(count|pairs|anything).*must be"):
             typed(Holds, values)
     assert read_options(Holds, [f"count={2**63 - 1}"]) == {"count": 2**63 - 1}
+
+
+def test_choices_are_listed_where_they_can_be_read():
+    many = [*map(str, range(10_000)), "facts"]
+    assert nearest("pear", ["apple", "fig"]) == "; there is apple, fig"
+    assert nearest("pear", many) == "; none of 10001 has a name like it"
+    assert nearest("fcts", many) == "; did you mean 'facts'?"
+    assert nearest("pear", []) == "; there is none"

@@ -50,6 +50,7 @@ FEW = [pytest.param(op, op.cases[i], id=f"{name}-{i}") for name, op in OPS.items
 def test_ops_are_found_by_their_folders() -> None:
     assert list_ops() == [
         "bcsr_linear",
+        "bitmask_linear",
         "csr_linear",
         "e8p_linear",
         "fp8_linear",
@@ -339,6 +340,8 @@ CEILINGS = [
     ("nm_int_linear", _shape(1, n=2, m=4, bits=4, group_size=128, zero=True), 35.5, 41.5),
     ("nm_int_linear", _shape(16, n=2, m=4, bits=4, group_size=128, zero=True), 67.3, 50.4),
     ("csr_linear", _shape(1, number=2**18), 16.4, 16.4),
+    ("bitmask_linear", _shape(1, number=2**23), 23.6, 30.3),
+    ("bitmask_linear", _shape(16, number=2**23), 25.8, 43.5),
     ("bcsr_linear", _shape(1, block=(16, 16), number=2**12), 6.2, 6.2),
     ("bcsr_linear", _shape(1, block=(8, 4), number=2**12), 7.9, 8.4),
     ("bcsr_linear", _shape(1, block=(1, 8), number=2**12), 18.3, 22.0),

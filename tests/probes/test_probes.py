@@ -29,15 +29,20 @@ from transformers import (
 )
 
 from effbench import probes
+from effbench.checks import toy_run
 from effbench.core.errors import Diverged, Refused, Unsupported, Usage
+from effbench.core.recipe import parse
 from effbench.core.run import InferPlan, Run, RunLog
+from effbench.formats.sparse import PrunedLinear
 from effbench.machine import clock, environment, nvml, peak
 from effbench.machine.clock import Span
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import Engine, open_engine
-from effbench.nn.model.linear import MaskedLinear, stored_bytes
+from effbench.nn.model.linear import MaskedLinear, replace, stored_bytes, top_linears
+from effbench.nn.model.sparsity import measure_sparsity
 from effbench.nn.run import Original
 from effbench.probes import distance, energy, flops, inputs, memory, perplexity, quality, speed
+from effbench.sources import tasks as names
 from effbench.stats import intervals
 
 TEXT = " ".join(
@@ -98,6 +103,7 @@ class Texts:
     protocol = "text:test, one document, no token added"
     tasks: tuple[str, ...] = ()
     task_paths: tuple[Path, ...] = ()
+    window: int | None = None
 
     def __init__(self, tokenizer, text=TEXT):
         self.ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
@@ -208,6 +214,57 @@ def test_perplexity_is_the_transformers_loss(run):
     metric = reading.metrics["token_ppl"]
     assert metric.value == pytest.approx(math.exp(loss), rel=1e-5)
     assert metric.low < metric.value < metric.high
+
+
+@pytest.mark.parametrize("stride", [1, 7, 24, 47])
+@pytest.mark.parametrize("block", [None, 1])
+def test_overlapping_windows_score_every_token_once(run, stride, block):
+    settings = {"window": 48, "stride": stride, "text_tokens": 140, "score_block": block}
+    reading = perplexity.take(run, settings)
+    ids = run.data.ids[:140]
+    values = []
+    with torch.no_grad():  # every token that has 48 - stride tokens before it, in the last whole window that holds it
+        for end in range(48, 141, stride):
+            logits = run.model(ids[None, end - 48 : end]).logits[0].float().log_softmax(-1)
+            values += [-float(logits[i - 1, ids[end - 48 + i]]) for i in range(48 - stride, 48)]
+    assert len(values) == len(range(48, 141, stride)) * stride
+    metric = reading.metrics["token_ppl"]
+    assert metric.value == pytest.approx(math.exp(statistics.fmean(values)), rel=1e-5)
+    assert metric.n == len(range(48, 141, stride)) and metric.low < metric.value < metric.high
+    assert f"window48.stride{stride}.windows{metric.n}.last{stride}-of-window-scored" in reading.protocols["token_ppl"]
+
+
+def test_distance_of_overlapping_windows_is_that_of_what_is_scored(run):
+    run.model.lm_head.weight.data[7] += 0.5
+    settings = {"window": 48, "stride": 8, "text_tokens": 80}
+    kl = distance.take(run, settings).samples["kl_nats_per_token"]
+    ids = run.data.ids[:80]
+    with torch.no_grad():
+        for number, value in enumerate(kl):
+            window = ids[None, 8 * number : 8 * number + 48]
+            theirs, ours = (model(window).logits[0, 39:47].log_softmax(-1) for model in (run.reference, run.model))
+            assert value == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+    assert len(kl) == 5
+    own = {"token_ppl_window_nll": perplexity.take(run, settings).samples["token_ppl_window_nll"]}
+    run._shared.clear()
+    assert perplexity.take(run, settings).samples == own
+
+
+def test_a_stride_of_the_window_is_the_default_and_a_longer_one_is_unsupported(run):
+    assert perplexity.take(run, {"window": 48, "stride": 48}).samples == perplexity.take(run, {"window": 48}).samples
+    with pytest.raises(Unsupported, match="the stride is 49 tokens, the window 48"):
+        perplexity.take(run, {"window": 48, "stride": 49})
+
+
+def test_data_of_a_paper_bring_their_window_and_are_measured_whole(run, tokenizer):
+    run.data = Texts(tokenizer, TEXT * 4)
+    run.data.ids = run.data.ids.repeat(-(-inputs.TEXT_TOKENS // len(run.data.ids)) + 1)
+    run.data.window = 2048
+    whole = perplexity.take(run, {"window": None}).protocols["token_ppl"]
+    assert f"window96.stride96.windows{len(run.data.ids) // 96}." in whole
+    assert "window32" in perplexity.take(run, {"window": 32, "text_tokens": 320}).protocols["token_ppl"]
+    run.data.window = 64
+    assert f"window64.stride64.windows{len(run.data.ids) // 64}." in perplexity.take(run, {}).protocols["token_ppl"]
 
 
 def test_text_shorter_than_the_window_is_unsupported(run):
@@ -426,8 +483,8 @@ def test_quality_keeps_every_item(run, tasks):
 
 
 def test_an_unknown_task_is_named(tasks, monkeypatch):
-    manager = quality.TaskManager
-    monkeypatch.setattr(quality, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
+    manager = names.TaskManager
+    monkeypatch.setattr(names, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
     with pytest.raises(Unsupported, match="did you mean 'choice'"):
         quality.load(["choise"], [tasks[0]])
 
@@ -486,6 +543,41 @@ def test_metadata_is_told_apart(run, tmp_path):
     assert stored.metadata == 2 * 128 * 64 // 8
     assert memory.bits_per_weight(run.model, torch.bfloat16) == (17.0, {"linears": 2, "compressed": True})
     assert sum(stored) == artifact.save(run.model, tmp_path / "saved", torch.bfloat16)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_zeros_are_counted_in_linears_and_in_all_parameters(tokenizer, tied):
+    run = make_run(tokenizer, reference=llama(tied=tied))
+    model, embedding = run.model, run.model.get_input_embeddings().weight
+    assert measure_sparsity(model) == (0.0, 0.0)
+    linears = [module for path, module in top_linears(model) if path != "lm_head"]
+    for module in linears:
+        module.weight.data[:, ::4] = 0
+    embedding.data[:8] = 0
+    model.model.norm.weight.data[0] = 0
+    linear_zeros, size = (sum(m.weight.numel() for m in linears) // n for n in (4, 1))
+    total = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    assert measure_sparsity(model).linears == linear_zeros / size
+    assert measure_sparsity(model).model == (linear_zeros + 8 * embedding.shape[1] + 1) / total
+    module = linears[0]
+    replace(model, next(iter(top_linears(model)))[0], PrunedLinear.of(module.weight, module.weight != 0).pack())
+    assert measure_sparsity(model).linears == linear_zeros / size  # packed ones by what they compute with
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked"),
+    [("", None), ("rtn(bits=2)", None), ("wanda()", 0.5), ("magnitude(sparsity=0.3), wanda(), rtn(bits=8)", 0.5)],
+)
+def test_sparsity_is_measured_beside_what_was_asked_for(steps, asked):
+    run = toy_run()
+    for step in parse(steps).steps:
+        run.apply(step)
+    run.finish(recipe_is_empty=not steps)
+    metrics = memory.take(run, {"memory_context": 8, "memory_batch": 1, "memory_new_tokens": 1}).metrics
+    assert (metrics["sparsity_asked"].value if "sparsity_asked" in metrics else None) == asked
+    found = metrics["sparsity"].value
+    assert found == 0 if not steps else found > 0.2 if asked is None else abs(found - asked) < 0.01
+    assert 0 <= metrics["model_sparsity"].value <= found
 
 
 # Speed

@@ -600,3 +600,35 @@ def test_wrong_usage(results, command, words, message, capsys):
     out, err = capsys.readouterr()
     assert out == "" and message in err
     assert err.count("\n") == 1 and len(err) < 1500
+
+
+def test_a_caption_says_how_the_files_of_the_model_store_it():
+    types = "Q4_1 linears, Q8_0 embedding and head, F32 norms"
+    told = [make(log={"model_types": types}), make("rtn()", bits=4, log={"model_types": types}), failed("gptq()")]
+    assert f"The model's files hold {types}." in render(told, "quant", "md")
+    assert "The model's files" not in render([make(), make("rtn()", bits=4)], "quant", "md")
+
+
+def test_caveats_of_methods_are_footnotes_of_their_rows():
+    told = {"caveats": ["Movement: 10 epochs in the paper", "GMP: not from the start"]}
+    first = make("movement()", facts=told)
+    other = failed("gmp()", facts={"caveats": told["caveats"][1:]})
+    text = render([make(), first, other], "quant")
+    assert {"baseline", "gmp()¹: oom²", "movement()³ ¹"} == set(table(text))
+    assert "¹ GMP: not from the start" in text and "³ Movement: 10 epochs in the paper" in text
+    assert render([make(), make("rtn()", facts={"caveats": 7})], "quant")  # a damaged record
+
+
+def test_zeros_are_a_column_where_any_row_is_sparse():
+    def sparse(recipe, **shares):
+        return make(
+            recipe, metrics={"token_ppl": Metric(9.0), **{name: Metric(value) for name, value in shares.items()}}
+        )
+
+    dense, rounded = sparse("baseline", sparsity=0.0), sparse("rtn(bits=2)", sparsity=0.31)
+    pruned = sparse("wanda(sparsity=0.6)", sparsity=0.59996, sparsity_asked=0.6)
+    rows = table(render([dense, rounded, pruned], "quant"))
+    assert {name: row["zeros, %"] for name, row in rows.items()} == {
+        "baseline": "0.0", "rtn(bits=2)": "31.0", "wanda(sparsity=0.6)": "60.0 (60)",
+    }  # fmt: skip
+    assert "zeros, %" not in table(render([dense, rounded], "quant"))["baseline"]  # rounding alone asks for none

@@ -188,8 +188,8 @@ def test_gpu_smoke_scaled_down(small, tmp_path, monkeypatch, capsys):
     body = yaml.safe_load((SUITES / "gpu-smoke.yaml").read_text(encoding="utf-8"))
     body["tiers"]["quick"]["settings"] |= PROBES | {"probes": body["tiers"]["quick"]["settings"]["probes"]}
     body["settings"] = {"calibration_length": 64, "flops_context": 8}
-    path = tmp_path / "gpu-smoke.yaml"
-    path.write_text(yaml.safe_dump(body), encoding="utf-8")
+    path = tmp_path / "smaller.yaml"
+    path.write_text(yaml.safe_dump(body | {"name": path.stem}), encoding="utf-8")
     plan = runner.plan(
         RunOptions(suite=str(path), recipes="rtn-4b", model="shape:small", device="cpu", results=str(tmp_path))
     )

@@ -1,27 +1,25 @@
-"""`effbench export`: run a recipe and write its model to a folder."""
+"""`effbench export`: write the model that a row of a suite, or a recipe, measures to a folder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from effbench.cells.export import ExportOptions
-from effbench.core.errors import Usage
-from effbench.core.usage import parse
-
-if TYPE_CHECKING:
-    pass
 from effbench.cli.command import Command
+from effbench.core.errors import Usage
+from effbench.core.usage import given, parse
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from effbench.cells.export import export
     from effbench.cells.failures import diagnose
+    from effbench.cells.suite import Settings
 
     options = parse(ExportOptions, arguments.options)
+    changes = given(Settings, arguments.set, "setting")
     try:
-        print(export(options))
+        print(export(options, changes, lambda text: print(text, file=sys.stderr, flush=True)))
     except Usage:
         raise
     except Exception as error:
@@ -33,4 +31,9 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command(_export, "run a recipe and write its model to a folder", options=ExportOptions)
+COMMAND = Command(
+    _export,
+    "write the model that a row of a suite, or a recipe, measures to a folder",
+    options=ExportOptions,
+    repeated={"--set": "change a setting of the suite, such as --set calibration_sequences=64; any number of times"},
+)

@@ -18,7 +18,7 @@ from effbench.core.errors import Usage
 from effbench.core.paths import PACKAGE, RUNS
 from effbench.core.usage import named_path, nearest, parse
 
-APART = ("parameters", "facts")  # of a method, too long for a line
+APART = ("about", "parameters", "facts")  # of a method, too long for a line
 
 
 @dataclasses.dataclass
@@ -79,6 +79,7 @@ def describe(entry: registry.Entry) -> dict[str, Any]:
         "kind": entry.kind,
         "paper": entry.paper,
         "summary": entry.summary,
+        "about": entry.about,
         "parameters": {
             name: {key: value for key, value in dataclasses.asdict(parameter).items() if key != "name"}
             for name, parameter in entry.parameters.items()
@@ -118,6 +119,8 @@ def _models() -> list[dict[str, Any]]:
 
     return [
         {"name": "tiny", "summary": "small Llama that ships with effbench, trained on a generated world"},
+        {"name": "smollm2", "summary": "SmolLM2-135M-Instruct, which `effbench fetch smollm2` brings"},
+        {"name": "gguf:FILE", "summary": "local GGUF file, decoded; needs effbench[gguf]"},
         {"name": "FOLDER", "summary": "local checkpoint in safetensors with its config.json and tokenizer"},
         {"name": "ORG/NAME", "summary": "model on the Hugging Face Hub"},
         *(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def _run(arguments: argparse.Namespace) -> int:
     from effbench.cells.local import Event, Local
     from effbench.cells.plan import plan
-    from effbench.cells.run import run_cells
+    from effbench.cells.run import find_lost, run_cells
     from effbench.cells.suite import Settings
     from effbench.cli import progress
     from effbench.records.store import Store
@@ -57,12 +57,17 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"effbench: interrupted; {kept}, the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
     print(progress.closing(fresh, time.monotonic() - begin, store), file=out)
-    by_identity = {record.cell.identity: record for record in [*batch.done, *fresh]}
-    records = [by_identity[cell.job.cell.identity] for cell in batch.cells]
-    if not arguments.json:
+    lost = find_lost(batch.done, store)
+    by_identity = {record.cell.identity: record for record in [*batch.done, *fresh] if record not in lost}
+    identities = [cell.job.cell.identity for cell in batch.cells]
+    records = [by_identity[identity] for identity in identities if identity in by_identity]
+    if not arguments.json and records:
         _print_tables(records, batch.suite.name, "rich" if out.isatty() else "md")
         print(f"records: {options.folder.resolve()}")
-    return int(any(record.outcome in FAILED for record in records))
+    if lost:
+        gone = f"{len(lost)} records of cells that were done are gone from {options.folder.resolve()}"
+        print(f"effbench: {gone}; the same command measures these again", file=sys.stderr)
+    return int(bool(lost) or any(record.outcome in FAILED for record in records))
 
 
 def _is_option(pair: str) -> bool:

@@ -67,7 +67,11 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
         print(json.dumps(facts, indent=1, default=str))
         return 0
     print(f"{entry.key}: {entry.summary or 'no summary'}\n")
-    about = {"kind": entry.kind, "paper": entry.paper or "not named", "file": str(path)}
+    if entry.about:
+        print(f"{entry.about}\n")
+    about = {"kind": entry.kind, "paper": entry.paper or "not named"}
+    about |= {"published": entry.facts.get("published", ""), "caveats": "; ".join(entry.facts.get("caveats", ()))}
+    about["file"] = str(path)
     about |= {"needs": ", ".join(sorted(map(str, entry.facts.get("needs", ())))), "tests": ", ".join(tests)}
     print_columns([[name, text] for name, text in about.items() if text])
     print("\nparameters" if entry.parameters else "\nno parameters")

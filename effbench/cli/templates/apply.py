@@ -13,7 +13,7 @@ from effbench.nn.model.linear import dense_weight, rebuilt, replace
 class Example(Method):
     """What a reader of the paper should know first."""
 
-    paper = "unpublished"  # or "arXiv:NNNN.NNNNN"
+    paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
     settles = True  # adapters that were trained before are merged before this step
     identity = {"factor": 1.0}  # settings at which the model stays what it is
 

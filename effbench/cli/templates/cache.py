@@ -14,7 +14,7 @@ from effbench.core.views import Slots
 class Example(Cache):
     """What a reader of the paper should know first."""
 
-    paper = "unpublished"  # or "arXiv:NNNN.NNNNN"
+    paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
     identity = {"budget": 1_000_000}  # settings at which every token stays
 
     budget: int = 64  # tokens kept by every key-value head

@@ -14,7 +14,7 @@ from effbench.core.views import Segments
 class Example(Prompt):
     """What a reader of the paper should know first."""
 
-    paper = "unpublished"  # or "arXiv:NNNN.NNNNN"
+    paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
     identity = {"fraction": 1.0}  # settings at which prompts stay what they are
 
     fraction: float = 0.5  # of the words of the context that are kept

@@ -17,7 +17,7 @@ from effbench.core.views import Example as TrainingExample
 class Example(Select):
     """What a reader of the paper should know first."""
 
-    paper = "unpublished"  # or "arXiv:NNNN.NNNNN"
+    paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
     identity = {"fraction": 1.0}  # settings at which every example stays
 
     fraction: float = 0.5  # of the examples that are kept

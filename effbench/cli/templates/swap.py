@@ -40,7 +40,7 @@ class ScaledInputs(Replaced):
 class Example(Swap):
     """What a reader of the paper should know first."""
 
-    paper = "unpublished"  # or "arXiv:NNNN.NNNNN"
+    paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
     identity = {"limit": 0.0}  # settings at which the model stays what it is
 
     limit: float = 0.5  # factors stay within 1 - limit and 1 + limit

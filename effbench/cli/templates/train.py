@@ -13,7 +13,7 @@ from effbench.core.run import Run
 class Example(Train):
     """What a reader of the paper should know first."""
 
-    paper = "unpublished"  # or "arXiv:NNNN.NNNNN"
+    paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
     identity = {"factor": 1.0}  # settings at which the fit goes as it would without this method
 
     factor: float = 10.0  # learning rate of vectors, that of matrices being 1

@@ -15,7 +15,7 @@ from effbench.nn.model.linear import rebuilt
 class Example(Weights):
     """What a reader of the paper should know first. Needs no data."""
 
-    paper = "unpublished"  # or "arXiv:NNNN.NNNNN"
+    paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
     identity = {"strength": 0.0}  # settings at which the model stays what it is
 
     bits: int = 4  # of a weight

@@ -23,12 +23,13 @@ from msgspec import Meta
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from effbench.core.errors import Refused, Unsupported, first_line
 from effbench.core.paths import PACKAGE
-from effbench.nn.model.linear import Replaced, stored_as, stored_tensors, top_linears
+from effbench.nn.model.linear import Replaced, Storage, stored_as, stored_tensors, top_linears
 
 CONFIG = "effbench.json"
 WEIGHTS = "model.safetensors"
@@ -65,18 +66,18 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     tied: dict[str, str]
 
 
-def save(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = None) -> int:
+def save(model: Any, folder: Path, storage: torch.dtype | Storage) -> int:
     """Write the model to a new folder, dense tensors in `storage`. Returns the bytes of all tensors.
 
     Raises `FileExistsError` if the folder holds anything, `Unsupported` if a module could not be built again."""
     replaced, changed = _differences(model, _skeleton(model))
-    written, tied = _write(model, folder, storage, tokenizer)
+    written, tied = _write(model, folder, storage)
     body = {"version": 1, "replaced": replaced, "changed": changed, "tied": tied}
     (folder / CONFIG).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     return written
 
 
-def save_dense(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = None) -> int:
+def save_dense(model: Any, folder: Path, storage: torch.dtype | Storage) -> int:
     """Write a checkpoint that plain transformers reads: every matrix dense, pruned weights as zeros, and where there
     are any, `masks.safetensors` with the bool [out, in] of each pruned linear by its path. Returns the bytes of all
     tensors of the checkpoint.
@@ -96,9 +97,9 @@ def save_dense(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any = 
     if replaced or changed:
         first = min([*replaced, *changed])
         raise Unsupported(f"{first}: its shape is not that of the configuration, which plain transformers goes by")
-    written, _ = _write(model, folder, storage, tokenizer)
+    written, _ = _write(model, folder, storage)
     if masks:
-        save_file(masks, folder / MASKS, metadata={"format": "pt"})
+        _save_tensors(masks, folder / MASKS)
     return written
 
 
@@ -132,24 +133,30 @@ def _differences(model: nn.Module, plain: nn.Module) -> tuple[Described, Describ
     return replaced, changed
 
 
-def _write(model: Any, folder: Path, storage: torch.dtype, tokenizer: Any) -> tuple[int, dict[str, str]]:
-    """Tensors, configuration and tokenizer into a new folder; the bytes of all tensors, and names of tied ones."""
+def _write(model: Any, folder: Path, storage: torch.dtype | Storage) -> tuple[int, dict[str, str]]:
+    """Tensors and configuration into a new folder; the bytes of all tensors, and names of tied ones."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored_tensors(model):  # tied weights come once
-        tensors[name] = tensor.detach().to("cpu", stored_as(tensor, storage)).contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        tensors[name] = tensor.detach().to("cpu", stored_as(name, tensor, storage)).contiguous()
+    _save_tensors(tensors, folder / WEIGHTS)
+    config = copy.deepcopy(model.config)
+    config.dtype = storage.matrices if isinstance(storage, Storage) else storage  # not that of the arithmetic here
+    config.save_pretrained(folder)
     tied = {name: target for name, target in _tied(model).items() if name not in tensors}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), tied
 
 
-def load(folder: Path) -> Any:
-    """The model that `save` wrote.
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file of tensors that others may read."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files private
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model that `save` wrote, its dense parameters in `dtype`.
 
     Raises `Unsupported` if the manifest or the configuration is not one that `save` could have written, or if a tensor
     is missing, unexpected or of another shape. All of that is seen before memory is taken: the model is built without
@@ -161,13 +168,13 @@ def load(folder: Path) -> Any:
         with safe_open(folder / WEIGHTS, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"):
-            empty = _build(copy.deepcopy(config), manifest, folder)
+            empty = _build(copy.deepcopy(config), manifest, folder, dtype)
         _check_shapes(empty, manifest, shapes, folder)
     except Unsupported:
         raise
     except Exception as error:  # whatever constructors and transformers raise on sizes that cannot be
         raise Unsupported(f"{folder.name} cannot be built: {first_line(error)}") from error
-    model = _build(config, manifest, folder)
+    model = _build(config, manifest, folder, dtype)
     state = dict(stored_tensors(model))
     for name, tensor in load_file(folder / WEIGHTS).items():
         if tensor.is_floating_point() != state[name].is_floating_point():
@@ -177,6 +184,8 @@ def load(folder: Path) -> Any:
         with torch.no_grad():
             state[name].copy_(tensor)
     model.tie_weights()
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
 
 
@@ -203,9 +212,9 @@ def buildable() -> frozenset[str]:
     return frozenset(names)
 
 
-def _build(config: Any, manifest: Manifest, folder: Path) -> Any:
+def _build(config: Any, manifest: Manifest, folder: Path, dtype: torch.dtype) -> Any:
     """The model of a configuration and a manifest, its stored tensors empty."""
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for path, entry in sorted(manifest.replaced.items()):  # what holds others comes before them
         parent, _, name = path.rpartition(".")
         module = _class(entry.kind)(**entry.config)

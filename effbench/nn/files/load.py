@@ -1,29 +1,35 @@
-"""Models: from a local folder, the hub, a public shape with random weights, or the one that ships with effbench."""
+"""Models: from a local folder, a GGUF file, the hub, a public shape with random weights, or the one that ships."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import io
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
-from effbench import tiny
+from effbench import sources, tiny
 from effbench.core.errors import OutOfMemory, Refused, Unsupported, first_line
 from effbench.machine.devices import gib
-from effbench.nn.data import Data, RandomTokens, open_data
+from effbench.nn.data import LONGEST, Data, RandomTokens, open_data
 from effbench.nn.files import artifact
-from effbench.nn.model.blocks import ARCHITECTURES, Blocks
-from effbench.nn.model.linear import matrix_shape
-from effbench.nn.run import ModelRun
+from effbench.nn.files.checkpoint import PICKLES, Header, choose_storage, describe_headers, read_headers
+from effbench.nn.files.gguf import Gguf, open_gguf
+from effbench.nn.model.blocks import ARCHITECTURES, Blocks, count_positions
+from effbench.nn.model.linear import Storage, matrix_shape
+from effbench.nn.run import ModelRun, round_to
 from effbench.sources.shapes import SHAPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from effbench.sources import DataSource, Source
 
@@ -34,7 +40,6 @@ SIZES = {  # what every configuration counts, with the most that is taken for a 
     "num_attention_heads": 2**12,
     "max_position_embeddings": 2**27,
 }
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def open_run(
@@ -54,14 +59,24 @@ def open_run(
     settings = settings or {}
     place = torch.device(device)
     config = _config(source)
-    storage = _storage(config)
-    compute = getattr(torch, dtype) if dtype else torch.float32 if place.type == "cpu" else storage
+    headers = _headers(source)
+    packed = torch.float16 if source.kind == "gguf" else torch.bfloat16  # what scales of llama.cpp's formats are in
+    storage = choose_storage(headers, packed)
+    narrowest = storage.matrices if isinstance(storage, Storage) else storage
+    compute = getattr(torch, dtype) if dtype else torch.float32 if place.type == "cpu" else narrowest
     build = functools.partial(open_model, source, config, place, compute)
     tokenizer = _tokenizer(source)
     if source.kind == "shape":
         _check_shape(config, place, compute)
     model = build()
-    texts: Data = RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer)
+    positions = count_positions(model)
+    width = min(LONGEST, positions)
+    length = settings.get("calibration_length") or width
+    if length > positions:
+        raise Unsupported(f"calibration_length is {length} tokens, the model has {positions} positions")
+    texts: Data = (
+        RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer, width, length)
+    )
     if tokenizer is not None:
         ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         if ids > model.config.vocab_size:
@@ -79,11 +94,13 @@ def open_run(
         storage=storage,
         seed=seed,
         sequences=int(settings.get("calibration_sequences") or 128),
-        length=settings.get("calibration_length"),
+        length=length,
         skip=tuple(settings.get("skip") or ()),
     )
     if source.kind == "hub":
         run.log.commit = config._commit_hash
+    if headers and not _is_artifact(source.location):
+        run.log.model_types = describe_headers(headers)
     return run
 
 
@@ -100,42 +117,83 @@ def open_model(source: Source, config: Any, device: torch.device, dtype: torch.d
     if source.kind == "shape":
         return _random(config, device, dtype)
     folder = source.location
-    if isinstance(folder, Path) and (folder / artifact.CONFIG).is_file():
-        return artifact.load(folder).to(device, dtype)
+    if source.kind == "gguf":
+        return read_gguf(open_gguf(sources.open_file(source)), config, dtype).to(device)
+    if _is_artifact(folder):
+        return artifact.load(folder, dtype).to(device, dtype)
     return read(folder, dtype, source.revision).to(device)
 
 
 def read(folder: Path | str, dtype: torch.dtype, revision: str | None = None) -> Any:
     """A transformers checkpoint in safetensors. Pickles, damaged files, absent tensors and NaN are outcomes."""
     if isinstance(folder, Path) and not list(folder.glob("*.safetensors")):
-        pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
         if pickles:
             raise Refused(f"{pickles[0]} is a pickle, which can run code when read: save it as safetensors")
         raise Unsupported(f"{folder.name} holds no *.safetensors")
+    return _read(
+        folder,
+        _name(folder),
+        dtype,
+        revision=revision or "main",
+        use_safetensors=True,
+        local_files_only=isinstance(folder, Path),
+    )
+
+
+def read_gguf(file: Gguf, config: Any, dtype: torch.dtype) -> Any:
+    """The model of a GGUF file, its tensors decoded. What cannot be read, or is not read in full, is an outcome."""
+    model = _read(
+        file.path.parent,
+        file.path.name,
+        dtype,
+        config=copy.deepcopy(config),  # spares reading the metadata once more
+        gguf_file=file.path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
+    file.check_read(model)
+    vars(model).pop("is_quantized", None)  # once decoded it is a model like any other, and saved as one
+    stops = file.stop_ids()
+    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    return model
+
+
+def _read(folder: Path | str, name: str, dtype: torch.dtype, **options: Any) -> Any:
+    """What transformers reads, checked: every tensor is there, and finite."""
     with _quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                revision=revision or "main",
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=isinstance(folder, Path),
-                output_loading_info=True,
+                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
             )
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever safetensors and transformers raise on damaged or foreign files
-            raise Unsupported(f"{_name(folder)} cannot be read: {first_line(error)}") from error
+            raise Unsupported(f"{name} cannot be read: {first_line(error)}") from error
     model, info = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             first = sorted(map(str, info[what]))[0]
-            raise Unsupported(f"{_name(folder)}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}")
-    for name, parameter in model.named_parameters():
+            raise Unsupported(f"{name}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}")
+    for path, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise Refused(f"{_name(folder)}: {name} holds NaN or infinity")
+            if dtype is torch.float16:  # whose range what is in the files may exceed
+                round_to(dtype, f"{name}: {path}", _read(folder, name, torch.float32, **options).get_parameter(path))
+            raise Refused(f"{name}: {path} holds NaN or infinity")
     return model
+
+
+def _is_artifact(folder: Path | str) -> TypeGuard[Path]:
+    return isinstance(folder, Path) and (folder / artifact.CONFIG).is_file()
+
+
+def find_folder(source: Source) -> Path | None:
+    """The folder with the files of a checkpoint; None for a shape, and for a GGUF file, which is all in one."""
+    if source.kind in ("shape", "gguf"):
+        return None
+    if isinstance(source.location, Path):
+        return source.location
+    return Path(str(cached_file(source.location, CONFIG_NAME, revision=source.revision or "main"))).parent
 
 
 def _name(folder: Path | str) -> str:
@@ -214,12 +272,18 @@ def _config(source: Source) -> Any:
         return AutoConfig.for_model(body.pop("model_type"), **body)
     folder = source.location
     try:
-        config = AutoConfig.from_pretrained(
-            folder,
-            revision=source.revision or "main",
-            trust_remote_code=False,
-            local_files_only=isinstance(folder, Path),
+        config = (
+            open_gguf(sources.open_file(source)).config()
+            if source.kind == "gguf"
+            else AutoConfig.from_pretrained(
+                folder,
+                revision=source.revision or "main",
+                trust_remote_code=False,
+                local_files_only=isinstance(folder, Path),
+            )
         )
+    except Unsupported:
+        raise
     except Exception as error:
         raise Unsupported(f"{_name(folder)}: config.json cannot be read: {first_line(error)}") from error
     if config.model_type not in ARCHITECTURES:
@@ -231,12 +295,16 @@ def _config(source: Source) -> Any:
     return config
 
 
-def _storage(config: Any) -> torch.dtype:
-    """The 16-bit type that dense tensors are kept in: the checkpoint's, or bfloat16 for a wider one."""
-    dtype = getattr(config, "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+def _headers(source: Source) -> dict[str, Header]:
+    """What the files of a model say of its tensors; nothing for a shape, and where they cannot be read."""
+    if source.kind == "shape":
+        return {}
+    if source.kind == "gguf":
+        return open_gguf(sources.open_file(source)).headers
+    try:
+        return read_headers(source.location, source.revision)
+    except Exception as error:
+        raise Unsupported(f"{_name(source.location)} cannot be read: {first_line(error)}") from error
 
 
 def _tokenizer(source: Source) -> Any:
@@ -245,6 +313,8 @@ def _tokenizer(source: Source) -> Any:
         return None
     named = str(tiny.MODEL) if source.tokenizer == "tiny" else source.tokenizer
     folder = named or source.location
+    if named is None and source.kind == "gguf":
+        return open_gguf(sources.open_file(source)).tokenizer()
     if named is None and isinstance(folder, Path) and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*")):
         return None
     with _quiet():
@@ -259,13 +329,14 @@ def _tokenizer(source: Source) -> Any:
             raise Unsupported(f"the tokenizer of {_name(folder)} cannot be read: {first_line(error)}") from error
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Silence transformers while a checkpoint is read: what matters comes back as an outcome."""
-
-    def __enter__(self) -> None:
-        self._level = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity(logging.CRITICAL)
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers_logging.set_verbosity(self._level)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its GGUF reader has a progress bar of its own
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)

@@ -18,4 +18,4 @@ def apply(run: Run, method: Select) -> None:
     if not order:
         raise Unsupported(f"{method}: nothing was selected")
     run.data.train = [examples[i] for i in order]
-    run.log.selected[str(method)] = len(order)
+    run.log.selected[method.label] = len(order)

@@ -28,6 +28,6 @@ def apply(run: Run, method: Swap) -> None:
         for path in chosen:
             held = kept(linears[path]) is not None
             module = method.replace(linears[path])
-            check_module(module, method, "replace")
+            check_module(module, method, "replace", linears[path])
             replace(run.model, path, module.to(run.device))
             run.note_swap(module, method, held)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effbench.core.kinds import Weights
 from effbench.nn.calibration import BlockInputs, walk
-from effbench.nn.model.linear import check_module, check_shape, dense_weight, matrix_shape, replace
+from effbench.nn.model.linear import check_module, dense_weight, matrix_shape, replace, wrong_return
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -32,18 +32,19 @@ def stream(run: Run, method: Weights, prepared: Any = None) -> None:
             shared = inputs.view.shared_inputs(inputs.module)[stage]  # as earlier stages have left the block
             inputs.gather(shared, method.needs)
             inputs.fold(shared, method.scales(inputs, shared))
-            for path, module in method.compress_block(inputs, shared).items():
-                check_module(module, method, verb)
-                before, after = inputs.dense_weight(path), dense_weight(module)
-                check_shape(after, before, method, verb)
-                run.log.layers[path] = measure_error(before, after, inputs, path)
+            modules = method.compress_block(inputs, shared)
+            if not isinstance(modules, dict):
+                raise wrong_return(method, verb, modules, "a dict of modules by path")
+            for path, module in modules.items():
+                check_module(module, method, verb, run.model.get_submodule(path))
+                run.log.layers[path] = measure_error(inputs.dense_weight(path), dense_weight(module), inputs, path)
                 replace(run.model, path, module)
         if method.sequential:
             inputs.outputs = inputs.forward()
 
 
 def measure_error(before: Tensor, after: Tensor, inputs: BlockInputs, path: str) -> dict[str, float]:
-    """Relative error of weights [out, in], and of the outputs where the inputs' second moment is known."""
+    """Relative error of the weights [out, in], and of the outputs where the inputs' second moment is known."""
     delta = after - before
     errors = {"weight_error": float(delta.norm() / before.norm().clamp(min=1e-30))}
     statistics = inputs.statistics(path)

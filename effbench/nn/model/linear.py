@@ -11,6 +11,7 @@ through these four and never asks which method it was.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -34,6 +35,16 @@ class Bytes(NamedTuple):
     def __add__(self, other: object) -> Bytes:
         assert isinstance(other, Bytes)
         return Bytes(self.weights + other.weights, self.metadata + other.metadata)
+
+
+class Storage(NamedTuple):
+    """Dtypes of dense parameters in a saved artifact, where they are not one."""
+
+    matrices: torch.dtype
+    vectors: torch.dtype  # norms and biases
+
+    def __str__(self) -> str:
+        return f"{self.matrices}, vectors in {self.vectors}"
 
 
 class Replaced(nn.Module):
@@ -125,9 +136,10 @@ LINEARS = (nn.Linear, Conv1D, Replaced)
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """[out, in] of the matrix that a linear multiplies by."""
-    if isinstance(module, Conv1D):
-        return int(module.nf), int(module.weight.shape[0])
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    if isinstance(module, Replaced):
+        return module.out_features, module.in_features
+    rows, columns = module.get_parameter("weight").shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -138,11 +150,11 @@ def dense_weight(module: nn.Module) -> Tensor:
     return (weight.T if isinstance(module, Conv1D) else weight).float()
 
 
-def stored_bytes(module: nn.Module, dtype: torch.dtype) -> Bytes:
-    """Bytes of `module` in a saved artifact whose dense tensors are kept in `dtype`; what is shared counts once."""
+def stored_bytes(module: nn.Module, storage: torch.dtype | Storage) -> Bytes:
+    """Bytes of `module` in a saved artifact whose dense tensors are kept in `storage`; what is shared counts once."""
     weights = described = 0
     for name, tensor in stored_tensors(module):
-        size = tensor.numel() * stored_as(tensor, dtype).itemsize
+        size = tensor.numel() * stored_as(name, tensor, storage).itemsize
         path, _, last = name.rpartition(".")
         owner = module.get_submodule(path)
         if isinstance(owner, Replaced) and last in owner.metadata:
@@ -161,10 +173,18 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, tensor
 
 
-def stored_as(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Dtype an artifact keeps `tensor` in: dense parameters in `dtype`, buffers (codes, scales) as they are."""
-    wide = isinstance(tensor, nn.Parameter) and tensor.dtype in (torch.float32, torch.float64)
-    return dtype if wide else tensor.dtype
+def stored_as(name: str, tensor: Tensor, storage: torch.dtype | Storage) -> torch.dtype:
+    """Dtype an artifact keeps a tensor in: dense parameters in `storage`, buffers (codes, scales) as they are."""
+    if not isinstance(tensor, nn.Parameter) or tensor.dtype not in (torch.float32, torch.float64):
+        return tensor.dtype
+    if isinstance(storage, Storage):
+        return storage.vectors if is_vector(name, tensor.ndim) else storage.matrices
+    return storage
+
+
+def is_vector(name: str, dimensions: int) -> bool:
+    """Whether a tensor is a norm's weight or a bias; values and scales of packed matrices lie in a row as well."""
+    return dimensions == 1 and name.rpartition(".")[2] in ("weight", "bias")
 
 
 def kept(module: nn.Module) -> Tensor | None:
@@ -200,21 +220,19 @@ def top_linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             yield from top_linears(child, path)
 
 
-def check_module(module: Any, method: Method, verb: str) -> None:
-    """Raise `TypeError` unless what `verb` of a method returned is a module."""
-    if not isinstance(module, nn.Module):
-        returned = "None" if module is None else f"a {type(module).__name__}"
-        raise TypeError(f"{_name_verb(method, verb, 'returned')} {returned}; it must return a module")
+def check_module(module: Any, method: Method, verb: str, before: nn.Module) -> None:
+    """Raise `TypeError` unless what `verb` of a method returned is a linear that can take the place of `before`."""
+    if not isinstance(module, LINEARS):
+        raise wrong_return(method, verb, module, "a linear module")
+    if matrix_shape(module) != matrix_shape(before):
+        raise wrong_return(method, verb, module, f"one of shape {list(matrix_shape(before))}")
 
 
-def check_shape(weight: Tensor, like: Tensor, method: Method, verb: str) -> None:
-    """Raise `TypeError` unless the matrix of what `verb` of a method returned is as large as that of its place."""
-    if weight.shape != like.shape:
-        has, needs = (" x ".join(map(str, matrix.shape)) for matrix in (weight, like))
-        raise TypeError(f"{_name_verb(method, verb, 'returned')} a matrix of {has}; the linear is {needs}")
-
-
-def _name_verb(method: Method, verb: str, did: str) -> str:
-    """`CLASS.verb (FILE:LINE) did`."""
-    code = getattr(type(method), verb).__code__
-    return f"{type(method).__name__}.{verb} ({shorten(Path(code.co_filename))}:{code.co_firstlineno}) {did}"
+def wrong_return(method: Method, verb: str, value: Any, wanted: str) -> TypeError:
+    """The error of a method whose `verb` returned a value that is not what is wanted; it names the place."""
+    returned = "None" if value is None else f"a {type(value).__name__}"
+    if isinstance(value, LINEARS):
+        returned += f" of shape {list(matrix_shape(value))}"
+    code = inspect.unwrap(getattr(type(method), verb)).__code__
+    where = f"{shorten(Path(code.co_filename))}:{code.co_firstlineno}"
+    return TypeError(f"{type(method).__name__}.{verb} returned {returned}; it must return {wanted} ({where})")

@@ -13,7 +13,7 @@ from effbench.checks import fit_two_steps, probe, toy_run
 from effbench.core.errors import Unsupported, Usage
 from effbench.core.recipe import parse, parse_step
 from effbench.formats.codebook import LutLinear
-from effbench.formats.csr import CSRLinear
+from effbench.formats.csr import BitmaskLinear
 from effbench.formats.sparse import PrunedLinear
 from effbench.methods.peft.lora import LoRA, LoRALinear
 from effbench.nn.files import artifact
@@ -138,7 +138,7 @@ def test_a_dense_merge_says_that_it_densified() -> None:
 def test_a_separate_product_stays_and_the_sparse_matrix_stays_sparse(tmp_path: Path) -> None:
     run = stirred(ready("wanda(sparsity=0.6), lora(rank=4, merge='separate')"))
     settled(run).finish()
-    assert len(adapters(run)) == 14 and all(isinstance(module.base, CSRLinear) for module in adapters(run))
+    assert len(adapters(run)) == 14 and all(isinstance(module.base, BitmaskLinear) for module in adapters(run))
     assert not run.log.densified
     written = artifact.save(run.model, tmp_path / "model", run.storage)
     loaded = artifact.load(tmp_path / "model")

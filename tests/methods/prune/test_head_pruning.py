@@ -22,7 +22,7 @@ GROUPED = ["mistral", "qwen2", "qwen3"]  # two key-value heads of two query head
 def test_importance_is_the_loss_gradient_of_the_gates(architecture: str) -> None:
     run = make_run(architecture, double=True, sequences=3)
     view = Blocks(run.model)
-    found = importance(run, view)
+    found = importance(run, view, "sequence")
     epsilon = 1e-5
     for index, block in enumerate(view.blocks):
         division = heads(view, index)

@@ -77,8 +77,8 @@ def test_movement_has_its_own_learning_rate_and_still_embeddings(freeze: bool) -
     run.apply(Movement(freeze_embeddings=freeze))
     seen(run, watch)
     fit(run, weight_decay=0.1)
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-2, 0.0)]
-    assert len(groups[1]["params"]) == len(scores) == len(linears(run))
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-3, 0.0), (1e-2, 0.0)]
+    assert len(groups[2]["params"]) == len(scores) == len(linears(run))
     for name in ("transformer.wte.weight", "transformer.wpe.weight"):
         after = run.model.get_parameter(name)
         assert after.requires_grad and torch.equal(after, before[name]) == freeze

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from effbench import sources
-from effbench.core.recipe import parse
+from effbench.core.recipe import parse, parse_step
 from effbench.nn.files.load import open_run
-from effbench.probes import distance
+from effbench.probes import distance, perplexity
 from effbench.stats.paired import mean_interval
 
 pytestmark = pytest.mark.slow
@@ -35,6 +35,25 @@ def divergences(steps: str, seed: int) -> np.ndarray:
     found = distance.take(run, SETTINGS)
     run.close()
     return np.asarray(found.samples["kl_nats_per_token"])
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("taylor()", 5.076),
+        ("taylor(average='gradient')", 6.10),  # SNIP: of a trained model the mean gradient is mostly chance
+        ("taylor(scope='local')", 5.31),
+        ("taylor(average='gradient', scope='local')", 15.28),  # what no paper proposes
+    ],
+)
+def test_taylor_at_50_percent(step: str, expected: float) -> None:
+    """Perplexity of the variants; that of the dense model is 5.050."""
+    settings = SETTINGS | {"text_tokens": 8192, "window": 512}
+    run = open_run(sources.model("tiny"), sources.data("tiny"), "cpu", None, 0, settings)
+    run.apply(parse_step(step))
+    run.finish()
+    assert perplexity.take(run, settings).metrics["token_ppl"].value == pytest.approx(expected, abs=0.005)
+    run.close()
 
 
 def test_kl_to_the_dense_model_at_60_percent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from effbench import checks
 from effbench.core.errors import Unsupported
 from effbench.core.recipe import parse, parse_step
-from effbench.formats.csr import CSRLinear
+from effbench.formats.csr import BitmaskLinear, CSRLinear, Unstructured
 from effbench.formats.nm import NMIntLinear, NMLinear
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import dense_weight, kept, rebuilt, stored_bytes
@@ -68,7 +68,9 @@ def test_four_bit_two_of_four_is_stored_as_such() -> None:
 @pytest.mark.parametrize(
     ("step", "form", "bits"),
     [
-        ("wanda()", CSRLinear, 0.5 * (16 + 16)),
+        ("wanda()", BitmaskLinear, 0.5 * 16 + 1),
+        ("wanda(sparsity=0.75)", BitmaskLinear, 0.25 * 16 + 1),
+        ("wanda(sparsity=0.96875)", CSRLinear, 0.03125 * (16 + 16)),
         ("wanda(pattern='2:4')", NMLinear, 0.5 * (16 + 2)),
         ("wanda(pattern='4:8')", NMLinear, 0.5 * (16 + 3)),
     ],
@@ -79,7 +81,7 @@ def test_stored_bits_per_weight(step: str, form: type[nn.Module], bits: float) -
     run.finish()
     for _, module in Blocks(run.model).linears():
         assert type(module) is form
-        rows = 4 * (module.out_features + 1) * 8 if form is CSRLinear else 0
+        rows = 4 * (module.out_features + 1) * 8 if issubclass(form, Unstructured) else 0
         found = sum(stored_bytes(module, torch.bfloat16)) * 8
         assert found == bits * module.in_features * module.out_features + rows
 

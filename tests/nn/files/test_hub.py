@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from effbench import sources, tiny
 from effbench.core.errors import Unsupported, Usage
 from effbench.nn.data import open_data
-from effbench.nn.files.load import open_run
+from effbench.nn.files.load import find_folder, open_run
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
@@ -51,6 +51,14 @@ def test_a_revision_is_what_is_opened_and_recorded(hub: Path) -> None:
     assert commit == COMMITS["v2"] and torch.equal(second, third)
 
 
+def test_files_beside_the_tensors_are_found(hub: Path) -> None:
+    source = sources.model("org/toy@v2")
+    folder = find_folder(source)
+    assert folder is not None and folder.name == COMMITS["v2"] and (folder / "tokenizer.json").is_file()
+    named = sources.model("org/toy@v2", "tiny")
+    assert named.location == "org/toy" and named.name == "org/toy@v2 with tokenizer tiny"
+
+
 def test_only_a_commit_is_a_digest() -> None:
     assert sources.model("org/toy").digest == sources.model("org/toy@v2").digest == sources.UNRESOLVED
     assert sources.model(f"org/toy@{COMMITS['v2']}").digest != sources.UNRESOLVED
@@ -70,8 +78,11 @@ def test_a_data_set_gives_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder.mkdir(parents=True)
     for split, texts in {"train": ["one", "two", "three", " "], "test": ["four"]}.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data = open_data(sources.data("hub:corpora/small"), AutoTokenizer.from_pretrained(tiny.MODEL))
-    assert data.documents("train") == ["two"] and data.documents("calibration") == ["one", "three"]
+    data = open_data(sources.data("hub:corpora/small"), AutoTokenizer.from_pretrained(tiny.MODEL), length=4)
+    assert data.documents("train") == ["two", "three"]
+    assert (
+        data.documents("calibration") == ["one", "two", "three"] and "filled up with the training part" in data.protocol
+    )
     assert data.documents("heldout") == ["four"]
     (folder / "test.jsonl").unlink()
     with pytest.raises(Unsupported, match="no test or validation split"):

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from effbench import sources, tiny
 from effbench.checks import TOYS, toy
 from effbench.core.errors import Outcome, Refused, Unsupported
-from effbench.nn.data import read_folder
 from effbench.nn.files.load import open_run
 from effbench.nn.infer.engine import open_engine
 
@@ -115,38 +114,18 @@ def test_an_unknown_architecture(folder):
         opened(folder)
 
 
-def test_texts_that_cannot_be_used(folder, tmp_path):
+def test_a_text_too_short_for_a_window_is_unsupported(folder, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
-    (texts / "a.txt").write_text("  \n")
-    with pytest.raises(Unsupported, match="holds no text"):
-        opened(folder, f"text:{texts}")
-    (texts / "b.txt").write_bytes(b"\x00\x01\x02")
-    with pytest.raises(Unsupported, match=r"b\.txt is binary"):
-        opened(folder, f"text:{texts}")
     (texts / "b.txt").write_text("Too short.")
-    with pytest.raises(Unsupported, match="a window needs 32"):
+    with pytest.raises(Unsupported, match=r"a window needs 32: .*calibration_length=.*calibration_sequences="):
         opened(folder, f"text:{texts}").calibration()
 
 
-def test_a_folder_is_split_by_content_and_stays_split(tmp_path):
-    for number in range(40):
-        (tmp_path / f"{number}.txt").write_text(f"text number {number}\n" * 3)
-    parts, notes = read_folder(tmp_path)
-    assert all(parts.values()) and notes == ""
-    (tmp_path / "more.txt").write_bytes("caf\xe9".encode("latin-1"))
-    again, notes = read_folder(tmp_path)
-    assert notes == ", 1 files read as Latin-1"
-    assert all(set(parts[part]) <= set(again[part]) for part in parts)
-    texts = [text for part in parts.values() for text in part]
-    assert len(texts) == len(set(texts)) == 40
-
-
-def test_few_files_are_cut_in_three(tmp_path):
-    (tmp_path / "one.txt").write_text("abcdefghij" * 10)
-    parts, notes = read_folder(tmp_path)
-    assert "cut in three" in notes
-    assert sorted(len(part[0]) for part in parts.values()) == [20, 20, 60]
+@pytest.mark.parametrize("length", [1025, 4096])
+def test_calibration_sequences_longer_than_the_positions_are_unsupported(folder, length):
+    with pytest.raises(Unsupported, match=f"calibration_length is {length} tokens, the model has"):
+        open_run(sources.model(str(folder)), sources.data(None), "cpu", None, 0, {"calibration_length": length})
 
 
 def test_random_weights_have_no_quality(monkeypatch):

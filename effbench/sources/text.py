@@ -1,0 +1,212 @@
+"""Documents from files: folders of text, lines of JSON, and the addresses that ship with effbench.
+
+What a document says does not depend on how its file was stored: encodings, line endings and composed characters are
+brought to one form before anything is counted, compared or hashed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import gzip
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from effbench.core.errors import Usage
+
+SPEECHES = Path(__file__).parent / "speeches" / "addresses.jsonl.gz"
+SUFFIXES = ("", ".md", ".rst", ".tex", ".text", ".txt")  # of the files of a folder that are read
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+SHOWN = 5  # names in one message
+PARTS = ("train", "calibration", "heldout")
+
+
+class Document(NamedTuple):
+    """A text, and how much of it is a prompt, which is read but not learned."""
+
+    text: str
+    name: str = ""  # where it comes from
+    prompt: int | None = None  # characters of the prompt; None for plain text
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it says, whatever its name."""
+        cut = self.prompt or 0
+        parts = (self.text,) if self.prompt is None else (self.text[:cut], self.text[cut:])
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents in three parts that share none."""
+
+    parts: dict[str, list[Document]]
+    notes: str = ""  # how they were read
+    digest: str = ""  # of what they say
+
+
+def read_folder(folder: Path) -> Corpus:
+    """The text files of a folder and of those below it.
+
+    Files of other kinds and hidden ones are skipped, and the notes name them. Raises `Usage` for a file that calls
+    itself text and is none, and for a folder without text.
+    """
+    documents: list[Document] = []
+    skipped: dict[str, None] = {}
+    latin = empty = 0
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = [number for number, part in enumerate(inside.parts, 1) if part.startswith(".")]
+        if hidden:
+            skipped["/".join(inside.parts[: hidden[0]])] = None
+        elif path.is_file() and path.suffix.lower() not in SUFFIXES:
+            skipped[inside.as_posix()] = None
+        elif path.is_file():
+            text, is_latin = _decode(path)
+            latin += is_latin
+            empty += not text.strip()
+            documents += [Document(text, inside.as_posix())] if text.strip() else []
+    if not documents:
+        raise Usage(
+            f"{folder}: holds no text{_list(skipped, '; skipped')}; text files end in {', '.join(SUFFIXES[1:])}"
+        )
+    counts = {"as Latin-1": latin, "empty": empty}
+    return _corpus(documents, "files", counts, _list(skipped, ", skipped"))
+
+
+def read_lines(path: Path) -> Corpus:
+    """The documents of a file with one JSON object a line: {"prompt": ..., "completion": ...} or {"text": ...}.
+
+    Raises `Usage` that names the lines that are neither.
+    """
+    documents: list[Document] = []
+    wrong: dict[str, str] = {}  # number of a line: what is wrong with it
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if line.strip():
+            try:
+                documents.append(_parse(line, f"{path.name}:{number}"))
+            except ValueError as error:
+                wrong[str(number)] = str(error)
+    if wrong:
+        first, reason = next(iter(wrong.items()))
+        raise Usage(f"{path}: line {first}: {reason}{_list(list(wrong)[1:], '; also wrong: line')}")
+    filled = [document for document in documents if document.text.strip()]
+    if not filled:
+        raise Usage(f"{path}: holds no text")
+    return _corpus(filled, "lines", {"empty": len(documents) - len(filled)}, "")
+
+
+def read_speeches() -> Corpus:
+    """The State of the Union addresses that ship, in parts that are fixed."""
+    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
+    for line in gzip.decompress(SPEECHES.read_bytes()).decode().splitlines():
+        row = json.loads(line)
+        parts[row["part"]].append(Document(row["text"], row["name"]))
+    return Corpus(parts, "", _digest(document for part in PARTS for document in parts[part]))
+
+
+READERS = {"text": read_folder, "jsonl": read_lines}  # by kind of data, each for a path
+
+
+def normalise(text: str) -> str:
+    """`text` with plain line ends and composed characters (NFC)."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _corpus(documents: Sequence[Document], what: str, counts: dict[str, int], skipped: str) -> Corpus:
+    """The documents in parts: each once, its part chosen by its digest, so that adding documents moves no other.
+
+    Where that leaves a part empty, the three documents lowest in the order of digests are spread over the parts; of
+    fewer than three the text is cut. Raises `Usage` where that cannot be.
+    """
+    by_digest = {document.digest: document for document in reversed(documents)}  # the first of equal ones
+    chosen = dict(sorted(by_digest.items()))
+    counts = counts | {"repeated": len(documents) - len(chosen)}
+    read = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
+    notes = f", {len(documents)} {what}{f' ({read})' if read else ''}{skipped}"
+    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
+    for digest, document in chosen.items():
+        place = int(digest[:8], 16) % 10
+        parts["heldout" if place == 0 else "calibration" if place == 1 else "train"].append(document)
+    if not all(parts.values()):
+        left = list(chosen.values())
+        if len(left) >= 3:
+            parts = {"heldout": left[:1], "calibration": left[1:2], "train": left[2:]}
+        elif any(document.prompt is not None for document in left):
+            raise Usage(f"{len(left)} different examples cannot be told apart in three parts: give at least 3")
+        else:
+            whole = "\n\n".join(document.text for document in left)
+            ends = (0, len(whole) // 5, 2 * len(whole) // 5, len(whole))
+            names = ("heldout", "calibration", "train")
+            parts = {name: [Document(whole[ends[i] : ends[i + 1]], name)] for i, name in enumerate(names)}
+            notes += ", cut in three for want of documents"
+    return Corpus(parts, notes, _digest(chosen.values()))
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    return hashlib.sha256("\n".join(document.digest for document in documents).encode()).hexdigest()
+
+
+def _parse(line: str, name: str) -> Document:
+    """The document of one line. Raises `ValueError` that says what is wrong with it."""
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError('no object: write {"prompt": ..., "completion": ...} or {"text": ...}')
+    keys = [key for key in ("prompt", "completion", "text") if key in row]
+    if keys not in (["prompt", "completion"], ["text"]):
+        raise ValueError(f"has {', '.join(keys or row) or 'no keys'}: it takes prompt and completion, or text alone")
+    for key in keys:
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key} is no text")
+    values = [normalise(row[key]) for key in keys]
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a character (a lone surrogate)") from None
+    if keys == ["text"]:
+        return Document(values[0], name)
+    if not values[1].strip():
+        raise ValueError("completion is empty: there is nothing to learn")
+    return Document("".join(values), name, len(values[0]))
+
+
+def _decode(path: Path) -> tuple[str, bool]:
+    """The text of a file, and whether it had to be read as Latin-1. Raises `Usage` for a binary file."""
+    raw = _bytes(path)
+    if raw.startswith(UTF16):
+        return normalise(raw.decode("utf-16", errors="replace")), False
+    if b"\0" in raw:
+        raise Usage(f"{path}: is binary, not text: take it out, or give it another suffix")
+    try:
+        return normalise(raw.decode("utf-8-sig")), False
+    except UnicodeDecodeError:
+        return normalise(raw.decode("latin-1")), True
+
+
+def _read(path: Path) -> str:
+    """The text of a file that must be UTF-8. Raises `Usage`."""
+    try:
+        return normalise(_bytes(path).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Usage(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Usage(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _list(names: Iterable[str], before: str) -> str:
+    """`before` and the names, of many the first few; empty without names."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{before} {', '.join(names[:SHOWN])}{more}" if names else ""

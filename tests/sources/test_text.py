@@ -1,0 +1,180 @@
+"""Documents from files: the same text whatever the line endings, duplicates and stray files around it."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effbench import sources
+from effbench.core.errors import Usage
+from effbench.sources.text import Corpus, read_folder, read_lines, read_speeches
+
+TEXTS = {f"{number}.txt": f"Caf\xe9 number {number}.\nIt serves {'tea ' * number}.\n" for number in range(40)}
+
+
+def write(folder: Path, files: dict[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def names(corpus: Corpus) -> dict[str, list[str]]:
+    return {part: [document.name for document in documents] for part, documents in corpus.parts.items()}
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Corpus:
+    return read_folder(write(tmp_path / "plain", dict(TEXTS)))
+
+
+FORMS = {
+    "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
+    "CR": lambda text: text.replace("\n", "\r").encode(),
+    "a byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "Latin-1": lambda text: text.encode("latin-1"),
+    "decomposed": lambda text: unicodedata.normalize("NFD", text).encode(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_means_the_same_however_its_files_are_stored(tmp_path: Path, plain: Corpus, form: str) -> None:
+    again = read_folder(write(tmp_path / "again", {name: FORMS[form](text) for name, text in TEXTS.items()}))
+    assert again.parts == plain.parts and again.digest == plain.digest
+    assert ("40 as Latin-1" in again.notes) == (form == "Latin-1")
+    assert "\r" not in "".join(document.text for document in again.parts["train"])
+
+
+def test_copies_count_once_and_are_counted(tmp_path: Path, plain: Corpus) -> None:
+    folder = write(tmp_path / "twice", dict(TEXTS))
+    write(folder / "copy", {name: text.replace("\n", "\r\n") for name, text in TEXTS.items()})
+    again = read_folder(folder)
+    assert names(again) == names(plain) and again.digest == plain.digest
+    assert plain.notes == ", 40 files" and again.notes == ", 80 files (40 repeated)"
+
+
+def test_stray_files_are_skipped_and_named(tmp_path: Path, plain: Corpus) -> None:
+    stray = {".DS_Store": b"\0\1", "a.pdf": b"%PDF\0", ".git/objects/a": b"\0", ".git/config": "x", "sub/.x/y.txt": "x"}
+    again = read_folder(write(tmp_path / "stray", TEXTS | stray | {"empty.txt": " \n"}))
+    assert again.parts == plain.parts and again.digest == plain.digest
+    assert again.notes == ", 40 files (1 empty), skipped .DS_Store, .git, a.pdf, sub/.x"
+    many = read_folder(write(tmp_path / "many", TEXTS | {f"{number}.png": b"\0" for number in range(9)}))
+    assert many.notes.endswith("skipped 0.png, 1.png, 2.png, 3.png, 4.png and 4 more")
+
+
+def test_a_part_is_chosen_by_content_and_stays_chosen(tmp_path: Path, plain: Corpus) -> None:
+    assert all(plain.parts.values())
+    folder = write(
+        tmp_path / "more", {name.replace("txt", "md"): text for name, text in TEXTS.items()} | {"new": "New"}
+    )
+    again = read_folder(folder)
+    texts = {part: {document.text for document in documents} for part, documents in again.parts.items()}
+    assert all({d.text for d in documents} <= texts[part] for part, documents in plain.parts.items())
+    assert sum(map(len, texts.values())) == 41 and again.digest != plain.digest
+
+
+@pytest.mark.parametrize(("number", "parts"), [(1, 1), (2, 1), (3, 3), (4, 4)])
+def test_few_files_still_give_three_parts(tmp_path: Path, number: int, parts: int) -> None:
+    corpus = read_folder(write(tmp_path, dict(list(TEXTS.items())[:number])))
+    assert all(corpus.parts.values())
+    assert ("cut in three" in corpus.notes) == (number < 3)
+    whole = "".join(document.text for part in ("heldout", "calibration", "train") for document in corpus.parts[part])
+    assert len(whole) >= sum(len(text) for text in list(TEXTS.values())[:number])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.txt": " \n"}, r"holds no text; text files end in \.md"),
+        ({"a.pdf": b"%PDF"}, r"holds no text; skipped a\.pdf; text files end in"),
+        ({"a.txt": "text", "b.txt": b"\x00\x01\x02"}, r"b\.txt: is binary, not text"),
+    ],
+)
+def test_folders_without_text_are_wrong_usage(tmp_path: Path, files: Any, message: str) -> None:
+    with pytest.raises(Usage, match=message) as error:
+        sources.data(f"text:{write(tmp_path, files)}")
+    assert "\n" not in str(error.value)
+
+
+ROWS = [{"prompt": f"What is {n} + 1? ", "completion": f"It is {n + 1}.", "id": n} for n in range(20)]
+
+
+def lines(path: Path, rows: list[Any], end: str = "\n") -> Path:
+    path.write_bytes(end.join(row if isinstance(row, str) else json.dumps(row) for row in rows).encode())
+    return path
+
+
+def test_completions_and_plain_text_from_lines(tmp_path: Path) -> None:
+    corpus = read_lines(lines(tmp_path / "a.jsonl", [*ROWS, "", {"text": "Plain."}, {"text": " "}, ROWS[0]]))
+    documents = {document.name: document for part in corpus.parts.values() for document in part}
+    assert documents["a.jsonl:3"].text == "What is 2 + 1? It is 3." and documents["a.jsonl:3"].prompt == 15
+    assert documents["a.jsonl:22"].prompt is None and len(documents) == 21
+    assert all(corpus.parts.values()) and corpus.notes == ", 22 lines (1 empty, 1 repeated)"
+    again = read_lines(lines(tmp_path / "b.jsonl", [*ROWS, "", {"text": "Plain."}], "\r\n"))
+    assert again.digest == corpus.digest
+    assert sources.data(f"jsonl:{tmp_path / 'a.jsonl'}").digest == corpus.digest
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ([1], "no object: write"),
+        ({"prompt": "a"}, "has prompt: it takes prompt and completion, or text alone"),
+        ({"prompt": "a", "completion": "b", "text": "c"}, "has prompt, completion, text: it takes"),
+        ({"messages": []}, "has messages: it takes"),
+        ({}, "has no keys"),
+        ({"prompt": "a", "completion": 1}, "completion is no text"),
+        ({"text": None}, "text is no text"),
+        ({"prompt": "a", "completion": " "}, "completion is empty"),
+        ('{"text": "\\ud800"}', "holds half of a character"),
+    ],
+)
+def test_bad_lines_are_named_with_their_number(tmp_path: Path, row: Any, message: str) -> None:
+    path = lines(tmp_path / "a.jsonl", [*ROWS[:3], row, ROWS[4], row])
+    with pytest.raises(Usage, match=f"line 4: {message}") as error:
+        sources.data(f"jsonl:{path}")
+    assert str(error.value).endswith("also wrong: line 6") and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_lines_of_json(tmp_path: Path) -> None:
+    for content, message in ((b"", "holds no text"), (b"\xff\xfe\xff", "is not UTF-8")):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(Usage, match=message):
+            sources.data(f"jsonl:{tmp_path / 'a.jsonl'}")
+    with pytest.raises(Usage, match="no such file"):
+        sources.data("jsonl:nowhere")
+    with pytest.raises(Usage, match="give at least 3"):
+        sources.data(f"jsonl:{lines(tmp_path / 'b.jsonl', ROWS[:2])}")
+
+
+def test_the_speeches_that_ship_have_fixed_parts() -> None:
+    corpus = read_speeches()
+    assert {part: len(documents) for part, documents in corpus.parts.items()} == {
+        "train": 48, "calibration": 9, "heldout": 8
+    }  # fmt: skip
+    everything = [document for documents in corpus.parts.values() for document in documents]
+    assert len({document.name for document in everything}) == len({document.digest for document in everything}) == 65
+    assert corpus.parts["heldout"][0].name == "1949-Truman" and sources.data("speeches").digest == corpus.digest
+    folder = Path(sources.__file__).parent / "speeches"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2**20
+    assert "public\n  domain" in (folder / "README.md").read_text()
+
+
+def test_data_to_calibrate_on_is_part_of_what_the_data_is(tmp_path: Path) -> None:
+    alone, both = sources.data("tiny"), sources.data("tiny", "speeches")
+    assert both.shown == "tiny calibrated on speeches" and both.digest not in (
+        alone.digest,
+        sources.data("speeches").digest,
+    )
+    assert sources.data("speeches", "tiny").digest != both.digest
+    assert sources.data("tiny", "hub:c4-gptq").digest == sources.UNRESOLVED
+    with pytest.raises(Usage, match="calibration_data=nothing: must be tiny, speeches, text:FOLDER, jsonl:FILE or hub"):
+        sources.data("tiny", "nothing")
