@@ -7,21 +7,20 @@ import itertools
 
 from effbench.cells.job import Job
 from effbench.core.errors import Unsupported
-from effbench.core.kinds import KINDS, Weights, kind_of
+from effbench.core.kinds import KINDS, kind_of
+from effbench.core.method import Method
 from effbench.core.recipe import parse
 
 
 def foresee(job: Job) -> str | None:
     """Why shapes of the model do not suit the recipe, or None. The Hub is not asked.
 
-    Steps are looked at up to the first that may change shapes, which those of a kind do not.
+    Steps are looked at up to the first that may change shapes, which fits and methods of a kind do not.
     """
     if job.source.kind == "hub":
         return None
-    steps = itertools.takewhile(lambda step: kind_of(type(step)) in KINDS, parse(job.cell.steps, job.cell.recipe).steps)
-    asked = [
-        step for step in steps if isinstance(step, Weights) and type(step).check_shapes is not Weights.check_shapes
-    ]
+    steps = itertools.takewhile(_keeps_shapes, parse(job.cell.steps, job.cell.recipe).steps)
+    asked = [step for step in steps if step.overrides("check_shape")]
     if not asked:
         return None
     from effbench.nn.files.load import linear_shapes  # torch and transformers, which most plans do without
@@ -38,3 +37,7 @@ def foresee(job: Job) -> str | None:
     except Unsupported as error:
         return str(error)
     return None
+
+
+def _keeps_shapes(step: Method) -> bool:
+    return step.consumes or kind_of(type(step)) in KINDS

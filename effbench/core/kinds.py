@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from effbench.core.method import HOOKS, Alternatives, Method, Need
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence, Set
+    from collections.abc import Sequence, Set
 
     from effbench.core.run import Run
     from effbench.core.views import Block, Example, Layer, Module, Segments, SharedInput, Slots, Tensor
@@ -58,12 +58,6 @@ class Weights(Method):
     def needs(self) -> Set[Need]:
         """Statistics of inputs and gradients that `compress` reads."""
         return frozenset()
-
-    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `Unsupported` for a linear, [out, in] by its path, whose shape this method cannot take.
-
-        Asked before anything is calibrated, and by `--dry-run` where the model's configuration is at hand.
-        """
 
     def prepare(self, run: Run) -> Any:
         """Look at the whole model first (global thresholds); what it returns `compress` finds in `layer.prepared`."""

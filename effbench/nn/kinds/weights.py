@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effbench.core.kinds import Weights
 from effbench.nn.calibration import BlockInputs, walk
-from effbench.nn.model.linear import check_module, dense_weight, matrix_shape, replace, wrong_return
+from effbench.nn.model.linear import check_module, dense_weight, replace, wrong_return
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 def apply(run: Run, method: Weights) -> None:
     """Settle what is pending, let the method look at the whole model, and compress it."""
     run.settle()
-    method.check_shapes({path: matrix_shape(module) for path, module in run.linears().items()})
     stream(run, method, method.prepare(run))
 
 
