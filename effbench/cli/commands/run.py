@@ -89,18 +89,20 @@ def _print_tables(records: Sequence[Record], suite: str, style: str) -> None:
 
 
 def _print_plan(batch: Batch, as_json: bool) -> None:
+    from effbench.cells.foresee import foresee
     from effbench.cli.progress import opening
 
+    foreseen = [foresee(planned.job) if planned.done is None else None for planned in batch.cells]
     rows = [
         {
             "action": "run" if planned.done is None else "skip",
             "recipe": planned.job.cell.recipe,
             "seed": planned.job.cell.seed,
             "steps": planned.job.cell.steps,
-            "why": planned.why,
+            "why": planned.why if reason is None else f"{planned.why}, will be unsupported: {reason}",
             "identity": planned.job.cell.identity,
         }
-        for planned in batch.cells
+        for planned, reason in zip(batch.cells, foreseen, strict=True)
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
