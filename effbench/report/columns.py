@@ -173,6 +173,11 @@ METHODS = (
     _tell("type", "type", "What kind of method it is, such as PTQ: quantization of a trained model."),
     _tell("calibration data", "calibration_data", "What text the methods of the recipe take statistics from."),
     _tell("weight update", "weight_update", "By what the weights that stay are changed."),
+    Column(
+        "learning rate",
+        lambda row, tests: ", ".join(f"{rate:g}" for rate in row.learning_rates) or DASH,
+        meaning="The peak of the learning rate; where a fit tried several, the one with the least validation loss.",
+    ),
     Column("seeds", lambda row, tests: str(len(row.records)), meaning="How many seeds the row is a mean over."),
     Column("apply, s", _show_value("apply_seconds", rounded), ("apply_seconds",)),
     Column("calibration tokens", _show_value("calibration_tokens", "{:,.0f}".format), ("calibration_tokens",)),

@@ -736,6 +736,18 @@ def test_caveats_of_methods_are_footnotes_of_their_rows():
     assert render([make(), make("rtn()", facts={"caveats": 7})], "quant")  # a damaged record
 
 
+def test_rates_of_fits_are_printed():
+    chosen = make("fit(lr=(0.0001, 0.001))", log={"fits": [{"lr": 0.001, "rates": {"0.0001": 2.0, "0.001": 1.0}}]})
+    twice = make("lottery_ticket()", log={"fits": [{"lr": 0.001}, {"lr": 0.0003}, {"lr": 0.001}]})
+    damaged = make("gmp()", log={"fits": [7, {"lr": "x"}]})
+    found = table(render([make(), chosen, twice, damaged], "quant", "md"), "Methods and the cost of applying them")
+    rates = {name: row["learning rate"] for name, row in found.items()}
+    assert rates == {
+        "baseline": "–", "fit(lr=(0.0001, 0.001))": "0.001", "lottery_ticket()": "0.0003, 0.001", "gmp()": "–",
+    }  # fmt: skip
+    assert "learning rate" not in render([make(), make("rtn()")], "quant", detail="methods")
+
+
 def test_zeros_are_a_column_where_any_row_is_sparse():
     def sparse(recipe, **shares):
         return make(
