@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
+import itertools
 import pickle
 import sys
 import tempfile
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from effbench.core.errors import Unsupported
 from effbench.core.kinds import Cache, Prompt, Select, Train, Weights
 from effbench.core.method import Method
 from effbench.core.packages import method_line
@@ -37,10 +40,11 @@ from effbench.core.registry import blame_method
 from effbench.core.run import FitReport
 from effbench.core.source import document_fields
 from effbench.core.views import Example, Segments
+from effbench.nn.calibration import walk
 from effbench.nn.data import Data
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import open_engine
-from effbench.nn.model.linear import Replaced, dense_weight, stored_bytes, top_linears
+from effbench.nn.model.linear import Replaced, dense_weight, matrix_shape, rebuilt, replace, stored_bytes, top_linears
 from effbench.nn.model.sparsity import measure_sparsity
 from effbench.nn.run import ModelRun, narrow
 from effbench.nn.train.fit import FitSettings, fit
@@ -49,6 +53,7 @@ from effbench.sources import Source
 Check = Callable[[Method], None]
 VOCABULARY = 96
 WIDTH = 128  # one group of the usual size
+ODD = {"hidden_size": 72, "intermediate_size": 100}  # no multiples of 16, and of 8 and 4 at most
 TOYS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 256, "num_key_value_heads": 4},
     "mistral": {"intermediate_size": 256, "num_key_value_heads": 2, "sliding_window": None},
@@ -60,8 +65,13 @@ TOYS: dict[str, dict[str, Any]] = {
 }
 
 
-def toy(architecture: str = "llama", seed: int = 0, layers: int = 2) -> Any:
-    """A random model of `architecture`, small enough to be changed in milliseconds."""
+def toy(
+    architecture: str = "llama", seed: int = 0, layers: int = 2, activation: str | None = None, **changes: Any
+) -> Any:
+    """A random model of `architecture`, small enough to be changed in milliseconds, `activation` in its MLPs.
+
+    `changes` are entries of its configuration.
+    """
     shape = {
         "hidden_size": WIDTH,
         "num_hidden_layers": layers,
@@ -72,7 +82,9 @@ def toy(architecture: str = "llama", seed: int = 0, layers: int = 2) -> Any:
         "eos_token_id": 0,
     }
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **(shape | TOYS[architecture]))
+    config = AutoConfig.for_model(architecture, **(shape | TOYS[architecture] | changes))
+    if activation is not None:
+        setattr(config, "hidden_act" if hasattr(config, "hidden_act") else "activation_function", activation)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     narrow(model, torch.bfloat16)
     return model
@@ -91,12 +103,19 @@ class ToyData(Data):
         return self._rows.flatten()[:limit]
 
 
-def toy_run(architecture: str = "llama", seed: int = 0, **settings: Any) -> ModelRun:
-    """A run on a toy model with toy data."""
+def toy_run(
+    architecture: str = "llama",
+    seed: int = 0,
+    activation: str | None = None,
+    shape: dict[str, Any] | None = None,
+    **settings: Any,
+) -> ModelRun:
+    """A run on a toy model with toy data; `shape` holds entries of the configuration that differ."""
+    build = functools.partial(toy, architecture, activation=activation, **(shape or {}))
     return ModelRun(
         Source(name="toy", kind="folder", path=None, tokenizer=None, digest="toy"),
-        toy(architecture),
-        lambda: toy(architecture),
+        build(),
+        build,
         None,
         ToyData(),
         device=torch.device("cpu"),
@@ -280,6 +299,27 @@ def method_tolerance(method: Method) -> float:
     return 0.08 if method.rounds_activations else 1e-4
 
 
+def check_folded_scales(method: Method) -> None:
+    """Scales that a method moves between modules change nothing before it rounds, in no architecture."""
+    if not isinstance(method, Weights) or type(method).scales is Weights.scales:
+        return
+    for architecture, activation in itertools.product(TOYS, ("relu", "gelu")):
+        inputs = next(walk(toy_run(architecture, activation=activation), method.needs))
+        shared = inputs.view.shared_inputs(inputs.module)
+        inputs.gather(shared, method.needs)
+        before = torch.cat(inputs.forward())
+        inputs.fold(shared, method.scales(inputs, shared))
+        for layer in inputs.layers(shared):
+            linear: Any = rebuilt(layer.module, layer.weight)
+            if layer.bias is not None:
+                linear.bias.data.copy_(layer.bias)
+            replace(inputs.run.model, layer.name, linear)
+        error = float((torch.cat(inputs.forward()) - before).norm() / before.norm())
+        assert error < 1e-5, (
+            f"{architecture} with {activation}: moving the scales changes the outputs of a block by {error:.2g}"
+        )
+
+
 def check_undone_on_exit(method: Method) -> None:
     """Closing a run leaves no trace in the process: a fresh run is as before."""
     before = probe(toy_run())
@@ -307,8 +347,27 @@ def check_architectures(method: Method) -> None:
             run.close()
 
 
+def check_odd_shapes(method: Method) -> None:
+    """Of shapes that divide by little, a method either says beforehand that it cannot take them, or it takes them."""
+    run = toy_run(shape=ODD)
+    try:
+        method.check_shapes({path: matrix_shape(module) for path, module in run.linears().items()})
+    except Unsupported:
+        return
+    try:
+        run.apply(method)
+        if method.trains:
+            fit_two_steps(run)
+    except Unsupported as reason:
+        raise AssertionError(
+            f"refused while it runs, which check_shape(out, width) can say beforehand: {reason}"
+        ) from None
+    run.finish(recipe_is_empty=True)
+    assert torch.isfinite(probe(run)).all(), f"logits are not finite at {ODD}"
+
+
 # What other settings than the first must pass too.
-PACKING = (check_linear_protocol, check_save_and_load, check_sparsity)
+PACKING = (check_linear_protocol, check_save_and_load, check_sparsity, check_odd_shapes)
 
 
 def all_checks() -> tuple[Check, ...]:

@@ -72,12 +72,14 @@ def stub_run(model: nn.Module, length: int = 32) -> Any:
     )
 
 
-def tiny(kind: str = "llama", heads: int = 4) -> nn.Module:
+def tiny(kind: str = "llama", heads: int = 4, activation: str | None = None) -> nn.Module:
     torch.manual_seed(0)
     common: dict[str, Any] = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
     model: nn.Module
     if kind == "opt":
-        model = OPTForCausalLM(OPTConfig(**common, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64))
+        more: dict[str, Any] = {} if activation is None else {"activation_function": activation}
+        config = OPTConfig(**common, **more, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64)
+        model = OPTForCausalLM(config)
     elif kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64))
     else:

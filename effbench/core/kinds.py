@@ -50,7 +50,6 @@ class Weights(Method):
 
     must_define: ClassVar[Alternatives] = (("compress",), ("compress_block",))
     sequential: ClassVar[bool] = True  # a block's statistics come from inputs that compressed blocks produced
-    folds: ClassVar[bool] = False  # moves scales into other modules, so weights do not compare before and after
     settles: ClassVar[bool] = True
     type: ClassVar[str] = "PTQ"
     weight_update: ClassVar[str] = "none"
@@ -62,6 +61,14 @@ class Weights(Method):
 
     def prepare(self, run: Run) -> Any:
         """Look at the whole model first (global thresholds); what it returns `compress` finds in `layer.prepared`."""
+
+    def scales(self, block: Block, shared: Sequence[SharedInput]) -> Sequence[Tensor | None]:
+        """Positive scales [in] to multiply the weights behind each shared input by; None leaves it as it is.
+
+        Their inverse goes into what comes before (`SharedInput.previous`), so that the block computes what it did.
+        `compress` then sees weights and statistics with the scales in them.
+        """
+        return [None] * len(shared)
 
     def compress(self, layer: Layer) -> Module:
         """The module that takes the layer's place."""

@@ -8,12 +8,12 @@ import functools
 import inspect
 import os
 import typing
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
-from effbench.core.errors import Usage
+from effbench.core.errors import Unsupported, Usage
 from effbench.core.packages import class_file, method_key, shorten
 from effbench.core.usage import PLAIN, convert, is_plain
 
@@ -124,6 +124,20 @@ class Method:
     def files(self) -> tuple[Path, ...]:
         """Files this method reads; their digests are part of a cell's identity."""
         return ()
+
+    def check_shape(self, out: int, width: int) -> None:
+        """Raise `ValueError` for a linear [out, in] that this method cannot take because of its shape."""
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Ask `check_shape` about linears, [out, in] by path. Raises `Unsupported` with the first that cannot be taken.
+
+        Runs ask before a step begins, `--dry-run` before anything does where it has the model's configuration.
+        """
+        for path, shape in shapes.items():
+            try:
+                self.check_shape(*shape)
+            except ValueError as error:
+                raise Unsupported(f"{path}: {error}; leave such linears out with the setting skip") from None
 
     @property
     def needs(self) -> Set[Need] | None:

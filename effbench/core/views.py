@@ -7,7 +7,7 @@ file of core that names torch, and only for annotations: the other files take `T
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ class Block(Protocol):
     def forward(self) -> list[Tensor]:
         """Outputs of the block as it is now, one per sequence."""
 
-    def output_of(self, module: Module) -> list[Tensor]:
-        """Outputs of a submodule on every sequence."""
+    def replay(self, module: Module) -> Callable[[], list[Tensor]]:
+        """A function that runs a submodule on what it is now given on every sequence; the submodule may change."""
 
     def layers(self, shared: Sequence[SharedInput]) -> list[Layer]:
         """The linears named by `shared` that may be compressed."""

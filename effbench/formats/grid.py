@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from effbench.core.errors import Unsupported
 from effbench.core.views import Layer
 from effbench.formats.integer import IntLinear
 from effbench.formats.nm import NMIntLinear, pattern_of
@@ -39,6 +39,12 @@ class Grid(NamedTuple):
     def per_group(self) -> Grid:
         """Scale and zero without the last dimension that `fit_grid` leaves."""
         return self._replace(scale=self.scale.squeeze(-1), zero=self.zero.squeeze(-1))
+
+    @staticmethod
+    def join(grids: Sequence[Grid]) -> Grid:
+        """One grid of the groups of several, each [out, groups]."""
+        scale, zero = (torch.cat(column, 1) for column in zip(*((g.scale, g.zero) for g in grids), strict=True))
+        return Grid(scale, zero, grids[0].bits)
 
     def as_stored(self) -> Grid:
         """The same grid with its scales as they are stored, in float16."""
@@ -92,12 +98,11 @@ def _grid_of_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Gri
     return Grid(scale, zero, bits)
 
 
-def split_groups(weight: Tensor, group_size: int, name: str) -> Tensor:
-    """`weight` [out, in] as [out, groups, group_size]; groups run along the input. Raises `Unsupported`."""
-    if weight.shape[1] % group_size:
-        raise Unsupported(f"{name}: width {weight.shape[1]} is not a multiple of group_size {group_size}")
-    groups: Tensor = weight.unflatten(1, (-1, group_size))
-    return groups
+def split_groups(weight: Tensor, group_size: int) -> list[Tensor]:
+    """`weight` [out, in] as [out, groups, group_size], groups along the input, and what is left as [out, 1, rest]."""
+    number = weight.shape[1] // group_size
+    whole, rest = weight.tensor_split([number * group_size], 1)
+    return [part for part in (whole.unflatten(1, (number, group_size)), rest.unsqueeze(1)) if part.numel()]
 
 
 def int_linear(
@@ -105,11 +110,13 @@ def int_linear(
     codes: Tensor,
     grid: Grid,
     symmetric: bool,
+    group_size: int | None = None,
     g_idx: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> nn.Module:
-    """Pack `codes` [out, in]; the grid's scale and zero are [out or 1, groups], `g_idx` [in] names each input's.
+    """Pack `codes` [out, in]; the grid's scale and zero are [out or 1, groups], of `group_size` inputs each.
 
+    `g_idx` [in] names each input's group where they are not consecutive.
     Codes of pruned weights (`keep`, by default `layer.kept`, is False) must be the zero-point. In an n:m pattern
     only the others are stored.
     """
@@ -118,6 +125,16 @@ def int_linear(
     pattern = pattern_of(keep)
     if keep is not None and pattern is not None:
         return NMIntLinear.of(
-            codes, grid.scale, zero, g_idx, bits=grid.bits, keep=keep, pattern=pattern, bias=layer.bias
+            codes,
+            grid.scale,
+            zero,
+            g_idx,
+            bits=grid.bits,
+            keep=keep,
+            pattern=pattern,
+            group_size=group_size,
+            bias=layer.bias,
         )
-    return IntLinear.of(codes, grid.scale, zero, g_idx, bits=grid.bits, bias=layer.bias, keep=keep)
+    return IntLinear.of(
+        codes, grid.scale, zero, g_idx, bits=grid.bits, group_size=group_size, bias=layer.bias, keep=keep
+    )

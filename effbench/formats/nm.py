@@ -111,14 +111,14 @@ class NMIntLinear(_NM, Codes):
         bits: int,
         n: int = 2,
         m: int = 4,
-        groups: int = 1,
+        group_size: int | None = None,
         per_tensor: bool = False,
         zeros: bool = False,
         order: bool = False,
         bias: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, n, m, bias)
-        self.reserve_codes(in_features // m * n, bits, groups, per_tensor, zeros, order)
+        self.reserve_codes(in_features // m * n, bits, group_size, per_tensor, zeros, order)
 
     @classmethod
     def of(
@@ -131,22 +131,26 @@ class NMIntLinear(_NM, Codes):
         bits: int,
         keep: Tensor,
         pattern: tuple[int, int],
+        group_size: int | None = None,
         bias: Tensor | None = None,
     ) -> NMIntLinear:
         """Store the codes [out, in] that `keep` (bool [out, in], at most n of every m) names; see `IntLinear.of`."""
         n, m = pattern
         place = pack(places(keep, n, m), place_bits(m))
         column = columns(place, codes.shape[1], n, m)
-        config, grid = describe_codes(codes, scale, zero, g_idx, bits)
+        config, grid = describe_codes(codes, scale, zero, g_idx, bits, group_size)
         module = cls(**config, n=n, m=m, bias=bias is not None)
         return module.fill(bias, weight=pack(codes.gather(1, column), bits), index=place, **grid)
 
     def product(self, x: Tensor) -> Tensor:
-        return INT_OP(x, self.weight, self.index, self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
+        return INT_OP(x, *self._matrix())
 
     def dense_weight(self) -> Tensor:
-        rest = (self.scale, self.zero, self.g_idx, self.bits, self.n, self.m)
-        return NmIntMatrix(self.weight, self.index, *rest).dense(self.in_features)
+        return self._matrix().dense(self.in_features)
+
+    def _matrix(self) -> NmIntMatrix:
+        grid = (self.scale, self.zero, self.g_idx)
+        return NmIntMatrix(self.weight, self.index, *grid, self.bits, self.n, self.m, self.group_size)
 
     def rebuilt(self, weight: Tensor) -> NMIntLinear:
         """The same scales, zero-points and places; every stored weight goes to the nearest code."""

@@ -39,6 +39,14 @@ class Pattern(NamedTuple):
             f"pattern={text!r}: one of 'unstructured', 'n:m' such as '2:4', 'block:RxC' such as 'block:16x16'"
         )
 
+    def check_shape(self, out: int, width: int) -> None:
+        """Raise `ValueError` for a matrix [out, in] that the pattern does not divide."""
+        if self.kind == "n:m" and width % self.second:
+            pattern = f"{self.first}:{self.second}"
+            raise ValueError(f"width {width} is not a multiple of {self.second}, as pattern {pattern} needs")
+        if self.kind == "block" and (out % self.first or width % self.second):
+            raise ValueError(f"{out} x {width} does not divide into blocks of {self.first} x {self.second}")
+
 
 class PrunedLinear(MaskedLinear):
     """A masked linear that knows the pattern of its zeros and hence how an artifact stores it."""

@@ -43,6 +43,7 @@ class Inputs:
         self._absolute: Tensor | None = None
         self._outer: Tensor | None = None
         self._raw: list[Tensor] = []
+        self._scale: Tensor | None = None  # [in], what inputs are divided by since they were seen
         # [out, in] means over sequences of the loss gradients, of their magnitudes and of their squares
         self.grad: Tensor
         self.grad_abs: Tensor
@@ -62,20 +63,27 @@ class Inputs:
             self._raw.append(x[-self.count % self._every :: self._every].clone())
         self.count += len(x)
 
+    def divided(self, scale: Tensor) -> Inputs:
+        """The statistics of inputs divided by `scale` [in]."""
+        inputs = copy.copy(self)
+        inputs._scale = scale
+        return inputs
+
     @property
     def norm(self) -> Tensor:
         """[in]: L2 norm over all tokens."""
-        return self._require(self._square, "norm").sqrt().float()
+        return self._divide(self._require(self._square, "norm").sqrt().float())
 
     @property
     def mean_abs(self) -> Tensor:
         """[in]: mean of |x| over all tokens."""
-        return (self._require(self._absolute, "norm") / self.count).float()
+        return self._divide((self._require(self._absolute, "norm") / self.count).float())
 
     @property
     def second_moment(self) -> Tensor:
         """[in, in] float64: mean of x x^T over all tokens."""
-        return self._require(self._outer, "hessian") / self.count
+        moment = self._require(self._outer, "hessian") / self.count
+        return moment if self._scale is None else moment / self._scale.outer(self._scale)
 
     @property
     def hessian(self) -> Tensor:
@@ -87,7 +95,10 @@ class Inputs:
         """[N, in]: an evenly spaced sample of at most about 4096 tokens."""
         if not self._raw:
             raise AttributeError("tokens were not kept: declare needs = {'raw'}")
-        return torch.cat(self._raw)
+        return self._divide(torch.cat(self._raw))
+
+    def _divide(self, values: Tensor) -> Tensor:
+        return values if self._scale is None else values / self._scale
 
     def _require(self, value: Tensor | None, need: str) -> Tensor:
         if value is None:
@@ -105,6 +116,12 @@ def view_layer(name: str, module: nn.Module, inputs: Inputs, seed: int, prepared
 
 class _Reached(Exception):
     """Raised to end a forward pass early, once its hook has what it needs."""
+
+
+def _first(out: Any) -> Tensor:
+    """The hidden states among the outputs of a module."""
+    states: Tensor = out if isinstance(out, Tensor) else out[0]
+    return states
 
 
 class BlockInputs:
@@ -127,6 +144,8 @@ class BlockInputs:
         self.outputs = hidden  # what the next block is to receive
         self._calls = calls  # keyword arguments of the block, per sequence
         self._inputs: dict[str, Inputs] = {}
+        self._taken: dict[str, Tensor] = {}  # scales [in] that go into a linear's weights, by its path in the block
+        self._given: dict[str, Tensor] = {}  # and those [out] that its outputs are divided by
         self._gradients = gradients or {}
         self._prepared = prepared
 
@@ -136,25 +155,28 @@ class BlockInputs:
             return [self._one(hidden, call) for hidden, call in zip(self.hidden, self._calls, strict=True)]
 
     def _one(self, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-        out = self.module(hidden, *call["args"], **call["kwargs"])
-        result: Tensor = out if isinstance(out, Tensor) else out[0]
-        return result
+        return _first(self.module(hidden, *call["args"], **call["kwargs"]))
 
-    def output_of(self, module: nn.Module) -> list[Tensor]:
-        """Outputs of a submodule on every sequence; the block runs no further than that."""
-        outputs: list[Tensor] = []
+    def replay(self, module: nn.Module) -> Callable[[], list[Tensor]]:
+        """A function that runs a submodule on what it is now given on every sequence; the submodule may change."""
+        inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def keep(_: nn.Module, __: Any, out: Any) -> None:
-            outputs.append(out if isinstance(out, Tensor) else out[0])
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append((args, kwargs))
             raise _Reached
 
-        handle = module.register_forward_hook(keep)
+        handle = module.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             for hidden, call in zip(self.hidden, self._calls, strict=True):
                 with contextlib.suppress(_Reached), torch.no_grad():
                     self._one(hidden, call)
         finally:
             handle.remove()
+
+        def outputs() -> list[Tensor]:
+            with torch.no_grad():
+                return [_first(module(*args, **kwargs)) for args, kwargs in inputs]
+
         return outputs
 
     def gather(self, shared: Sequence[SharedInput], needs: Set[str]) -> None:
@@ -178,6 +200,37 @@ class BlockInputs:
 
         return take
 
+    def fold(self, shared: Sequence[SharedInput], scales: Sequence[Tensor | None]) -> None:
+        """Divide shared inputs by scales [in] that the linears behind them take up: the block computes what it did.
+
+        What comes before is changed in place, unless it is among the linears of `shared`: these show in `layers` and
+        `dense_weight` what they take up and give away. Raises `Unsupported` where nothing before can absorb a scale or
+        a linear behind it is skipped.
+        """
+        paths = {module: path for path, module in self.module.named_modules()}
+        behind = {name for group in shared for name in group.names if self.run.targeted(self._path(name))}
+        for group, scale in zip(shared, scales, strict=True):
+            if scale is None:
+                continue
+            if group.previous is None or not behind.issuperset(group.names):
+                raise Unsupported(f"{self._path(group.names[0])}: nothing can absorb a scale of its inputs")
+            inputs = self._inputs[group.names[0]].divided(scale)
+            for name in group.names:
+                self._inputs[name], self._taken[name] = inputs, scale
+            previous = paths[group.previous]
+            if previous in behind:
+                self._given[previous] = scale
+            else:
+                _divide_outputs(group.previous, scale)
+
+    def dense_weight(self, path: str) -> Tensor:
+        """The weights [out, in] of the linear at `path` in the model, with the scales folded into it."""
+        name = path.removeprefix(self._path(""))
+        weight = dense_weight(self.module.get_submodule(name))
+        if name in self._taken:
+            weight = weight * self._taken[name]
+        return weight / self._given[name].unsqueeze(1) if name in self._given else weight
+
     def layers(self, shared: Sequence[SharedInput]) -> list[Layer]:
         """The linears named by `shared`, ready to be compressed."""
         return [self.layer(name) for group in shared for name in group.names if self.run.targeted(self._path(name))]
@@ -191,7 +244,12 @@ class BlockInputs:
             inputs = copy.copy(inputs)  # statistics are shared, gradients belong to one linear
             for need, means in self._gradients.items():
                 setattr(inputs, need, means[path])
-        return view_layer(path, module, inputs, zlib.crc32(f"{self.run.seed}/{path}".encode()), self._prepared)
+        layer = view_layer(path, module, inputs, zlib.crc32(f"{self.run.seed}/{path}".encode()), self._prepared)
+        if name in self._taken or name in self._given:
+            layer.weight = self.dense_weight(path)
+        if name in self._given and layer.bias is not None:
+            layer.bias = layer.bias.detach() / self._given[name]
+        return layer
 
     def statistics(self, path: str) -> Inputs | None:
         """What was gathered at the input of the linear at `path` in the model."""
@@ -199,6 +257,15 @@ class BlockInputs:
 
     def _path(self, name: str) -> str:
         return self.view.path(self.index, name)
+
+
+def _divide_outputs(module: nn.Module, scale: Tensor) -> None:
+    """Divide the outputs of a norm or a linear by `scale` [out], in place."""
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    bias: nn.Parameter | None = getattr(module, "bias", None)
+    weight.data /= scale.view(-1, *[1] * (weight.dim() - 1))
+    if bias is not None:
+        bias.data /= scale
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from effbench.nn.model.linear import (
     Storage,
     check_module,
     kept,
+    matrix_shape,
     replace,
     stored_as,
     stored_bytes,
@@ -191,6 +192,7 @@ class ModelRun(Run):
         self._shared.clear()
         if method.settles:
             self.settle()
+        method.check_shapes({path: matrix_shape(module) for path, module in self.linears().items()})
         method.apply(self)
         if method.asked_sparsity is not None:
             self.log.sparsity_asked = max(self.log.sparsity_asked or 0.0, method.asked_sparsity)

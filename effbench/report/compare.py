@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from decimal import Context, Decimal
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from effbench.report.groups import Row, Table, find_place, group_records
 from effbench.report.metrics import (
     TASKS,
     get_family,
+    get_limits,
     get_scale,
     natural_key,
     select_quality,
@@ -34,18 +36,20 @@ from effbench.report.metrics import (
 )
 from effbench.report.pages import load
 from effbench.report.text import DASH, markdown_table, one_line, places
-from effbench.stats.paired import Estimate, holm
+from effbench.stats.paired import ENOUGH, Estimate, holm
 
 LEGEND = (
     "Paired by item; an item is averaged over the seeds of each side first. Accuracies in %. A perplexity is that of\n"
     "the mean log-likelihood, and the interval of its change is that of the ratio, at the geometric mean of both.\n"
-    "p: McNemar's exact test for right and wrong answers, else Student's t, or a studentized bootstrap where fewer\n"
-    f"than 30 items differ. *: at most {LEVEL} after Holm over the table."
+    "p: McNemar's exact test for right and wrong answers, Student's t of the differences for windows and texts, and\n"
+    f"for other items, or a studentized bootstrap where fewer than {ENOUGH} of them differ. *: at most {LEVEL} after\n"
+    "Holm over the table."
 )
 LONGEST = 100  # characters of a name that are looked at
 FEW = 20  # names that are worth listing
 SHOWN = 3  # records of a name that are described
 SEE = "; `effbench report` shows the recipes that have records"
+EXACT = Context(prec=999)  # digits of the largest number that a double holds, and its decimals
 HEADER = ("metric", "A", "B", "B - A", "95 % interval", "n", "lost, gained", "p", "p (Holm)")
 
 
@@ -99,7 +103,12 @@ def _make_change(metric: str, before: float, after: float, test: Estimate) -> Ch
         low, high = (None if bound is None else middle * math.sinh(bound / 2) for bound in (test.low, test.high))
     else:
         before, after = get_scale(metric) * before, get_scale(metric) * after
-        low, high = (None if bound is None else get_scale(metric) * bound for bound in (test.low, test.high))
+        least, most = get_limits(metric)
+        reach = most - least  # no two values are further apart
+        low, high = (
+            None if bound is None else get_scale(metric) * min(max(bound, -reach), reach)
+            for bound in (test.low, test.high)
+        )
     return Change(metric, before, after, low, high, test)
 
 
@@ -221,7 +230,9 @@ def _describe(row: Row) -> str:
 
 
 def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> list[str]:
-    """One metric's line of the table; both sides have the decimals of their difference."""
+    """One metric's line of the table; both sides have the decimals of their difference, which is that of the numbers
+    printed.
+    """
     decimals = max(2, 2 - math.floor(math.log10(abs(change.value) or 1)))
     interval = DASH
     if change.low is not None and change.high is not None:
@@ -229,11 +240,12 @@ def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> lis
             digits = 1 - math.floor(math.log10(abs(change.value) or 1))  # two of the difference itself
             decimals = min(9, max(2, places(change.high - change.low), digits))
         interval = f"{change.low:+.{decimals}f} to {change.high:+.{decimals}f}"
+    left, right = (f"{value:.{decimals}f}" for value in (change.before, change.after))
     return [
         change.metric,
-        f"{change.before:.{decimals}f}",
-        f"{change.after:.{decimals}f}",
-        f"{change.value:+.{decimals}f}",
+        left,
+        right,
+        f"{EXACT.subtract(Decimal(right), Decimal(left)):+f}",
         interval,
         str(change.test.n),
         _count_changes(before, after, change.metric),

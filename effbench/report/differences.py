@@ -23,6 +23,7 @@ from effbench.stats.paired import Estimate, Floats, holm, mcnemar, mean_interval
 
 LEVEL = 0.05
 TESTED = ("perplexity", "accuracy")  # kinds of metrics that a table tests
+OVER_TOKENS = ("perplexity", "distance")  # kinds whose items are windows or texts, means over their tokens
 
 
 class Test(msgspec.Struct, frozen=True, gc=False):
@@ -144,7 +145,7 @@ def estimate_difference(before: Sequence[Record], after: Sequence[Record], metri
     pairs = Pairs(Side(before), Side(after)).find(metric)
     if not pairs:
         return None
-    test = mean_interval(*(pair.after - pair.before for pair in pairs))
+    test = mean_interval(*(pair.after - pair.before for pair in pairs), averages=get_family(metric) in OVER_TOKENS)
     changes = _sum_changes(pairs)
     return test if changes is None else msgspec.structs.replace(test, p=mcnemar(*changes))
 
@@ -158,7 +159,8 @@ def _test_metric(pairs: Pairs, metric: str) -> Test | None:
     if changes is not None:
         lost, gained = changes
         return Test((gained - lost) / sum(pair.before.size for pair in found), mcnemar(lost, gained))
-    test = mean_interval(*(pair.after - pair.before for pair in found), level=None)
+    averages = get_family(metric) in OVER_TOKENS
+    test = mean_interval(*(pair.after - pair.before for pair in found), level=None, averages=averages)
     return Test(test.value, test.p)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,6 +75,13 @@ class Row:
             return None if single is None else Estimate(single.value, single.low, single.high)
         values = [one.value for record in self.records if (one := record.metrics.get(metric))]
         return over_seeds(values) if len(values) == len(self.records) else None
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """The peaks of its fits: those that were chosen, where a fit tried several."""
+        fits = [fits for record in self.records if isinstance(fits := record.log.get("fits"), list)]
+        rates = [fit.get("lr") for fit in itertools.chain(*fits) if isinstance(fit, dict)]
+        return sorted({rate for rate in rates if isinstance(rate, float)})
 
     @property
     def caveats(self) -> tuple[str, ...]:

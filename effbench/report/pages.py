@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from effbench.core.errors import Usage
 from effbench.core.paths import CHECKOUT, PUBLISHED
-from effbench.core.usage import LONGEST, nearest
+from effbench.core.usage import LONGEST, nearest, one_of, parse
 from effbench.records.record import Record
 from effbench.records.store import Store, latest
 from effbench.report import kernels
-from effbench.report.differences import parse_kept, read_kept, write_kept
-from effbench.report.groups import group_records
+from effbench.report.choice import ALL, Choice
+from effbench.report.differences import Kept, parse_kept, read_kept, write_kept
+from effbench.report.groups import Table, group_records
 from effbench.report.sheets import Sheet, Stale, cut_to_detail, make_sheets
 from effbench.report.styles import csv, markdown, terminal, tex
 
 FORMATS = ("md", "csv", "tex", "rich")
 ADHOC = "adhoc"  # recipes from the command line; their tables are written only when asked for by name
-BLOCK = re.compile(r"(<!-- effbench:table ([\w.-]+) -->\n).*?(<!-- /effbench:table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- effbench:table ([^\n]*?) ?-->\n)(.*?)(<!-- /effbench:table -->)", re.DOTALL)
+MOST_ROWS = 12  # of a block of the README
 
 
 def load(results: Path, suite: str | None = None) -> list[Record]:
@@ -58,18 +63,38 @@ def check_folder_name(results: Path) -> None:
         raise Usage(f"results={name[:LONGEST]!r}: not the name of a folder")
 
 
-def print_tables(records: Sequence[Record], style: str, detail: str | None = None, stale: Stale | None = None) -> None:
-    """Print the tables of every suite among the records, as csv all in one."""
+def print_tables(
+    records: Sequence[Record],
+    style: str,
+    detail: str | None = None,
+    stale: Stale | None = None,
+    choice: Choice = ALL,
+) -> None:
+    """Print the tables of every suite among the records, as csv all in one. Raises `Usage` for a name that no row or
+    column has.
+    """
+    tables = group_records(records)
+    choice.check(tables)
     if style == "csv":
-        sys.stdout.write(csv.page(group_records(records)))
+        sys.stdout.write(csv.page(tables, choice))
         return
     names = sorted({record.cell.suite for record in records})
-    sys.stdout.write("\n".join(render(records, name, style, detail, stale) for name in names))
+    sys.stdout.write("\n".join(filter(None, (render(records, name, style, detail, stale, choice) for name in names))))
 
 
 def print_sheets(sheets: Sequence[Sheet], style: str, detail: str) -> None:
     """Print sheets as md, tex or rich, which shows the grid of one detail."""
     sys.stdout.write(_render_sheets(sheets, style, detail))
+
+
+def select_records(records: Sequence[Record], **places: str | None) -> list[Record]:
+    """The records of a tier or a model, by the name of a field of their cells. Raises `Usage` when there is none."""
+    for field, value in places.items():
+        known = dict.fromkeys(str(getattr(record.cell, field)) for record in records)
+        if value is not None and value not in known:
+            raise Usage(f"{field}={value[:LONGEST]}: no records of it{nearest(value, known)}")
+        records = [record for record in records if value in (None, getattr(record.cell, field))]
+    return list(records)
 
 
 def render(
@@ -78,10 +103,13 @@ def render(
     style: str = "md",
     detail: str | None = None,
     stale: Stale | None = None,
+    choice: Choice = ALL,
 ) -> str:
-    """The tables of one suite as md, csv, tex or rich (for the terminal), all grids or those of one detail.
+    """The tables of one suite as md, csv, tex, paper (tex for a page of one column) or rich (for the terminal), all
+    grids or those of one detail.
 
-    With `stale`, captions say how many rows are of an older source. Raises `Usage` without records.
+    With `stale`, captions say how many rows are of an older source. Empty where no row and column is chosen. Raises
+    `Usage` without records.
     """
     records = list(records)
     chosen = [record for record in records if record.cell.suite == suite]
@@ -89,22 +117,51 @@ def render(
         raise Usage(f"no records of suite {suite!r}{nearest(suite, {record.cell.suite for record in records})}")
     tables = group_records(chosen)
     if style == "csv":
-        return csv.page(tables)
-    return _render_sheets(make_sheets(tables, stale=stale), style, detail)
+        return csv.page(tables, choice)
+    sheets = make_sheets(tables, stale=stale, choice=choice)
+    return _render_sheets(sheets, style, detail) if sheets else ""
 
 
-def render_headline(sheets: Sequence[Sheet]) -> str:
-    """Markdown for a README: the first table of a page, its telling columns alone."""
-    return markdown.block(cut_to_detail(sheets[0], "summary")) + "\n"
+@dataclasses.dataclass
+class Block:
+    """What the marker of a block says behind the name of the suite: `tier=full rows=gptq-3b,rtn-*`."""
+
+    tier: str | None = None  # that of the first table, where none is named
+    model: str | None = None
+    rows: str | None = None  # names of recipes, or patterns; the baseline is always shown
+    columns: str | None = None  # headers or names of metrics; by default those of the summary
+
+
+def render_block(tables: Sequence[Table], block: Block, full: str, kept: Kept | None = None) -> str:
+    """Markdown for a README: one table of a suite, its chosen rows and columns alone, and where the others are.
+
+    `full` is the address of the page that has all of them. Raises `Usage` where there is no such table, row or column.
+    """
+    cells = [table.cell for table in tables]
+    for field, value in (("tier", block.tier), ("model", block.model)):
+        one_of(field, value, dict.fromkeys(getattr(cell, field) for cell in cells))
+    table = next((t for t in tables if block.tier in (None, t.cell.tier) and block.model in (None, t.cell.model)), None)
+    if table is None:
+        raise Usage(f"no table of tier={block.tier} and model={block.model}")
+    choice = Choice.read(block.rows, block.columns)
+    choice.check([table])
+    (sheet,) = make_sheets([table], kept, choice=choice)
+    shown = f"{len(table.rows) - sheet.omitted} of {len(table.rows)} rows" if sheet.omitted else "All rows"
+    rest = f"{shown}; all rows, columns and tiers: [`{full}`]({full})."
+    return f"{markdown.block(cut_to_detail(sheet, sheet.grids[0].detail))}\n\n{rest}\n"
 
 
 def _render_sheets(sheets: Sequence[Sheet], style: str, detail: str | None = None) -> str:
+    chosen = all(grid.detail == "chosen" for sheet in sheets for grid in sheet.grids)
+    detail = "chosen" if chosen else detail
     if style == "rich":
         width = shutil.get_terminal_size((100, 24)).columns
         return terminal.page(sheets, width, detail or "summary", colour=sys.stdout.isatty())
+    if style == "paper":
+        return tex.write_paper([cut_to_detail(sheet, detail or "summary") for sheet in sheets])
     if detail is not None:
         sheets = [cut_to_detail(sheet, detail) for sheet in sheets]
-    return {"md": markdown.page, "tex": tex.page}[style](sheets)
+    return tex.page(sheets) if style == "tex" else markdown.page(sheets, detail)
 
 
 # ---- generated files ----------------------------------------------------------------------------
@@ -123,12 +180,13 @@ def write(results: Path, suite: str | None = None, readme: Path | None = None) -
 def check(
     results: Path, suite: str | None = None, readme: Path | None = None, records: Sequence[Record] | None = None
 ) -> list[str]:
-    """The generated files that are not what the records say, each with its first differing line.
+    """The generated files that are not what the records say, each with its first differing line, and the blocks of the
+    README that have too many rows.
 
     `records` are those of the folder, where they were read already.
     """
     texts = render_pages(load(results, suite) if records is None else records, results, suite, readme)
-    return list(filter(None, (find_difference(path, text) for path, text in texts.items())))
+    return [*filter(None, (find_difference(path, text) for path, text in texts.items())), *find_crowded(readme)]
 
 
 def count_stale(records: Iterable[Record], stale: Stale) -> list[str]:
@@ -163,7 +221,7 @@ def render_pages(
     if suite is None:
         by_suite.pop(ADHOC, None)
     texts: dict[Path, str] = {}
-    headlines: dict[str, str] = {}
+    blocks: dict[str, Callable[[Block], str]] = {}
     for name, chosen in sorted(by_suite.items()):
         tables, statistics = group_records(chosen), results / "statistics" / f"{name}.json"
         texts[statistics] = write_kept(tables, read_kept(statistics))
@@ -171,24 +229,44 @@ def render_pages(
         made = f"<!-- Generated by `effbench report suite={name} --write`; do not edit. -->"
         texts[results / "tables" / f"{name}.md"] = f"{made}\n\n{markdown.page(sheets)}"
         texts[results / "tables" / f"{name}.csv"] = csv.page(tables)  # LaTeX is made on demand
-        headlines[name] = render_headline(sheets)
+        full = (results / "tables" / f"{name}.md").as_posix()
+        if readme is not None:
+            full = os.path.relpath(full, readme.parent)
+        blocks[name] = functools.partial(render_block, tables, full=full, kept=parse_kept(texts[statistics]))
     if suite is None:
         texts |= kernels.tables(results)
     if readme is not None and readme.is_file():
-        texts[readme] = _fill_blocks(readme, headlines, suite)
+        texts[readme] = _fill_blocks(readme, blocks, suite)
     return texts
 
 
-def _fill_blocks(readme: Path, headlines: Mapping[str, str], suite: str | None) -> str:
+def _fill_blocks(readme: Path, blocks: Mapping[str, Callable[[Block], str]], suite: str | None) -> str:
     def fill(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
+        begin, marker, _, end = match.groups()
+        name, *options = marker.split()
         if suite not in (None, name):
             return match[0]
-        if name not in headlines:
-            raise Usage(f"{readme}: no records of suite {name!r}{nearest(name, headlines)}")
-        return f"{begin}{headlines[name]}{end}"
+        if name not in blocks:
+            raise Usage(f"{readme}: no records of suite {name!r}{nearest(name, blocks)}")
+        try:
+            return f"{begin}{blocks[name](parse(Block, options))}{end}"
+        except Usage as error:
+            raise Usage(f"{readme}: effbench:table {marker}: {error}") from None
 
     return BLOCK.sub(fill, readme.read_text(encoding="utf-8"))
+
+
+def find_crowded(readme: Path | None) -> list[str]:
+    """A line for each block of a README that has more rows than a reader takes in."""
+    text = readme.read_text(encoding="utf-8") if readme is not None and readme.is_file() else ""
+    counts = {
+        match[2]: sum(line.startswith("|") for line in match[3].splitlines()) - 2 for match in BLOCK.finditer(text)
+    }
+    return [
+        f"{readme}: effbench:table {marker}: {count} rows, at most {MOST_ROWS}; choose with rows=NAME,PATTERN behind it"
+        for marker, count in counts.items()
+        if count > MOST_ROWS
+    ]
 
 
 def find_difference(path: Path, text: str) -> str:

@@ -33,6 +33,12 @@ from effbench.stats.paired import Estimate
 
 DETAIL = "published"  # the grid of this module
 TOLERANCE = 0.001  # of the published value; of one, for an accuracy
+MEANINGS = {  # of the columns that only this grid has
+    "quality": "Whether all metrics of quality and size equal those of the published row within 0.1 % or chance.",
+    "published": "The published value of the column to the left.",
+    "prefill here / published": "Tokens per second of prefill over those of the published row.",
+    "decode here / published": "Tokens per second of decoding over those of the published row.",
+}
 SIZES = ("bits_per_weight", "stored_bytes")
 INSTRUMENT = re.compile(r"(speed|memory|energy|flops)_")  # settings of instruments that do not measure quality
 
@@ -320,7 +326,7 @@ def _make_grid(table: Table, verdicts: Sequence[Verdict]) -> Grid:
     header = ["recipe", "quality"]
     for metric in metrics:
         header += [get_title(metric), "published"]
-    header += ["prefill here / published", "decode here / published"]
+    header += [f"{phase} here / published" for phase in ("prefill", "decode")]
     lines = []
     for verdict in verdicts:
         line = [verdict.own.recipe, str(verdict).partition(":")[0]]

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from effbench.records.record import OUTCOMES, Record
-from effbench.report.differences import LEVEL, Kept, Test, compute_tests
+from effbench.report.choice import ALL, Choice
+from effbench.report.columns import DETAILS, Tests, make_columns
+from effbench.report.differences import Kept, compute_tests
 from effbench.report.groups import Row, Table, find_differing_settings, get_machine
-from effbench.report.metrics import (
-    TASKS,
-    get_family,
-    get_limits,
-    get_scale,
-    get_title,
-    natural_key,
-    select,
-    select_perplexities,
-    select_tasks,
-)
-from effbench.report.text import DASH, bytes_text, one_line, rounded, superscript, with_interval
+from effbench.report.metrics import get_title, select, select_perplexities
+from effbench.report.text import DASH, one_line, superscript
 
-Show = Callable[[Row], str]
 Stale = Callable[[Record], bool]  # whether a record was measured by another source than the present one
 
+INTERVAL = re.compile(r" ±[^ ↑↓]*| \[[^]]*\]ˢ?")
+MARKS = (
+    "±: half of the 95 % interval over items or windows; [a–b]: its bounds, where ± would mislead; "
+    "ˢ: over seeds, for two of them [a–b]ˢ is their range; –: not measured."
+)
+ARROWS = "↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table."
 CHOSEN = ("threads", "dtype", "limit")  # settings that every caption has
-DETAILS = {
-    "summary": "Size and quality",
-    "quality": "Quality in detail",
-    "speed": "Speed, as a ratio to the baseline of the same run",
-    "memory": "Memory; peaks are above what was resident before",
-    "compute": "Operations and energy",
-    "methods": "Methods and the cost of applying them",
-    "published": "Beside the published results",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +40,11 @@ class Grid:
     def title(self) -> str:
         return DETAILS[self.detail]
 
+    @property
+    def columns(self) -> list[tuple[str, ...]]:
+        """The cells of each column below its header."""
+        return list(zip(self.header, *self.rows, strict=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
@@ -65,20 +58,26 @@ class Sheet:
     notes: tuple[str, ...]  # footnotes of the names in the first column
     legend: str
     metrics: tuple[str, ...] = ()  # names of all that was measured, to be defined below the tables
+    details: tuple[str, ...] = ()  # all for which there are numbers, shown or not
+    omitted: int = 0  # rows of the table that are not shown
 
 
-def make_sheets(tables: Sequence[Table], kept: Kept | None = None, stale: Stale | None = None) -> list[Sheet]:
-    """The sheets of one page, no two of them under one title.
+def make_sheets(
+    tables: Sequence[Table], kept: Kept | None = None, stale: Stale | None = None, choice: Choice = ALL
+) -> list[Sheet]:
+    """The sheets of one page, no two of them under one title; tables without a chosen row or column have none.
 
-    Tests of rows that are in `kept` are not computed anew. With `stale`, captions say how many rows are of an
-    older source.
+    Tests of rows that are in `kept` are not computed anew; they count all rows, chosen or not. With `stale`, captions
+    say how many rows are of an older source.
     """
     differing = find_differing_settings(tables) if len(tables) > 1 else []
     titles = _make_titles(tables)
-    return [
-        _make_sheet(table, name, _write_caption(table, differing, stale), compute_tests(table, kept))
+    sheets = (
+        _make_sheet(table, rows, choice, name, _write_caption(table, differing, stale), compute_tests(table, kept))
         for table, name in zip(tables, titles, strict=True)
-    ]
+        if (rows := choice.select_rows(table))
+    )
+    return [sheet for sheet in sheets if sheet.grids]
 
 
 def cut_to_detail(sheet: Sheet, detail: str) -> Sheet:
@@ -89,109 +88,68 @@ def cut_to_detail(sheet: Sheet, detail: str) -> Sheet:
     cut = dataclasses.replace(sheet, protocols=sheet.protocols[:1], metrics=())
     if grids := tuple(grid for grid in sheet.grids if grid.detail == detail):
         return dataclasses.replace(cut, grids=grids)
-    present = ", ".join(grid.detail for grid in sheet.grids)
-    note = f"Nothing was measured of detail={detail} ({DETAILS[detail]}); there is detail={present}."
+    note = f"Nothing was measured of detail={detail} ({DETAILS[detail]}); there is detail={', '.join(sheet.details)}."
     return dataclasses.replace(cut, grids=(), notes=(note,), legend="")
 
 
-def _make_sheet(table: Table, name: str, caption: str, tests: Mapping[tuple[str, str], Test]) -> Sheet:
+def point_to_more(sheets: Sequence[Sheet], detail: str) -> str:
+    """One line: the command for what is not shown of the sheets of a suite."""
+    command = f"effbench report suite={sheets[0].suite}"
+    others = [name for name in DETAILS if name != detail and any(name in sheet.details for sheet in sheets)]
+    if not others:
+        return f"More: {command}{' --published' if detail == 'published' else ''} format=md"
+    return f"More: {command} detail=NAME, of {', '.join(others)}; or format=md for all of it"
+
+
+def narrow(grid: Grid, width: int, gap: int) -> tuple[Grid, list[str]]:
+    """A grid that is at most so many characters wide, and what was left out of it: intervals first, then columns from
+    the right, but never the first two of them.
+    """
+    columns, omitted = grid.columns, list[str]()
+    short = [columns[0], *(tuple(INTERVAL.sub("", cell) for cell in column) for column in columns[1:])]
+    if measure_width(columns, gap) > width and short != columns:
+        columns = short
+        omitted.append("intervals")
+    dropped: list[str] = []
+    while measure_width(columns, gap) > width and len(columns) > 2:
+        dropped.insert(0, columns.pop()[0])
+    header, *rows = zip(*columns, strict=True)
+    return dataclasses.replace(grid, header=header, rows=tuple(rows)), omitted + dropped
+
+
+def measure_width(columns: Sequence[Sequence[str]], gap: int) -> int:
+    """Characters of a line of columns with a gap between any two."""
+    return sum(max(map(len, column)) for column in columns) + gap * (len(columns) - 1)
+
+
+def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, caption: str, tests: Tests) -> Sheet:
     footnotes: dict[str, int] = {}
-    names = [_name_row(row, footnotes) for row in table.rows]
+    names = [_name_row(row, footnotes) for row in rows]
+    made = make_columns(table.measured, placed=any(map(get_machine, table.records)))
     grids: list[Grid] = []
-    for detail, columns in _choose_columns(table, tests).items():
-        cells = {header: [show(row) for row in table.rows] for header, show in columns.items()}
+    for detail, columns in {"chosen": choice.select_columns(table.measured), **made}.items():
+        cells = {column.header: [column.show(row, tests) for row in rows] for column in columns}
         shown = {header: column for header, column in cells.items() if any(cell != DASH for cell in column)}
-        if shown or not grids:
+        if shown or detail == "summary":
             grids.append(Grid(detail, ("recipe", *shown), tuple(zip(names, *shown.values(), strict=True))))
-    notes = tuple(f"{superscript(number)} {text}" for text, number in footnotes.items())
-    legend = _write_legend(table, bool(tests))
-    return Sheet(table.cell.suite, name, caption, _list_protocols(table), tuple(grids), notes, legend, table.measured)
+    details = tuple(grid.detail for grid in grids if grid.detail != "chosen")
+    if choice.columns:
+        grids = [grid for grid in grids if grid.detail == "chosen"]
+    return Sheet(
+        suite=table.cell.suite,
+        title=name,
+        caption=caption,
+        protocols=_list_protocols(table),
+        grids=tuple(grids),
+        notes=tuple(f"{superscript(number)} {text}" for text, number in footnotes.items()),
+        legend=_write_legend(table, rows, bool(tests)),
+        metrics=table.measured,
+        details=details,
+        omitted=len(table.rows) - len(rows),
+    )
 
 
-# ---- columns ------------------------------------------------------------------------------------
-
-
-def _choose_columns(table: Table, tests: Mapping[tuple[str, str], Test]) -> dict[str, dict[str, Show]]:
-    """The columns of each detail, by header."""
-    measured = functools.partial(_show_estimate, tests)
-    ppls = select_perplexities(table.measured)
-    speeds = sorted(select(table.measured, "speed", "ratio"), key=lambda name: not name.startswith("prefill"))
-    operations = [*select(table.measured, "compute"), *select(table.measured, "energy", "J")]
-
-    summary: dict[str, Show] = {"bits": _show_value("bits_per_weight", "{:.2f}".format), "stored": _show_stored}
-    if "sparsity_asked" in table.measured:
-        summary["zeros, %"] = _show_sparsity
-    summary |= {get_title(name): measured(name) for name in ppls[:1]}
-    summary |= {get_title(name): measured(name) for name in ("kl_nats_per_token", "top1_agreement", TASKS)}
-    for phase in ("prefill", "decode"):
-        summary |= {
-            f"{phase}, ×": _show_speed(name) for name in [name for name in speeds if name.startswith(phase)][:1]
-        }
-
-    peaks = table.metrics("^(score|generate)_peak_.*_bytes$")
-    sizes = {"weights": "weight_bytes", "metadata": "metadata_bytes", "resident": "resident_bytes"}
-    methods: dict[str, Show] = {
-        "type": lambda row: row.fact("type"),
-        "calibration data": lambda row: row.fact("calibration_data"),
-        "weight update": lambda row: row.fact("weight_update"),
-        "seeds": lambda row: str(len(row.records)),
-        "apply, s": _show_value("apply_seconds", rounded),
-        "calibration tokens": _show_value("calibration_tokens", "{:,.0f}".format),
-    }
-    methods |= {get_title(name): _show_value(name, bytes_text) for name in table.metrics("^apply_peak_.*_bytes$")}
-    if any(row.recipe != row.steps for row in table.rows if not row.is_baseline):
-        methods |= {"steps": lambda row: row.steps or DASH}
-    return {
-        "summary": summary,
-        "quality": {get_title(name): measured(name) for name in [*ppls[1:], *select_tasks(table.measured)]},
-        "speed": {get_title(name): _show_speed(name) for name in speeds},
-        "memory": {header: _show_value(name, bytes_text) for header, name in sizes.items()}
-        | {get_title(name): _show_value(name, bytes_text) for name in peaks},
-        "compute": {get_title(name): measured(name) for name in sorted(operations, key=natural_key)},
-        "methods": methods,
-    }
-
-
-def _show_estimate(tests: Mapping[tuple[str, str], Test], metric: str) -> Show:
-    """A value with its interval, and an arrow where the row differs from the baseline beyond chance."""
-    scale, limits = get_scale(metric), get_limits(metric)
-    digits = (
-        4 if get_family(metric) == "perplexity" else 3
-    )  # rows differ by less than their own intervals: they are paired
-
-    def show(row: Row) -> str:
-        test = tests.get((row.recipe, metric))
-        arrow = "" if test is None or test.p > LEVEL else " ↑" if test.value > 0 else " ↓"
-        return with_interval(row.estimate(metric), scale, digits, limits) + arrow
-
-    return show
-
-
-def _show_value(metric: str, text: Callable[[float], str]) -> Show:
-    """A value alone."""
-
-    def show(row: Row) -> str:
-        estimate = row.estimate(metric)
-        return DASH if estimate is None else text(estimate.value)
-
-    return show
-
-
-def _show_speed(metric: str) -> Show:
-    """A speed; a row that only simulates has none."""
-    limits = get_limits(metric)
-    return lambda row: DASH if row.simulated else with_interval(row.estimate(metric), limits=limits)
-
-
-def _show_stored(row: Row) -> str:
-    size, ratio = row.estimate("stored_bytes"), row.estimate("compression")
-    return DASH if size is None else bytes_text(size.value) + (f" ({ratio.value:.2f}×)" if ratio else "")
-
-
-def _show_sparsity(row: Row) -> str:
-    """The share of zeros of the linears, and in brackets that which was asked for."""
-    found, asked = row.estimate("sparsity"), row.estimate("sparsity_asked")
-    return DASH if found is None else f"{100 * found.value:.1f}" + (f" ({100 * asked.value:g})" if asked else "")
+# ---- rows ---------------------------------------------------------------------------------------
 
 
 def _name_row(row: Row, footnotes: dict[str, int]) -> str:
@@ -291,22 +249,20 @@ def _list_commits(records: Sequence[Record]) -> str:
     return f"commit{'s' if len(named) > 1 else ''} {', '.join(named)}"
 
 
-def _write_legend(table: Table, tested: bool) -> str:
+def _write_legend(table: Table, rows: Sequence[Row], tested: bool) -> str:
     """What the marks mean, as far as they can occur."""
-    parts = [
-        "±: half of the 95 % interval over items or windows; [a–b]: its bounds, where ± would leave what is possible; "
-        "ˢ: over seeds, for two of them [a–b]ˢ is their range; –: not measured."
-    ]
+    parts = [MARKS]
     if tested:
-        parts.append("↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table.")
+        parts.append(ARROWS)
     if speeds := select(table.measured, "speed", "ratio"):
         first = get_title(speeds[0]).partition(" ")[2]
-        parts.append(f"Speed: the baseline of the same run is 1; b: batch, c: context, {first} unless named.")
+        beside = "; in brackets what was timed on this machine" if any(map(get_machine, table.records)) else ""
+        parts.append(f"Speed: the baseline of the same run is 1{beside}; b: batch, c: context, {first} unless named.")
     if "sparsity_asked" in table.measured:
         parts.append("Zeros: of the linears but the head, in brackets what was asked for; rounding makes some too.")
-    if any(row.simulated for row in table.rows):
+    if any(row.simulated for row in rows):
         parts.append("Simulated: computes like the compressed form without being stored as it, so it has no speed.")
-    if any(row.densified for row in table.rows):
+    if any(row.densified for row in rows):
         parts.append("Densified: a merge filled the zeros that pruning had made.")
     if any(row.elsewhere for row in table.rows):
         parts.append("The baseline was measured on another host: only what does not depend on the host is shown.")

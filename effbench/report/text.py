@@ -10,6 +10,7 @@ from typing import Any
 from effbench.stats.paired import Estimate
 
 DASH = "–"
+LOPSIDED = 1.5  # the longer half of an interval over the shorter from which on ± would mislead
 NUMBER = re.compile(r"[-+.\d][^a-df-jl-z]*")  # with letters of units: e, k, capitals
 SPECIAL = re.compile(r"[\\`*<&$~]|\[(?=[^\]]*\]\()|(?<![^\W_])_|_(?![^\W_])")  # in Markdown
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -32,15 +33,15 @@ def with_interval(
 ) -> str:
     """A value to at least so many digits, and its interval; `ˢ` marks that of seeds. A dash for None.
 
-    The interval is `±` its longer half. Where that would leave the limits of what the value can be, and for the
-    range of two seeds, its bounds are printed instead, cut to the limits.
+    The interval is `±` its longer half. Its bounds are printed instead, cut to the limits of what the value can be,
+    where `±` would leave these limits, where one half is much longer than the other, and for the range of two seeds.
     """
     if estimate is None:
         return DASH
     value = estimate.value * scale
     low = value if estimate.low is None else estimate.low * scale
     high = value if estimate.high is None else estimate.high * scale
-    reach = max(high - value, value - low)
+    reach, shorter = max(high - value, value - low), min(high - value, value - low)
     if reach <= 1e-6 * abs(value) or max(abs(value), reach) >= 1e5:
         return rounded(value, digits)
     text: Callable[[float], str] = rounded
@@ -49,7 +50,7 @@ def with_interval(
         text = f"{{:.{max(places(reach), fewest)}f}}".format
     mark = "ˢ" if estimate.n > 1 else ""
     least, most = limits[0] * scale, limits[1] * scale
-    if estimate.n == 2 or value - reach < least or value + reach > most:
+    if estimate.n == 2 or reach > LOPSIDED * shorter or value - reach < least or value + reach > most:
         return f"{text(value)} [{text(max(low, least))}–{text(min(high, most))}]{mark}"
     return f"{text(value)} ±{text(reach)}{mark}"
 

@@ -31,13 +31,15 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
     n: int = 1
 
 
-def mean_interval(*strata: ArrayLike, level: float | None = 0.95, seed: int = 0) -> Estimate:
+def mean_interval(*strata: ArrayLike, level: float | None = 0.95, averages: bool = False, seed: int = 0) -> Estimate:
     """Mean of the strata's means with its interval and its p: by `student` where it holds, else by `bootstrap`.
 
     Give values of items for the interval of their mean, or paired differences to test whether two sides differ.
     Each stratum (a task among several) keeps its weight whatever its number of items. What decides is how many
     values are not zero: of 700 answers of which 4 changed, 4 are the sample. A bootstrap's p is at least
     1 / resamples, which no table of 500 tests would call significant, so it is used only where items are few.
+    `averages` says that each value is a mean over many things itself, as that of a window is over its tokens: such
+    means are near to normal, and `student` holds for few of them too.
     Without a level there is a p and no interval. The same values always give the same answer. Raises `ValueError` for
     an empty stratum.
     """
@@ -46,7 +48,7 @@ def mean_interval(*strata: ArrayLike, level: float | None = 0.95, seed: int = 0)
         raise ValueError("no values to take the mean of")
     if min(map(len, groups)) < FEWEST:
         return Estimate(_mean_of_means(groups), n=sum(map(len, groups)))
-    enough = sum(np.count_nonzero(group) for group in groups) >= ENOUGH
+    enough = averages or sum(np.count_nonzero(group) for group in groups) >= ENOUGH
     return student(groups, level) if enough else bootstrap(groups, level, seed=seed)
 
 

@@ -20,14 +20,17 @@ def random_scales(*shape: int, device: torch.device, generator: torch.Generator)
 
 
 def random_grid(case: Mapping[str, Any], on: dict[str, Any]) -> dict[str, Any]:
-    """scale, zero and g_idx of integer codes, as in `IntMatrix`.
+    """bits, group_size, and random scale, zero and g_idx of integer codes, as in `IntMatrix`.
 
-    Fields of a case: bits, groups; per_tensor, zero, g_idx (or False).
+    Fields of a case: bits; group_size (or None), per_tensor, zero, g_idx (or False).
     """
-    columns, groups, bits = case["in_features"], case["groups"], case["bits"]
+    columns, size, bits = case["in_features"], case.get("group_size"), case["bits"]
+    groups = -(-columns // (size or columns))
     rows = 1 if case.get("per_tensor") else case["out_features"]
     return {
         "scale": random_scales(rows, groups, **on).half(),
         "zero": random_words(word_count(rows, bits), groups, **on) if case.get("zero") else None,
         "g_idx": (torch.randperm(columns, **on) % groups).to(torch.int32) if case.get("g_idx") else None,
+        "bits": bits,
+        "group_size": size,
     }

@@ -15,13 +15,12 @@ INNER_TILES = 8  # tiles of 16 inputs that tinygemm keeps together
 
 def tinygemm(x: Tensor, matrix: IntMatrix) -> Callable[[], Tensor]:
     """torch's product with W = (code - 8) * scale + shift; scales and shifts are rounded to the type of x."""
-    weight, scale, zero, g_idx, bits = matrix
+    weight, scale, zero, g_idx, bits, group = matrix
     outputs, inputs = weight.shape[0], x.shape[-1]
-    group = inputs // scale.shape[1]
     if bits != 4 or g_idx is not None or scale.shape[0] == 1:
         raise Declined("takes 4 bits and scales by row and group")
-    if group not in (32, 64, 128, 256):
-        raise Declined("takes groups of 32, 64, 128 or 256")
+    if group not in (32, 64, 128, 256) or inputs % group:
+        raise Declined("takes whole groups of 32, 64, 128 or 256")
     if inputs % (16 * INNER_TILES) or outputs % 16:
         raise Declined("takes inputs in multiples of 128 and outputs in multiples of 16")
     if x.is_cuda and x.dtype != torch.bfloat16:
@@ -41,16 +40,17 @@ def tinygemm(x: Tensor, matrix: IntMatrix) -> Callable[[], Tensor]:
 
 def gemlite(x: Tensor, matrix: IntMatrix) -> Callable[[], Tensor]:
     """gemlite's product, chosen and tuned by its first call; scales and zeros are rounded to the type of x."""
-    weight, scale, zero, g_idx, bits = matrix
+    weight, scale, zero, g_idx, bits, group = matrix
     outputs, inputs = weight.shape[0], x.shape[-1]
     if bits == 3 or g_idx is not None or 1 in scale.shape or x.dtype not in (torch.bfloat16, torch.float16):
         raise Declined("takes 2, 4 or 8 bits, scales by row and group, and 16-bit x")
+    if group is None or inputs % group:
+        raise Declined("takes whole groups")
     try:
         import gemlite as package
     except Exception as error:  # it asks for a GPU while it is imported
         raise Declined(f"cannot be imported: {error}") from None
     kind = package.DType.BF16 if x.dtype == torch.bfloat16 else package.DType.FP16
-    group = inputs // scale.shape[1]
     layer = package.GemLiteLinear(bits, group, inputs, outputs, input_dtype=kind, output_dtype=kind)
     codes = unpack(weight, bits, inputs).to(torch.uint8)
     layer.pack(codes, scale.to(x.dtype), zero_points(scale, zero, bits).to(x.dtype))

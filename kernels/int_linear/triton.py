@@ -23,6 +23,7 @@ def _int_linear(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,  # of scale: OUT or 1
     GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,  # inputs of a group; the last one may have fewer
     GATHER: tl.constexpr,  # a tile has weights of several groups
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -39,10 +40,10 @@ def _int_linear(
             if g_idx is not None:
                 group = tl.load(g_idx + column, mask=column < IN, other=0).to(tl.int32)
             else:
-                group = column // (IN // GROUPS)
+                group = column // SIZE
         else:
             inside = scale_row < ROWS
-            group = start * GROUPS // IN
+            group = start // SIZE
         step = tl.load(scale + scale_row * GROUPS + group, mask=inside, other=0).to(tl.float32)
         if zero is not None:
             middle = load_zeros(zero, scale_row, group, inside, ROWS, GROUPS, BITS)
@@ -57,9 +58,10 @@ def int_linear(x: Tensor, matrix: IntMatrix) -> Tensor:
     """See `IntMatrix`."""
     in_features, groups = x.shape[-1], matrix.scale.shape[1]
     block_k = 128
-    aligned = groups == 1 or (matrix.g_idx is None and largest_power(in_features // groups, block_k) >= 32)
+    size = matrix.group_size or in_features
+    aligned = groups == 1 or (matrix.g_idx is None and largest_power(size, block_k) >= 32)
     if groups > 1 and aligned:
-        block_k = largest_power(in_features // groups, block_k)
+        block_k = largest_power(size, block_k)
     return launch_linear(
         _int_linear,
         x,
@@ -72,5 +74,6 @@ def int_linear(x: Tensor, matrix: IntMatrix) -> Tensor:
         BITS=matrix.bits,
         ROWS=matrix.scale.shape[0],
         GROUPS=groups,
+        SIZE=size,
         GATHER=not aligned,
     )

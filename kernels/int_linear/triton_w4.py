@@ -194,10 +194,10 @@ def _sum_splits(partial, y, SIZE, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 def int_linear(x: Tensor, matrix: IntMatrix, ptx: bool = not triton.knobs.runtime.interpret) -> Tensor:
     """See `IntMatrix`; Declined but for 4 bits, 1 to 64 rows of x in 16 bits, and scales of rows and groups.
 
-    A group is the whole row or a multiple of 32 consecutive inputs. `ptx=False` decodes without inline PTX, which
-    the interpreter does not know.
+    A group is the whole row or a multiple of 32 consecutive inputs, of which the last may have fewer. `ptx=False`
+    decodes without inline PTX, which the interpreter does not know.
     """
-    weight, scale, zero, g_idx, bits = matrix
+    weight, scale, zero, g_idx, bits, group_size = matrix
     flat = flatten_rows(x)
     batch, in_features = flat.shape
     out_features, groups = len(weight), scale.shape[1]
@@ -205,7 +205,8 @@ def int_linear(x: Tensor, matrix: IntMatrix, ptx: bool = not triton.knobs.runtim
         raise Declined("needs 4 bits, 16-bit x and float16 scales")
     if not 0 < batch <= BATCH:
         raise Declined(f"needs 1 to {BATCH} rows of x")
-    unit = BLOCK_K if groups == 1 else largest_power(in_features // groups, BLOCK_K)
+    size = group_size or in_features
+    unit = BLOCK_K if groups == 1 else largest_power(size, BLOCK_K)
     if g_idx is not None or len(scale) != out_features or unit < 32:
         raise Declined("needs scales per row and group of a multiple of 32 consecutive inputs")
 
@@ -234,7 +235,7 @@ def int_linear(x: Tensor, matrix: IntMatrix, ptx: bool = not triton.knobs.runtim
         OUT=out_features,
         GROUPS=groups,
         PARTS=parts,
-        SPAN=-(-in_features // (groups * unit)),
+        SPAN=-(-size // unit),
         TILES=per_program,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

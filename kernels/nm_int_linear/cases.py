@@ -13,10 +13,10 @@ from effbench.ops import Case, LinearOp, linear_case
 
 
 def random_matrix(case: Case, dtype: torch.dtype, on: dict[str, Any]) -> NmIntMatrix:
-    """Fields of a case: n, m, bits, and those of `random_grid`."""
+    """Fields of a case: n, m, and those of `random_grid`."""
     out, width, n, m, bits = case["out_features"], case["in_features"], case["n"], case["m"], case["bits"]
     codes = random_words(out, word_count(width // m * n, bits), **on)
-    return NmIntMatrix(codes, random_index(out, width, n, m, **on), **random_grid(case, on), bits=bits, n=n, m=m)
+    return NmIntMatrix(codes, random_index(out, width, n, m, **on), **random_grid(case, on), n=n, m=m)
 
 
 OP = LinearOp(
@@ -24,13 +24,16 @@ OP = LinearOp(
     matrix=NmIntMatrix,
     random=random_matrix,
     cases=[
-        *(linear_case(1, 128, 33, n=2, m=4, bits=bits, groups=4, zero=True) for bits in (2, 3, 4, 8)),
-        linear_case(3, 96, 17, n=4, m=8, bits=4, groups=1),
-        linear_case(17, 256, 65, n=2, m=4, bits=4, groups=2, zero=True),
-        linear_case(3, 128, 33, n=2, m=4, bits=4, groups=4, zero=True, g_idx=True),
-        linear_case([2, 3], 45, 7, n=1, m=3, bits=3, groups=1, zero=True),
-        linear_case(17, 64, 5, n=2, m=4, bits=8, groups=1, per_tensor=True),
+        *(linear_case(1, 128, 33, n=2, m=4, bits=bits, group_size=32, zero=True) for bits in (2, 3, 4, 8)),
+        linear_case(3, 96, 17, n=4, m=8, bits=4),
+        linear_case(17, 256, 65, n=2, m=4, bits=4, group_size=128, zero=True),
+        linear_case(3, 128, 33, n=2, m=4, bits=4, group_size=32, zero=True, g_idx=True),
+        linear_case([2, 3], 45, 7, n=1, m=3, bits=3, zero=True),
+        linear_case(17, 64, 5, n=2, m=4, bits=8, per_tensor=True),
+        linear_case(1, 576, 33, n=2, m=4, bits=4, group_size=128, zero=True),  # the last group is shorter
+        linear_case(17, 960, 40, n=4, m=8, bits=4, group_size=128),
+        linear_case(3, 100, 9, n=2, m=4, bits=3, group_size=64, zero=True),
     ],
     backends={"triton": "effbench.kernels.nm_int_linear.triton:nm_int_linear"},
-    timed=size_cases(lambda inputs, _: {"n": 2, "m": 4, "bits": 4, "groups": inputs // 128, "zero": True}),
+    timed=size_cases(lambda *_: {"n": 2, "m": 4, "bits": 4, "group_size": 128, "zero": True}),
 )

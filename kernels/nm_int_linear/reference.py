@@ -6,7 +6,7 @@ from torch import Tensor
 
 from effbench.kernels._common.nm import columns, scatter
 from effbench.kernels._common.packing import unpack
-from effbench.kernels.int_linear.reference import zero_points
+from effbench.kernels.int_linear.reference import input_groups, zero_points
 
 
 class NmIntMatrix(NamedTuple):
@@ -14,12 +14,13 @@ class NmIntMatrix(NamedTuple):
 
     weight: Tensor  # int32 [out, words], the codes of the in / m * n stored weights of a row, packed
     places: Tensor  # int32 [out, words], the place of each among its m inputs, packed
-    scale: Tensor  # with `zero` and `g_idx` as in `IntMatrix`: by input, not by stored weight
+    scale: Tensor  # with `zero`, `g_idx` and `group_size` as in `IntMatrix`: by input, not by stored weight
     zero: Tensor | None = None
     g_idx: Tensor | None = None
     bits: int = 4
     n: int = 2
     m: int = 4
+    group_size: int | None = None
 
     def out_features(self, in_features: int) -> int:
         return self.weight.shape[0]
@@ -28,6 +29,6 @@ class NmIntMatrix(NamedTuple):
         """The decoded matrix, float32 [out, in]."""
         column = columns(self.places, in_features, self.n, self.m)
         zeros = zero_points(self.scale, self.zero, self.bits)
-        group = column // (in_features // self.scale.shape[1]) if self.g_idx is None else self.g_idx.long()[column]
+        group = input_groups(self.g_idx, self.group_size, in_features, column.device)[column]
         step, origin = (table.expand(len(column), -1).gather(1, group) for table in (self.scale.float(), zeros))
         return scatter(step * (unpack(self.weight, self.bits, column.shape[1]) - origin), column, in_features)

@@ -28,6 +28,7 @@ def _nm_int_linear(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,  # of scale: OUT or 1
     GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,  # inputs of a group; the last one may have fewer
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -42,7 +43,7 @@ def _nm_int_linear(
         if g_idx is not None:
             group = tl.load(g_idx + column, mask=column < IN, other=0).to(tl.int32)[None, :]
         else:
-            group = (column // (IN // GROUPS))[None, :]
+            group = (column // SIZE)[None, :]
         origin = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.int32) + (1 << BITS - 1)
         if zero is not None:
             origin = load_zeros(zero, scale_row, group, inside, ROWS, GROUPS, BITS)
@@ -74,4 +75,5 @@ def nm_int_linear(x: Tensor, matrix: NmIntMatrix) -> Tensor:
         BITS=matrix.bits,
         ROWS=matrix.scale.shape[0],
         GROUPS=matrix.scale.shape[1],
+        SIZE=matrix.group_size or x.shape[-1],
     )

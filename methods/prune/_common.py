@@ -33,21 +33,17 @@ def check_pattern(method: Method, sparsity: float, pattern: str, scope: Scope = 
         )
 
 
-def to_groups(score: Tensor, pattern: str, scope: Scope, name: str) -> Tensor:
+def to_groups(score: Tensor, pattern: str, scope: Scope) -> Tensor:
     """`score` [out, in] as [groups, units]: what is compared with each other lies in one row.
 
-    A unit is a weight, or a block with the sum of its weights' scores. Raises `Unsupported` where the matrix does
-    not divide.
+    A unit is a weight, or a block with the sum of its weights' scores. The pattern must divide the matrix, see
+    `Pattern.check_shape`.
     """
     out, width = score.shape
     kind, first, second = Pattern.of(pattern)
     if kind == "n:m":
-        if width % second:
-            raise Unsupported(f"{name}: width {width} is not a multiple of {second}, as pattern {pattern} needs")
-        return score.reshape(-1, second)
+        return score.unflatten(1, (-1, second)).flatten(0, 1)
     if kind == "block":
-        if out % first or width % second:
-            raise Unsupported(f"{name}: {out} x {width} does not divide into blocks of {first} x {second}")
         score = score.view(out // first, first, width // second, second).sum((1, 3))
     return score if scope == "row" else score.reshape(1, -1)
 
@@ -72,14 +68,9 @@ def keep_largest(groups: Tensor, sparsity: float) -> Tensor:
     return (groups > last) | (ties & (ties.cumsum(1) > spare))
 
 
-def keep_mask(
-    score: Tensor, sparsity: float, pattern: str = "unstructured", scope: Scope = "local", name: str = "layer"
-) -> Tensor:
-    """Bool [out, in]: False for the lowest scores of every comparison group; `scope` "local" or "row".
-
-    Raises `Unsupported` where the matrix does not divide by the pattern.
-    """
-    return from_groups(keep_largest(to_groups(score, pattern, scope, name), sparsity), pattern, score.shape)
+def keep_mask(score: Tensor, sparsity: float, pattern: str = "unstructured", scope: Scope = "local") -> Tensor:
+    """Bool [out, in]: False for the lowest scores of every comparison group; `scope` "local" or "row"."""
+    return from_groups(keep_largest(to_groups(score, pattern, scope), sparsity), pattern, score.shape)
 
 
 def prune(layer: Layer, keep: Tensor, pattern: str, weight: Tensor | None = None) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from effbench.core.kinds import Weights
 from effbench.core.run import Run
 from effbench.core.views import Layer
+from effbench.formats.sparse import Pattern
 from effbench.methods.prune._common import Scope, check_pattern, from_groups, keep_largest, prune, to_groups
 from effbench.nn.calibration import survey
 
@@ -33,6 +34,9 @@ class Saliency(Weights):
     def check(self) -> None:
         check_pattern(self, self.sparsity, self.zeros, self.scope)
 
+    def check_shape(self, out: int, width: int) -> None:
+        Pattern.of(self.zeros).check_shape(out, width)
+
     def score(self, layer: Layer) -> Tensor:
         """[out, in], not negative: the weights of the lowest scores are pruned."""
         raise NotImplementedError
@@ -55,7 +59,7 @@ class Saliency(Weights):
         """Scores in comparison groups; those of weights pruned before are zero, the lowest there is."""
         score = self.score(layer)
         score = score if layer.kept is None else score * layer.kept
-        return to_groups(score, self.zeros, self.scope, layer.name)
+        return to_groups(score, self.zeros, self.scope)
 
 
 @dataclass(frozen=True)

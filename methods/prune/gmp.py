@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from effbench.core.kinds import Train
 from effbench.core.run import Run
+from effbench.formats.sparse import Pattern
 from effbench.methods.prune._common import check_pattern, keep_mask
 from effbench.methods.prune._training import TrainedMask, find_masks, mask_linears
 
@@ -27,9 +28,7 @@ class MagnitudeMask(TrainedMask):
 
     def choose(self, sparsity: float) -> Tensor:
         """Bool [out, in]: all but the smallest weights, by magnitude in float32."""
-        return keep_mask(
-            self.rank_pruned_last(self.weight.detach().float().abs()), sparsity, self.pattern, name=self.path
-        )
+        return keep_mask(self.rank_pruned_last(self.weight.detach().float().abs()), sparsity, self.pattern)
 
     def gate(self) -> Tensor:
         return self.mask
@@ -65,6 +64,9 @@ class GMP(Train):
         self.require(self.every > 0, "every must be at least 1")
         self.require(0 <= self.initial <= self.sparsity, "initial must be in [0, sparsity]")
         self.require(0 <= self.begin <= self.end <= 1, "begin and end are fractions of the fit, begin first")
+
+    def check_shape(self, out: int, width: int) -> None:
+        Pattern.of(self.pattern).check_shape(out, width)
 
     def update(self, done: int, total: int) -> float | None:
         """Sparsity of the update after `done` of `total` steps; None when there is no update.

@@ -47,12 +47,12 @@ class CandidateMask(TrainedMask):
         _, n, m = Pattern.of(method.pattern)
         rows = [[float(i in chosen) for i in range(m)] for chosen in itertools.combinations(range(m), n)]
         self.register_buffer("candidates", torch.tensor(rows, device=weight.device))
-        groups = len(to_groups(weight, method.pattern, "local", path))
+        groups = len(to_groups(weight, method.pattern, "local"))
         logits = 0.01 * torch.randn(groups, len(rows), generator=self.generator("start"), device=weight.device)
         if method.prior == "magnitude":
             # The paper's mask prior: candidates that share more with the mask of the largest weights start with larger
             # logits.
-            largest = keep_mask(dense_weight(linear).abs(), method.sparsity, method.pattern, name=path)
+            largest = keep_mask(dense_weight(linear).abs(), method.sparsity, method.pattern)
             prior = largest.float().view(-1, m)
             overlap = prior @ self.candidates.T - n * n / m  # 0 on average over the candidates
             logits += method.prior_strength * logits.std() * overlap
@@ -113,6 +113,9 @@ class LearnedMask(Train):
         factors = (self.prior_strength, self.weight_reg, self.penalty)
         self.require(min(factors) >= 0, "prior_strength, weight_reg and penalty must not be negative")
         self.require(kind == "n:m" or self.weights == "model", "L0 gates train the weights of the model itself")
+
+    def check_shape(self, out: int, width: int) -> None:
+        Pattern.of(self.pattern).check_shape(out, width)
 
     @contextlib.contextmanager
     def context(self, run: Run) -> Iterator[Any]:

@@ -80,7 +80,7 @@ class LotteryTicket(Method):
         if alive is not None:
             score = score.masked_fill(~alive, -1.0)  # a surviving weight may be 0 as well
         sparsity = self.sparsity if number == self.rounds else 1 - (1 - self.sparsity) ** (number / self.rounds)
-        keep = keep_mask(score, sparsity, name=path)
+        keep = keep_mask(score, sparsity)
         return keep if alive is None else keep & alive
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effbench.core.kinds import Train
 from effbench.core.run import Run
+from effbench.formats.sparse import Pattern
 from effbench.methods.prune._common import check_pattern, keep_mask
 from effbench.methods.prune._training import TrainedMask, find_masks, freeze, mask_linears, split_group
 
@@ -33,7 +34,7 @@ class ScoredMask(TrainedMask):
 
     def choose(self, sparsity: float) -> Tensor:
         """Bool [out, in]: all but the lowest scores."""
-        return keep_mask(self.rank_pruned_last(self.score.detach()), sparsity, self.pattern, name=self.path)
+        return keep_mask(self.rank_pruned_last(self.score.detach()), sparsity, self.pattern)
 
     def gate(self) -> Tensor:
         # The straight-through estimator: the value is the mask, the gradient passes to the scores unchanged.
@@ -67,6 +68,9 @@ class Movement(Train):
         check_pattern(self, self.sparsity, self.pattern)
         self.require(self.lr > 0, "lr must be above 0")
         self.require(0 <= self.begin <= self.end <= 1, "begin and end are fractions of the fit, begin first")
+
+    def check_shape(self, out: int, width: int) -> None:
+        Pattern.of(self.pattern).check_shape(out, width)
 
     def at(self, done: int, total: int) -> float:
         """Sparsity of the mask after `done` of `total` steps: 0, then the cubic rise of GMP, then `sparsity`."""

@@ -101,7 +101,7 @@ class SliceGPT(Method):
         # The residual goes back to the full width for now: attention still writes all directions, and which of them are
         # kept follows from the sum.
         block.shortcut_attention = nn.Parameter(before.T.to(hidden[0].dtype))
-        added = inputs.output_of(block.get_submodule(names.attention))
+        added = inputs.replay(block.get_submodule(names.attention))()
         for i, x in enumerate(added):
             hidden[i] = hidden[i] @ block.shortcut_attention + x
         after = self._basis(run, hidden, inputs.view.path(inputs.index, names.norms[1]), width)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from effbench.core.errors import Unsupported
 from effbench.core.kinds import Weights
 from effbench.core.views import Layer
 from effbench.formats.compensation import compensate, inverse_factor, neutralize_dead
@@ -102,11 +101,11 @@ class SparseGPT(Weights):
         self.require(self.damp > 0, "damp must be positive")
         self.require(self.bits is None or self.bits in WIDTHS, f"bits must be one of {WIDTHS}, or None")
 
+    def check_shape(self, out: int, width: int) -> None:
+        Pattern.of(self.pattern).check_shape(out, width)
+
     def compress(self, layer: Layer) -> nn.Module:
         kind, n, m = Pattern.of(self.pattern)
-        width = layer.weight.shape[1]
-        if kind == "n:m" and width % m:
-            raise Unsupported(f"{layer.name}: width {width} is not a multiple of {m}, as pattern {self.pattern} needs")
         # Joint quantization: the grid of every row is known beforehand.
         grid = None
         if self.bits is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effbench.core.kinds import Weights
 from effbench.core.views import Block, Layer, SharedInput
-from effbench.formats.grid import WIDTHS, fit_grid, int_linear, split_groups
+from effbench.formats.grid import WIDTHS, Grid, fit_grid, int_linear, split_groups
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,9 @@ class AWQ(Weights):
     needs = {"norm", "hessian"}
     trials = ({}, {"bits": 3})
     sequential: ClassVar[bool] = False
-    folds: ClassVar[bool] = True
 
     bits: int = 4  # 2, 3, 4 or 8
-    group_size: int = 128  # consecutive inputs of a row that share a scale
+    group_size: int = 128  # consecutive inputs that share a scale; the last may be fewer
     symmetric: bool = False  # zero in the middle of the codes instead of a zero-point of its own
     grid: int = 20  # alphas tried: 0, 1/grid, ... (grid - 1)/grid
     clip: bool = True  # search clipping thresholds; never for q and k
@@ -46,31 +45,14 @@ class AWQ(Weights):
         self.require(self.group_size > 0, "group_size must be positive")
         self.require(self.grid > 0, "grid must be positive")
 
-    def compress_block(self, block: Block, shared: Sequence[SharedInput]) -> dict[str, nn.Module]:
-        members = [(group, block.layers([group])) for group in shared]
-        # Step 1, the scales: all are searched on the original block; only then is anything changed.
-        scales = [self._scale(block, group, layers) for group, layers in members]
-        every = {layer.module: layer for _, layers in members for layer in layers}
-        # Step 2, W diag(s) with diag(s)^-1 folded into the op before: the block's function is unchanged.
-        for (group, layers), scale in zip(members, scales, strict=True):
-            if scale is not None and group.previous is not None:
-                _absorb(group.previous, every.get(group.previous), scale)
-                for layer in layers:
-                    layer.weight *= scale
-        # Step 3, clipping and rounding.
-        return {
-            layer.name: self._quantize(layer, scale)
-            for (_, layers), scale in zip(members, scales, strict=True)
-            for layer in layers
-        }
+    def scales(self, block: Block, shared: Sequence[SharedInput]) -> list[Tensor | None]:
+        return [self._scale(block, group, block.layers([group])) for group in shared]
 
     def _scale(self, block: Block, group: SharedInput, layers: Sequence[Layer]) -> Tensor | None:
         """The scale of a group's inputs [in] that changes outputs least; None where nothing before it can absorb one.
 
         That is s* = argmin ||Q(W diag(s)) diag(s)^-1 X - W X||, on the grid of alphas and on the module that is fed.
         """
-        for layer in layers:
-            split_groups(layer.weight, self.group_size, layer.name)
         if group.previous is None or len(layers) < len(group.names):
             return None
         candidates = [self.candidate(layers, step / self.grid) for step in range(self.grid)]
@@ -86,25 +68,39 @@ class AWQ(Weights):
         if self.scale == "paper":
             scale = inputs.mean_abs.pow(alpha)
         elif self.scale == "duo":
-            groups = weight.abs().unflatten(1, (-1, self.group_size))
-            relative = (groups / (groups.amax(-1, keepdim=True) + 1e-6)).flatten(1).mean(0)
+            groups = split_groups(weight.abs(), self.group_size)
+            shares = [(part / (part.amax(-1, keepdim=True) + 1e-6)).flatten(1) for part in groups]
+            relative = torch.cat(shares, 1).mean(0)
             scale = inputs.mean_abs.pow(alpha) / (relative.pow(1 - alpha) + 1e-4)
         else:
             scale = (inputs.norm / weight.abs().amax(0).clamp(min=1e-4)).pow(alpha)
         scale = scale.clamp(min=1e-4)
         return scale / (scale.max() * scale.min()).sqrt()  # the authors' code: centred about 1, geometrically
 
-    def _round(self, weight: Tensor) -> Tensor:
-        """`weight` [out, in] on its grid."""
-        groups = weight.unflatten(1, (-1, self.group_size))
-        return fit_grid(groups, self.bits, self.symmetric, "awq").as_stored().round(groups).flatten(1)
+    def _fit(self, groups: Tensor) -> tuple[Tensor, Grid]:
+        """Codes of groups [out, groups, n], and the grid as stored.
+
+        Codes are those of the scale before it is rounded to float16: the lowest weights of a clipped group lie halfway
+        between two codes, and a scale rounded up would send all of them to the inner one.
+        """
+        grid = fit_grid(groups, self.bits, self.symmetric, "awq")
+        return grid.codes(groups), grid.as_stored()
+
+    def _round(self, groups: Tensor) -> Tensor:
+        """Groups [out, groups, n] as they are decoded."""
+        codes, grid = self._fit(groups)
+        return grid.decode(codes)
+
+    def _round_matrix(self, weight: Tensor) -> Tensor:
+        """`weight` [out, in] as it is decoded."""
+        return torch.cat([self._round(part).flatten(1) for part in split_groups(weight, self.group_size)], 1)
 
     def _losses_of_linear(self, layer: Layer, candidates: Sequence[Tensor]) -> list[float]:
         """Mean squared change of a linear's own outputs: delta E[x x^T] delta^T, averaged over outputs."""
         moment = layer.inputs.second_moment.float()
         losses = []
         for scale in candidates:
-            delta = self._round(layer.weight * scale) / scale - layer.weight
+            delta = self._round_matrix(layer.weight * scale) / scale - layer.weight
             losses.append(float(((delta @ moment) * delta).sum(dtype=torch.float64) / len(delta)))
         return losses
 
@@ -112,13 +108,14 @@ class AWQ(Weights):
         self, block: Block, group: SharedInput, layers: Sequence[Layer], candidates: Sequence[Tensor]
     ) -> list[float]:
         """Mean squared change of the inspected module's outputs."""
-        before = block.output_of(group.inspect)
+        run = block.replay(group.inspect)
+        before = run()
         losses = []
         with _stand_ins(block, group, layers) as linears:
             for scale in candidates:
                 for linear, layer in zip(linears, layers, strict=True):
-                    linear.weight.data.copy_(self._round(layer.weight * scale) / scale)
-                after = block.output_of(group.inspect)
+                    linear.weight.data.copy_(self._round_matrix(layer.weight * scale) / scale)
+                after = run()
                 squares = (
                     (a.float() - b.float()).square().sum(dtype=torch.float64)
                     for a, b in zip(after, before, strict=True)
@@ -126,22 +123,23 @@ class AWQ(Weights):
                 losses.append(float(sum(squares)) / sum(b.numel() for b in before))
         return losses
 
-    def _quantize(self, layer: Layer, scale: Tensor | None) -> nn.Module:
-        weight = split_groups(layer.weight, self.group_size, layer.name)  # [out, groups, group_size]
+    def compress(self, layer: Layer) -> nn.Module:
+        parts = split_groups(layer.weight, self.group_size)
         # Products of queries and keys make their clipping error hard to judge one linear at a time.
         if self.clip and not layer.name.rpartition(".")[2].startswith(("q_", "k_")):
-            moment = layer.inputs.second_moment
-            if scale is not None:
-                moment = moment / scale.outer(scale)
-            weight = self._clip(weight, moment.float())
-        grid = fit_grid(weight, self.bits, self.symmetric, "awq").as_stored()
-        codes = grid.codes(weight).flatten(1)
-        return int_linear(layer, codes, grid.per_group(), self.symmetric)
+            moment = layer.inputs.second_moment.float()
+            widths = [part[0].numel() for part in parts]
+            own = [rows.split(widths, 1)[i] for i, rows in enumerate(moment.split(widths))]
+            parts = [self._clip(part, block) for part, block in zip(parts, own, strict=True)]
+        codes, grids = zip(*(self._fit(part) for part in parts), strict=True)
+        joined = Grid.join([grid.per_group() for grid in grids])
+        return int_linear(layer, torch.cat([c.flatten(1) for c in codes], 1), joined, self.symmetric, self.group_size)
 
     def _clip(self, weight: Tensor, moment: Tensor) -> Tensor:
-        """`weight` [out, groups, group_size], every group clamped where that lowers the error of its own outputs.
+        """`weight` [out, groups, n], every group clamped where that lowers the error of its own outputs.
 
-        Thresholds tried are max|w| times 1, 0.95, ... 0.55. `moment` [in, in] is E[x x^T] of the scaled inputs.
+        Thresholds tried are max|w| times 1, 0.95, ... 0.55. `moment` [groups n, groups n] is E[x x^T] of the scaled
+        inputs.
         """
         size = weight.shape[-1]
         own = torch.stack([part[:, i * size : (i + 1) * size] for i, part in enumerate(moment.split(size))])
@@ -151,24 +149,11 @@ class AWQ(Weights):
             limit = largest * (1 - step / 20)
             clamped = weight.clamp(-limit, limit)
             # The change of a group's own share of the outputs: delta E[x x^T] delta^T over the group's inputs.
-            delta = fit_grid(clamped, self.bits, self.symmetric, "awq").as_stored().round(clamped) - weight
-            through = (delta.transpose(0, 1) @ own).transpose(0, 1)  # [out, groups, group_size]
+            delta = self._round(clamped) - weight
+            through = (delta.transpose(0, 1) @ own).transpose(0, 1)  # [out, groups, n]
             error = (through * delta).sum(-1, keepdim=True)
             best, least = torch.where(error < least, limit, best), torch.minimum(error, least)
         return weight.clamp(-best, best)
-
-
-def _absorb(previous: nn.Module, layer: Layer | None, scale: Tensor) -> None:
-    """Divide the outputs of `previous` by `scale`; `layer` is `previous` if this block quantizes it, too."""
-    if layer is not None:
-        layer.weight /= scale.unsqueeze(1)
-        layer.bias = None if layer.bias is None else layer.bias.detach() / scale
-        return
-    weight: nn.Parameter = previous.weight  # type: ignore[assignment]
-    bias: nn.Parameter | None = getattr(previous, "bias", None)
-    weight.data /= scale.view(-1, *[1] * (weight.dim() - 1))
-    if bias is not None:
-        bias.data /= scale
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ class FP8Weight(Weights):
 
     paper = "arXiv:2209.05433"
     published = "fp8_weight()"
+    caveats = ("8-bit activations beside 8-bit weights, unless activations=False",)
     type = "PTQ"
     weight_update = "none"
     trials = ({}, {"granularity": "tensor", "activations": False})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effbench.core.kinds import Weights
 from effbench.core.views import Layer
 from effbench.formats.compensation import compensate, inverse_factor, neutralize_dead
-from effbench.formats.grid import WIDTHS, Grid, fit_grid, int_linear, split_groups
+from effbench.formats.grid import WIDTHS, Grid, fit_grid, int_linear
 
 
 def solve(
@@ -46,9 +46,10 @@ def solve(
 class GPTQ(Weights):
     """The authors' loop, with their options. `group_size=None` gives one grid per row.
 
-    Groups lie along the input. Dynamic groups take their grid when the loop reaches them, from weights that carry
-    the compensation of all finished *blocks* but not of the current one: the authors read the outer matrix, and so
-    does this. Static groups take their grid from the original weights.
+    Groups lie along the input; the last one is shorter where they do not divide the width. Dynamic groups take their
+    grid when the loop reaches them, from weights that carry the compensation of all finished *blocks* but not of the
+    current one: the authors read the outer matrix, and so does this. Static groups take their grid from the original
+    weights.
     """
 
     paper = "arXiv:2210.17323"
@@ -65,7 +66,7 @@ class GPTQ(Weights):
     )
 
     bits: int = 4  # 2, 3, 4 or 8
-    group_size: int | None = 128  # consecutive inputs of a row that share a scale
+    group_size: int | None = 128  # consecutive inputs that share a scale; the last may be fewer
     symmetric: bool = False  # zero in the middle of the codes instead of a zero-point of its own
     act_order: bool = False  # columns in the order of falling Hessian diagonal
     static_groups: bool = False  # fix the grids of all groups before the first column is rounded
@@ -88,7 +89,6 @@ class GPTQ(Weights):
     def compress(self, layer: Layer) -> nn.Module:
         weight, hessian, kept = layer.weight, layer.inputs.hessian, layer.kept
         size = self.group_size or weight.shape[1]
-        split_groups(weight, size, layer.name)
         dynamic = self.group_size is not None and not self.static_groups
         # Step 1, grids that are known beforehand. The authors take a grid per row before they clear dead inputs, grids
         # per group after it.
@@ -117,7 +117,7 @@ class GPTQ(Weights):
         # Step 4, codes back in the order of the inputs; dynamic groups lie in the order of the loop and are named.
         back = order.argsort()
         g_idx = group[back] if dynamic and self.act_order else None
-        return int_linear(layer, codes[:, back], Grid(scale, zero, self.bits), self.symmetric, g_idx)
+        return int_linear(layer, codes[:, back], Grid(scale, zero, self.bits), self.symmetric, self.group_size, g_idx)
 
     def _grid(self, weight: Tensor) -> Grid:
         """The stored grid of every row of `weight` [out, n]; scale and zero [out]."""

@@ -13,6 +13,7 @@ from effbench.core.views import Layer
 from effbench.formats.lattice import E8PLinear, encode, rotate
 from effbench.kernels.e8p_linear.cases import RESIDUAL_SCALE
 from effbench.kernels.e8p_linear.reference import E8PMatrix
+from effbench.kernels.hadamard.matrices import factors
 
 SPAN = 8  # weights that share a lattice point
 SCALE = {2: 0.9, 3: 0.98, 4: 1.03}  # spread of the rotated weights over the codebook, as the authors set it
@@ -72,7 +73,10 @@ class QuIPSharp(Weights):
     """
 
     paper = "arXiv:2402.04396"
-    caveats = ("without the fine-tuning of the paper",)
+    caveats = (
+        "without the fine-tuning of the paper",
+        "Hessians of inputs that compressed blocks produced; the authors take those of the original model",
+    )
     type = "PTQ"
     weight_update = "block LDLQ"
     needs = {"hessian"}
@@ -89,12 +93,15 @@ class QuIPSharp(Weights):
         self.require(self.scale is None or self.scale > 0, "scale must be positive")
         self.require(self.sigma_reg > 0, "sigma_reg must be positive")
 
+    def check_shape(self, out: int, width: int) -> None:
+        if width % SPAN:
+            raise ValueError(f"width {width} is not a multiple of {SPAN}")
+        factors(out), factors(width)
+
     def compress(self, layer: Layer) -> nn.Module:
         if layer.kept is not None:
             raise Unsupported(f"{layer.name}: rotated weights cannot keep the zeros of pruned ones")
         out, width = layer.weight.shape
-        if width % SPAN:
-            raise Unsupported(f"{layer.name}: width {width} is not a multiple of {SPAN}")
         # Step 1, incoherence processing: random signs and a Hadamard transform on both sides, of W and of H alike.
         generator = torch.Generator().manual_seed(layer.seed)
         signs_in, signs_out = (
@@ -103,11 +110,8 @@ class QuIPSharp(Weights):
         hessian = layer.inputs.second_moment
         hessian = hessian / hessian.diagonal().mean().clamp(min=1e-30)
         hessian.diagonal().add_(self.sigma_reg)
-        try:
-            hessian = rotate(hessian, signs_in, signs_in)
-            weight = rotate(layer.weight, signs_in, signs_out)
-        except ValueError as error:
-            raise Unsupported(f"{layer.name}: {error}") from None
+        hessian = rotate(hessian, signs_in, signs_in)
+        weight = rotate(layer.weight, signs_in, signs_out)
         # Step 2, block LDLQ. The weights, nearly Gaussian now, are scaled so that the codebook covers them.
         scale = weight.square().mean().sqrt().clamp(min=1e-12) / (self.scale or SCALE[self.bits])
         codes, residual = ldlq(weight / scale, hessian, self.bits, self.tune_iters)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 from effbench.core.kinds import Weights
 from effbench.core.views import Layer
-from effbench.formats.grid import WIDTHS, GridName, fit_grid, int_linear, split_groups
+from effbench.formats.grid import WIDTHS, Grid, GridName, fit_grid, int_linear, split_groups
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RTN(Weights):
 
     bits: int = 4  # 2, 3, 4 or 8
     granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale; channel: an output
-    group_size: int = 128  # consecutive inputs of a row that share a scale, for granularity="group"
+    group_size: int = 128  # consecutive inputs that share a scale (granularity="group"); the last may be fewer
     symmetric: bool = False  # zero in the middle of the codes instead of a zero-point of its own
     grid: GridName = "gptq"  # the published grid, see `fit_grid`
     mse: bool = False  # shrink ranges where that lowers the error (grid="gptq")
@@ -44,11 +45,13 @@ class RTN(Weights):
 
     def compress(self, layer: Layer) -> nn.Module:
         weight = layer.weight
-        if self.granularity == "group":
-            sharing = split_groups(weight, self.group_size, layer.name)  # [out, groups, group_size]
+        size = self.group_size if self.granularity == "group" else None
+        if size is not None:
+            sharing = split_groups(weight, size)
         else:
-            sharing = weight.unsqueeze(1) if self.granularity == "channel" else weight.reshape(1, 1, -1)
-        grid = fit_grid(sharing, self.bits, self.symmetric, self.grid, self.mse).as_stored()
-        codes = grid.codes(sharing).reshape(weight.shape)
+            sharing = [weight.unsqueeze(1) if self.granularity == "channel" else weight.reshape(1, 1, -1)]
+        grids = [fit_grid(part, self.bits, self.symmetric, self.grid, self.mse).as_stored() for part in sharing]
+        codes = [grid.codes(part).flatten(1) for grid, part in zip(grids, sharing, strict=True)]
         # A pruned weight is exactly 0, and 0 is on every grid: its code is the zero-point.
-        return int_linear(layer, codes, grid.per_group(), self.symmetric)
+        joined = Grid.join([grid.per_group() for grid in grids])
+        return int_linear(layer, torch.cat(codes, 1).view(weight.shape), joined, self.symmetric, size)

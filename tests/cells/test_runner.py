@@ -884,6 +884,7 @@ def test_facts_of_the_methods():
         "type": "PTQ",
         "calibration_data": "none",
         "weight_update": "none",
+        "caveats": [f"RTN: {caveat}" for caveat in parse("rtn()").steps[0].caveats],
     }
     found = cells.facts(parse("rtn(bits=8), gptq(bits=4)"), 128)
     assert found["calibration_data"] == "none, 128 sequences"
@@ -894,6 +895,7 @@ def test_facts_of_the_methods():
         "type": "post-training, PEFT, fine-tuning",
         "calibration_data": "8 sequences",
         "weight_update": "none, low rank",
+        "caveats": [f"LoRA: {caveat}" for caveat in parse("lora()").steps[0].caveats],
     }
 
 

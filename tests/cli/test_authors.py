@@ -141,6 +141,12 @@ FAULTS = {
         r"Toy\.compress_block returned None; it must return a dict of modules by path \(.*toy\.py:18\)",
     ),
     "architectures": ("layer.weight *", "layer.wait *", r"AttributeError: 'Layer'.* 'wait' \(.*/toy\.py:19\)"),
+    "odd shapes": (
+        "return rebuilt(",
+        "if layer.weight.shape[1] % 8: raise __import__('effbench').core.errors.Unsupported('width 100')\n"
+        "        return rebuilt(",
+        r"refused while it runs, which check_shape\(out, width\) can say beforehand: width 100",
+    ),
 }
 
 

@@ -508,15 +508,16 @@ def test_a_file_that_came_in_between_is_kept(only_toy: Op, tmp_path: Path, capsy
 def test_tinygemm(dtype: torch.dtype) -> None:
     """On a processor torch has the same product in another layout; grid and codes are the same."""
     op = load("int_linear")
-    for groups, zero in ((4, True), (2, False), (16, True)):
-        case = dict(batch=[2, 3], in_features=512, out_features=48, bits=4, groups=groups, zero=zero)
+    for size, zero in ((128, True), (256, False), (32, True)):
+        case = dict(batch=[2, 3], in_features=512, out_features=48, bits=4, group_size=size, zero=zero)
         error, fine = op.check(case, "tinygemm", dtype=dtype)
         assert fine, error
     for change in (
         {"bits": 8},
-        {"groups": 1},
+        {"group_size": None},
         {"g_idx": True},
-        {"in_features": 192, "groups": 3},
+        {"in_features": 192, "group_size": 64},
+        {"in_features": 640, "group_size": 256},
         {"out_features": 40},
     ):
         with pytest.raises(Declined, match="takes"):
@@ -542,7 +543,7 @@ def test_gemlite(monkeypatch: pytest.MonkeyPatch) -> None:
             return multiply(x, self.weight)
 
     op = load("int_linear")
-    case = dict(batch=3, in_features=512, out_features=48, bits=4, groups=4, zero=True)
+    case = dict(batch=3, in_features=512, out_features=48, bits=4, group_size=128, zero=True)
     with pytest.raises(Declined, match="16-bit x"):
         op.check(case, "gemlite")
     module = types.SimpleNamespace(GemLiteLinear=Layer, DType=types.SimpleNamespace(BF16="bf16", FP16="fp16"))
@@ -601,7 +602,7 @@ def test_peers_on_the_device(name: str) -> None:
 @pytest.mark.gpu
 def test_bench_on_the_device() -> None:
     op = load("int_linear")
-    case = dict(batch=1, in_features=4096, out_features=4096, bits=4, groups=32, zero=True)
+    case = dict(batch=1, in_features=4096, out_features=4096, bits=4, group_size=128, zero=True)
     rows = by_name(bench.measure_case(op, case, torch.device("cuda:0"), torch.bfloat16, CEILING))
     assert rows["triton"].graph_us.median > 0 and rows["triton"].rotated_bytes >= bench.COLD
     assert rows[CONTROL].speedup.median == pytest.approx(1, abs=0.1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effbench.checks import VOCABULARY, fit_two_steps, probe, toy, toy_run
-from effbench.core.errors import Conflict, Outcome, Refused, Unsupported, Usage
+from effbench.core.errors import Conflict, Refused, Unsupported, Usage
 from effbench.core.kinds import Cache, Prompt, Select, Swap, Train, Weights
 from effbench.core.recipe import Recipe, parse, parse_step
 from effbench.core.run import FitReport
@@ -573,12 +573,6 @@ def test_blocks_are_renumbered_after_one_is_dropped():
     assert run.model.config.num_hidden_layers == 1
     assert [m.layer_idx for m in run.model.modules() if hasattr(m, "layer_idx")] == [0]
     open_engine(run).generate([[1, 2, 3]], 4, set())
-
-
-def test_a_width_that_groups_do_not_divide_is_an_outcome():
-    run = toy_run()
-    with pytest.raises(Outcome, match=r"q_proj.*48"):
-        run.apply(parse_step("rtn(group_size=48)"))
 
 
 # 13. Saving

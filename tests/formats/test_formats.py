@@ -32,9 +32,10 @@ def _random() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _int(bits: int, groups: int, *, zeros: bool = False, order: bool = False, rows: int = OUT, keep: bool = False,
+def _int(bits: int, size: int | None, *, zeros: bool = False, order: bool = False, rows: int = OUT, keep: bool = False,
          bias: bool = False) -> IntLinear:  # fmt: skip
     on = _random()
+    groups = -(-IN // (size or IN))
     codes = torch.randint(2**bits, (OUT, IN), generator=on)
     scale = torch.rand(rows, groups, generator=on) + 0.5
     zero = torch.randint(2**bits, (rows, groups), generator=on) if zeros else None
@@ -43,9 +44,9 @@ def _int(bits: int, groups: int, *, zeros: bool = False, order: bool = False, ro
     if keep:
         mask = torch.rand(OUT, IN, generator=on) < 0.5
         middle = torch.full((rows, groups), 2 ** (bits - 1)) if zero is None else zero
-        codes = torch.where(mask, codes, middle.repeat_interleave(IN // groups, 1))
+        codes = torch.where(mask, codes, middle.repeat_interleave(size or IN, 1)[:, :IN])
     offset = torch.randn(OUT, generator=on) if bias else None
-    return IntLinear.of(codes, scale, zero, g_idx, bits=bits, bias=offset, keep=mask)
+    return IntLinear.of(codes, scale, zero, g_idx, bits=bits, group_size=size, bias=offset, keep=mask)
 
 
 def _nf4(double_quant: bool, outliers: bool = False) -> LutLinear:
@@ -81,12 +82,15 @@ def _fp8(per_row: bool, activations: str = "none") -> FP8Linear:
 
 
 MAKERS: dict[str, Callable[[], Packed]] = {
-    **{f"int{bits}": lambda bits=bits: _int(bits, 3) for bits in (2, 3, 4, 8)},
-    **{f"int{bits}-zeros": lambda bits=bits: _int(bits, 3, zeros=True, bias=True) for bits in (2, 3, 4, 8)},
-    "int4-order": lambda: _int(4, 3, zeros=True, order=True),
-    "int3-row-masked": lambda: _int(3, 1, keep=True),
-    "int4-masked": lambda: _int(4, 6, zeros=True, keep=True),
-    "int8-tensor": lambda: _int(8, 1, zeros=True, rows=1),
+    **{f"int{bits}": lambda bits=bits: _int(bits, 32) for bits in (2, 3, 4, 8)},
+    **{f"int{bits}-zeros": lambda bits=bits: _int(bits, 32, zeros=True, bias=True) for bits in (2, 3, 4, 8)},
+    "int4-order": lambda: _int(4, 32, zeros=True, order=True),
+    "int3-row-masked": lambda: _int(3, None, keep=True),
+    "int4-masked": lambda: _int(4, 16, zeros=True, keep=True),
+    **{f"int{bits}-short": lambda bits=bits: _int(bits, 40, zeros=True) for bits in (3, 4)},  # 40, 40 and 16
+    "int4-short-order": lambda: _int(4, 64, zeros=True, order=True),
+    "int2-short-masked": lambda: _int(2, 64, keep=True),
+    "int8-tensor": lambda: _int(8, None, zeros=True, rows=1),
     "nf4": lambda: _nf4(False),
     "nf4-double": lambda: _nf4(True),
     "nf4-outliers": lambda: _nf4(True, outliers=True),
@@ -152,7 +156,7 @@ def test_saved_and_rebuilt_from_its_declaration(name: str, tmp_path: Path) -> No
     module = MAKERS[name]()
     save_file(module.state_dict(), tmp_path / "m.safetensors")
     config = module.config()
-    assert all(type(value) in (int, bool, str) for value in config.values())
+    assert all(value is None or type(value) in (int, bool, str) for value in config.values())
     empty = type(module)(**config)
     empty.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
     assert empty.config() == config
@@ -234,10 +238,13 @@ def test_integers_by_hand() -> None:
     codes = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     scale = torch.tensor([[1.0, 2.0], [0.5, 0.25]])
     zero = torch.tensor([[0, 1], [3, 2]])
-    assert dense_weight(IntLinear.of(codes, scale, zero, bits=2)).tolist() == [[0, 1, 2, 4], [0, -0.5, -0.25, -0.5]]
-    shuffled = IntLinear.of(codes, scale, zero, torch.tensor([1, 0, 1, 0]), bits=2)
+    grouped = IntLinear.of(codes, scale, zero, bits=2, group_size=2)
+    assert dense_weight(grouped).tolist() == [[0, 1, 2, 4], [0, -0.5, -0.25, -0.5]]
+    shuffled = IntLinear.of(codes, scale, zero, torch.tensor([1, 0, 1, 0]), bits=2, group_size=2)
     assert dense_weight(shuffled).tolist() == [[-2, 1, 2, 3], [0.25, -0.5, -0.25, -1.5]]
     assert dense_weight(IntLinear.of(codes, scale[:, :1], bits=2)).tolist() == [[-2, -1, 0, 1], [0.5, 0, -0.5, -1]]
+    short = IntLinear.of(codes, scale, zero, bits=2, group_size=3)
+    assert dense_weight(short).tolist() == [[0, 1, 2, 4], [0, -0.5, -1, -0.5]]
     whole = IntLinear.of(codes, torch.tensor([[2.0]]), torch.tensor([[1]]), bits=2)
     assert dense_weight(whole).tolist() == [[-2, 0, 2, 4], [4, 2, 0, -2]]
     assert whole.config()["per_tensor"]
@@ -247,7 +254,9 @@ def test_integers_by_hand() -> None:
     ("make", "message"),
     [
         (lambda: IntLinear(8, 8, bits=5), "bits=5"),
-        (lambda: IntLinear(10, 8, bits=4, groups=3), "groups"),
+        (lambda: IntLinear(10, 8, bits=4, group_size=0), "group_size=0"),
+        (lambda: IntLinear(10, 8, bits=4, group_size=4, per_tensor=True), "no groups"),
+        (lambda: IntLinear.of(torch.tensor([[3, 1, 2]]), torch.ones(1, 3), bits=2, group_size=2), "scale is"),
         (lambda: IntLinear.of(torch.tensor([[4]]), torch.ones(1, 1), bits=2), "codes do not fit"),
         (lambda: IntLinear.of(torch.tensor([[3]]), torch.full((1, 1), 1e6), bits=2), "not finite"),
         (lambda: LutLinear(8, 8, bits=8), "bits=8"),

@@ -133,7 +133,7 @@ def test_costs(op: Op) -> None:
 
 
 def test_costs_of_a_real_shape_need_no_memory() -> None:
-    case = dict(batch=1, in_features=8192, out_features=28672, bits=4, groups=64, zero=True)
+    case = dict(batch=1, in_features=8192, out_features=28672, bits=4, group_size=128, zero=True)
     assert OPS["int_linear"].flops(case) == 2 * 8192 * 28672
     assert OPS["int_linear"].bytes(case, torch.bfloat16) == pytest.approx(8192 * 28672 * 4.156 / 8, rel=1e-3)
 
@@ -270,12 +270,12 @@ def _taken(name: str, backend: str, case: Case, dtype: str) -> bool:
         return True
     assert (name, backend) == ("int_linear", "triton_w4")
     rows = case["batch"] if isinstance(case["batch"], int) else math.prod(case["batch"])
-    group = case["in_features"] // case["groups"]
+    size = case.get("group_size", case["in_features"])
     return (
         case["bits"] == 4
         and dtype != "float32"
         and rows <= 64
-        and (case["groups"] == 1 or group % 32 == 0)
+        and (size >= case["in_features"] or size % 32 == 0)
         and not case.get("g_idx")
         and not case.get("per_tensor")
     )
@@ -306,7 +306,7 @@ def _shape(batch: int, **fields: Any) -> dict[str, Any]:
 
 
 W4 = [
-    (_shape(batch, bits=4, zero=True, dtype=dtype, in_features=width, out_features=out, groups=width // 128), *ceilings)
+    (_shape(batch, bits=4, zero=True, dtype=dtype, in_features=width, out_features=out, group_size=128), *ceilings)
     for width, out in ((14336, 4096), (8192, 28672))
     for batch, dtype, *ceilings in [
         (1, torch.bfloat16, 2.57, 2.55),
@@ -322,11 +322,11 @@ W4 = [
 # a ceiling when a kernel gets better; a rise needs a reason. One column for each version of Triton in use.
 VERSIONS = ("3.6", "3.7")
 CEILINGS = [
-    ("int_linear", _shape(1, bits=2, groups=32, zero=True), 12.7, 12.9),
-    ("int_linear", _shape(1, bits=3, groups=32, zero=True), 18.9, 20.4),
-    ("int_linear", _shape(1, bits=4, groups=32, zero=True), 12.9, 13.0),
-    ("int_linear", _shape(1, bits=8, groups=1), 9.5, 9.5),
-    ("int_linear", _shape(16, bits=4, groups=32, zero=True), 21.3, 16.6),
+    ("int_linear", _shape(1, bits=2, group_size=128, zero=True), 12.7, 12.9),
+    ("int_linear", _shape(1, bits=3, group_size=128, zero=True), 18.9, 20.4),
+    ("int_linear", _shape(1, bits=4, group_size=128, zero=True), 12.9, 13.0),
+    ("int_linear", _shape(1, bits=8), 9.5, 9.5),
+    ("int_linear", _shape(16, bits=4, group_size=128, zero=True), 21.3, 16.6),
     *(("int_linear:triton_w4", case, *ceilings) for case, *ceilings in W4),
     ("lut_linear", _shape(1, bits=4, block=64), 13.4, 13.2),
     ("lut_linear", _shape(1, bits=3, per_row=1, outliers=18), 19.9, 19.2),
@@ -337,8 +337,8 @@ CEILINGS = [
     ("e8p_linear", _shape(16, bits=2), 31.9, 32.4),
     ("nm_linear", _shape(1, n=2, m=4), 23.7, 24.0),
     ("nm_linear", _shape(16, n=2, m=4), 28.5, 23.3),
-    ("nm_int_linear", _shape(1, n=2, m=4, bits=4, groups=32, zero=True), 35.5, 41.5),
-    ("nm_int_linear", _shape(16, n=2, m=4, bits=4, groups=32, zero=True), 67.3, 50.4),
+    ("nm_int_linear", _shape(1, n=2, m=4, bits=4, group_size=128, zero=True), 35.5, 41.5),
+    ("nm_int_linear", _shape(16, n=2, m=4, bits=4, group_size=128, zero=True), 67.3, 50.4),
     ("csr_linear", _shape(1, number=2**18), 16.4, 16.4),
     ("bitmask_linear", _shape(1, number=2**23), 23.6, 30.3),
     ("bitmask_linear", _shape(16, number=2**23), 25.8, 43.5),
@@ -397,7 +397,8 @@ def test_w4_compiles_for_the_first_gpus_with_bfloat16(dtype: torch.dtype) -> Non
 def test_w4_splits_the_input_until_there_are_programs_enough() -> None:
     grids = {}
     for batch, out in ((1, 4096), (1, 28672), (64, 4096)):
-        arguments = OPS["int_linear"].arguments(dict(batch=batch, in_features=8192, out_features=8, bits=4, groups=64))
+        case = dict(batch=batch, in_features=8192, out_features=8, bits=4, group_size=128)
+        arguments = OPS["int_linear"].arguments(case)
         arguments["x"] = arguments["x"].bfloat16()
         for name in ("weight", "scale"):
             arguments[name] = arguments[name][:1].expand(out, -1)
@@ -411,7 +412,7 @@ def test_w4_splits_the_input_until_there_are_programs_enough() -> None:
 
 
 def test_w4_without_splits_needs_no_second_launch() -> None:
-    case = dict(batch=16, in_features=256, out_features=64, bits=4, groups=2)
+    case = dict(batch=16, in_features=256, out_features=64, bits=4, group_size=128)
     with record_launches() as launches:
         OPS["int_linear"].run("triton_w4", **OPS["int_linear"].arguments(case, dtype=torch.float16))
     (launch,) = launches
@@ -422,24 +423,25 @@ def test_w4_without_splits_needs_no_second_launch() -> None:
     ("change", "backend"),
     [
         ({}, "triton_w4"),
-        ({"groups": 1}, "triton_w4"),
-        ({"groups": 4}, "triton_w4"),
+        ({"group_size": None}, "triton_w4"),
+        ({"group_size": 32}, "triton_w4"),
+        ({"group_size": 96}, "triton_w4"),
         ({"batch": 64}, "triton_w4"),
         ({"batch": [4, 8]}, "triton_w4"),
         ({"batch": 65}, "triton"),
         ({"batch": 0}, "triton"),
         ({"bits": 3}, "triton"),
         ({"bits": 8}, "triton"),
-        ({"groups": 8}, "triton"),
+        ({"group_size": 16}, "triton"),
         ({"g_idx": True}, "triton"),
-        ({"groups": 1, "per_tensor": True}, "triton"),
+        ({"group_size": None, "per_tensor": True}, "triton"),
         ({"dtype": torch.float32}, "triton"),
     ],
     ids=str,
 )
 def test_which_kernel_multiplies_by_integers(change: Case, backend: str) -> None:
     op = OPS["int_linear"]
-    case = dict(batch=1, in_features=128, out_features=40, bits=4, groups=2, zero=True) | change
+    case = dict(batch=1, in_features=128, out_features=40, bits=4, group_size=64, zero=True) | change
     arguments = op.arguments(case, dtype=case.get("dtype", torch.bfloat16))
     chosen = []
     for name in op.backends:
@@ -579,7 +581,7 @@ def test_w4_decodes_alike_with_and_without_ptx_on_the_device(case: Case, dtype: 
 @pytest.mark.gpu
 def test_kernels_of_real_layers_are_captured_on_the_device() -> None:
     cases = {
-        "int_linear": (_shape(1, bits=4, groups=32, zero=True), "triton_w4"),
+        "int_linear": (_shape(1, bits=4, group_size=128, zero=True), "triton_w4"),
         "nm_linear": (_shape(64, n=2, m=4), "cusparselt"),
     }
     for name, (case, backend) in cases.items():

@@ -29,10 +29,10 @@ def texts() -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(file: Path, texts: Path) -> Any:
-    """The baseline, its held-out text that of this project."""
+def run(file: Path) -> Any:
+    """The baseline, its held-out text the speeches."""
     torch.set_num_threads(1)
-    return open_run(sources.model("smollm2"), sources.data(f"text:{texts}"), "cpu", None, 0)
+    return open_run(sources.model("smollm2"), sources.data("speeches"), "cpu", None, 0)
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import re
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 from fake_records import RECORDS, failed, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ttest_rel
 
 from effbench.cli.main import main
 from effbench.core.errors import Usage
@@ -16,6 +18,7 @@ from effbench.core.paths import PUBLISHED
 from effbench.records.record import Metric
 from effbench.records.store import Store
 from effbench.report.compare import compare, compare_metrics, find_rows
+from effbench.report.differences import compute_row_tests, estimate_difference
 from effbench.report.groups import Row, group_records
 from effbench.report.metrics import get_family, get_scale, select_quality
 from effbench.report.pages import load
@@ -89,6 +92,64 @@ def test_the_order_of_the_sides_changes_the_sign_and_nothing_else(sides):
     assert there.before == pytest.approx(100 * before.estimate("recall_acc").value)
     assert there.after == pytest.approx(100 * after.estimate("recall_acc").value)
     assert there.value == pytest.approx(100 * there.test.value, abs=1e-9)
+
+
+def read_difference(line):
+    """What a line of the table prints: A, B, B - A, and the bounds of the interval."""
+    bounds = line["95 % interval"].split(" to ")
+    return [Decimal(line[name]) for name in ("A", "B", "B - A")] + [Decimal(bound) for bound in bounds if bound != "–"]
+
+
+@settings(max_examples=15, deadline=None)
+@given(answers, st.floats(-30, 90), st.integers(5, 40))
+def test_what_is_printed_adds_up_either_way_round(sides, worse, windows):
+    """B - A is the difference of the columns to the last digit; the other order changes signs and swaps bounds."""
+    rows = []
+    for name, side, more in zip(("a()", "b()"), sides, (0.0, worse), strict=True):
+        nll = [40 + more + i % 7 / 10 * (more or 1) for i in range(windows)]
+        ppl = {"token_ppl": Metric(math.exp(np.mean(nll)))}
+        records = [
+            dataclasses.replace(one, metrics=one.metrics | ppl, samples=one.samples | {"token_ppl_window_nll": nll})
+            for one in seeds(name, side).records
+        ]
+        rows.append(Row(tuple(records)))
+    there, back = (cells(compare(*pair)) for pair in (rows, rows[::-1]))
+    assert list(there) == list(back) == ["token_ppl", "recall_acc"]
+    for metric, line in there.items():
+        a, b, change, *bounds = read_difference(line)
+        assert b.as_tuple().exponent == change.as_tuple().exponent
+        with localcontext(prec=400):
+            assert change == b - a
+            assert read_difference(back[metric]) == [b, a, -change, *(-bound for bound in bounds[::-1])]
+        assert line["p"] == back[metric]["p"] and line["p (Holm)"] == back[metric]["p (Holm)"]
+        if metric == "recall_acc":
+            assert all(-100 <= bound <= 100 for bound in bounds)
+
+
+def test_no_difference_of_accuracies_is_above_a_hundred():
+    """Of five answers four changed: Student's interval and the bootstrap's would both reach beyond."""
+    before, after = seeds("a()", [[1] * 5, [1] * 5]), seeds("b()", [[0, 0, 0, 0, 1], [0, 0, 0, 1, 1]])
+    (change,) = compare_metrics(before.records, after.records)
+    assert change.low == -100 and change.high < 0
+
+
+@pytest.mark.parametrize("metric", ["token_ppl", "kl_nats_per_token"])
+@pytest.mark.parametrize("windows", [5, 16, 29, 60])
+def test_windows_are_paired_and_tested_by_student(metric, windows):
+    """However few of them; what scipy says of the same differences."""
+    left, right = np.random.default_rng(3).normal(2.0, 0.4, (2, windows))
+    name = "token_ppl_window_nll" if metric == "token_ppl" else metric
+    sides = [
+        [make(recipe, metrics={metric: Metric(2.0)}, samples={name: values.tolist()})]
+        for recipe, values in (("a()", left), ("b()", right))
+    ]
+    theirs = ttest_rel(right, left)
+    found = estimate_difference(*sides, metric)
+    assert found.p == pytest.approx(theirs.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval()))
+    if metric == "token_ppl":
+        (table,) = group_records([make(samples={name: left.tolist()}), make("b()", samples={name: right.tolist()})])
+        assert compute_row_tests(table)["b()"][metric].p == pytest.approx(theirs.pvalue)
 
 
 def test_a_row_without_seeds_meets_all_seeds_of_the_other():

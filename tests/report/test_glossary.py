@@ -6,10 +6,14 @@ import pytest
 from fake_records import make
 
 from effbench.cli.main import main
+from effbench.core.paths import PUBLISHED
 from effbench.records.definitions import DEFINITIONS
-from effbench.report.glossary import select_definitions, write_list, write_page
+from effbench.report.columns import list_columns, make_columns
+from effbench.report.glossary import select_definitions, write_columns, write_list, write_page
 from effbench.report.groups import group_records
-from effbench.report.pages import render, render_headline
+from effbench.report.metrics import get_title, select_perplexities
+from effbench.report.pages import Block, load, render, render_block
+from effbench.report.published import MEANINGS, make_published_sheets
 from effbench.report.sheets import make_sheets
 
 
@@ -31,6 +35,36 @@ def test_show_tells_what_a_metric_means(capsys):
     assert json.loads(capsys.readouterr().out)["unit"] == "nats"
 
 
+@pytest.mark.parametrize("suite", ["quant", "prune", "adhoc"])
+@pytest.mark.skipif(PUBLISHED is None or not PUBLISHED.is_dir(), reason="nothing published here")
+def test_every_column_of_the_published_tables_is_defined(suite, capsys):
+    """The same words as in the glossary, where a task and a batch are examples."""
+    assert main(["report", "--glossary"]) == 0
+    text = capsys.readouterr().out
+    records = load(PUBLISHED, suite)
+    for table in group_records(records):
+        columns = [column for detail in make_columns(table.measured).values() for column in detail]
+        for column in columns:
+            assert column.explain() and column.explain() in text, column.header
+        known = {column.header for column in columns} | {"recipe"}
+        for sheet in make_sheets([table]):
+            assert known >= {header for grid in sheet.grids for header in grid.header}
+    titles = {*map(get_title, (*select_perplexities(records[0].metrics), "tasks_acc")), "recipe"}
+    for sheet in make_published_sheets(records):
+        assert {*MEANINGS, *titles} >= {*sheet.grids[0].header}
+        assert all(f"  {header}: {meaning}" in text for header, meaning in MEANINGS.items())
+
+
+def test_the_glossary_has_every_metric_that_a_column_shows_and_every_mark():
+    text = write_columns()
+    for columns in list_columns().values():
+        for column in columns:
+            assert f"  {column.header}: {column.explain()}\n" in f"{text}\n" and len(column.explain()) > 20
+    for mark in "±ˢ–↑":
+        assert mark in text
+    assert "decode, × (tok/s, ms)" in text and "zeros, %" in text and "bits: " in text and text.startswith("recipe: ")
+
+
 @pytest.mark.parametrize("name", ["no_such_thing", "a\0b", ""])
 def test_what_is_no_name_is_one_line(name, capsys):
     assert main(["show", name]) == 2
@@ -41,5 +75,5 @@ def test_a_page_has_one_list_below_its_tables_and_its_parts_have_none():
     page = render([make(), make(tier="full")], "quant")
     assert page.count("**Metrics**") == 1 and page.rindex("| baseline") < page.index("**Metrics**")
     assert "- kl_nats_per_token (nats): " in page
-    assert "**Metrics**" not in render_headline(make_sheets(group_records([make()])))
+    assert "**Metrics**" not in render_block(group_records([make()]), Block(), "quant.md")
     assert "**Metrics**" not in render([make()], "quant", detail="speed")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import fnmatch
 import io
 import math
 import re
@@ -12,16 +13,21 @@ from fake_records import PROTOCOL, RECORDS, failed, make
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effbench.cells import suite as suites
 from effbench.cli.commands import report
 from effbench.cli.main import main
 from effbench.core.errors import Usage
+from effbench.core.paths import CHECKOUT
+from effbench.core.usage import parse
 from effbench.records.metric import Metric
 from effbench.records.store import Store
 from effbench.report import pages
+from effbench.report.choice import Choice
+from effbench.report.columns import DETAILS, list_columns
 from effbench.report.differences import compute_tests, estimate_difference
 from effbench.report.groups import group_records
 from effbench.report.metrics import get_limits, get_scale, get_title, select, select_quality
-from effbench.report.pages import check, render, render_headline, write
+from effbench.report.pages import Block, check, render, render_block, write
 from effbench.report.sheets import make_sheets
 from effbench.report.text import bytes_text, rounded, with_interval
 from effbench.stats.paired import Estimate
@@ -56,8 +62,7 @@ def test_markdown_rows_columns_and_numbers():
         "squeezellm(bits=3): oom¹",
     ]  # fmt: skip
     assert list(rows["baseline"]) == [
-        "recipe", "bits", "stored", "perplexity", "KL, nats", "top-1, %", "tasks, %",
-        "prefill, ×", "decode, ×",
+        "recipe", "bits", "perplexity", "KL, nats", "tasks, %", "stored", "decode, ×", "prefill, ×",
     ]  # fmt: skip
     assert rows["gptq(bits=4)"]["bits"] == "4.25"
     assert rows["gptq(bits=4)"]["stored"] == "4.25 MB (3.76×)"
@@ -93,9 +98,9 @@ def test_simulated_rows_have_no_speed():
     text = render(RECORDS, "quant")
     row = table(text)["fp8_weight() (simulated)"]
     assert row["prefill, ×"] == row["decode, ×"] == "–"
-    speeds = table(text, "Speed, as a ratio to the baseline of the same run")
+    speeds = table(text, DETAILS["speed"])
     assert set(speeds["fp8_weight() (simulated)"].values()) == {"fp8_weight() (simulated)", "–"}
-    assert speeds["rtn(bits=8)"]["decode b8 c128"] == "0.970 ±0.020"
+    assert speeds["rtn(bits=8)"]["decode b8 c128, ×"] == "0.970 ±0.020"
 
 
 def test_a_merge_that_gave_up_zeros_says_so():
@@ -237,7 +242,43 @@ def test_without_a_baseline_nothing_is_tested():
 def test_narrow_enough_for_a_terminal():
     grids = make_sheets(group_records(RECORDS))[0].grids
     assert all(len(grid.header) <= 10 for grid in grids)
-    assert max(map(len, render_headline(make_sheets(group_records(RECORDS))).splitlines()[2:-4])) < 150
+    lines = render_block(group_records(RECORDS), Block(), "quant.md").splitlines()
+    assert max(len(line) for line in lines if line.startswith("|")) < 150
+
+
+@pytest.mark.parametrize("asked", [(), ("sparsity_asked",)])
+def test_a_headline_has_at_most_eight_columns_whatever_was_measured(asked):
+    """All that any version knows; what is not in it stands in another detail."""
+    names = [name for detail in list_columns().values() for column in detail for name in column.metrics]
+    measured = sorted({"kl_nats_per_token", "top1_agreement", *names} - {"sparsity_asked"} | {*asked})
+    record = make("rtn(bits=2)", metrics={name: Metric(0.5) for name in measured})
+    sheet = make_sheets(group_records([record]))[0]
+    assert sheet.grids[0].detail == "summary" and len(sheet.grids[0].header) == 8
+    assert ("zeros, %" in sheet.grids[0].header) == bool(asked)
+    shown = {header for grid in sheet.grids for header in grid.header}
+    assert {"top-1, %", "bits", "weights", "task, %"} <= shown
+
+
+def test_rates_and_times_stand_beside_ratios_where_a_machine_is_named():
+    timed = make().metrics | {
+        "decode_tok_per_s_b1_c128": Metric(121.4), "decode_ms_per_token_b1_c128": Metric(8.2372),
+        "prefill_tok_per_s_b1_c128": Metric(9876.5), "decode_tok_per_s_b8_c128": Metric(971.0),
+    }  # fmt: skip
+    there, without, simulated = (
+        make("rtn(bits=4)", metrics=timed),
+        make("rtn(bits=3)"),
+        make("rtn(bits=2)", metrics=timed, simulated=True),
+    )
+    text = render([there, without, simulated], "quant")
+    cells = {name: row["decode, × (tok/s, ms)"] for name, row in table(text).items()}
+    assert cells == {
+        "rtn(bits=4)": "1.26 ±0.06 (121, 8.24)", "rtn(bits=3)": "1.26 ±0.06", "rtn(bits=2) (simulated)": "–",
+    }  # fmt: skip
+    assert table(text)["rtn(bits=4)"]["prefill, × (tok/s)"] == "0.810 ±0.020 (9876)"
+    assert table(text, DETAILS["speed"])["rtn(bits=4)"]["decode b8 c128, × (tok/s)"] == "0.970 ±0.020 (971)"
+    assert "in brackets what was timed on this machine" in text
+    nowhere = render([dataclasses.replace(there, environment={})], "quant")
+    assert table(nowhere)["rtn(bits=4)"]["decode, ×"] == "1.26 ±0.06" and "timed on this machine" not in nowhere
 
 
 def test_rendering_does_not_depend_on_the_order_of_records():
@@ -342,13 +383,15 @@ def test_rounded(value, text):
     [
         (None, "–"),
         (Estimate(12.3456), "12.3"),
-        (Estimate(12.3456, 12.1, 12.5), "12.35 ±0.25"),
-        (Estimate(12.3456, 11.0, 12.5), "12.3 ±1.3"),
+        (Estimate(12.3456, 12.1, 12.55), "12.35 ±0.25"),
+        (Estimate(12.3456, 11.2, 13.2), "12.3 ±1.1"),
+        (Estimate(12.3456, 11.0, 12.5), "12.3 [11.0–12.5]"),
+        (Estimate(12.3456, 12.3456, 14.5), "12.3 [12.3–14.5]"),
         (Estimate(12.3456, 12.34, 12.35), "12.346 ±0.006"),
         (Estimate(0.0123, 0.0118, 0.0128, n=3), "0.0123 ±0.0005ˢ"),
-        (Estimate(1234.0, 1200.0, 1300.0), "1234 ±66"),
+        (Estimate(1234.0, 1180.0, 1300.0), "1234 ±66"),
         (Estimate(4.592e-4, 4.3e-4, 4.882e-4), "4.59e-4 ±2.92e-5"),
-        (Estimate(0.0, 0.0, 0.03), "0.00 ±0.03"),
+        (Estimate(0.0, 0.0, 0.03), "0.00 [0.00–0.03]"),
         (Estimate(2e6, 1e6, 3e6), "2.00e6"),
         (Estimate(1.0, 1.0, 1.0), "1.00"),
     ],
@@ -498,6 +541,80 @@ def test_a_block_of_a_suite_without_records_is_named(results, readme):
     assert write(results, "quant", readme)
 
 
+def plant(readme, marker):
+    readme.write_text(f"# Top\n<!-- effbench:table {marker} -->\n<!-- /effbench:table -->\n", encoding="utf-8")
+
+
+def test_a_block_has_the_rows_columns_and_tier_of_its_marker_and_links_the_rest(results, readme, capsys):
+    for record in (make(tier="full"), make("rtn(bits=4)", bits=4.0, tier="full"), make(model="other")):
+        Store(results).write(record)
+    plant(readme, "quant tier=quick model=tiny rows=gptq(bits=4),rtn* columns=bits,kl")
+    write(results, None, readme)
+    assert check(results, None, readme) == []
+    text = readme.read_text(encoding="utf-8")
+    assert "**quant v1, quick tier, model tiny.**" in text
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
+    assert lines[0] == ["recipe", "bits", "KL, nats"]
+    assert [line[0] for line in lines[2:]] == ["baseline", "gptq(bits=4)", "rtn(bits=2)", "rtn(bits=8)"]
+    assert "4 of 6 rows; all rows, columns and tiers: [`results/tables/quant.md`](results/tables/quant.md).\n" in text
+    assert "fp8" not in text and "oom: " not in text
+    plant(readme, "quant")
+    write(results, None, readme)
+    assert "**quant v1, full tier, model tiny.**" in readme.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("quant rows=gptq(bits=5)", "rows=gptq(bits=5): no row has this name; did you mean 'gptq(bits=4)'"),
+        ("quant columns=bitz", "columns=bitz: no column or metric has this name; did you mean 'bits'"),
+        ("quant tier=real", "unknown tier 'real'; there is quick"),
+        ("quant model=smollm2", "unknown model 'smollm2'"),
+        ("quant row=x", "unknown option 'row'"),
+        ("quant rows", "write rows=VALUE"),
+        ("quant twelve", "options are written key=value"),
+    ],
+)
+def test_a_marker_that_names_nothing_says_where(results, readme, marker, message):
+    plant(readme, marker)
+    before = readme.read_text(encoding="utf-8")
+    with pytest.raises(Usage) as caught:
+        write(results, None, readme)
+    assert str(caught.value).startswith(f"{readme}: effbench:table {marker}: ") and message in str(caught.value)
+    assert readme.read_text(encoding="utf-8") == before and not (results / "tables").exists()
+
+
+@pytest.mark.parametrize(("bits", "fits"), [(range(11), True), (range(12), False)])
+def test_a_block_of_more_than_twelve_rows_fails_the_check(tmp_path, bits, fits, monkeypatch, capsys):
+    """The baseline is one of the twelve."""
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    for record in (make(), *(make(f"rtn-{one}", worse=0.1) for one in bits)):
+        Store(results).write(record)
+    for module in (report, pages):
+        monkeypatch.setattr(module, "PUBLISHED", results)
+    monkeypatch.setattr(pages, "CHECKOUT", tmp_path)
+    plant(readme, "quant")
+    assert main(["report", "--write"]) == 0
+    told = f"{readme}: effbench:table quant: 13 rows, at most 12; choose with rows=NAME,PATTERN behind it"
+    assert (told in capsys.readouterr().err) == (not fits)
+    assert main(["report", "--check"]) == int(not fits)
+    assert (told in capsys.readouterr().err) == (not fits)
+    plant(readme, "quant rows=rtn-1*")
+    assert main(["report", "--write"]) == main(["report", "--check"]) == 0
+
+
+@pytest.mark.skipif(CHECKOUT is None, reason="no README here")
+def test_the_rows_of_the_readme_are_those_of_the_suites():
+    """So that publishing a suite anew does not find rows named that it no longer has."""
+    markers = re.findall("<!-- effbench:table (.*) -->", (CHECKOUT / "README.md").read_text(encoding="utf-8"))
+    assert markers
+    for name, *options in map(str.split, markers):
+        block, suite = parse(pages.Block, options), suites.load(name)
+        names = {recipe.name for recipe in suite.tiers[block.tier or "full"].recipes}
+        for row in Choice.read(block.rows, None).rows:
+            assert fnmatch.filter(names, row), (name, row)
+
+
 @pytest.mark.parametrize("style", ["md", "csv"])
 def test_printing_gives_the_committed_file(results, style, capsys):
     write(results)
@@ -575,8 +692,8 @@ def test_a_detail_that_was_not_measured_says_so_and_what_there_is(tmp_path, deta
         (["detail=published"], "unknown detail 'published'"),
         (["--published", "format=csv"], "--published has a table of its own"),
         (["detail=speed", "format=csv"], "leave out detail="),
-        (["--write", "detail=speed"], "without detail= and format="),
-        (["--write", "format=tex"], "without detail= and format="),
+        (["--write", "detail=speed"], "are of whole pages"),
+        (["--write", "format=tex"], "are of whole pages"),
         (["--write", "--check"], "give one of them"),
         (["suite=../x"], "not the name of a suite"),
         (["suite=/etc"], "not the name of a suite"),
@@ -617,6 +734,18 @@ def test_caveats_of_methods_are_footnotes_of_their_rows():
     assert {"baseline", "gmp()¹: oom²", "movement()³ ¹"} == set(table(text))
     assert "¹ GMP: not from the start" in text and "³ Movement: 10 epochs in the paper" in text
     assert render([make(), make("rtn()", facts={"caveats": 7})], "quant")  # a damaged record
+
+
+def test_rates_of_fits_are_printed():
+    chosen = make("fit(lr=(0.0001, 0.001))", log={"fits": [{"lr": 0.001, "rates": {"0.0001": 2.0, "0.001": 1.0}}]})
+    twice = make("lottery_ticket()", log={"fits": [{"lr": 0.001}, {"lr": 0.0003}, {"lr": 0.001}]})
+    damaged = make("gmp()", log={"fits": [7, {"lr": "x"}]})
+    found = table(render([make(), chosen, twice, damaged], "quant", "md"), "Methods and the cost of applying them")
+    rates = {name: row["learning rate"] for name, row in found.items()}
+    assert rates == {
+        "baseline": "–", "fit(lr=(0.0001, 0.001))": "0.001", "lottery_ticket()": "0.0003, 0.001", "gmp()": "–",
+    }  # fmt: skip
+    assert "learning rate" not in render([make(), make("rtn()")], "quant", detail="methods")
 
 
 def test_zeros_are_a_column_where_any_row_is_sparse():

@@ -22,31 +22,58 @@ class ReportOptions:
     results: str | None = None  # folder of records; by default runs, for --write and --check the published ones
     format: str | None = None  # md, csv, tex, or rich for a terminal
     detail: str | None = None  # only summary, quality, speed, memory, compute or methods
+    rows: str | None = None  # only these recipes and the baseline: names or patterns, separated by commas
+    columns: str | None = None  # only these: headers or names of metrics, or patterns, separated by commas
+    tier: str | None = None  # only this tier
+    model: str | None = None  # only this model
+    layout: str | None = None  # of format=tex: page (all tables) or paper (one for a page of a paper, with a label)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from effbench.cells.stale import is_stale
     from effbench.report import pages, published
-    from effbench.report.sheets import DETAILS
+    from effbench.report.choice import Choice
+    from effbench.report.columns import DETAILS
 
     options = parse(ReportOptions, arguments.options)
+    if arguments.glossary:
+        return _define(options)
     style = options.format or ("rich" if sys.stdout.isatty() else "md")
     one_of("format", style, pages.FORMATS)
-    one_of("detail", options.detail, [name for name in DETAILS if name != published.DETAIL])
-    if arguments.published and (style == "csv" or options.detail or arguments.write or arguments.check):
-        raise Usage("--published has a table of its own: leave out detail=, format=csv, --write and --check")
+    one_of("detail", options.detail, [name for name in DETAILS if name not in (published.DETAIL, "chosen")])
+    one_of("layout", options.layout, ("page", "paper"))
+    chosen = options.rows or options.columns or options.layout
+    if arguments.published and (style == "csv" or options.detail or chosen or arguments.write or arguments.check):
+        raise Usage("--published has a table of its own: leave out format=csv and what chooses others")
+    if options.detail and options.columns:
+        raise Usage("detail= and columns= both choose columns: give one of them")
+    if options.layout and style != "tex":
+        raise Usage("layout= is of LaTeX: add format=tex")
     if style == "csv" and options.detail:
         raise Usage("format=csv has every metric of every record: leave out detail=")
     if arguments.write or arguments.check:
-        if options.detail or options.format or (arguments.write and arguments.check):
-            raise Usage("--write and --check are of whole pages: give one of them, without detail= and format=")
+        narrower = options.detail or options.format or chosen or options.tier or options.model
+        if narrower or (arguments.write and arguments.check):
+            raise Usage("--write and --check are of whole pages: give one of them, with suite= and results= at most")
         results = _folder(options.results, PUBLISHED)
         return (_check if arguments.check else _write)(results, options.suite)
     records = pages.load(_folder(options.results, Path(RUNS)), options.suite)
+    records = pages.select_records(records, tier=options.tier, model=options.model)
     if not arguments.published:
-        pages.print_tables(records, style, options.detail, is_stale)
+        style = "paper" if options.layout == "paper" else style
+        pages.print_tables(records, style, options.detail, is_stale, Choice.read(options.rows, options.columns))
     else:
         pages.print_sheets(published.make_published_sheets(records, stale=is_stale), style, published.DETAIL)
+    return 0
+
+
+def _define(options: ReportOptions) -> int:
+    """Print what every column means."""
+    from effbench.report.glossary import write_columns
+
+    if options != ReportOptions():
+        raise Usage("--glossary defines every column of every table: leave out all options")
+    print(write_columns())
     return 0
 
 
@@ -72,8 +99,11 @@ def _check(results: Path, suite: str | None) -> int:
 def _write(results: Path, suite: str | None) -> int:
     from effbench.report import pages
 
-    for path in pages.write(results, suite, pages.find_readme(results)):
+    readme = pages.find_readme(results)
+    for path in pages.write(results, suite, readme):
         print(f"wrote {os.path.relpath(path)}")
+    for line in pages.find_crowded(readme):
+        print(f"warning: {line}", file=sys.stderr)
     return 0
 
 
@@ -82,6 +112,7 @@ COMMAND = Command(
     "print the tables of the records",
     options=ReportOptions,
     flags={
+        "--glossary": "say what every column of the tables means",
         "--published": "set the published results beside your own, with a verdict per row",
         "--check": "exit code 1 if the written tables are not what the published records say",
         "--write": "write the tables, and the blocks of the README beside the published ones",

@@ -79,28 +79,30 @@ def _is_option(pair: str) -> bool:
 
 
 def _print_tables(records: Sequence[Record], suite: str, style: str) -> None:
-    """The tables of a run, and how its rows compare with the published ones."""
+    """The summaries of a run, how to get the rest, and how its rows compare with the published ones."""
     from effbench.cells.stale import is_stale
     from effbench.report.pages import render
     from effbench.report.published import compare_with_published
 
-    print(f"\n{render(list(records), suite, style)}", end="")
+    print(f"\n{render(list(records), suite, style, 'summary')}", end="")
     print(f"\n{compare_with_published(records, stale=is_stale)}")
 
 
 def _print_plan(batch: Batch, as_json: bool) -> None:
+    from effbench.cells.foresee import foresee
     from effbench.cli.progress import opening
 
+    foreseen = [foresee(planned.job) if planned.done is None else None for planned in batch.cells]
     rows = [
         {
             "action": "run" if planned.done is None else "skip",
             "recipe": planned.job.cell.recipe,
             "seed": planned.job.cell.seed,
             "steps": planned.job.cell.steps,
-            "why": planned.why,
+            "why": planned.why if reason is None else f"{planned.why}, will be unsupported: {reason}",
             "identity": planned.job.cell.identity,
         }
-        for planned in batch.cells
+        for planned, reason in zip(batch.cells, foreseen, strict=True)
     ]
     if as_json:
         print(json.dumps(rows, indent=1))

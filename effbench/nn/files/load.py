@@ -24,7 +24,7 @@ from effbench.nn.files import artifact
 from effbench.nn.files.checkpoint import PICKLES, Header, choose_storage, describe_headers, read_headers
 from effbench.nn.files.gguf import Gguf, open_gguf
 from effbench.nn.model.blocks import ARCHITECTURES, Blocks, count_positions
-from effbench.nn.model.linear import Storage
+from effbench.nn.model.linear import Storage, matrix_shape
 from effbench.nn.run import ModelRun, round_to
 from effbench.sources.shapes import SHAPES
 
@@ -102,6 +102,14 @@ def open_run(
     if headers and not _is_artifact(source.location):
         run.log.model_types = describe_headers(headers)
     return run
+
+
+@functools.cache
+def linear_shapes(source: Source) -> dict[str, tuple[int, int]]:
+    """[out, in] of the linears of all blocks by path, as the configuration has them. Raises `Unsupported`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(source))
+    return {path: matrix_shape(module) for path, module in Blocks(model).linears()}
 
 
 def open_model(source: Source, config: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from effbench.core.kinds import Weights
 from effbench.nn.calibration import BlockInputs, walk
@@ -26,30 +26,29 @@ def stream(run: Run, method: Weights, prepared: Any = None) -> None:
     """Compress every targeted linear of every block with `method`, from the first block to the last."""
     verb = "compress" if type(method).compress_block is Weights.compress_block else "compress_block"
     for inputs in walk(run, method.needs, prepared):
-        shared = inputs.view.shared_inputs(inputs.module)
-        for stage in [[part] for part in shared] if method.true_sequence else [shared]:
-            inputs.gather(stage, method.needs)
-            modules = method.compress_block(inputs, stage)
+        number = len(inputs.view.shared_inputs(inputs.module))
+        for stage in [slice(i, i + 1) for i in range(number)] if method.true_sequence else [slice(number)]:
+            shared = inputs.view.shared_inputs(inputs.module)[stage]  # as earlier stages have left the block
+            inputs.gather(shared, method.needs)
+            inputs.fold(shared, method.scales(inputs, shared))
+            modules = method.compress_block(inputs, shared)
             if not isinstance(modules, dict):
                 raise wrong_return(method, verb, modules, "a dict of modules by path")
             for path, module in modules.items():
-                before = run.model.get_submodule(path)
-                check_module(module, method, verb, before)
-                if not method.folds:
-                    run.log.layers[path] = measure_error(before, module, inputs, path)
+                check_module(module, method, verb, run.model.get_submodule(path))
+                run.log.layers[path] = measure_error(inputs.dense_weight(path), dense_weight(module), inputs, path)
                 replace(run.model, path, module)
         if method.sequential:
             inputs.outputs = inputs.forward()
 
 
-def measure_error(before: nn.Module, after: nn.Module, inputs: BlockInputs, path: str) -> dict[str, float]:
-    """Relative error of the weights, and of the outputs where the inputs' second moment is known."""
-    old = dense_weight(before)
-    delta = dense_weight(after) - old
-    errors = {"weight_error": float(delta.norm() / old.norm().clamp(min=1e-30))}
+def measure_error(before: Tensor, after: Tensor, inputs: BlockInputs, path: str) -> dict[str, float]:
+    """Relative error of the weights [out, in], and of the outputs where the inputs' second moment is known."""
+    delta = after - before
+    errors = {"weight_error": float(delta.norm() / before.norm().clamp(min=1e-30))}
     statistics = inputs.statistics(path)
     if statistics is not None and "hessian" in statistics.needs:
         moment = statistics.second_moment.float()
-        full = ((old @ moment) * old).sum().clamp(min=1e-30)
+        full = ((before @ moment) * before).sum().clamp(min=1e-30)
         errors["output_error"] = float(((delta @ moment) * delta).sum().div(full).clamp(min=0).sqrt())
     return errors

@@ -6,15 +6,17 @@ Whatever is not in the table below ends as `Unsupported`, never as a wrong numbe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
 from effbench.core.views import SharedInput
-from effbench.nn.model.linear import MaskedLinear, top_linears
+from effbench.nn.model.linear import MaskedLinear, matrix_shape, top_linears
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -34,7 +36,7 @@ class Names:
     up: tuple[str, ...]  # (gate, up), or the one first projection
     down: str
     norms: tuple[str, str]  # before attention, before the MLP
-    linear_between: bool  # a scale on the output of `up[-1]` passes unchanged into `down`
+    activation: str | None = None  # path of what acts on the one of `up`; None: of two, the last is a factor
     width: str = "intermediate_size"  # where the configuration keeps the inner width of the MLPs
     interleaved: bool = False  # a fused projection holds q, k, v head by head, not all q, all k, all v
 
@@ -50,7 +52,6 @@ _LLAMA = Names(
     up=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
     norms=("input_layernorm", "post_attention_layernorm"),
-    linear_between=True,
 )
 _OPT = Names(
     embedding="model.decoder.embed_tokens",
@@ -63,7 +64,7 @@ _OPT = Names(
     up=("fc1",),
     down="fc2",
     norms=("self_attn_layer_norm", "final_layer_norm"),
-    linear_between=True,  # ReLU is positively homogeneous
+    activation="activation_fn",
     width="ffn_dim",
 )
 _GPT2 = Names(
@@ -77,7 +78,7 @@ _GPT2 = Names(
     up=("mlp.c_fc",),
     down="mlp.c_proj",
     norms=("ln_1", "ln_2"),
-    linear_between=False,
+    activation="mlp.act",
     width="n_inner",
 )
 _NEOX = Names(
@@ -91,7 +92,7 @@ _NEOX = Names(
     up=("mlp.dense_h_to_4h",),
     down="mlp.dense_4h_to_h",
     norms=("input_layernorm", "post_attention_layernorm"),
-    linear_between=False,
+    activation="mlp.act",
     interleaved=True,
 )
 ARCHITECTURES: dict[str, Names] = {
@@ -145,15 +146,18 @@ class Blocks:
         value = _if_matrix(block.get_submodule(names.qkv[-1])) if len(names.qkv) == 3 else None
         out = block.get_submodule(names.out)
         whole = not names.mlp or len(names.up) == 1
+        up = _if_matrix(block.get_submodule(names.up[-1]))
+        if names.activation is not None and not passes_scales(operator.attrgetter(names.activation)(block)):
+            up = None
         return [
             SharedInput(names.qkv, _if_scalable(before_attention), block.get_submodule(names.attention)),
-            SharedInput((names.out,), value if value is not None and _width(value) == _inputs(out) else None, out),
-            SharedInput(names.up, _if_scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
             SharedInput(
-                (names.down,),
-                _if_matrix(block.get_submodule(names.up[-1])) if names.linear_between else None,
-                block.get_submodule(names.down),
+                (names.out,),
+                value if value is not None and matrix_shape(value)[0] == matrix_shape(out)[1] else None,
+                out,
             ),
+            SharedInput(names.up, _if_scalable(before_mlp), block.get_submodule(names.up[0] if whole else names.mlp)),
+            SharedInput((names.down,), up, block.get_submodule(names.down)),
         ]
 
     def renumber(self) -> None:
@@ -177,6 +181,13 @@ def dense_linears(run: Run) -> dict[str, nn.Module]:
     return linears
 
 
+@torch.no_grad()
+def passes_scales(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a positive factor of its inputs is one of its outputs, as that of ReLU is and that of GELU is not."""
+    x = torch.linspace(-8, 8, 65)
+    return all(torch.equal(activation(x * factor), activation(x) * factor) for factor in (2.0**-8, 2.0**8))
+
+
 def _if_scalable(norm: nn.Module | None) -> nn.Module | None:
     """The norm if it has a weight that can absorb a scale per channel."""
     return norm if getattr(norm, "weight", None) is not None else None
@@ -185,14 +196,6 @@ def _if_scalable(norm: nn.Module | None) -> nn.Module | None:
 def _if_matrix(module: nn.Module) -> nn.Module | None:
     """The module if its weight is a plain matrix that can be rescaled in place."""
     return module if isinstance(module, nn.Linear) else None
-
-
-def _width(module: nn.Module) -> int:
-    return int(module.out_features)  # type: ignore[arg-type]
-
-
-def _inputs(module: nn.Module) -> int:
-    return int(module.in_features) if hasattr(module, "in_features") else int(module.weight.shape[0])  # type: ignore
 
 
 def count_positions(model: Any) -> int:

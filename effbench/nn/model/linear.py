@@ -134,6 +134,14 @@ class MaskedLinear(Replaced):
 LINEARS = (nn.Linear, Conv1D, Replaced)
 
 
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """[out, in] of the matrix that a linear multiplies by."""
+    if isinstance(module, Replaced):
+        return module.out_features, module.in_features
+    rows, columns = module.get_parameter("weight").shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The matrix that `module` multiplies by, float32 [out, in]."""
     if isinstance(module, Replaced):
@@ -216,23 +224,15 @@ def check_module(module: Any, method: Method, verb: str, before: nn.Module) -> N
     """Raise `TypeError` unless what `verb` of a method returned is a linear that can take the place of `before`."""
     if not isinstance(module, LINEARS):
         raise wrong_return(method, verb, module, "a linear module")
-    if _shape(module) != _shape(before):
-        raise wrong_return(method, verb, module, f"one of shape {_shape(before)}")
+    if matrix_shape(module) != matrix_shape(before):
+        raise wrong_return(method, verb, module, f"one of shape {list(matrix_shape(before))}")
 
 
 def wrong_return(method: Method, verb: str, value: Any, wanted: str) -> TypeError:
     """The error of a method whose `verb` returned a value that is not what is wanted; it names the place."""
     returned = "None" if value is None else f"a {type(value).__name__}"
     if isinstance(value, LINEARS):
-        returned += f" of shape {_shape(value)}"
+        returned += f" of shape {list(matrix_shape(value))}"
     code = inspect.unwrap(getattr(type(method), verb)).__code__
     where = f"{shorten(Path(code.co_filename))}:{code.co_firstlineno}"
     return TypeError(f"{type(method).__name__}.{verb} returned {returned}; it must return {wanted} ({where})")
-
-
-def _shape(linear: nn.Module) -> list[int]:
-    """[out, in] of a linear."""
-    if isinstance(linear, Replaced):
-        return [linear.out_features, linear.in_features]
-    shape = list(linear.get_parameter("weight").shape)
-    return shape[::-1] if isinstance(linear, Conv1D) else shape

@@ -6,8 +6,10 @@ import csv
 import io
 from collections.abc import Sequence
 
+from effbench.records.metric import Metric
+from effbench.report.choice import ALL, Choice
 from effbench.report.groups import Table, get_machine
-from effbench.report.metrics import natural_key
+from effbench.report.metrics import get_limits, natural_key
 from effbench.report.text import one_line
 
 START = (
@@ -16,13 +18,17 @@ START = (
 END = ("tier", "record")
 
 
-def page(tables: Sequence[Table]) -> str:
-    """One row per record that the tables stand on; where a metric has intervals, their bounds follow it."""
-    records = [record for table in tables for record in table.records]
+def page(tables: Sequence[Table], choice: Choice = ALL) -> str:
+    """One row per record that the chosen rows of the tables stand on; where a metric has intervals, their bounds follow
+    it. Chosen columns are those of their metrics; what a row is stays.
+    """
+    records = [record for table in tables for row in choice.select_rows(table) for record in row.records]
+    chosen = {name for table in tables for column in choice.select_columns(table.measured) for name in column.metrics}
     bounded = {name for r in records for name, metric in r.metrics.items() if metric.low is not None}
     columns = [
         (name, part)
         for name in sorted({name for record in records for name in record.metrics}, key=natural_key)
+        if not choice.columns or name in chosen
         for part in (("value", "low", "high") if name in bounded else ("value",))
     ]
     out = io.StringIO()
@@ -36,6 +42,15 @@ def page(tables: Sequence[Table]) -> str:
             one_line(record.reason), str(record.simulated).lower(),
             get_machine(record) or cell.settings.get("machine"),
         )  # fmt: skip
-        values = [getattr(record.metrics.get(name), part, None) for name, part in columns]
+        values = [_read(record.metrics.get(name), name, part) for name, part in columns]
         writer.writerow([*start, *values, cell.tier, record.name])
     return out.getvalue()
+
+
+def _read(metric: Metric | None, name: str, part: str) -> float | None:
+    """The value or a bound, which never leaves what the metric can be."""
+    number: float | None = getattr(metric, part, None)
+    if number is None or part == "value":
+        return number
+    least, most = get_limits(name)
+    return min(max(number, least), most)

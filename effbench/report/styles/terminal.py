@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import re
 import textwrap
 from collections.abc import Sequence
 
-from effbench.report.sheets import DETAILS, Grid, Sheet, cut_to_detail
+from effbench.report.sheets import Grid, Sheet, cut_to_detail, measure_width, narrow, point_to_more
 from effbench.report.text import numeric_column
 
 GAP = "  "
-INTERVAL = re.compile(r" ±[^ ↑↓]*| \[[^]]*\]ˢ?")
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
@@ -32,48 +31,27 @@ def page(sheets: Sequence[Sheet], width: int, detail: str = "summary", colour: b
             for line in lines[1:]:
                 say(line)
             if omitted:
-                say(_wrap(f"Left out at this width: {', '.join(omitted)}.", width), DIM)
+                say(_wrap(f"Left out at this width: {'; '.join(omitted)}.", width), DIM)
         for note in filter(None, (*sheet.notes, sheet.legend)):
             say(_wrap(note, width), DIM)
         say("")
     for suite in dict.fromkeys(sheet.suite for sheet in sheets):
-        say(_wrap(_point_to_more([sheet for sheet in sheets if sheet.suite == suite], detail), width))
+        say(_wrap(point_to_more([sheet for sheet in sheets if sheet.suite == suite], detail), width))
     return out.getvalue()
 
 
-def _point_to_more(sheets: Sequence[Sheet], detail: str) -> str:
-    """The command for what is not shown."""
-    command = f"effbench report suite={sheets[0].suite}"
-    others = [name for name in DETAILS if name != detail and any(g.detail == name for s in sheets for g in s.grids)]
-    if not others:
-        return f"More: {command} --{detail} format=md"
-    return f"More: {command} detail=NAME, of {', '.join(others)}; or format=md for all of it"
-
-
 def fit(grid: Grid, width: int) -> tuple[list[str], list[str]]:
-    """Lines of a grid, the header first, and what had to be left out: intervals first, then columns from the right.
+    """Lines of a grid, the header first, and what had to be left out of it.
 
     Where not even one column fits beside the names, a name has a line of its own above its numbers.
     """
-    columns = list(zip(grid.header, *grid.rows, strict=True))
-    short = [tuple(INTERVAL.sub("", cell) for cell in column) for column in columns[1:]]
-    omitted: list[str] = []
-    if _measure_width(columns) > width and short != columns[1:]:
-        columns[1:] = short
-        omitted.append("intervals")
-    beside = _measure_width(columns[:2]) <= width
-    names = columns.pop(0) if not beside else None
-    dropped: list[str] = []
-    while _measure_width(columns) > width and len(columns) > 1:
-        dropped.insert(0, columns.pop()[0])
-    lines = _align(columns)
-    if names is not None:
-        lines = [lines[0], *(line for pair in zip(names[1:], lines[1:], strict=True) for line in pair)]
-    return lines, [*omitted, *dropped]
-
-
-def _measure_width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(max(map(len, column)) for column in columns) + len(GAP) * (len(columns) - 1)
+    shown, omitted = narrow(grid, width, len(GAP))
+    if measure_width(shown.columns, len(GAP)) <= width or len(grid.header) < 2:
+        return _align(shown.columns), omitted
+    numbers = dataclasses.replace(grid, header=("", *grid.header[1:]), rows=tuple(("", *row[1:]) for row in grid.rows))
+    shown, omitted = narrow(numbers, width + len(GAP), len(GAP))
+    header, *lines = _align(shown.columns[1:])
+    return [header, *(line for row, cells in zip(grid.rows, lines, strict=True) for line in (row[0], cells))], omitted
 
 
 def _align(columns: Sequence[Sequence[str]]) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from effbench.report.sheets import Sheet
+from effbench.report.sheets import Grid, Sheet, narrow
 from effbench.report.text import SUPERSCRIPTS, numeric_column
 
 CHARACTERS = {
@@ -15,11 +16,23 @@ CHARACTERS = {
     "↑": r"$\uparrow$", "↓": r"$\downarrow$", "ˢ": r"\textsuperscript{s}",
     **{chr(mark): rf"\textsuperscript{{{chr(digit)}}}" for digit, mark in SUPERSCRIPTS.items()},
 }  # fmt: skip
+CHARACTERS_WIDE = 88  # of a line of footnotesize across the text of an article in one column; a gap takes three
+TALL = 40  # rows of one table of a paper; more become several tables
+LONG_WORD = 30  # characters of a word from which on it may be broken after a mark
+PAPER = r"""% Needs \usepackage{booktabs,graphicx}.
+\providecommand{\effbenchfit}[1]{\sbox0{#1}\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi}"""
 
 
 def page(sheets: Sequence[Sheet]) -> str:
     """A whole file to be included."""
     return "\n\n".join(["% Needs \\usepackage{booktabs}.", *map(_write_tables, sheets)]) + "\n"
+
+
+def write_paper(sheets: Sequence[Sheet]) -> str:
+    """Tables for a paper, to be included: each with a label and a short caption, what else there is to say as its note,
+    and never wider than the text.
+    """
+    return "\n\n".join([PAPER, *(_write_paper_table(sheet, grid) for sheet in sheets for grid in sheet.grids)]) + "\n"
 
 
 def escape(text: str) -> str:
@@ -32,13 +45,52 @@ def _write_tables(sheet: Sheet) -> str:
         return escape(" ".join((f"{sheet.title}:", *sheet.notes)))
     tables = []
     for grid in sheet.grids:
-        align = "".join("r" if numeric_column(column) else "l" for column in zip(*grid.rows, strict=True))
-        header, *body = (" & ".join(map(escape, line)) + r" \\" for line in (grid.header, *grid.rows))
         first = grid is sheet.grids[0]
         caption = " ".join((f"{sheet.title}: {grid.title}.", *((sheet.caption, *sheet.protocols) if first else ())))
         notes = [*sheet.notes, sheet.legend] if first else sheet.notes
         lines = [r"\begin{table}", r"\centering\footnotesize", rf"\caption{{{escape(caption)}}}"]
-        lines += [rf"\begin{{tabular}}{{{align}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
-        lines += [r"\end{tabular}", *(rf"\par {escape(note)}" for note in notes), r"\end{table}"]
+        lines += [_write_tabular(grid), *(rf"\par {escape(note)}" for note in notes), r"\end{table}"]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _write_paper_table(sheet: Sheet, grid: Grid) -> str:
+    """One table, or several where it is too tall for a page; columns that were asked for are kept, and made smaller."""
+    narrowed, omitted = narrow(grid, CHARACTERS_WIDE, 3)
+    if grid.detail != "chosen" or omitted == ["intervals"]:
+        grid = narrowed
+    else:
+        omitted = []
+    label = re.sub(r"[^a-z0-9]+", "-", f"{sheet.title} {grid.detail}".casefold()).strip("-")
+    said = [sheet.caption, *sheet.protocols, *sheet.notes, sheet.legend]
+    said += [f"Left out for want of room: {'; '.join(omitted)}."] if omitted else []
+    tables = []
+    for start in range(0, len(grid.rows), TALL):
+        part = Grid(grid.detail, grid.header, grid.rows[start : start + TALL])
+        more = ", continued" if start else ""
+        name = f"tab:{label}{f'-{start // TALL + 1}' if start else ''}"
+        lines = [r"\begin{table}", r"\centering\footnotesize"]
+        lines += [rf"\caption{{{escape(f'{sheet.title}: {grid.title.casefold()}{more}.')}}}\label{{{name}}}"]
+        lines += [rf"\effbenchfit{{{_write_tabular(part)}}}", r"\end{table}"]
+        tables.append("\n".join(lines))
+    note = r"\par\smallskip\parbox{\linewidth}{\scriptsize\raggedright " + " ".join(map(_break_words, said)) + "}"
+    tables[-1] = tables[-1].replace(r"\end{table}", f"{note}\n\\end{{table}}")
+    return "\n\n".join(tables)
+
+
+def _write_tabular(grid: Grid) -> str:
+    align = "".join("r" if numeric_column(column) else "l" for column in zip(*grid.rows, strict=True))
+    header, *body = (" & ".join(map(escape, line)) + r" \\" for line in (grid.header, *grid.rows))
+    lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"])
+
+
+def _break_words(text: str) -> str:
+    """Escaped text in which long words, such as names of protocols, may be broken after a mark."""
+    words = (
+        "\\allowbreak{}".join(map(escape, re.findall(r"[^.,_=/-]*[.,_=/-]?", word)))
+        if len(word) > LONG_WORD
+        else escape(word)
+        for word in text.split()
+    )
+    return " ".join(words)

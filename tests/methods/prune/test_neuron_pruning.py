@@ -134,16 +134,17 @@ def test_global_scope_leaves_uneven_widths_and_the_number_asked_for(tmp_path: Pa
     assert run.model.config.intermediate_size == 256
 
 
-def test_widths_are_rounded_up_to_a_multiple_so_that_groups_divide_them() -> None:
+@pytest.mark.parametrize(("multiple", "width"), [(1, 179), (64, 192)])
+def test_widths_are_rounded_up_to_a_multiple_so_that_groups_divide_them(multiple: int, width: int) -> None:
     run = make_run()
-    for step in parse("neuron_pruning(sparsity=0.3, multiple=64, score='magnitude'), rtn(group_size=64)").steps:
+    for step in parse(
+        f"neuron_pruning(sparsity=0.3, multiple={multiple}, score='magnitude'), rtn(group_size=64)"
+    ).steps:
         run.apply(step)
     run.finish()
-    assert parts(run, 0, "mlp.down_proj")[0].in_features == 192  # from 179
+    down = parts(run, 0, "mlp.down_proj")[0]
+    assert (down.in_features, down.scale.shape[1]) == (width, 3)
     assert torch.isfinite(logits(run.model)).all()
-    with pytest.raises(Unsupported, match="width 179 is not a multiple"):
-        for step in parse("neuron_pruning(sparsity=0.3, score='magnitude'), rtn(group_size=64)").steps:
-            (run := make_run()).apply(step) if step.key == "neuron_pruning" else run.apply(step)
 
 
 def test_no_block_is_left_without_neurons() -> None:

@@ -314,15 +314,12 @@ def test_a_sliced_model_is_compressed_saved_and_loaded(architecture: str, tmp_pa
     assert torch.equal(logits(artifact.load(tmp_path / "plain")), logits(plain.model))
 
 
-def test_four_bits_after_slicing() -> None:
+@pytest.mark.parametrize("size", [32, 40, 128])  # of a width of 96
+def test_four_bits_after_slicing(size: int) -> None:
     run = toy_run()
     run.apply(SliceGPT())
-    run.apply(parse_step("rtn(bits=4, group_size=32)"))
+    run.apply(parse_step(f"rtn(bits=4, group_size={size})"))
     assert torch.isfinite(open_engine(run).logits(IDS)).all()
-    again = toy_run()
-    again.apply(SliceGPT())
-    with pytest.raises(Unsupported, match="width 96 is not a multiple of group_size 128"):
-        again.apply(parse_step("rtn(bits=4)"))
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

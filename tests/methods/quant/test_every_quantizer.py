@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from toys_quant import make_layer, stub_run, tiny
 
-from effbench.core.errors import Unsupported, Usage
+from effbench.core.errors import Usage
+from effbench.core.views import Layer
+from effbench.formats.integer import IntLinear
+from effbench.formats.packing import word_count
 from effbench.methods.quant.awq import AWQ
 from effbench.methods.quant.fp8_weight import FP8Weight
 from effbench.methods.quant.gptq import GPTQ
@@ -19,7 +22,7 @@ from effbench.methods.quant.rtn import RTN
 from effbench.methods.quant.squeezellm import SqueezeLLM
 from effbench.nn.kinds.weights import stream
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.linear import dense_weight
+from effbench.nn.model.linear import dense_weight, stored_bytes
 
 
 def test_settings_no_data_can_mend_are_usage_errors() -> None:
@@ -42,11 +45,49 @@ def test_settings_no_data_can_mend_are_usage_errors() -> None:
             make()
 
 
-@pytest.mark.parametrize("method", [RTN(), GPTQ(), AWQ()])
-def test_width_that_groups_do_not_divide(method: Any) -> None:
-    with pytest.raises(Unsupported, match=r"up_proj: width 56 is not a multiple of group_size 128"):
-        layer = make_layer(width=56)
-        method._quantize(layer, None) if isinstance(method, AWQ) else method.compress(layer)
+def compress(method: Any, layer: Layer) -> IntLinear:
+    module = method.compress(layer)
+    assert isinstance(module, IntLinear)
+    return module
+
+
+@pytest.mark.parametrize("width", [576, 960, 100])  # 4.5, 7.5 and less than one group
+@pytest.mark.parametrize(
+    "method",
+    [
+        RTN(bits=3),
+        RTN(bits=4, symmetric=True, mse=True),
+        RTN(grid="awq"),
+        GPTQ(bits=3),
+        GPTQ(act_order=True),
+        GPTQ(static_groups=True, act_order=True),
+        AWQ(bits=3),
+        AWQ(scale="duo"),
+    ],
+    ids=str,
+)
+def test_the_last_group_may_be_shorter(method: Any, width: int) -> None:
+    """Packed with a scale of its own, which is as good as those of whole groups, and counted."""
+    module = compress(method, make_layer(out=16, width=width))
+    groups = -(-width // 128)
+    assert module.scale.shape == (16, groups) and module.group_size == 128
+    per_row = word_count(width, method.bits) * 4 + groups * 2
+    beside = sum(tensor.nbytes for tensor in (module.zero, module.g_idx) if tensor is not None)
+    assert sum(stored_bytes(module, torch.bfloat16)) == 16 * per_row + beside
+    layer = make_layer(out=16, width=width)
+    off = (dense_weight(module) - layer.weight).square()
+    whole, rest = off[:, : width // 128 * 128], off[:, width // 128 * 128 :]
+    assert width < 128 or rest.mean() < 3 * whole.mean()  # errors of GPTQ grow along a row
+    x = torch.randn(3, width)
+    assert torch.allclose(module(x), x @ dense_weight(module).T, atol=1e-4)
+
+
+def test_groups_that_divide_are_what_they_were() -> None:
+    """A row of whole groups and a short one is the row of whole groups beside the row of the short one."""
+    layer, left, right = (make_layer(out=16, width=160) for _ in range(3))
+    left.weight, right.weight = layer.weight[:, :128], layer.weight[:, 128:]
+    both = torch.cat([dense_weight(compress(RTN(), part)) for part in (left, right)], 1)
+    assert torch.equal(dense_weight(compress(RTN(), layer)), both)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,10 @@ def authors_loop(weight: Tensor, hessian: Tensor, method: GPTQ, use: Any = None)
         GPTQ(group_size=16, block=32, act_order=True),
         GPTQ(group_size=32, block=32, act_order=True, static_groups=True, symmetric=True),
         GPTQ(group_size=32, bits=2, mse=True),
+        GPTQ(group_size=48, block=32),  # the last group has 32 inputs
+        GPTQ(group_size=48, act_order=True, bits=3),
+        GPTQ(group_size=100, act_order=True, static_groups=True),
+        GPTQ(group_size=500),
         GPTQ(group_size=None, bits=8),
         GPTQ(group_size=None, act_order=True, bits=3),
     ],

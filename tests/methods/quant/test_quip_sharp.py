@@ -99,7 +99,10 @@ def test_quip_sharp_is_deterministic_and_refuses_what_it_cannot_hold() -> None:
     assert torch.equal(a, b) and not torch.equal(a, c)
     with pytest.raises(Unsupported, match="pruned"):
         QuIPSharp().compress(make_layer(64, 64, pruned=0.5))
-    with pytest.raises(Unsupported, match="width 60"):
-        QuIPSharp().compress(make_layer(64, 60))
-    with pytest.raises(Unsupported, match="Hadamard"):
-        QuIPSharp().compress(make_layer(64, 8 * 23))
+    for shape, reason in {
+        (64, 60): "width 60 is not a multiple of 8",
+        (64, 8 * 23): "of order 184",
+        (7, 64): "of order 7 is",
+    }.items():
+        with pytest.raises(Unsupported, match=rf"^b\.up: .*{reason}.*; leave such linears out with the setting skip$"):
+            QuIPSharp().check_shapes({"b.down": (64, 64), "b.up": shape})

@@ -94,7 +94,7 @@ HOSTILE = {
     "negative sizes": (lambda body: with_config(body, in_features=-1), "cannot be built"),
     "absurd sizes": (lambda body: with_config(body, in_features=2**60, out_features=2**60), "cannot be built"),
     "large sizes": (lambda body: with_config(body, out_features=2**40), "expected"),
-    "no groups": (lambda body: with_config(body, groups=0), "cannot be built"),
+    "no groups": (lambda body: with_config(body, group_size=0), "cannot be built"),
     "text for sizes": (lambda body: with_config(body, in_features="128"), "cannot be built"),
     "unknown arguments": (lambda body: with_config(body, device="cuda"), "cannot be built"),
     "nested arguments": (lambda body: with_config(body, base={"a": 1}), "Expected"),

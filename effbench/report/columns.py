@@ -1,0 +1,210 @@
+"""Columns of tables, declared once: their headers, what they show of a row, what they mean, which are for which detail.
+
+Columns stand in the order of their importance: where room is short, those at the end go first. A summary has at most
+eight, the names of the recipes among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from effbench.records.definitions import FIELDS, Definition
+from effbench.report.differences import LEVEL, Test
+from effbench.report.groups import Row, get_machine
+from effbench.report.metrics import (
+    TASKS,
+    find_definition,
+    get_family,
+    get_limits,
+    get_scale,
+    get_title,
+    natural_key,
+    select,
+    select_perplexities,
+    select_tasks,
+)
+from effbench.report.text import DASH, bytes_text, rounded, with_interval
+
+Tests = Mapping[tuple[str, str], Test]  # (recipe, metric): difference from the baseline
+Show = Callable[[Row, Tests], str]
+
+DETAILS = {
+    "summary": "Size and quality",
+    "quality": "Quality in detail",
+    "speed": "Speed, as a ratio to the baseline of the same run",
+    "memory": "Memory; peaks are above what was resident before",
+    "compute": "Operations and energy",
+    "methods": "Methods and the cost of applying them",
+    "published": "Beside the published results",
+    "chosen": "Chosen columns",
+}
+ABSOLUTE = {"tok_per_s": "tok/s", "ms_per_token": "ms"}  # what stands in brackets beside a ratio of speeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    header: str
+    show: Show
+    metrics: tuple[str, ...] = ()  # what it shows, and what stands in brackets beside that
+    meaning: str = ""  # of a column that shows no metric
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The names by which it can be chosen: its header, with and without the unit, and its metrics."""
+        return frozenset(name.casefold() for name in (self.header, self.header.partition(",")[0], *self.metrics))
+
+    def explain(self) -> str:
+        """What it means, in sentences; empty where that is not known to this version."""
+        if self.meaning:
+            return self.meaning
+        definitions = [one for one in map(find_definition, self.metrics) if one is not None]
+        if not definitions:
+            return ""
+        first, *others = definitions
+        better = "" if first.better == "neither" else f" The {first.better}, the better."
+        beside = "; ".join(one.meaning[:1].lower() + one.meaning[1:].rstrip(".") for one in others)
+        return first.meaning + better + (f" In brackets: {beside}." if beside else "")
+
+
+def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list[Column]]:
+    """The columns of each detail of a table in which these metrics were measured.
+
+    `placed` says whether it is known on what machine: without one, times and rates mean nothing.
+    """
+    ppls = select_perplexities(measured)
+    speeds = sorted(select(measured, "speed", "ratio"), key=lambda name: name.startswith("prefill"))
+    operations = [*select(measured, "compute"), *select(measured, "energy", "J")]
+    peaks = [name for name in measured if re.fullmatch("(score|generate)_peak_.*_bytes", name)]
+    bits = Column("bits", _show_value("bits_per_weight", "{:.2f}".format), ("bits_per_weight",))
+    zeros = Column("zeros, %", _show_sparsity, ("sparsity", "sparsity_asked"))
+    summary = [
+        zeros if "sparsity_asked" in measured else bits,
+        *map(measure, (*ppls[:1], "kl_nats_per_token", TASKS)),
+        Column("stored", _show_stored, ("stored_bytes", "compression")),
+    ]
+    for phase in ("decode", "prefill"):
+        of_phase = [name for name in speeds if name.startswith(phase)]
+        summary += [_time(phase, name, measured, placed) for name in of_phase[:1]]
+    return {
+        "summary": summary,
+        "quality": [*map(measure, (*ppls[1:], "top1_agreement", *select_tasks(measured)))],
+        "speed": [_time(get_title(name), name, measured, placed) for name in speeds],
+        "memory": [
+            bits,
+            _size("weight_bytes", "weights"),
+            _size("metadata_bytes", "metadata"),
+            _size("resident_bytes", "resident"),
+            *map(_size, peaks),
+        ],
+        "compute": [*map(measure, sorted(operations, key=natural_key))],
+        "methods": [*METHODS, *(_size(name) for name in measured if re.fullmatch("apply_peak_.*_bytes", name)), STEPS],
+    }
+
+
+# ---- kinds of columns ---------------------------------------------------------------------------
+
+
+def measure(metric: str) -> Column:
+    """A value with its interval, and an arrow where the row differs from the baseline beyond chance."""
+    scale, limits = get_scale(metric), get_limits(metric)
+    # Rows differ by less than their own intervals: they are paired.
+    digits = 4 if get_family(metric) == "perplexity" else 3
+
+    def show(row: Row, tests: Tests) -> str:
+        test = tests.get((row.recipe, metric))
+        arrow = "" if test is None or test.p > LEVEL else " ↑" if test.value > 0 else " ↓"
+        return with_interval(row.estimate(metric), scale, digits, limits) + arrow
+
+    return Column(get_title(metric), show, (metric,))
+
+
+def _time(label: str, metric: str, measured: Sequence[str], placed: bool) -> Column:
+    """A ratio of speeds, and the rate and time behind it; a row that only simulates has none."""
+    limits = get_limits(metric)
+    names = {metric.replace("speedup", part): unit for part, unit in ABSOLUTE.items()}
+    beside = {name: unit for name, unit in names.items() if placed and name in measured}
+
+    def show(row: Row, tests: Tests) -> str:
+        ratio = with_interval(row.estimate(metric), limits=limits)
+        if row.simulated or ratio == DASH or not all(map(get_machine, row.records)):
+            return DASH if row.simulated else ratio
+        values = [estimate.value for name in beside if (estimate := row.estimate(name))]
+        return f"{ratio} ({', '.join(map(rounded, values))})" if values else ratio
+
+    units = f" ({', '.join(beside.values())})" if beside else ""
+    return Column(f"{label}, ×{units}", show, (metric, *beside))
+
+
+def _size(metric: str, header: str | None = None) -> Column:
+    return Column(header or get_title(metric), _show_value(metric, bytes_text), (metric,))
+
+
+def _show_value(metric: str, text: Callable[[float], str]) -> Show:
+    """A value alone."""
+
+    def show(row: Row, tests: Tests) -> str:
+        estimate = row.estimate(metric)
+        return DASH if estimate is None else text(estimate.value)
+
+    return show
+
+
+def _show_stored(row: Row, tests: Tests) -> str:
+    size, ratio = row.estimate("stored_bytes"), row.estimate("compression")
+    return DASH if size is None else bytes_text(size.value) + (f" ({ratio.value:.2f}×)" if ratio else "")
+
+
+def _show_sparsity(row: Row, tests: Tests) -> str:
+    """The share of zeros of the linears, and in brackets that which was asked for."""
+    found, asked = row.estimate("sparsity"), row.estimate("sparsity_asked")
+    return DASH if found is None else f"{100 * found.value:.1f}" + (f" ({100 * asked.value:g})" if asked else "")
+
+
+def _tell(header: str, fact: str, meaning: str) -> Column:
+    """What the methods of a recipe declare."""
+    return Column(header, lambda row, tests: row.fact(fact), meaning=meaning)
+
+
+METHODS = (
+    _tell("type", "type", "What kind of method it is, such as PTQ: quantization of a trained model."),
+    _tell("calibration data", "calibration_data", "What text the methods of the recipe take statistics from."),
+    _tell("weight update", "weight_update", "By what the weights that stay are changed."),
+    Column(
+        "learning rate",
+        lambda row, tests: ", ".join(f"{rate:g}" for rate in row.learning_rates) or DASH,
+        meaning="The peak of the learning rate; where a fit tried several, the one with the least validation loss.",
+    ),
+    Column("seeds", lambda row, tests: str(len(row.records)), meaning="How many seeds the row is a mean over."),
+    Column("apply, s", _show_value("apply_seconds", rounded), ("apply_seconds",)),
+    Column("calibration tokens", _show_value("calibration_tokens", "{:,.0f}".format), ("calibration_tokens",)),
+)
+STEPS = Column(
+    "steps",
+    lambda row, tests: row.steps if row.steps and row.recipe != row.steps else DASH,
+    meaning="The recipe of the row, where the row has a name of its own.",
+)
+
+
+# ---- all that there can be ----------------------------------------------------------------------
+
+
+def list_columns() -> dict[str, list[Column]]:
+    """Every column that a table can have, by detail; names of tasks and sizes of batches are examples."""
+    from effbench.records.definitions import DEFINITIONS
+
+    names = sorted({name for one in DEFINITIONS for name in _give_examples(one)}, key=natural_key)
+    dense, sparse = (make_columns([name for name in names if name not in left]) for left in (["sparsity_asked"], []))
+    return {detail: list({c.header: c for c in (*dense[detail], *sparse[detail])}.values()) for detail in dense}
+
+
+def _give_examples(definition: Definition) -> Iterator[str]:
+    """Names of metrics as the pattern has them: every choice of a field, else its own name or a number."""
+    names = [definition.pattern]
+    for field, values in FIELDS.items():
+        given = values.split("|") if re.fullmatch(r"[a-z|]+", values) else [field if re.match(values, field) else "1"]
+        names = [name.replace(f"{{{field}}}", value) for name in names for value in given]
+    yield from dict.fromkeys(names)
