@@ -152,6 +152,7 @@ class RunLog:
     fits: list[FitReport] = dataclasses.field(default_factory=list)
     sparsity_asked: float | None = None  # the largest that a step was asked for; None: no step prunes weights
     densified: list[str] = dataclasses.field(default_factory=list)  # linears whose held zeros were given up
+    decoded: list[str] = dataclasses.field(default_factory=list)  # probes for which packed linears were decoded once
     energy: str | None = None  # why energy was not measured
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # a method's own remarks
 

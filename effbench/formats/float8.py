@@ -66,6 +66,10 @@ class FP8Linear(Packed):
     def config(self) -> dict[str, Any]:
         return super().config() | {"per_row": self.per_row, "activations": self.activations}
 
+    @property
+    def decodes(self) -> bool:
+        return self.activations == "none"
+
     def product(self, x: Tensor) -> Tensor:
         return OP(x, self.weight, self.scale, self.activations)
 

@@ -48,6 +48,10 @@ class Packed(Replaced):
         return weight.float() if keep is None else weight.float() * keep
 
     @property
+    def decodes(self) -> bool:
+        return True
+
+    @property
     def device(self) -> torch.device:
         """Where the stored tensors are."""
         return next(buffer.device for buffer in self.buffers())

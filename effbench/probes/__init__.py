@@ -7,6 +7,7 @@ All probes read one flat mapping of settings, each the keys it knows; what is ab
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -56,21 +57,28 @@ def take(name: str, run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """Measure. Raises `Unsupported` or `Refused` with a reason where there is no honest number."""
     if name not in _declared():
         raise Usage(f"unknown probe {name!r}{nearest(name, names())}")
-    reading: Reading = importlib.import_module(f"{__name__}.{name}").take(run, settings)
+    from effbench.nn.model.decoded import decoded  # here, as it imports torch
+
+    with decoded(run.model) if name in QUALITY else contextlib.nullcontext(False) as any_decoded:
+        if any_decoded:
+            run.log.decoded.append(name)
+        reading: Reading = importlib.import_module(f"{__name__}.{name}").take(run, settings)
     return reading
 
 
 @functools.cache
-def _declared() -> dict[str, bool]:
-    """Every probe, and whether it sets `EXCLUSIVE`."""
-    probes: dict[str, bool] = {}
+def _declared() -> dict[str, list[str]]:
+    """Every probe, and what it declares of itself: `EXCLUSIVE = True`, `QUALITY = True`."""
+    probes: dict[str, list[str]] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         body = ast.parse(path.read_bytes()).body
         if path.stem != "__init__" and any(isinstance(line, ast.FunctionDef) and line.name == "take" for line in body):
-            assignments = (line for line in body if isinstance(line, ast.Assign))
-            probes[path.stem] = any(ast.unparse(line) == "EXCLUSIVE = True" for line in assignments)
+            probes[path.stem] = [ast.unparse(line) for line in body if isinstance(line, ast.Assign)]
     return probes
 
 
 # Probes that need the machine to themselves.
-EXCLUSIVE = frozenset(name for name, alone in _declared().items() if alone)
+EXCLUSIVE = frozenset(name for name, lines in _declared().items() if "EXCLUSIVE = True" in lines)
+
+# Probes that ask for nothing but predictions, and so may meet packed linears decoded.
+QUALITY = frozenset(name for name, lines in _declared().items() if "QUALITY = True" in lines)

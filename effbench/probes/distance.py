@@ -23,6 +23,8 @@ from effbench.stats import intervals
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
+QUALITY = True
+
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`kl_nats_per_token` (reference || model), `top1_agreement` and `flips` as fractions of tokens."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from effbench.nn.infer.engine import Engine
     from effbench.nn.run import ModelRun
 
+QUALITY = True
+
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`token_ppl`, with the mean negative log-likelihood of every window (nats per token) in the samples."""

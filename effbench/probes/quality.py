@@ -49,6 +49,8 @@ PENALTIES = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sup
 OWN = ("acc", "acc_norm", "exact_match", "f1", "mcc")  # of lm-eval, under its name; others are said to be lm-eval's
 HEADLINE = ("acc", "exact_match")  # what counts as a task's accuracy, first found
 
+QUALITY = True
+
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`<task>_<metric>` for every task of the setting `tasks` (default: the data's own), and `tasks_acc`.

@@ -66,6 +66,11 @@ class Replaced(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config().items())
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it computes nothing but x W^T + b, and decodes W in each call."""
+        return False
+
     def dense_weight(self) -> Tensor:
         """The matrix this module multiplies by, float32 [out, in]."""
         raise NotImplementedError
