@@ -123,7 +123,7 @@ def _is_as_planned(cell: Cell, plan: Tier) -> bool:
     """Whether a cell has the data and the settings that its tier has when nothing else is asked for."""
     settings = {name: value for name, value in cell.settings.items() if name not in PLACE and value is not None}
     dtype = {"dtype": "float32"} if cell.settings.get("device") == "cpu" else {}
-    return cell.data == sources.data(None).name and settings == plan.settings | dtype
+    return cell.data == sources.data(plan.data).name and settings == plan.settings | dtype
 
 
 def _count_own(table: Table) -> int:

@@ -100,8 +100,8 @@ def _find_job(options: ExportOptions, changes: Mapping[str, Any]) -> Job:
     _, suite, tier, jobs = find_jobs(asked, changes)
     names = [recipe.name for recipe in tier.recipes]
     if options.row is not None and options.row not in names:
-        other = " (the full tier has it)" if options.row in [recipe.name for recipe in suite.recipes] else ""
-        raise Usage(f"row={options.row}: no row of {suite.name} in this tier{other or nearest(options.row, names)}")
+        hint = suite.tell_tiers(options.row) or nearest(options.row, names)
+        raise Usage(f"row={options.row}: no row of {suite.name} in this tier{hint}")
     wanted = options.row if options.recipe is None else suite.row(options.recipe).name
     found = [job for job in jobs if job.cell.recipe == wanted]
     if len(found) > 1:

@@ -1,4 +1,4 @@
-"""What each version of a suite means: its rows with all their parameters, its models, seeds and settings by tier.
+"""What each version of a suite means: its rows with all their parameters, its models, data, seeds and settings by tier.
 
 `suites/lock.json` holds that for the present version of every suite. A row may be added; one that changes or goes, and
 any other change, is another meaning and needs another version, so that tables of one version are of one meaning.
@@ -19,7 +19,7 @@ from effbench.core.paths import SUITES
 FILE = "lock.json"
 MEND = "raise `version:` in its file, or undo the change"
 
-Locked = dict[str, Any]  # version, and by tier: rows (name: digest), models, seeds, settings
+Locked = dict[str, Any]  # version, and by tier: rows (name: digest), models, data, seeds, settings
 
 
 def check_lock(folder: Path = SUITES) -> list[str]:
@@ -79,7 +79,8 @@ def find_changes(locked: Locked | None, present: Locked) -> list[str]:
                 changes.append(f"row {row} of the {tier} tier is gone")
             elif after["rows"][row] != digest:
                 changes.append(f"row {row} of the {tier} tier has changed")
-        changes += [f"{key} of the {tier} tier changed" for key in ("models", "seeds") if before[key] != after[key]]
+        kept = ("models", "data", "seeds")
+        changes += [f"{key} of the {tier} tier changed" for key in kept if before.get(key) != after.get(key)]
         settings = sorted(before["settings"].keys() | after["settings"].keys())
         changes += [
             f"{name} of the {tier} tier changed"
@@ -95,6 +96,7 @@ def describe(chosen: Suite) -> Locked:
         name: {
             "rows": {recipe.name: _digest([str(recipe), recipe.resolved()]) for recipe in tier.recipes},
             "models": list(tier.models),
+            "data": tier.data,
             "seeds": list(tier.seeds),
             "settings": json.loads(json.dumps(tier.settings)),
         }

@@ -12,7 +12,7 @@ from effbench.core.errors import Usage
 from effbench.core.paths import PUBLISHED, RUNS
 from effbench.core.usage import Count, Positive, Seed, named_path, one_of
 
-TIERS = ("quick", "full")
+TIERS = ("quick", "full", "real")  # small and large with the tiny model, and what tells with a real one
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -26,12 +26,12 @@ class RunOptions:
     model: str | None = (
         None  # tiny, smollm2, a folder, gguf:FILE, a Hub id org/name[@REVISION], shape:NAME; else the suite's
     )
-    data: str | None = None  # tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME; by default the world of tiny
+    data: str | None = None  # tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME; else the suite's, or tiny
     calibration_data: str | None = None  # as data=, for methods to calibrate and train on; by default the same
     tokenizer: str | None = None  # folder or Hub id, for a model that comes without one
     device: str | None = None  # cpu, cuda (all GPUs like the first) or cuda:N; by default the first GPU, else the cpu
     dtype: str | None = None  # float32, bfloat16, float16; by default float32 on a processor, else as stored
-    tier: str | None = None  # quick or full; by default full with a GPU, else quick
+    tier: str | None = None  # quick, full or real; by default full with a GPU, else quick
     recipes: str | None = None  # only these rows of the suite: names or patterns, separated by commas
     seeds: list[Seed] | None = None  # such as [0,1,2]; by default those of the tier
     limit: Count | None = None  # items per task; by default that of the tier

@@ -130,7 +130,7 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
     places = tuple(Place(device.name, gate_file(device), device.visible) for device in placement.devices)
     models = tier.models if options.model is None else (options.model,)
     seeds = options.seeds or tier.seeds
-    data = sources.data(options.data, options.calibration_data)
+    data = sources.data(options.data or tier.data, options.calibration_data)
     for source in [sources.model(name, options.tokenizer) for name in models]:
         _check_lengths(settings, source)
         for recipe in tier.recipes:

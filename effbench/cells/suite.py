@@ -76,6 +76,7 @@ class Stage:
     recipes: list[str] = dataclasses.field(default_factory=lambda: ["*"])  # names of rows, or patterns; by default all
     seeds: list[Seed] = dataclasses.field(default_factory=lambda: [0])  # by default [0]
     models: list[str] = dataclasses.field(default_factory=lambda: ["tiny"])  # as in model=, which overrides them
+    data: str | None = None  # as in data=, which overrides it; by default the world of tiny
     budget_minutes: Positive | None = None  # how long the tier may take on the machine that it is published for
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of this tier, over those of the suite
 
@@ -88,7 +89,7 @@ class SuiteFile:
     version: Count  # to be raised when rows or settings change their meaning
     description: str  # one line
     recipes: list[Template]  # rows; the baseline is always there and needs none
-    tiers: dict[str, Stage]  # quick, full or both
+    tiers: dict[str, Stage]  # some of quick, full and real
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of all tiers
 
 
@@ -100,6 +101,7 @@ class Tier:
     seeds: tuple[int, ...]
     models: tuple[str, ...]
     settings: dict[str, Any]
+    data: str | None = None
     budget_minutes: float | None = None
 
     def with_row(self, recipe: Recipe) -> Tier:
@@ -131,11 +133,15 @@ class Suite:
         for pattern in map(str.strip, rows.split(",")):
             matching = _matching(pattern, tier.recipes)
             if not matching:
-                other = " (the full tier has it)" if _matching(pattern, self.recipes) else ""
-                hint = other or nearest(pattern, [recipe.name for recipe in tier.recipes])
+                hint = self.tell_tiers(pattern) or nearest(pattern, [recipe.name for recipe in tier.recipes])
                 raise Usage(f"recipes={rows}: no row of {self.name} in tier {name} matches {pattern!r}{hint}")
             chosen += [recipe for recipe in matching if recipe not in chosen]
         return dataclasses.replace(tier, recipes=tuple(chosen))
+
+    def tell_tiers(self, pattern: str) -> str:
+        """Words that name the tiers with a row of that pattern; empty if none has one."""
+        having = [name for name, tier in self.tiers.items() if _matching(pattern, tier.recipes)]
+        return f" (the {' and the '.join(having)} tier {'have' if len(having) > 1 else 'has'} it)" if having else ""
 
     def row(self, steps: str) -> Recipe:
         """The recipe of `steps`: that of the row with the same steps, or a new one named by them. Raises `Usage`."""
@@ -168,7 +174,8 @@ def load(name: str) -> Suite:
 
 def adhoc() -> Suite:
     """The suite that recipes from the command line are rows of where no other is named: nothing but the baseline."""
-    return _suite(SuiteFile(ADHOC, 1, "Recipes from the command line", [], {tier: Stage() for tier in TIERS}), ADHOC)
+    tiers = {tier: Stage() for tier in TIERS} | {"real": Stage(models=["smollm2"], data="speeches")}
+    return _suite(SuiteFile(ADHOC, 1, "Recipes from the command line", [], tiers), ADHOC)
 
 
 def resolve(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,6 +261,10 @@ def _tier(name: str, stage: Stage, recipes: list[Recipe], settings: dict[str, An
             sources.model(model)
         except Usage as error:
             raise Usage(f"tiers.{name}.models: {error}") from None
+    try:
+        sources.data(stage.data)
+    except Usage as error:
+        raise Usage(f"tiers.{name}.data: {error}") from None
     chosen = {BASELINE}
     for pattern in stage.recipes:
         matching = _matching(pattern, recipes)
@@ -266,7 +277,7 @@ def _tier(name: str, stage: Stage, recipes: list[Recipe], settings: dict[str, An
     except Usage as error:
         raise Usage(f"settings of tier {name}: {error}") from None
     rows = tuple(recipe for recipe in recipes if recipe.name in chosen)
-    return Tier(rows, tuple(stage.seeds), tuple(stage.models), resolved, stage.budget_minutes)
+    return Tier(rows, tuple(stage.seeds), tuple(stage.models), resolved, stage.data, stage.budget_minutes)
 
 
 def _matching(pattern: str, recipes: Iterable[Recipe]) -> list[Recipe]:

@@ -6,6 +6,7 @@ KL separates methods long before perplexity does; it does not rank variants that
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from effbench.core.errors import Diverged, Refused
 from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
-from effbench.probes.inputs import logits, predictions, windows
+from effbench.probes.inputs import predict, predictions, windows
 from effbench.records.metric import Metric
 from effbench.stats import intervals
 
@@ -23,22 +24,20 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 
-SOFTMAX = 2**22  # elements of one float32 log-softmax
-
-
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`kl_nats_per_token` (reference || model), `top1_agreement` and `flips` as fractions of tokens."""
     if run.infer.streams:
         raise Refused("KL is taken in one block, in which a cache that evicts or encodes is never read")
     text = windows(run, settings)
-    divergence: list[float] = []
-    flipped: list[float] = []
+    kl: list[list[float]] = [[] for _ in text.ids]
+    changed: list[list[bool]] = [[] for _ in text.ids]
     with torch.inference_mode():
-        references = logits(open_engine(run, run.reference), text.ids)
+        references = predict(open_engine(run, run.reference), text)
         for ours, theirs in zip(predictions(run, text), references, strict=True):
-            kl, flips = compare(theirs[text.first - 1 : -1], ours[text.first - 1 : -1])
-            divergence.append(float(kl.mean()))
-            flipped.append(float(flips.double().mean()))
+            apart, flips = compare(theirs.logits, ours.logits)
+            kl[ours.window] += apart.tolist()
+            changed[ours.window] += flips.tolist()
+    divergence, flipped = list(map(statistics.fmean, kl)), list(map(statistics.fmean, changed))
     lost = sum(not math.isfinite(value) for value in divergence)
     if lost:
         raise Diverged(f"the KL divergence is not finite in {lost} of {len(divergence)} windows")
@@ -59,15 +58,10 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 def compare(reference: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
     """From logits [N, V]: KL(reference || model) in nats [N], whether the most likely token changed [N]."""
-    rows = max(1, SOFTMAX // reference.shape[-1])
-    kl, flips = [], []
-    for theirs, ours in zip(torch.split(reference, rows), torch.split(model, rows), strict=True):
-        p, q = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
-        # where p is 0 the term is 0, even against q = 0
-        terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
-        kl.append(terms.sum(-1).double())
-        flips.append(p.argmax(-1) != q.argmax(-1))
-    return torch.cat(kl), torch.cat(flips)
+    p, q = reference.float().log_softmax(-1), model.float().log_softmax(-1)
+    # where p is 0 the term is 0, even against q = 0
+    terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
+    return terms.sum(-1).double(), p.argmax(-1) != q.argmax(-1)
 
 
 def _within(share: Metric) -> Metric:

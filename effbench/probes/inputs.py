@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +17,7 @@ from effbench.nn.infer.engine import Engine, open_engine, score_targets
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one batch of logits
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in one forward pass
 TEXT_TOKENS = 16384  # of held-out text, where the settings do not say
 
 
@@ -25,10 +28,6 @@ class Windows(NamedTuple):
     first: int  # place in every window of the first token that is scored
     cut: str
     text: str  # how documents became one stream
-
-    def nll(self, ids: Tensor, logits: Tensor) -> float:
-        """Mean negative log-likelihood of what is scored in one window, nats per token, from logits [T, V]."""
-        return score_targets(logits[self.first - 1 : -1], ids[self.first :]).nll
 
     def protocol(self, metric: str, *more: str) -> str:
         """The full name of a number taken on these windows."""
@@ -74,27 +73,49 @@ def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
     return Windows(cut, 1 if stride == width else width - stride, name, run.data.protocol)
 
 
-def logits(engine: Engine, ids: Tensor) -> Iterator[Tensor]:
-    """float32 [T, V] of every window of `ids` [windows, T], each in one block."""
-    size = ids.shape[1] * vocabulary(engine.model)
-    for part in ids.split(max(1, LOGITS[engine.device.type] // size)):
-        yield from engine.logits(part)
+class Slice(NamedTuple):
+    """What a model predicts for some tokens of one window."""
+
+    window: int
+    targets: Tensor  # [n] the tokens
+    logits: Tensor  # float32 [n, V]
+
+    def logprobs(self) -> list[float]:
+        """Of the targets. Plain numbers: small tensors kept between large ones would keep the memory of these."""
+        rows = torch.arange(len(self.targets), device=self.targets.device)
+        return score_targets(self.logits, self.targets, rows)[0].tolist()
 
 
-def predictions(run: ModelRun, text: Windows) -> Iterator[Tensor]:
-    """The model's `logits` of every window; when all were taken, their likelihoods are shared with `nll`."""
-    values: list[float] = []
-    for ids, window in zip(text.ids.to(run.device), logits(open_engine(run), text.ids), strict=True):
-        values.append(text.nll(ids, window))
-        yield window
-    run.share(("nll", text.cut, text.text), lambda: values)
+def predict(engine: Engine, text: Windows) -> Iterator[Slice]:
+    """Predictions of all that is scored, window by window in one block each, a slice at a time."""
+    size = max(1, BATCH_TOKENS[engine.device.type] // text.ids.shape[1])
+    hidden = itertools.chain.from_iterable(map(engine.hidden, text.ids.split(size)))
+    for window, (ids, states) in enumerate(zip(text.ids.to(engine.device), hidden, strict=True)):
+        targets = ids[text.first :]
+        for logits in engine.slice_logits(states[text.first - 1 : -1]):
+            yield Slice(window, targets[: len(logits)], logits)
+            targets = targets[len(logits) :]
+
+
+def predictions(run: ModelRun, text: Windows) -> Iterator[Slice]:
+    """What the model of the run predicts; when all was taken, its likelihoods are shared with `nll`."""
+    scored: list[tuple[int, list[float]]] = []
+    for part in predict(open_engine(run), text):
+        scored.append((part.window, part.logprobs()))
+        yield part
+    run.share(("nll", text.cut, text.text), lambda: _average(scored))
 
 
 def nll(run: ModelRun, text: Windows) -> list[float]:
     """Mean negative log-likelihood of every window in one block, in nats per token."""
-    pairs = zip(text.ids.to(run.device), logits(open_engine(run), text.ids), strict=True)
-    key = ("nll", text.cut, text.text)
-    return run.share(key, lambda: [text.nll(ids, window) for ids, window in pairs])
+    scored = ((part.window, part.logprobs()) for part in predict(open_engine(run), text))
+    return run.share(("nll", text.cut, text.text), lambda: _average(scored))
+
+
+def _average(scored: Iterable[tuple[int, list[float]]]) -> list[float]:
+    """Mean negative log-likelihood by window, from log-probabilities with their windows in order."""
+    by_window = itertools.groupby(scored, itemgetter(0))
+    return [-statistics.fmean(value for _, logprobs in part for value in logprobs) for _, part in by_window]
 
 
 def score_block(run: ModelRun, settings: Mapping[str, Any]) -> tuple[int | None, str]:

@@ -62,6 +62,10 @@ def test_what_is_locked_checks_out_and_is_written_once(folder):
             },
             "models of the full tier changed",
         ),
+        (
+            {"tiers": BODY["tiers"] | {"quick": BODY["tiers"]["quick"] | {"data": "speeches"}}},
+            "data of the quick tier changed",
+        ),
     ],
 )
 def test_a_change_without_a_new_version_is_named_with_its_mend(folder, changes, message):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from effbench import probes
 from effbench.cells import suite
+from effbench.cells.options import TIERS
 from effbench.cli import main as cli
 from effbench.core import plain_yaml
 from effbench.core.errors import Usage
@@ -73,13 +74,15 @@ def test_a_suite_of_one_s_own(write):
         ({"recipes": [{"name": "baseline", "steps": "rtn()"}]}, "two recipes are called 'baseline'"),
         ({"recipes": [{"name": "a", "steps": "rtn()"}, {"name": "b", "steps": "rtn(bits=4)"}]}, "have the same steps"),
         ({"recipes": [{"name": "a", "steps": ""}]}, "'baseline' and 'a' have the same steps"),
-        ({"tiers": {"fast": {}}}, "tiers.fast: unknown tier; there is full, quick"),
+        ({"tiers": {"fast": {}}}, "tiers.fast: unknown tier; there is full, quick, real"),
         ({"tiers": {"quick": {"recipes": ["gptq*"]}}}, "tiers.quick.recipes: no row matches 'gptq*'"),
         ({"tiers": {"quick": {"seeds": []}}}, "tiers.quick.seeds: is empty"),
         ({"tiers": {"quick": {"seeds": ["x"]}}}, "seeds[0]"),
         ({"tiers": {"quick": {"models": []}}}, "tiers.quick.models: is empty"),
         ({"tiers": {"quick": {"models": ["shape:gpt3"]}}}, "tiers.quick.models: unknown shape 'gpt3'; did you mean"),
         ({"tiers": {"quick": {"models": ["nowhere"]}}}, "tiers.quick.models: model=nowhere: no such folder"),
+        ({"tiers": {"real": {"data": "speech"}}}, "tiers.real.data: data=speech: must be tiny, speeches, text:FOLDER"),
+        ({"tiers": {"real": {"data": "text:gone"}}}, "tiers.real.data: data=text:gone: no such folder"),
         ({"settings": {"windows": 3}}, "windows: unknown key; did you mean 'window'?"),
         ({"settings": {"window": "wide"}}, "window='wide': must be a whole number from 2 up"),
         ({"settings": {"probes": ["spead"]}}, "unknown probe 'spead'; did you mean 'speed'?"),
@@ -223,7 +226,7 @@ def test_unknown_suites():
 @pytest.mark.parametrize("name", suite.names())
 def test_shipped_suites(name):
     shipped = suite.load(name)
-    assert set(shipped.tiers) == {"quick", "full"}
+    assert {"quick", "full"} <= set(shipped.tiers) <= set(TIERS)
     assert all(tier.recipes[0].name == "baseline" and tier.budget_minutes for tier in shipped.tiers.values())
     assert suite.header(name)["description"] == shipped.description
 
@@ -246,6 +249,8 @@ def test_choosing_rows():
         quant.tier("quick", "gtpq-4b")
     with pytest.raises(Usage, match="the full tier has it"):
         quant.tier("quick", "gptq-8b")
+    with pytest.raises(Usage, match="the quick and the full tier have it"):
+        quant.tier("real", "rtn-8b")
 
 
 def test_seeds_count_where_they_matter():

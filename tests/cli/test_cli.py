@@ -493,6 +493,25 @@ def test_a_suite_names_its_models_and_model_another(here):
     assert models(tier="full") == ["tiny"] * 2
 
 
+def test_a_tier_names_its_data_and_data_other(here):
+    path = suite_file(here, tiers={"quick": {}, "real": {"models": ["smollm2"], "data": "speeches"}})
+
+    def sources(**options):
+        cells = runner.plan(RunOptions(suite=path, device="cpu", **options)).cells
+        return {(planned.job.cell.model, planned.job.cell.data, planned.job.data.kind) for planned in cells}
+
+    assert sources() == {("tiny", "tiny", "tiny")}
+    assert sources(tier="real") == {("smollm2", "speeches", "speeches")}
+    assert sources(tier="real", model="tiny", data="tiny") == {("tiny", "tiny", "tiny")}
+    other = sources(tier="real", calibration_data="tiny")
+    assert other == {("smollm2", "speeches calibrated on tiny", "speeches")}
+
+
+def test_a_recipe_without_a_suite_has_a_real_tier(here):
+    (cell, *_) = runner.plan(RunOptions(recipe="rtn()", tier="real", device="cpu")).cells
+    assert (cell.job.cell.model, cell.job.cell.data, cell.job.cell.tier) == ("smollm2", "speeches", "real")
+
+
 def test_a_renamed_row_is_the_same_cell(here):
     one = identities(suite=suite_file(here), recipes=None)["gptq-4b"]
     renamed = [{"name": "mine", "steps": "gptq()"}]

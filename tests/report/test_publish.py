@@ -92,6 +92,18 @@ def test_a_complete_tier_is_published(small, tmp_path):
     assert publish(small, own, results, stale=fresh)[1] == []
 
 
+def test_a_tier_with_data_of_its_own_is_published_on_them_alone(small, tmp_path):
+    written(tmp_path, version=2, data="speeches")
+    write_lock(tmp_path)
+    elsewhere = runs(tmp_path / "tiny", complete(suite_version=2))
+    with pytest.raises(Usage, match="no own records with the settings of the suite"):
+        publish(small, elsewhere, tmp_path / "results", stale=fresh)
+    (publication,), _ = publish(
+        small, runs(tmp_path, complete(suite_version=2, data="speeches")), tmp_path / "results", stale=fresh
+    )
+    assert {record.cell.data for record in publication.records} == {"speeches"}
+
+
 def test_a_publication_takes_the_place_of_the_one_before(small, tmp_path):
     results = tmp_path / "results"
     publish(small, runs(tmp_path, complete()), results, stale=fresh)

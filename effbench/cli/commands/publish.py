@@ -17,7 +17,7 @@ class PublishOptions:
     """What `effbench publish` can be told."""
 
     suite: str | None = None  # name of the suite
-    tier: str | None = None  # quick or full; may be left out where only one was run
+    tier: str | None = None  # quick, full or real; may be left out where only one was run
     runs: str = RUNS  # folder of own records
     results: str | None = None  # folder of published ones; by default that of the checkout
 

@@ -103,7 +103,13 @@ def _show_suite(name: str, as_json: bool) -> int:
         for recipe in loaded.recipes
     ]
     tiers = {
-        tier: {"models": plan.models, "seeds": plan.seeds, "budget_minutes": plan.budget_minutes, **plan.settings}
+        tier: {
+            "models": plan.models,
+            "data": plan.data,
+            "seeds": plan.seeds,
+            "budget_minutes": plan.budget_minutes,
+            **plan.settings,
+        }
         for tier, plan in loaded.tiers.items()
     }
     if as_json:

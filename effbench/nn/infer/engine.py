@@ -2,7 +2,8 @@
 
 Without cache methods a continuation is scored in one forward pass. With them the context is prefilled, the cache
 evicts and encodes, and the continuation follows `block` tokens at a time, because in one block an evicting cache
-is never read.
+is never read. Either way the head sees a slice of the hidden states at a time, so that the memory of scoring does not
+grow with text times vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from effbench.nn.infer import attention
 from effbench.nn.infer.cache import SlotCache
 from effbench.nn.model.blocks import Blocks, count_positions
 
+SLICE_BYTES = {"cpu": 2**24, "cuda": 2**27}  # of the float32 logits that scoring makes at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
@@ -35,6 +38,11 @@ class Scored:
     def nll(self) -> float:
         """Mean negative log-likelihood, in nats per token."""
         return -self.logprob / len(self.token_logprobs)
+
+    @classmethod
+    def of(cls, logprobs: Tensor, likeliest: Tensor) -> Scored:
+        """From float32 [N] and bool [N], as `score_targets` gives them."""
+        return cls(float(logprobs.double().sum()), bool(likeliest.all()), logprobs.tolist())
 
 
 @dataclasses.dataclass
@@ -74,6 +82,22 @@ class Engine:
         logits: Tensor = out.logits.float()
         return logits
 
+    def hidden(self, ids: Tensor, padding: dict[str, Tensor] | None = None) -> Tensor:
+        """[B, T, H] last hidden states of tokens [B, T], of which the head makes logits."""
+        with self._run_plan():
+            out = self.model.base_model(ids.to(self.device), use_cache=False, **padding or {})
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def slice_logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """float32 logits [n, V] of hidden states [N, H] in their order, at most `SLICE_BYTES` at a time."""
+        head = self.model.get_output_embeddings()
+        rows = max(1, SLICE_BYTES[self.device.type] // (4 * self.model.config.vocab_size))
+        for part in hidden.split(rows):
+            with torch.no_grad():
+                logits: Tensor = head(part).float()
+            yield logits
+
     def score(
         self, pairs: list[tuple[list[int], list[int]]], block: int | None = None, batch_tokens: int = 8192
     ) -> list[Scored]:
@@ -94,14 +118,30 @@ class Engine:
             size = max(1, batch_tokens // len(order[0]))
             batch, order = order[:size], order[size:]
             shortest = [min(len(pairs[i][0]) for i in rows[row]) for row in batch]
-            for row, logits in zip(batch, self._score_batch(batch, shortest), strict=True):
-                for i in rows[row]:
-                    target = torch.tensor(pairs[i][1], device=self.device)
-                    results[i] = score_targets(logits[len(logits) - len(target) :], target)
+            states, ends = self._predict(batch, shortest)
+            owners = [(i, end) for row, end in zip(batch, ends, strict=True) for i in rows[row]]
+            targets = [torch.tensor(pairs[i][1]) for i, _ in owners]
+            places = [torch.arange(end - len(ids), end) for (_, end), ids in zip(owners, targets, strict=True)]
+            scored = self._score_at(states, torch.cat(places), torch.cat(targets))
+            parts = (values.split(list(map(len, targets))) for values in scored)
+            for (i, _), logprobs, likeliest in zip(owners, *parts, strict=True):
+                results[i] = Scored.of(logprobs, likeliest)
         return [entry for entry in results if entry is not None]
 
-    def _score_batch(self, rows: list[tuple[int, ...]], contexts: list[int]) -> list[Tensor]:
-        """Logits of every row from its last context token on."""
+    def _score_at(self, states: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As `score_targets`, of targets [M] that are predicted at `places` [M] of hidden states [N, H]."""
+        places, targets = places.to(self.device), targets.to(self.device)
+        logprobs = torch.empty(len(targets), device=self.device)
+        likeliest = torch.empty(len(targets), dtype=torch.bool, device=self.device)
+        first = 0
+        for logits in self.slice_logits(states):
+            here = ((places >= first) & (places < first + len(logits))).nonzero()[:, 0]
+            logprobs[here], likeliest[here] = score_targets(logits, targets[here], places[here] - first)
+            first += len(logits)
+        return logprobs, likeliest
+
+    def _predict(self, rows: list[tuple[int, ...]], contexts: list[int]) -> tuple[Tensor, list[int]]:
+        """Hidden states [N, H] of all rows, each from its last context token on, and where each row ends."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows], device=self.device)
         place = torch.arange(width, device=self.device)
@@ -110,19 +150,17 @@ class Engine:
         predicting = real & (place >= torch.tensor([[length - 1] for length in contexts], device=self.device))
         # Padding stands on the right, where no causal query looks: without a mask attention takes its fast path.
         padding = self._describe_padding(real) if attention.changes_attention(self.plan) else {}
-        with self._run_plan():
-            hidden = self.model.base_model(ids, use_cache=False, **padding)
-            logits: Tensor = self.model.get_output_embeddings()(hidden.last_hidden_state[predicting]).float()
-        return list(logits.split(predicting.sum(1).tolist()))
+        return self.hidden(ids, padding)[predicting], predicting.sum(1).cumsum(0).tolist()
 
     def _stream(self, context: list[int], continuation: list[int], block: int) -> Scored:
         ids = torch.tensor([context + continuation], device=self.device)
-        cache = self._cache()
-        logits = [self.forward(ids[:, : len(context)], cache).logits[0, -1:]]
+        body, cache = self.model.base_model, self._cache()
+        states = [self._extend(body, ids[:, : len(context)], cache).last_hidden_state[0, -1:]]
         for start in range(len(context), ids.shape[1] - 1, block):
             part = ids[:, start : min(start + block, ids.shape[1] - 1)]
-            logits.append(self.forward(part, cache).logits[0])
-        return score_targets(torch.cat(logits).float(), ids[0, len(context) :])
+            states.append(self._extend(body, part, cache).last_hidden_state[0])
+        targets = ids[0, len(context) :]
+        return Scored.of(*self._score_at(torch.cat(states), torch.arange(len(targets)), targets))
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:
         """Greedy continuations of the prompts, each ending before its first stop token."""
@@ -150,7 +188,7 @@ class Engine:
     def prefill(self, ids: Tensor, padding: Tensor | None = None) -> State:
         """Feed prompts [B, T]; the state's `ids` are the most likely next tokens."""
         cache = self._cache()
-        out = self.forward(ids.to(self.device), cache, padding, last=True)
+        out = self.forward(ids.to(self.device), cache, padding)
         return State(cache, out.logits[:, -1].argmax(-1), ids.shape[1], padding)
 
     def decode(self, state: State) -> State:
@@ -158,7 +196,7 @@ class Engine:
         padding = None
         if state.padding is not None:
             padding = torch.cat([state.padding, state.padding.new_ones(len(state.ids), 1)], 1)
-        out = self.forward(state.ids[:, None], state.cache, padding, last=True)
+        out = self.forward(state.ids[:, None], state.cache, padding)
         return State(state.cache, out.logits[:, -1].argmax(-1), state.length + 1, padding)
 
     def verify(self) -> None:
@@ -166,8 +204,12 @@ class Engine:
         if self.plan.chain("cache_keep") and self.shrunk is False:
             raise Refused("the cache was to evict and never did: every text is shorter than the budget")
 
-    def forward(self, ids: Tensor, cache: Any, padding: Tensor | None = None, last: bool = False) -> Any:
-        """One pass over tokens [B, T] that extends `cache`; logits of all of them or of the `last` alone."""
+    def forward(self, ids: Tensor, cache: Any, padding: Tensor | None = None) -> Any:
+        """One pass over tokens [B, T] that extends `cache`; logits of the last ones alone."""
+        return self._extend(self.model, ids, cache, padding, logits_to_keep=1)
+
+    def _extend(self, module: Any, ids: Tensor, cache: Any, padding: Tensor | None = None, **options: Any) -> Any:
+        """What `module`, the model or its body, makes of tokens [B, T] that are put into `cache`."""
         slots = cache if isinstance(cache, SlotCache) else None
         if slots is not None:
             slots.expect(None if padding is None else padding[:, -ids.shape[1] :])
@@ -175,7 +217,7 @@ class Engine:
         if slots is not None:
             keywords.pop("attention_mask", None)  # evicted slots have no column in it; `SlotCache.mask` knows them
         with self._run_plan(slots):
-            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=int(last) * 1, **keywords)
+            out = module(ids, past_key_values=cache, use_cache=True, **options, **keywords)
         if slots is not None:
             slots.settle()
             self.shrunk = bool(self.shrunk) or slots.shrunk
@@ -208,7 +250,6 @@ class Engine:
             yield
 
 
-def score_targets(logits: Tensor, targets: Tensor) -> Scored:
-    """What the logits [N, V] say of N targets."""
-    logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return Scored(float(logprobs.double().sum()), bool((logits.argmax(-1) == targets).all()), logprobs.tolist())
+def score_targets(logits: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What logits [N, V] say in these rows [M] of targets [M]: log-probabilities, and whether each is the likeliest."""
+    return logits.log_softmax(-1)[rows, targets], logits.argmax(-1)[rows] == targets

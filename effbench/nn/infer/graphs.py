@@ -61,7 +61,7 @@ class StaticDecoder:
     def prefill(self, ids: Tensor) -> State:
         """Feed prompts [B, T] into the emptied cache."""
         self._cache.reset()
-        out = self._engine.forward(ids.to(self._engine.device), self._cache, last=True)
+        out = self._engine.forward(ids.to(self._engine.device), self._cache)
         self._ids.copy_(out.logits[:, -1].argmax(-1))
         return State(self._cache, self._ids, ids.shape[1])
 
