@@ -259,6 +259,7 @@ def test_own_files_are_listed_and_shown(here, capsys):
 
 
 def test_presets_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr(registry, "presets", dict)
     assert cli.main(["list", "presets"]) == 0
     assert capsys.readouterr().err == "effbench: there are no presets\n"
     monkeypatch.setattr(registry, "presets", lambda: {"small": "rtn(bits=2)"})

@@ -633,7 +633,7 @@ def test_wrong_exports(arguments, words, here, capsys):
 
 
 def test_what_cannot_be_exported_is_an_outcome(here, capsys):
-    assert cli.main(["export", "recipe=rtn(group_size=96)", "to=new", "device=cpu"]) == 1
+    assert cli.main(["export", "recipe=magnitude(pattern='3:6')", "to=new", "device=cpu"]) == 1
     assert "effbench: unsupported:" in capsys.readouterr().err
     assert not (here / "new").exists()
 
