@@ -26,6 +26,7 @@ AMOUNTS = {  # how torch and numpy word them
     "free_bytes": re.compile(rf"of which {AMOUNT} is free"),
     "total_bytes": re.compile(rf"total capacity of {AMOUNT}"),
 }
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 UNAVAILABLE = {  # package: exceptions of it that say that something from outside could not be had
     "builtins": ("ConnectionError", "ModuleNotFoundError"),
     "socket": ("gaierror",),
@@ -51,6 +52,9 @@ def diagnose(error: BaseException) -> Failure:
     message = first_line(error) if str(error).strip() else ""
     if isinstance(error, OutOfMemory):
         return Failure("oom", str(error), shortfall=error.shortfall)
+    if any(isinstance(cause, OSError) and cause.errno in NO_SPACE for cause in list_causes(error)):
+        trace = "".join(traceback.format_exception(error))
+        return Failure("crashed", f"{type(error).__name__}: no space left on the disk", trace)
     if is_unavailable(error):
         return Failure("unavailable", message or type(error).__name__)
     if isinstance(error, Outcome):
@@ -62,8 +66,6 @@ def diagnose(error: BaseException) -> Failure:
     no_memory = isinstance(error, RuntimeError) and NO_MEMORY.search(message)
     if no_memory or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return _out_of_memory(message or "out of memory")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = "no space left on the disk"
     return Failure(
         "crashed",
         f"{type(error).__name__}: {message}".removesuffix(": ") + method_line(error),
@@ -73,17 +75,21 @@ def diagnose(error: BaseException) -> Failure:
 
 def is_unavailable(error: BaseException) -> bool:
     """Whether an exception, or one that led to it, says that something from outside could not be had."""
-    seen: set[int] = set()
+    return any(
+        isinstance(cause, Unavailable) or kind.__name__ in UNAVAILABLE.get(kind.__module__.partition(".")[0], ())
+        for cause in list_causes(error)
+        for kind in type(cause).__mro__
+    )
+
+
+def list_causes(error: BaseException) -> list[BaseException]:
+    """An exception and those that led to it."""
+    found: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        if isinstance(cause, Unavailable):
-            return True
-        for kind in type(cause).__mro__:
-            if kind.__name__ in UNAVAILABLE.get(kind.__module__.partition(".")[0], ()):
-                return True
+    while cause is not None and not any(cause is one for one in found):
+        found.append(cause)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return False
+    return found
 
 
 def broken(device: str) -> str:

@@ -69,7 +69,9 @@ class Findings:
             self.shortfall = {"phase": self._phase, **failure.shortfall}
 
     def add(self, reading: Reading) -> None:
-        """Take in a reading; a number that is not finite is a failure instead."""
+        """Take in a reading and its failures; a number that is not finite is a failure instead."""
+        for error in reading.failures:
+            self.fail(diagnose(error))
         for name, metric in reading.metrics.items():
             if math.isfinite(metric.value):
                 self.metrics[name] = metric

@@ -82,6 +82,12 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
 
 
+def check_models(jobs: Sequence[Job]) -> None:
+    """Raise `Unavailable` where the model of a job cannot be had: no cell would come further than that."""
+    for source in dict.fromkeys(job.source for job in jobs):
+        sources.check_reach(source)
+
+
 def find_jobs(
     options: RunOptions, changes: Mapping[str, Any] | None = None
 ) -> tuple[Placement, Suite, Tier, list[Job]]:

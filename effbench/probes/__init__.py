@@ -32,6 +32,7 @@ class Reading:
     metrics: dict[str, Metric] = dataclasses.field(default_factory=dict)
     samples: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # per-item results, raw timings
     protocols: dict[str, str] = dataclasses.field(default_factory=dict)  # metric: how it was measured
+    failures: list[Exception] = dataclasses.field(default_factory=list)  # why parts are absent that were asked for
 
     def add(
         self, name: str, metric: Metric | float, protocol: str, findings: Mapping[str, Finding] | None = None

@@ -21,7 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from effbench.core.errors import Diverged, Refused, Unsupported
+from effbench.core.errors import Diverged, Refused, Unsupported, first_line
 from effbench.core.usage import nearest
 from effbench.core.views import Segments
 from effbench.nn.files.checkpoint import stop_ids
@@ -56,7 +56,8 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`<task>_<metric>` for every task of the setting `tasks` (default: the data's own), and `tasks_acc`.
 
     The setting `limit` takes the first items of every task, so that recipes stay comparable item by item; the
-    samples hold the results in the order of the items.
+    samples hold the results in the order of the items. A task whose data cannot be had is a failure of the reading, and
+    costs its own numbers and `tasks_acc`.
     """
     require_quality(run)
     wanted = list(settings.get("tasks") or run.data.tasks)
@@ -70,7 +71,9 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     if lm.chats and run.tokenizer.chat_template is None:
         raise Unsupported("chat_template: the model's tokenizer has none")
     with quiet():
-        tasks = load(wanted, run.data.task_paths)
+        tasks, reading.failures = load(wanted, run.data.task_paths)
+        if not tasks["tasks"]:
+            return reading
         limit = settings.get("limit")
         evaluated = evaluator.evaluate(
             lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=lm.chats
@@ -81,7 +84,8 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     for name, task in sorted(tasks["tasks"].items()):
         how = f"lm-eval {metadata.version('lm_eval')}, {width}, {lm.protocol(task)}"
         _report(reading, name, task, evaluated["samples"][name], evaluated["results"][name], how, findings)
-    _mean(reading, sorted(tasks["tasks"]))
+    if not reading.failures:
+        _mean(reading, sorted(tasks["tasks"]))
     if lm.rewrites:
         before, after = (
             sum(len(lm.tok_encode(text)) for text in part) for part in zip(*lm.rewrites.items(), strict=True)
@@ -255,21 +259,29 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return ids
 
 
-def load(wanted: list[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """Tasks by name."""
+def load(wanted: list[str], folders: Sequence[Path]) -> tuple[dict[str, Any], list[Exception]]:
+    """Tasks by name, as lm-eval takes them, and why others cannot be had. Raises `Unsupported` for unknown names."""
     manager = index_tasks(wanted, folders)
     for name in wanted:
         if name not in manager.all_tasks:
             raise Unsupported(f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)}")
-    try:
-        tasks: dict[str, Any] = manager.load(wanted)
-    except (OSError, ConnectionError) as error:
-        raise Unsupported(f"the data of {', '.join(wanted)} cannot be loaded: {error}") from error
+    tasks: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    failures: list[Exception] = []
+    for name in wanted:
+        try:
+            loaded = manager.load([name])
+        except (OSError, ImportError) as error:
+            failure = Unsupported(f"task {name} cannot be loaded: {first_line(error)}")
+            failure.__cause__ = error  # says whether it is to be tried again
+            failures.append(failure)
+        else:
+            for kind, entries in loaded.items():
+                tasks[kind] |= entries
     for task in tasks["tasks"].values():
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return tasks
+    return tasks, failures
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from effbench.core.errors import Unavailable, Usage
+from effbench.core.errors import Unavailable, Usage, first_line
 from effbench.core.files import file_digest
 from effbench.core.paths import PACKAGE
 from effbench.core.usage import named_path, nearest
@@ -130,6 +130,19 @@ def model(name: str, tokenizer: str | None = None) -> Source:
     shown = _label(folder.resolve(), digest) if folder.is_dir() and tokenizer != "tiny" else tokenizer
     name = f"{source.name} with tokenizer {shown}"
     return dataclasses.replace(source, name=name, digest=_joined([source.digest, digest]))
+
+
+def check_reach(source: Source) -> None:
+    """Raise `Unavailable` for a model that cannot be had, as far as that shows without loading it."""
+    if source.kind == "gguf":
+        open_file(source)
+    elif source.kind == "hub":
+        import huggingface_hub
+
+        try:
+            huggingface_hub.hf_hub_download(str(source.location), "config.json", revision=source.revision)
+        except Exception as error:  # of the network, of access, of the name, of the disk
+            raise Unavailable(f"model={source.name} cannot be had: {first_line(error)}") from error
 
 
 def open_file(source: Source) -> Path:

@@ -648,6 +648,13 @@ class Fails(Method):
 """
 
 
+def hub(message: str, cause: BaseException) -> BaseException:
+    """As models and tokenizers of the Hub fail to load."""
+    error = Unsupported(message)
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "outcome", "reason"),
     [
@@ -667,6 +674,8 @@ class Fails(Method):
         (ValueError(), "crashed", "ValueError"),
         (Usage("rope is already set"), "refused", "rope"),
         (OSError(errno.ENOSPC, "No space left on device"), "crashed", "OSError: no space left on the disk"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "crashed", "OSError: no space left on the disk"),
+        (hub("cannot be read", OSError(errno.ENOSPC, "No space left")), "crashed", "no space left on the disk"),
         (KeyError("weight"), "crashed", "KeyError: 'weight'"),
     ],
 )
@@ -678,13 +687,6 @@ def test_exceptions_become_outcomes(fake, make_job, error, outcome, reason):
         assert bool(record.traceback) == (outcome == "crashed")
         assert record.reason.startswith("open: " if "open" in where else "memory: ")
         assert set(record.metrics) == (set() if "open" in where else {"flops"})
-
-
-def hub(message: str, cause: BaseException) -> BaseException:
-    """As models and tokenizers of the Hub fail to load."""
-    error = Unsupported(message)
-    error.__cause__ = cause
-    return error
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import json
 import math
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from effbench import probes
+from effbench.cells.findings import Findings
 from effbench.checks import toy_run
 from effbench.core.errors import Diverged, Refused, Unsupported, Usage
 from effbench.core.recipe import parse
@@ -484,6 +486,37 @@ def test_an_unknown_task_is_named(tasks, monkeypatch):
     monkeypatch.setattr(names, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
     with pytest.raises(Unsupported, match="did you mean 'choice'"):
         quality.load(["choise"], [tasks[0]])
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub"), "unavailable"),
+        (ModuleNotFoundError("No module named 'sacrebleu'"), "unavailable"),
+        (OSError(errno.ENOSPC, "No space left on device"), "crashed"),
+        (FileNotFoundError("items.jsonl"), "unsupported"),
+    ],
+)
+def test_a_task_out_of_reach_costs_itself_alone(run, tasks, monkeypatch, error, outcome):
+    run.data.task_paths = [tasks[0]]
+    alone = quality.take(run, {"tasks": ["choice"], "limit": 4})
+    whole = names.TaskManager.load
+
+    def load(manager, wanted):
+        if wanted == ["answer"]:
+            raise error
+        return whole(manager, wanted)
+
+    monkeypatch.setattr(names.TaskManager, "load", load)
+    reading = quality.take(run, {"tasks": ["answer", "choice"], "limit": 4})
+    assert reading.samples == alone.samples and set(reading.metrics) == {"choice_acc"}
+    findings = Findings(lambda **_: None, "cpu")
+    findings.enter("quality")
+    findings.add(reading)
+    assert findings.outcome == outcome and set(findings.metrics) == {"choice_acc"}
+    assert "answer" in findings.reason or outcome == "crashed"
+    nothing = quality.take(run, {"tasks": ["answer"]})
+    assert not nothing.metrics and len(nothing.failures) == 1
 
 
 def test_data_without_tasks_has_no_task_metrics(run):

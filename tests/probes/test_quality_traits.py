@@ -48,7 +48,7 @@ def run(request: pytest.FixtureRequest, tiny_run: Any) -> Any:
 def evaluate(lm: Any, run: Any, **options: Any) -> dict[str, float]:
     """Every number of every tiny task."""
     with quality.quiet():
-        tasks = quality.load(["tiny"], run.data.task_paths)
+        tasks, _ = quality.load(["tiny"], run.data.task_paths)
         found = quality.evaluator.evaluate(lm, tasks, limit=4, bootstrap_iters=0, log_samples=True, **options)
     return {
         f"{task}/{name}": value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from effbench.cells.options import RunOptions
 from effbench.cli.command import INTERRUPTED, Command, document_options, print_columns
+from effbench.core.errors import Unavailable
 from effbench.core.usage import given, parse
 from effbench.records.record import FAILED, Record
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def _run(arguments: argparse.Namespace) -> int:
     from effbench.cells.local import Event, Local
-    from effbench.cells.plan import plan
+    from effbench.cells.plan import check_models, plan
     from effbench.cells.run import find_lost, run_cells
     from effbench.cells.suite import Settings
     from effbench.cli import progress
@@ -35,6 +36,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _print_plan(batch, arguments.json)
         return 0
+    try:
+        check_models(batch.todo)
+    except Unavailable as error:
+        print(f"effbench: unavailable: {error}", file=sys.stderr)
+        return 1
     print(progress.opening(batch), file=out)
     print(f"records: {options.folder.resolve()}", file=out, flush=True)
     for record in batch.done if arguments.json else []:
