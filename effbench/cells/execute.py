@@ -46,7 +46,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         environment = describe(device)
         tell(environment=environment)
         run = open_cell(job)
-        log = run.log
+        log, run.progress = run.log, findings.progress
         try:
             _apply(recipe, run, findings)
             simulated = any(getattr(module, "simulated", False) for module in run.model.modules())

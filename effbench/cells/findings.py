@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SEVERITY: tuple[OutcomeName, ...] = ("refused", "unsupported", "diverged", "unavailable", "oom", "crashed")
 
 
+QUIET = 1.0  # seconds between two reports of progress
+
+
 class Findings:
     """What a cell has measured so far: readings, failures, and the phase it is in."""
 
@@ -34,7 +37,7 @@ class Findings:
         self._tell = tell
         self._device = device
         self._phase = ""
-        self._since = time.monotonic()
+        self._since = self._told = time.monotonic()
         self._reasons: dict[tuple[OutcomeName, str], list[str]] = {}  # (outcome, reason): phases
         self._tracebacks: list[str] = []
 
@@ -46,6 +49,13 @@ class Findings:
         self._phase, self._since = phase, now
         if phase:
             self._tell(phase=phase)
+
+    def progress(self, unit: str, done: int, total: int) -> None:
+        """Tell how far the current phase has come, not more than once in `QUIET` seconds."""
+        now = time.monotonic()
+        if now - self._told >= QUIET:
+            self._told = now
+            self._tell(progress=(unit, done, total))
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:

@@ -75,10 +75,11 @@ ERROR = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)|terminate calle
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """News of a job: the phase it entered, or its record."""
+    """News of a job: the phase it entered, how far it has come in there, or its record."""
 
     job: Job
     phase: str = ""
+    progress: tuple[str, int, int] | None = None  # unit, done, of how many
     record: Record | None = None
     note: str = ""  # where the record comes from, if not from this run
 
@@ -237,6 +238,8 @@ class Worker:
         self._news |= message
         if "phase" in message:
             yield Event(self.job, message["phase"])
+        elif "progress" in message:
+            yield Event(self.job, self._news.get("phase", ""), message["progress"])
 
     def _lose(self, outcome: OutcomeName, reason: str) -> Event:
         """End with the record of a job whose process gave none."""

@@ -22,6 +22,7 @@ from effbench.core.files import file_digest
 from effbench.core.kinds import kind_of, service
 from effbench.core.method import Method
 from effbench.core.packages import module_file
+from effbench.core.paths import PUBLISHED
 from effbench.core.provenance import digest_source
 from effbench.core.recipe import Recipe
 from effbench.core.registry import blame_method
@@ -41,6 +42,7 @@ class Planned:
     job: Job
     why: str
     done: Record | None = None
+    row: Record | None = None  # the newest of the same row, whatever has changed since
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,17 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     if any(cell.done is None for cell in cells):
         _check_tasks(tier.settings.get("tasks"), jobs[0].data)
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
+
+
+def expect_seconds(batch: Batch) -> dict[str, float]:
+    """What cells that are to run will take, by identity: what their rows took before, here or as published."""
+    todo = [cell for cell in batch.cells if cell.done is None]
+    rows = [cell.row for cell in todo if cell.row is not None]
+    if len(rows) < len(todo) and PUBLISHED is not None and PUBLISHED.is_dir():
+        rows = Store(PUBLISHED).read(batch.suite.name, batch.suite.version)[0] + rows
+    took = {_Before.row(record.cell): record.seconds for record in rows if record.outcome == "ok"}
+    places = {cell.job.cell.identity: _Before.row(cell.job.cell) for cell in todo}
+    return {identity: took[row] for identity, row in places.items() if row in took}
 
 
 def check_models(jobs: Sequence[Job]) -> None:
@@ -235,14 +248,17 @@ class _Before:
             self._attempts[identity] = max(record.attempt, self._attempts.get(identity, 0))
         self._rows: dict[tuple[Any, ...], Record] = {}  # row: its newest record, whatever has changed since
         for record in sorted(self._standing.values(), key=lambda record: record.started):
-            self._rows[self._row(record.cell)] = record
+            self._rows[self.row(record.cell)] = record
 
     def decide(self, job: Job) -> Planned:
         """Whether a cell has to run, and why."""
+        return dataclasses.replace(self._decide(job), row=self._rows.get(self.row(job.cell)))
+
+    def _decide(self, job: Job) -> Planned:
         cell = job.cell
         record = self._standing.get(cell.identity)
         if record is None:
-            older = self._rows.get(self._row(cell))
+            older = self._rows.get(self.row(cell))
             return Planned(job, f"changed: {', '.join(_changes(older.cell, cell))}" if older is not None else "new")
         lost = record.metrics and not (record.protocols and record.environment)  # nobody knows how it was measured
         if record.outcome not in RETRIED and not self._again and not lost:
@@ -253,7 +269,7 @@ class _Before:
         return Planned(next_attempt, f"{why}: attempt {next_attempt.attempt}")
 
     @staticmethod
-    def _row(cell: Cell) -> tuple[Any, ...]:
+    def row(cell: Cell) -> tuple[Any, ...]:
         return cell.recipe, cell.model, cell.seed, cell.tier
 
 

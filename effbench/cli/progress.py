@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from effbench.cells.local import Event
+from effbench.cli.remaining import Remaining
 from effbench.records.record import OUTCOMES, Record
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from effbench.cells.plan import Batch
     from effbench.records.store import Store
 
+SPARSE = 60.0  # seconds between plain lines that say how far cells are
 STARTING = "starting: libraries are loaded once, which takes 10 to 30 s"
 DOING = {  # phases that do not say by themselves what happens
     "wait": "waiting for other cells: one that measures speed runs alone",
@@ -55,21 +56,38 @@ def line(record: Record, note: str = "") -> str:
     return f"{record.cell.recipe} seed {record.cell.seed}: {took}{reason}"
 
 
+def describe(event: Event) -> str:
+    """What a cell does, and how far it has come."""
+    doing = DOING.get(event.phase, event.phase)
+    if event.progress is None:
+        return doing
+    unit, done, total = event.progress
+    return f"{doing}: {unit} {done} of {total}"
+
+
+def left(remaining: Remaining) -> str:
+    """How long it will still take, in words; empty while nothing is known."""
+    seconds = remaining.seconds()
+    return "" if seconds is None else f"about {_duration(seconds)} left"
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 class Lines:
-    """One plain line for each cell that ends."""
+    """One plain line for each cell that ends, and now and then one that says how far the others are."""
 
-    def __init__(self, total: int, out: TextIO) -> None:
+    def __init__(self, remaining: Remaining, total: int, out: TextIO) -> None:
+        self._remaining = remaining
         self._total = total
         self._out = out
         self._ended = 0
+        self._told = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._total:
-            print(STARTING, file=self._out, flush=True)
+            print("; ".join(filter(None, [STARTING, left(self._remaining)])), file=self._out, flush=True)
         return self
 
     def __exit__(
@@ -79,24 +97,32 @@ class Lines:
 
     def watch(self, event: Event) -> None:
         """Take in news of a job."""
+        self._remaining.watch(event)
         if event.record is not None:
             self._ended += 1
             print(f"[{self._ended}/{self._total}] {line(event.record, event.note)}", file=self._out, flush=True)
+        elif time.monotonic() - self._told < SPARSE:
+            return
+        else:
+            cell = event.job.cell
+            told = [f"{cell.recipe} seed {cell.seed}: {describe(event)}", left(self._remaining)]
+            print("; ".join(filter(None, told)), file=self._out, flush=True)
+        self._told = time.monotonic()
 
 
 class Live(Lines):
     """A bar with the time that is left, and a table of the cells at work."""
 
-    def __init__(self, total: int, out: TextIO) -> None:
-        super().__init__(total, out)
+    def __init__(self, remaining: Remaining, total: int, out: TextIO) -> None:
+        super().__init__(remaining, total, out)
         from rich.console import Console
         from rich.live import Live as RichLive
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
             Progress,
+            TextColumn,
             TimeElapsedColumn,
-            TimeRemainingColumn,
         )
 
         self._console = Console(file=out)
@@ -104,12 +130,10 @@ class Live(Lines):
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            "left",
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self._console,
         )
-        self._task = self._bar.add_task("cells", total=total)
-        self._working: dict[str, tuple[Event, float, float]] = {}  # identity: last news, start of cell and of phase
+        self._task = self._bar.add_task("cells", total=total, left="")
         self._live = RichLive(get_renderable=self._render, console=self._console, transient=True)
 
     def __enter__(self) -> Self:
@@ -122,14 +146,10 @@ class Live(Lines):
         self._live.__exit__(kind, error, trace)
 
     def watch(self, event: Event) -> None:
-        identity, now = event.job.cell.identity, time.monotonic()
+        self._remaining.watch(event)
         if event.record is None:
-            _, since, _ = self._working.get(identity, (event, now, now))
-            self._working[identity] = (event, since, now)
             return
         self._ended += 1
-        with contextlib.suppress(KeyError):
-            del self._working[identity]
         style = None if event.record.outcome == "ok" else "yellow"
         self._console.print(line(event.record, event.note), style=style, markup=False)
         self._bar.advance(self._task)
@@ -140,8 +160,10 @@ class Live(Lines):
 
         table = Table("cell", "seed", "doing", "for", "in all", box=None, padding=(0, 2, 0, 0))
         now = time.monotonic()
-        for event, since, entered in list(self._working.values()):
+        working = list(self._remaining.working.values())
+        for event, since, entered in working:
             cell = event.job.cell
             times = f"{now - entered:.0f} s", f"{now - since:.0f} s"
-            table.add_row(cell.recipe, str(cell.seed), DOING.get(event.phase, event.phase), *times)
-        return Group(table if self._working or self._ended else STARTING, self._bar)
+            table.add_row(cell.recipe, str(cell.seed), describe(event), *times)
+        self._bar.update(self._task, left=left(self._remaining))
+        return Group(table if working or self._ended else STARTING, self._bar)

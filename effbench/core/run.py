@@ -180,6 +180,7 @@ class Run(abc.ABC):
         self.train = TrainPlan()  # the plan of the next fit
         self.infer = InferPlan()  # the plan of scoring and generation
         self.log = RunLog()  # what happened, for the record
+        self.progress: Callable[[str, int, int], None] = lambda unit, done, total: None  # told how far a step has come
         self._states: dict[int, tuple[Method, dict[str, Any]]] = {}
         self._shared: dict[Hashable, Any] = {}
 

@@ -280,6 +280,7 @@ def walk(run: Run, needs: Set[str], prepared: Any = None) -> Iterator[BlockInput
     for index in range(len(view)):
         inputs = BlockInputs(run, index, hidden, calls[index], gradients, prepared)
         yield inputs
+        run.progress("block", index + 1, len(view))
         hidden = inputs.outputs
 
 

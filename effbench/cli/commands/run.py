@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 def _run(arguments: argparse.Namespace) -> int:
     from effbench.cells.local import Event, Local
-    from effbench.cells.plan import check_models, plan
+    from effbench.cells.plan import check_models, expect_seconds, plan
     from effbench.cells.run import find_lost, run_cells
     from effbench.cells.suite import Settings
     from effbench.cli import progress
+    from effbench.cli.remaining import Remaining
     from effbench.records.store import Store
 
     options = parse(RunOptions, [*arguments.options, *(pair for pair in arguments.set if _is_option(pair))])
@@ -48,7 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     begin = time.monotonic()
     executor = Local(batch.placement.jobs, options.timeout, batch.placement.threads)
-    display = (progress.Live if out.isatty() else progress.Lines)(len(batch.todo), out)
+    remaining = Remaining(batch.todo, expect_seconds(batch), batch.placement.jobs)
+    display = (progress.Live if out.isatty() else progress.Lines)(remaining, len(batch.todo), out)
 
     def watch(event: Event) -> None:
         display.watch(event)

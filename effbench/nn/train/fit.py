@@ -178,6 +178,7 @@ def train(run: Run, settings: FitSettings, start: int) -> FitReport:
                 module.weight.data.mul_(mask)
             for method in plan.chain("on_step"):
                 method.on_step(run, step, settings.steps)
+            run.progress("training step", step + 1, settings.steps)
             optimizer.zero_grad(set_to_none=True)
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
             drawn.update(indices)
