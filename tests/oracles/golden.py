@@ -1,14 +1,25 @@
-"""Writing of golden tensors: results of other implementations, with where they come from."""
+"""Writing of golden tensors: results of other implementations, with where they come from.
+
+Some implementations are packages, others are only found in their authors' repositories. Scripts import nothing of
+effbench: what they compute shares no helper, and no mistake, with what it is compared with.
+"""
 
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
+import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+CLONES = Path(os.environ.get("EFFBENCH_ORACLES", Path(tempfile.gettempdir()) / "effbench-oracles"))
 FOLDER = Path(__file__).resolve().parent.parent / "golden"
 
 
@@ -20,3 +31,19 @@ def write(name: str, script: str, packages: list[str], tensors: dict[str, Tensor
     path = FOLDER / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
     print(path, path.stat().st_size, metadata)
+
+
+def clone(repository: str, commit: str, *paths: str, absent: tuple[str, ...] = ()) -> Path:
+    """Make `paths` of a GitHub repository at `commit` importable; returns the folder.
+
+    Modules named in `absent`, compiled for CUDA or not needed here, are stood in for; so are moves to a GPU.
+    """
+    folder = CLONES / repository.partition("/")[2]
+    if not folder.is_dir():
+        subprocess.run(["git", "clone", "--no-checkout", f"https://github.com/{repository}", folder], check=True)
+    subprocess.run(["git", "-C", folder, "checkout", "-q", commit, "--", *paths], check=True)
+    sys.path.insert(0, str(folder))
+    sys.modules.update({name: MagicMock() for name in absent})
+    torch.nn.Module.cuda = torch.Tensor.cuda = lambda self: self
+    torch.cuda.synchronize = lambda: None
+    return folder
