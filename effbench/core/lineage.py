@@ -37,7 +37,7 @@ def _trace_name(name: str, module: Module, before: float, seen: frozenset[str]) 
     if node is not None:
         return _trace_class(node, module, seen)
     first, dot, rest = name.partition(".")
-    target = module.imports().get(first, first) + dot + rest
+    target = module.imports.get(first, first) + dot + rest
     owner, _, attribute = target.rpartition(".")
     if owner in CONTRACT:
         return [], "apply" if attribute == "Method" else attribute if attribute in KINDS else None

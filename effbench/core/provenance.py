@@ -206,7 +206,7 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, int]]:
 
 def _calls(module: Module) -> Iterator[tuple[ast.expr, str | None]]:
     """Code that imports other than by a statement, each with the name of the module; None where it does not tell."""
-    known = module.imports()
+    known = module.imports
     told: dict[ast.expr, str] = {}  # functions whose call tells it
     for node in ast.walk(module.tree):  # calls come before what is called
         if isinstance(node, ast.Call) and (name := _told(node)):

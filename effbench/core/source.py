@@ -48,6 +48,7 @@ class Module:
         nodes = [n for n in self.tree.body if isinstance(n, ast.ClassDef) and n.name == name and n.lineno < before]
         return nodes[-1] if nodes else None
 
+    @functools.cached_property
     def imports(self) -> dict[str, str]:
         """What names in this module stand for: modules, and things in modules, with all their dots."""
         names: dict[str, str] = {}
@@ -97,7 +98,7 @@ def _find_choices(name: str, module: Module, elsewhere: bool = True) -> str | No
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
             value = ast.unparse(line.value)
             return value if value.startswith("Literal[") else None
-    owner, _, attribute = module.imports().get(name, "").rpartition(".")
+    owner, _, attribute = module.imports.get(name, "").rpartition(".")
     file = module_file(owner) if elsewhere else None
     return _find_choices(attribute, read_module(file, owner), elsewhere=False) if file is not None else None
 
