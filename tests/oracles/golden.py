@@ -6,10 +6,14 @@ effbench: what they compute shares no helper, and no mistake, with what it is co
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import io
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -34,14 +38,19 @@ def write(name: str, script: str, packages: list[str], tensors: dict[str, Tensor
 
 
 def clone(repository: str, commit: str, *paths: str, absent: tuple[str, ...] = ()) -> Path:
-    """Make `paths` of a GitHub repository at `commit` importable; returns the folder.
+    """Make `paths` of a GitHub repository at `commit` importable; returns their folder.
 
+    The repository is `EFFBENCH_ORACLES/<name>`, fetched if absent. A checkout there stays as it is.
     Modules named in `absent`, compiled for CUDA or not needed here, are stood in for; so are moves to a GPU.
     """
-    folder = CLONES / repository.partition("/")[2]
-    if not folder.is_dir():
-        subprocess.run(["git", "clone", "--no-checkout", f"https://github.com/{repository}", folder], check=True)
-    subprocess.run(["git", "-C", folder, "checkout", "-q", commit, "--", *paths], check=True)
+    source = CLONES / repository.partition("/")[2]
+    if not source.is_dir():
+        subprocess.run(["git", "clone", "--bare", f"https://github.com/{repository}", source], check=True)
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    packed = subprocess.run(["git", "-C", source, "archive", commit, *paths], check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(packed)) as files:
+        files.extractall(folder, filter="data")
     sys.path.insert(0, str(folder))
     sys.modules.update({name: MagicMock() for name in absent})
     torch.nn.Module.cuda = torch.Tensor.cuda = lambda self: self
