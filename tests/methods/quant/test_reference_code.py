@@ -83,29 +83,37 @@ def test_every_golden_has_its_script() -> None:
     assert all(f"tests/oracles/{script}" in (ORACLES.parent.parent / "tox.ini").read_text() for script in scripts)
 
 
-@pytest.mark.parametrize("width", [576, 100])  # 4.5 groups of 128, and less than one
-@pytest.mark.parametrize("bits", [3, 4])
-def test_rtn_and_gptq_take_short_groups_as_the_authors_do(width: int, bits: int) -> None:
+SHORT = [
+    (*case, bits)
+    for facts in [golden("gptq_authors")[1]]
+    for case in ast.literal_eval(facts["cases"])
+    for bits in ast.literal_eval(facts["bits"])
+]
+
+
+@pytest.mark.parametrize(("width", "size", "bits"), SHORT)
+def test_rtn_takes_short_groups_as_the_authors_do(width: int, size: int, bits: int) -> None:
     tensors, facts = golden("gptq_authors")
-    name, loops, each = f"{width}.b{bits}", ast.literal_eval(facts["loops"]), float(facts["each"])
+    name = f"{width}.g{size}.b{bits}"
+    for grid, (symmetric, mse) in ast.literal_eval(facts["grids"]).items():
+        method = RTN(bits, group_size=size, symmetric=symmetric, mse=mse)
+        ours = dense_weight(method.compress(make_layer(tensors[f"{name}.weight"])))
+        assert torch.equal(ours, tensors[f"{name}.rounded.{grid}"]), grid
+
+
+@pytest.mark.parametrize(("width", "size", "bits"), SHORT)
+def test_gptq_takes_short_groups_as_the_authors_do(width: int, size: int, bits: int) -> None:
+    tensors, facts = golden("gptq_authors")
+    name, each = f"{width}.g{size}.b{bits}", float(facts["each"])
     weight = tensors[f"{name}.weight"]
-    x = torch.cat([tensors[f"{width}.tokens"].float(), each * torch.eye(width)])
-    assert torch.equal(dense_weight(RTN(bits).compress(make_layer(weight))), tensors[f"{name}.rounded"])
-    moment = (x.T @ x).double()
-
-    def loss(other: Tensor) -> float:
-        delta = (other - weight).double()
-        return float(((delta @ moment) * delta).sum())
-
-    for loop, (static, act) in loops.items():
-        theirs = tensors[f"{name}.{loop}"]
-        ours = dense_weight(GPTQ(bits, static_groups=static, act_order=act).compress(make_layer(weight, x)))
-        if static or width < 128:  # grids of the weights as they are, whose scales float16 holds
-            assert torch.allclose(ours, theirs, atol=1e-6), loop
-        else:  # scales of any length, which are stored in float16 here: a few codes differ, and those after them
-            assert ((ours - theirs).abs() < 0.02 * theirs.abs().max()).double().mean() > 0.94, loop
-            assert loss(ours) == pytest.approx(loss(theirs), rel=0.02), loop
-        assert loss(ours) < 0.8 * loss(tensors[f"{name}.rounded"])
+    x = torch.cat([tensors[f"{width}.g{size}.tokens"].float(), each * torch.eye(width)])
+    for loop, (static, act) in ast.literal_eval(facts["loops"]).items():
+        method = GPTQ(bits, group_size=size, static_groups=static, act_order=act)
+        ours = dense_weight(method.compress(make_layer(weight, x)))
+        off = (ours - tensors[f"{name}.{loop}"]).abs() > 1e-6
+        # All are equal where both factorise alike; the last bit of a factor, which differs between processors, decides
+        # ties and moves what comes after them.
+        assert off.double().mean() <= 0.005, loop
 
 
 def codes_of(module: nn.Module) -> Tensor:
