@@ -1,4 +1,4 @@
-"""QuIP# of one small matrix by its authors' code, in three widths, with and without tuning passes."""
+"""QuIP# of small matrices by its authors' code, in three widths, with and without tuning passes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ CODEBOOKS = {
     3: ("latticee8_padded12_rvq3bit", "E8P12RVQ3B_codebook", 0),
     4: ("latticee8_padded12_rvq4bit", "E8P12RVQ4B_codebook", 0),
 }
-OUT, IN, SIGMA, SEED = 32, 64, 0.01, 0
+SHAPES = ((32, 64), (24, 72))  # a power of 2 on both sides; 12 and 36 times one
+TUNED = (0, 2)
+SIGMA, SEED = 0.01, 0
 
 
-def draw_signs() -> dict[int, Tensor]:
+def draw_signs(out: int, width: int) -> dict[int, Tensor]:
     """Signs by size, of inputs first."""
     generator = torch.Generator().manual_seed(SEED)
-    return {size: torch.randint(2, (size,), generator=generator) * 2.0 - 1 for size in (IN, OUT)}
+    return {size: torch.randint(2, (size,), generator=generator) * 2.0 - 1 for size in (width, out)}
 
 
 def compress(weight: Tensor, hessian: Tensor, bits: int, passes: int) -> Tensor:
@@ -50,19 +52,23 @@ def compress(weight: Tensor, hessian: Tensor, bits: int, passes: int) -> Tensor:
     )  # fmt: skip
     codebook = getattr(import_module(f"lib.codebook.{module}"), name)()
     codebook.maybe_pack_idxs = lambda codes: codes
-    hessian = utils.regularize_H(hessian.clone(), IN, SIGMA)
+    hessian = utils.regularize_H(hessian.clone(), len(hessian), SIGMA)
     return quip.quantize(hessian, weight, 0, codebook, arguments)[0]
 
 
 if __name__ == "__main__":
     generator = torch.Generator().manual_seed(SEED)
-    weight = torch.randn(OUT, IN, generator=generator) * 0.02
-    inputs = (torch.randn(256, IN, generator=generator) * (0.2 + torch.rand(IN, generator=generator))).half()
-    tensors = {"weight": weight, "inputs": inputs}
-    signs = draw_signs()
-    torch.randn = lambda size, **_: signs[size]  # they take the signs of normal numbers
-    hessian = inputs.float().T @ inputs.float() / len(inputs)
-    for bits in CODEBOOKS:
-        for passes in (0, 2):
-            tensors[f"b{bits}.tuned{passes}"] = compress(weight, hessian, bits, passes)
-    write("quip_sharp", __file__, [], tensors, seed=SEED, source=f"{REPOSITORY}@{COMMIT}", sigma=SIGMA)
+    tensors, normal = {}, torch.randn
+    for out, width in SHAPES:
+        case = f"{out}x{width}"
+        weight = normal(out, width, generator=generator) * 0.02
+        inputs = normal(256, width, generator=generator) * (0.2 + torch.rand(width, generator=generator))
+        tensors |= {f"{case}.weight": weight, f"{case}.inputs": inputs.half()}
+        hessian = inputs.half().float().T @ inputs.half().float() / len(inputs)
+        signs = draw_signs(out, width)
+        torch.randn = lambda size, signs=signs, **_: signs[size]  # they take the signs of normal numbers
+        for bits in CODEBOOKS:
+            for passes in TUNED:
+                tensors[f"{case}.b{bits}.tuned{passes}"] = compress(weight, hessian, bits, passes)
+    facts = {"shapes": SHAPES, "tuned": TUNED, "sigma": SIGMA}
+    write("quip_sharp", __file__, [], tensors, seed=SEED, source=f"{REPOSITORY}@{COMMIT}", **facts)

@@ -171,14 +171,20 @@ def test_rtn_on_awqs_grid_equals_the_authors(bits: int) -> None:
     assert off.abs().max() <= 1 and (off != 0).double().mean() < 0.002
 
 
+@pytest.mark.parametrize("case", ["32x64", "24x72"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("passes", [0, 2])
-def test_quip_sharp_equals_the_authors(bits: int, passes: int) -> None:
+def test_quip_sharp_equals_the_authors(bits: int, passes: int, case: str) -> None:
     tensors, facts = golden("quip_sharp")
-    layer = make_layer(tensors["weight"], tensors["inputs"].float(), seed=int(facts["seed"]))
+    weight, x = tensors[f"{case}.weight"], tensors[f"{case}.inputs"].float()
+    layer = make_layer(weight, x, seed=int(facts["seed"]))
     ours = dense_weight(QuIPSharp(bits, passes, sigma_reg=float(facts["sigma"])).compress(layer))
-    theirs = tensors[f"b{bits}.tuned{passes}"]
-    assert (ours - theirs).norm() < 2e-3 * theirs.norm()
+    theirs = tensors[f"{case}.b{bits}.tuned{passes}"]
+    if case == "32x64":  # all vectors of eight weights: one other, of 256, would make several times as much
+        assert (ours - theirs).norm() < 2e-3 * theirs.norm()
+    else:  # Hadamard matrices of orders 12 and 36 are many, and ours are others: as good, with other vectors
+        losses = [((other - weight) @ x.T).square().sum().item() for other in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.06)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
