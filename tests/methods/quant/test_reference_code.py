@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from toys_quant import golden, stub_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.core.views import Layer
+from effbench.formats.codebook import LutLinear
 from effbench.formats.integer import IntLinear
 from effbench.formats.packing import unpack
 from effbench.methods.quant.awq import AWQ
@@ -187,22 +189,39 @@ def test_quip_sharp_equals_the_authors(bits: int, passes: int, case: str) -> Non
         assert losses[0] == pytest.approx(losses[1], rel=0.06)
 
 
+@pytest.mark.parametrize("part", ["", "rest."])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_squeezellm_has_no_more_error_than_scikit_learn(bits: int) -> None:
-    tensors, _ = golden("squeezellm")
-    weight, importance = tensors["weight"], tensors["importance"].double()
+def test_squeezellm_has_no_more_error_than_the_authors(bits: int, part: str) -> None:
+    tensors, facts = golden("squeezellm")
+    weight, importance, apart = tensors["weight"], tensors["importance"].double(), tensors["apart"]
     layer = make_layer(weight)
     layer.inputs.grad2 = tensors["importance"]
-    ours = dense_weight(SqueezeLLM(bits, sensitive=0.0, outliers=0.0).compress(layer))
-    theirs = (weight.unsqueeze(2) - tensors[f"b{bits}.lut"].unsqueeze(1)).abs().amin(2)
+    shares = [int(facts[name]) / weight.numel() if part else 0.0 for name in ("sensitive", "large")]
+    module = SqueezeLLM(bits, *shares).compress(layer)
+    ours = dense_weight(module)
+    assert isinstance(module, LutLinear)
+    if part:
+        assert module.crow is not None and module.col is not None and module.values is not None
+        rows = torch.arange(len(weight)).repeat_interleave(module.crow.diff())
+        assert torch.equal(torch.stack([rows, module.col.long()], 1), apart.nonzero())
+        assert (ours - weight)[apart].abs().max() < 2**-11 * weight.abs().max()  # stored in float16
+        importance = importance.masked_fill(apart, 0)
+    theirs = (weight.unsqueeze(2) - tensors[f"b{bits}.{part}lut"].unsqueeze(1)).abs().amin(2)
     best = (theirs.double().square() * importance).sum(1)
-    assert torch.all(((ours - weight).double().square() * importance).sum(1) <= 1.001 * best)
-    assert torch.all(((ours - weight).double().square() * importance).sum(1) >= 0.6 * best)
+    error = ((ours - weight).double().square() * importance).sum(1)
+    # Our clusters are nearly the best there are, scikit-learn's are not: together they have .85 to .99 of its error.
+    assert torch.all(error <= 1.001 * best) and error.sum() > 0.8 * best.sum()
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_fp8_weights_equal_torchao(granularity: str) -> None:
+def test_fp8_weights_and_inputs_equal_torchao(granularity: Any) -> None:
     tensors, _ = golden("fp8")
-    module = FP8Weight(granularity).compress(make_layer(tensors["weight"]))  # type: ignore[arg-type]
-    assert torch.equal(module.weight.view(torch.uint8), tensors[f"{granularity}.codes"])
-    assert torch.allclose(dense_weight(module), tensors[f"{granularity}.dense"], rtol=1e-6)
+    weights, both = (
+        FP8Weight(granularity, activations).compress(make_layer(tensors["weight"])) for activations in (False, True)
+    )
+    for module in (weights, both):
+        assert torch.equal(module.weight.view(torch.uint8), tensors[f"{granularity}.codes"])
+        assert torch.allclose(dense_weight(module), tensors[f"{granularity}.dense"], rtol=1e-6)
+    x, y = tensors["x"], tensors[f"{granularity}.y"]
+    assert torch.allclose(both(x), y, atol=1e-5 * y.abs().max())  # factors are applied after their sums, 3e-7
+    assert torch.allclose(weights(x), x @ tensors[f"{granularity}.dense"].T, atol=1e-5 * y.abs().max())
