@@ -54,12 +54,44 @@ def test_gptq_codes_are_those_of_llm_compressor(name: str, setting: tuple[int, i
     assert (chain == codes[:, order]).double().mean() >= 0.999
 
 
+def find_grid(weight: Tensor, bits: int, symmetric: bool = False, mse: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale, a float16 number, and zero-point of every row of `weight` [out, n] by the published formula, [out, 1]."""
+    top = 2**bits - 1
+    low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    best, least = torch.empty(0), torch.full_like(low, torch.inf)
+    for step in range(80 if mse else 1):
+        shrink = 1 - step / 100
+        scale = (shrink * high - shrink * low) / top
+        zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-shrink * low / scale).round()
+        error = (round_to(weight, scale, zero, bits) - weight).abs().pow(2.4).sum(1, keepdim=True)
+        found = torch.stack([scale, zero])
+        best = torch.where(error < least, found, best) if step else found
+        least = torch.minimum(error, least)
+    return best[0].half().float(), best[1]
+
+
+def round_to(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return scale * (((weight / scale).round() + zero).clamp(0, 2**bits - 1) - zero)
+
+
+@pytest.mark.parametrize(("grid", "setting"), ast.literal_eval(golden("gptq_authors")[1]["grids"]).items())
+def test_the_grid_of_these_tests_is_the_authors(grid: str, setting: tuple[bool, bool]) -> None:
+    tensors, _ = golden("gptq_authors")
+    for bits in (3, 4):
+        parts = tensors[f"100.g64.b{bits}.weight"].split(64, 1)
+        rounded = [round_to(part, *find_grid(part, bits, *setting), bits) for part in parts]
+        assert torch.equal(torch.cat(rounded, 1), tensors[f"100.g64.b{bits}.rounded.{grid}"])
+
+
 def authors_loop(weight: Tensor, hessian: Tensor, method: GPTQ, use: Any = None) -> tuple[Tensor, list[Tensor], Tensor]:
     """Dequantized weight, the groups' scales and g_idx by the published loop, column by column, written plainly."""
 
     def find(w: Tensor) -> tuple[Tensor, Tensor]:
-        grid = fit_grid(w, method.bits, method.symmetric, mse=method.mse).as_stored()
-        return grid.scale[:, 0], grid.zero[:, 0]
+        scale, zero = find_grid(w, method.bits, method.symmetric, method.mse)
+        return scale[:, 0], zero[:, 0]
 
     W, H, size = weight.clone(), hessian.clone(), method.group_size
     n = W.shape[1]
@@ -85,7 +117,7 @@ def authors_loop(weight: Tensor, hessian: Tensor, method: GPTQ, use: Any = None)
             if static:
                 scale, zero = static[perm[i1 + i] // size]
             w = W1[:, i]
-            q = scale * ((w / scale).round().add(zero).clamp(0, 2**method.bits - 1) - zero)
+            q = round_to(w, scale, zero, method.bits)
             E1[:, i] = (w - q) / U[i1 + i, i1 + i]
             W1[:, i:] -= E1[:, i : i + 1] @ U[i1 + i : i1 + i + 1, i1 + i : i2]
             Q[:, i1 + i] = q
@@ -148,11 +180,11 @@ def test_true_sequential_is_passed_on() -> None:
     assert GPTQ(true_sequential=True).true_sequence and not GPTQ().true_sequence
 
 
-def update_loop(weight: Tensor, grid: Grid, row_of: Any, sign: float) -> Tensor:
+def update_loop(weight: Tensor, bits: int, row_of: Any, sign: float) -> Tensor:
     """Column by column with an update row of one's choice: q_j = round(w_j), W += sign * (w_j - q_j) * row(j)."""
-    work, out = weight.clone(), torch.zeros_like(weight)
+    work, out, grid = weight.clone(), torch.zeros_like(weight), find_grid(weight, bits)
     for j in range(weight.shape[1]):
-        out[:, j : j + 1] = grid.round(work[:, j : j + 1])
+        out[:, j : j + 1] = round_to(work[:, j : j + 1], *grid, bits)
         work[:, j + 1 :] += sign * (work[:, j : j + 1] - out[:, j : j + 1]) * row_of(j)[j + 1 :]
     return out
 
@@ -160,7 +192,6 @@ def update_loop(weight: Tensor, grid: Grid, row_of: Any, sign: float) -> Tensor:
 def test_seed_gptq_update_has_the_wrong_sign_and_the_wrong_rows() -> None:
     layer = make_layer()
     hessian = layer.inputs.hessian
-    grid = fit_grid(layer.weight, 3).as_stored()
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
     static = torch.linalg.inv(damped)
     factor = inverse_factor(hessian, 0.01, "x")
@@ -171,14 +202,14 @@ def test_seed_gptq_update_has_the_wrong_sign_and_the_wrong_rows() -> None:
     def by_inverse(j: int) -> Tensor:
         return static[j] / static[j, j]
 
-    right = update_loop(layer.weight, grid, by_factor, -1)
+    right = update_loop(layer.weight, 3, by_factor, -1)
     ours = dense_weight(GPTQ(3, group_size=None).compress(make_layer()))
     assert ((right - ours).abs() < 1e-6).double().mean() > 0.999
     losses = {
         "right": proxy_loss(layer, right),
-        "rounding": proxy_loss(layer, grid.round(layer.weight)),
-        "seed": proxy_loss(layer, update_loop(layer.weight, grid, by_inverse, +1)),
-        "seed's rows, right sign": proxy_loss(layer, update_loop(layer.weight, grid, by_inverse, -1)),
+        "rounding": proxy_loss(layer, round_to(layer.weight, *find_grid(layer.weight, 3), 3)),
+        "seed": proxy_loss(layer, update_loop(layer.weight, 3, by_inverse, +1)),
+        "seed's rows, right sign": proxy_loss(layer, update_loop(layer.weight, 3, by_inverse, -1)),
     }
     assert losses["right"] < losses["seed's rows, right sign"] < losses["seed"]
     assert losses["seed"] > 1.5 * losses["rounding"]
