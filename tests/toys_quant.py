@@ -69,6 +69,7 @@ def stub_run(model: nn.Module, length: int = 32) -> Any:
         targeted=lambda path: True,
         linears=lambda: dict(Blocks(model).linears()),
         calibration=lambda: texts,
+        progress=lambda unit, done, total: None,
     )
 
 
