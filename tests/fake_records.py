@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from effbench.records.record import Cell, Metric, Record
+from effbench.records.store import Store
 
 WINDOWS, QUESTIONS = 60, 120
 PROTOCOL = "ppl.world.joined.window512.stride512.token.first-of-window-unscored.windows60.oneblock"
@@ -70,3 +71,11 @@ RECORDS = [
     make("fp8_weight()", worse=0.0, bits=8.0, rng_seed=4, simulated=True),
     failed("squeezellm(bits=3)"),
 ]
+
+
+def store_records(folder, records=RECORDS):
+    """A store in that folder that holds the records."""
+    store = Store(folder)
+    for record in records:
+        store.write(record)
+    return store

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 
 from effbench.cells.job import Job
@@ -10,6 +9,7 @@ from effbench.core.errors import Unsupported
 from effbench.core.kinds import KINDS, kind_of
 from effbench.core.method import Method
 from effbench.core.recipe import parse
+from effbench.core.usage import matches_any
 
 
 def foresee(job: Job) -> str | None:
@@ -27,11 +27,7 @@ def foresee(job: Job) -> str | None:
 
     skip = job.cell.settings.get("skip") or ()
     try:
-        shapes = {
-            path: shape
-            for path, shape in linear_shapes(job.source).items()
-            if not any(fnmatch.fnmatch(path, pattern) for pattern in skip)
-        }
+        shapes = {path: shape for path, shape in linear_shapes(job.source).items() if not matches_any(path, skip)}
         for step in asked:
             step.check_shapes(shapes)
     except Unsupported as error:

@@ -90,8 +90,8 @@ def expect_seconds(batch: Batch) -> dict[str, float]:
     rows = [cell.row for cell in todo if cell.row is not None]
     if len(rows) < len(todo) and PUBLISHED is not None and PUBLISHED.is_dir():
         rows = Store(PUBLISHED).read(batch.suite.name, batch.suite.version)[0] + rows
-    took = {_Before.row(record.cell): record.seconds for record in rows if record.outcome == "ok"}
-    places = {cell.job.cell.identity: _Before.row(cell.job.cell) for cell in todo}
+    took = {_place_of(record.cell): record.seconds for record in rows if record.outcome == "ok"}
+    places = {cell.job.cell.identity: _place_of(cell.job.cell) for cell in todo}
     return {identity: took[row] for identity, row in places.items() if row in took}
 
 
@@ -248,17 +248,17 @@ class _Before:
             self._attempts[identity] = max(record.attempt, self._attempts.get(identity, 0))
         self._rows: dict[tuple[Any, ...], Record] = {}  # row: its newest record, whatever has changed since
         for record in sorted(self._standing.values(), key=lambda record: record.started):
-            self._rows[self.row(record.cell)] = record
+            self._rows[_place_of(record.cell)] = record
 
     def decide(self, job: Job) -> Planned:
         """Whether a cell has to run, and why."""
-        return dataclasses.replace(self._decide(job), row=self._rows.get(self.row(job.cell)))
+        return dataclasses.replace(self._decide(job), row=self._rows.get(_place_of(job.cell)))
 
     def _decide(self, job: Job) -> Planned:
         cell = job.cell
         record = self._standing.get(cell.identity)
         if record is None:
-            older = self._rows.get(self.row(cell))
+            older = self._rows.get(_place_of(cell))
             return Planned(job, f"changed: {', '.join(_changes(older.cell, cell))}" if older is not None else "new")
         lost = record.metrics and not (record.protocols and record.environment)  # nobody knows how it was measured
         if record.outcome not in RETRIED and not self._again and not lost:
@@ -268,9 +268,10 @@ class _Before:
         why = "how it was measured is lost" if lost else f"{record.outcome} before"
         return Planned(next_attempt, f"{why}: attempt {next_attempt.attempt}")
 
-    @staticmethod
-    def row(cell: Cell) -> tuple[Any, ...]:
-        return cell.recipe, cell.model, cell.seed, cell.tier
+
+def _place_of(cell: Cell) -> tuple[Any, ...]:
+    """What tells the rows of a suite apart, whatever has changed since."""
+    return cell.recipe, cell.model, cell.seed, cell.tier
 
 
 def _changes(old: Cell, new: Cell) -> list[str]:

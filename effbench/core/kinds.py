@@ -7,10 +7,10 @@ name alone, so that core knows nothing of it. A rare method overrides `apply(run
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effbench.core.method import HOOKS, Alternatives, Method, Need
+from effbench.core.usage import matches_any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence, Set
@@ -103,7 +103,7 @@ class Swap(Method):
     def wants(self, path: str) -> bool:
         """Whether the linear at `path` is to be replaced, by its name."""
         name = path.rpartition(".")[2]
-        return self.targets == "all" or any(fnmatch.fnmatchcase(name, target) for target in self.targets)
+        return self.targets == "all" or matches_any(name, self.targets)
 
     def replace(self, module: Module) -> Module:
         """The module that takes the place of `module` and may hold it."""

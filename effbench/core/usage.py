@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import functools
 import math
 import operator
@@ -11,7 +12,7 @@ import reprlib
 import tempfile
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
@@ -30,6 +31,7 @@ LARGEST = 2**63 - 1  # whole number that records and tensors hold
 TOO_LARGE = f"must be at most {LARGEST} in magnitude"
 LONGEST = 200  # characters of a name that is compared with others
 LISTED = 200  # names that a message lists
+SOME = 5  # of many names, in one message
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -128,6 +130,17 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         raise Usage(f"{where}: is nested too deeply") from None
     _check_plain(converted, where)
     return converted
+
+
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of the patterns, in which `*` and `?` stand for any characters."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def list_some(names: Sequence[str]) -> str:
+    """The names between commas, of many the first few and how many more there are."""
+    more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
+    return f"{', '.join(names[:SOME])}{more}"
 
 
 def typed(kind: type[T], values: Any) -> T:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
 import functools
 import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.kinds import kind_of, service
 from effbench.core.run import FitReport, Run
+from effbench.core.usage import matches_any
 from effbench.nn.data import LONGEST, SEQUENCES, Data
 from effbench.nn.model.blocks import Blocks, count_positions
 from effbench.nn.model.linear import (
@@ -106,7 +106,7 @@ class ModelRun(Run):
         return 0 if pad is None else int(pad)
 
     def targeted(self, path: str) -> bool:
-        return not any(fnmatch.fnmatch(path, pattern) for pattern in self._skip)
+        return not matches_any(path, self._skip)
 
     def linears(self) -> dict[str, nn.Module]:
         return {path: module for path, module in Blocks(self.model).linears() if self.targeted(path)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from effbench.core.errors import Usage
+from effbench.core.usage import list_some
 
 SPEECHES = Path(__file__).parent / "speeches" / "addresses.jsonl.gz"
 SUFFIXES = ("", ".md", ".rst", ".tex", ".text", ".txt")  # of the files of a folder that are read
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-SHOWN = 5  # names in one message
 PARTS = ("train", "calibration", "heldout")
 
 
@@ -100,6 +101,7 @@ def read_lines(path: Path) -> Corpus:
     return _corpus(filled, "lines", {"empty": len(documents) - len(filled)}, "")
 
 
+@functools.cache
 def read_speeches() -> Corpus:
     """The State of the Union addresses that ship, in parts that are fixed."""
     parts: dict[str, list[Document]] = {part: [] for part in PARTS}
@@ -208,5 +210,4 @@ def _bytes(path: Path) -> bytes:
 def _list(names: Iterable[str], before: str) -> str:
     """`before` and the names, of many the first few; empty without names."""
     names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{before} {', '.join(names[:SHOWN])}{more}" if names else ""
+    return f"{before} {list_some(names)}" if names else ""

@@ -96,7 +96,8 @@ class QuIPSharp(Weights):
     def check_shape(self, out: int, width: int) -> None:
         if width % SPAN:
             raise ValueError(f"width {width} is not a multiple of {SPAN}")
-        factors(out), factors(width)
+        for size in (out, width):
+            factors(size)  # of its Hadamard matrix
 
     def compress(self, layer: Layer) -> nn.Module:
         if layer.kept is not None:

@@ -5,7 +5,7 @@ import io
 import re
 
 import pytest
-from fake_records import RECORDS, make
+from fake_records import RECORDS, make, store_records
 
 from effbench.cli.main import main
 from effbench.core.errors import Usage
@@ -22,10 +22,7 @@ NAMES = ["baseline", "gptq(bits=4)", "rtn(bits=2)", "rtn(bits=8)"]
 
 @pytest.fixture
 def results(tmp_path):
-    store = Store(tmp_path / "results")
-    for record in RECORDS:
-        store.write(record)
-    return tmp_path / "results"
+    return store_records(tmp_path / "results").results
 
 
 def show(results, *words):

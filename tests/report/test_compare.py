@@ -7,7 +7,7 @@ from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
-from fake_records import RECORDS, failed, make
+from fake_records import failed, make, store_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
@@ -26,10 +26,7 @@ from effbench.report.pages import load
 
 @pytest.fixture
 def results(tmp_path):
-    store = Store(tmp_path / "results")
-    for record in RECORDS:
-        store.write(record)
-    return tmp_path / "results"
+    return store_records(tmp_path / "results").results
 
 
 def run(results, *words):

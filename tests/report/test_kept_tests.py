@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from fake_records import RECORDS, make
+from fake_records import RECORDS, make, store_records
 
 from effbench.records.record import Metric
 from effbench.records.store import Store
@@ -16,9 +16,7 @@ from effbench.report.pages import check, write
 
 @pytest.fixture
 def results(tmp_path):
-    store = Store(tmp_path / "results")
-    for record in RECORDS:
-        store.write(record)
+    store_records(tmp_path / "results")
     write(tmp_path / "results")
     return tmp_path / "results"
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from fake_records import make
+from fake_records import make, store_records
 
 from effbench import publish as publishing
 from effbench.cells import suite as suites
@@ -71,10 +71,7 @@ def small(tmp_path, monkeypatch):
 
 
 def runs(tmp_path, records):
-    store = Store(tmp_path / "runs")
-    for record in records:
-        store.write(record)
-    return store.results
+    return store_records(tmp_path / "runs", records).results
 
 
 def test_a_complete_tier_is_published(small, tmp_path):

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from fake_records import RECORDS, failed, make
+from fake_records import RECORDS, failed, make, store_records
 
 from effbench.cli.main import main
 from effbench.records.record import Metric
@@ -21,10 +21,7 @@ def timed(recipe="baseline", speed=100.0, **changes):
 
 @pytest.fixture
 def store(tmp_path):
-    store = Store(tmp_path / "published")
-    for record in RECORDS:
-        store.write(record)
-    return store
+    return store_records(tmp_path / "published")
 
 
 def verdict(own, other, **options):

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from fake_records import PROTOCOL, RECORDS, failed, make
+from fake_records import PROTOCOL, RECORDS, failed, make, store_records
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,9 +43,7 @@ def table(text, title="Size and quality"):
 @pytest.fixture
 def results(tmp_path):
     """A results folder with the records, beside a README."""
-    store = Store(tmp_path / "results")
-    for record in RECORDS:
-        store.write(record)
+    store_records(tmp_path / "results")
     (tmp_path / "README.md").write_text(
         "# Top\n<!-- effbench:table quant -->\nold\n<!-- /effbench:table -->\n\nRest `x`\n", encoding="utf-8"
     )

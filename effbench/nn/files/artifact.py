@@ -29,7 +29,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from effbench.core.errors import Refused, Unsupported, first_line
 from effbench.core.paths import PACKAGE
-from effbench.nn.model.linear import Replaced, Storage, stored_as, stored_tensors, top_linears
+from effbench.nn.model.linear import Replaced, Storage, matrix_dtype, stored_as, stored_tensors, top_linears
 
 CONFIG = "effbench.json"
 WEIGHTS = "model.safetensors"
@@ -143,7 +143,7 @@ def _write(model: Any, folder: Path, storage: torch.dtype | Storage) -> tuple[in
         tensors[name] = tensor.detach().to("cpu", stored_as(name, tensor, storage)).contiguous()
     _save_tensors(tensors, folder / WEIGHTS)
     config = copy.deepcopy(model.config)
-    config.dtype = storage.matrices if isinstance(storage, Storage) else storage  # not that of the arithmetic here
+    config.dtype = matrix_dtype(storage)  # not that of the arithmetic here
     config.save_pretrained(folder)
     tied = {name: target for name, target in _tied(model).items() if name not in tensors}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), tied

@@ -24,7 +24,7 @@ from effbench.nn.files import artifact
 from effbench.nn.files.checkpoint import PICKLES, Header, choose_storage, describe_headers, read_headers
 from effbench.nn.files.gguf import Gguf, open_gguf
 from effbench.nn.model.blocks import ARCHITECTURES, Blocks, count_positions
-from effbench.nn.model.linear import Storage, matrix_shape
+from effbench.nn.model.linear import matrix_dtype, matrix_shape
 from effbench.nn.run import ModelRun, round_to
 from effbench.sources.shapes import SHAPES
 
@@ -62,8 +62,7 @@ def open_run(
     headers = _headers(source)
     packed = torch.float16 if source.kind == "gguf" else torch.bfloat16  # what scales of llama.cpp's formats are in
     storage = choose_storage(headers, packed)
-    narrowest = storage.matrices if isinstance(storage, Storage) else storage
-    compute = getattr(torch, dtype) if dtype else torch.float32 if place.type == "cpu" else narrowest
+    compute = getattr(torch, dtype) if dtype else torch.float32 if place.type == "cpu" else matrix_dtype(storage)
     build = functools.partial(open_model, source, config, place, compute)
     tokenizer = _tokenizer(source)
     if source.kind == "shape":
@@ -118,7 +117,7 @@ def open_model(source: Source, config: Any, device: torch.device, dtype: torch.d
         return _random(config, device, dtype)
     folder = source.location
     if source.kind == "gguf":
-        return read_gguf(open_gguf(sources.open_file(source)), config, dtype).to(device)
+        return read_gguf(_gguf(source), config, dtype).to(device)
     if _is_artifact(folder):
         return artifact.load(folder, dtype).to(device, dtype)
     return read(folder, dtype, source.revision).to(device)
@@ -181,6 +180,10 @@ def _read(folder: Path | str, name: str, dtype: torch.dtype, **options: Any) -> 
                 round_to(dtype, f"{name}: {path}", _read(folder, name, torch.float32, **options).get_parameter(path))
             raise Refused(f"{name}: {path} holds NaN or infinity")
     return model
+
+
+def _gguf(source: Source) -> Gguf:
+    return open_gguf(sources.open_file(source))
 
 
 def _is_artifact(folder: Path | str) -> TypeGuard[Path]:
@@ -273,7 +276,7 @@ def _config(source: Source) -> Any:
     folder = source.location
     try:
         config = (
-            open_gguf(sources.open_file(source)).config()
+            _gguf(source).config()
             if source.kind == "gguf"
             else AutoConfig.from_pretrained(
                 folder,
@@ -300,7 +303,7 @@ def _headers(source: Source) -> dict[str, Header]:
     if source.kind == "shape":
         return {}
     if source.kind == "gguf":
-        return open_gguf(sources.open_file(source)).headers
+        return _gguf(source).headers
     try:
         return read_headers(source.location, source.revision)
     except Exception as error:
@@ -314,7 +317,7 @@ def _tokenizer(source: Source) -> Any:
     named = str(tiny.MODEL) if source.tokenizer == "tiny" else source.tokenizer
     folder = named or source.location
     if named is None and source.kind == "gguf":
-        return open_gguf(sources.open_file(source)).tokenizer()
+        return _gguf(source).tokenizer()
     if named is None and isinstance(folder, Path) and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*")):
         return None
     with _quiet():

@@ -182,9 +182,14 @@ def stored_as(name: str, tensor: Tensor, storage: torch.dtype | Storage) -> torc
     """Dtype an artifact keeps a tensor in: dense parameters in `storage`, buffers (codes, scales) as they are."""
     if not isinstance(tensor, nn.Parameter) or tensor.dtype not in (torch.float32, torch.float64):
         return tensor.dtype
-    if isinstance(storage, Storage):
-        return storage.vectors if is_vector(name, tensor.ndim) else storage.matrices
-    return storage
+    if isinstance(storage, Storage) and is_vector(name, tensor.ndim):
+        return storage.vectors
+    return matrix_dtype(storage)
+
+
+def matrix_dtype(storage: torch.dtype | Storage) -> torch.dtype:
+    """Dtype that dense matrices are kept in."""
+    return storage.matrices if isinstance(storage, Storage) else storage
 
 
 def is_vector(name: str, dimensions: int) -> bool:

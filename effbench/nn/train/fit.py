@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Diverged, Unsupported
 from effbench.core.run import FitReport
+from effbench.core.usage import list_some
 from effbench.core.views import Example
 from effbench.nn.data import count_learned, cut
 from effbench.nn.model.blocks import count_positions
@@ -215,7 +216,7 @@ def cut_all(examples: Sequence[Example], width: int, unread: int) -> tuple[list[
         windows += parts
         lost += [] if parts else [example.id]
         shortened += bool(parts and example.prompt and len(example.ids) > width)
-    shown = f"{', '.join(lost[:5])}{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}"
+    shown = list_some(lost)
     if not windows:
         hint = f": {shown} leave nothing to learn in {width} tokens, give a larger max_length" if lost else " is empty"
         raise Unsupported(f"fit has nothing to train on: the train set{hint}")
