@@ -21,7 +21,7 @@ Stale = Callable[[Record], bool]  # whether a record was measured by another sou
 
 INTERVAL = re.compile(r" ±[^ ↑↓]*| \[[^]]*\]ˢ?")
 MARKS = (
-    "±: half of the 95 % interval over items or windows; [a–b]: its bounds, where ± would mislead; "
+    "±: the longer half of the 95 % interval over items or windows; [a–b]: its bounds, where ± would mislead; "
     "ˢ: over seeds, for two of them [a–b]ˢ is their range; –: not measured."
 )
 ARROWS = "↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table."
