@@ -16,6 +16,8 @@ Lineage = list[tuple[ast.ClassDef, Module]]  # classes from the top down, each w
 def trace(node: ast.ClassDef, module: Module) -> tuple[Lineage, str | None]:
     """A class behind those that it inherits from within the code of methods, and its kind; None where it has none.
 
+    The kind is that of the first base that has one; bases without one, such as settings that classes share, count too.
+
     Bases are followed however they are written (`Weights`, `kinds.Weights`, `_common.Base`) and from file to file.
     Raises `SyntaxError` for a file on the way that cannot be read.
     """
@@ -23,12 +25,13 @@ def trace(node: ast.ClassDef, module: Module) -> tuple[Lineage, str | None]:
 
 
 def _trace_class(node: ast.ClassDef, module: Module, seen: frozenset[str]) -> tuple[Lineage, str | None]:
-    own = [(node, module)]
-    for base in node.bases:
-        above, kind = _trace_name(ast.unparse(base), module, node.lineno, seen)
-        if kind is not None:
-            return [*above, *own], kind
-    return own, None
+    lineage: Lineage = []
+    kind = None
+    for base in reversed(node.bases):  # what the first base says stands
+        above, found = _trace_name(ast.unparse(base), module, node.lineno, seen)
+        lineage += above
+        kind = found or kind
+    return [*lineage, (node, module)], kind
 
 
 def _trace_name(name: str, module: Module, before: float, seen: frozenset[str]) -> tuple[Lineage, str | None]:

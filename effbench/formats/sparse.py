@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from effbench.formats.bcsr import BCSRLinear, find_whole_blocks
 from effbench.formats.csr import pack_unstructured
 from effbench.formats.nm import NMLinear
-from effbench.nn.model.linear import MaskedLinear
+from effbench.nn.model.linear import MaskedLinear, Storage, make_linear, stored_bytes
 
 
 class Pattern(NamedTuple):
@@ -68,7 +69,13 @@ class PrunedLinear(MaskedLinear):
     def rebuilt(self, weight: Tensor) -> PrunedLinear:
         return PrunedLinear.of(weight.to(self.weight.dtype), self.kept(), self.bias, self.pattern)
 
-    def pack(self) -> nn.Module:
+    def pack(self, storage: torch.dtype | Storage) -> nn.Module:
+        """The form of the pattern, or a plain linear where its zeros save less than it takes to place them."""
+        packed = self._pack()
+        dense = make_linear(self.weight.detach(), self.bias)
+        return min(dense, packed, key=lambda module: sum(stored_bytes(module, storage)))
+
+    def _pack(self) -> nn.Module:
         kind, first, second = Pattern.of(self.pattern)
         weight, keep = self.weight.detach(), self.kept()
         if kind == "n:m":

@@ -204,7 +204,7 @@ class ModelRun(Run):
         self.model.eval()
         for path, module in list(self.model.named_modules()):
             if isinstance(module, Replaced):
-                replace(self.model, path, module.pack())
+                replace(self.model, path, module.pack(self.storage))
         narrow(self.model, self.storage)
         changed = not self.infer.empty or self.log.selected or take_fingerprint(self.model) != self._before
         if not (changed or recipe_is_empty):

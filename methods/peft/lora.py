@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.kinds import Swap
-from effbench.nn.model.linear import Replaced, dense_weight, kept, rebuilt
+from effbench.nn.model.linear import Replaced, dense_weight, kept, make_linear, rebuilt
 
 
 class LoRALinear(Replaced):
@@ -69,10 +69,7 @@ class LoRALinear(Replaced):
 
     def dense(self) -> nn.Linear:
         """One plain linear that computes the same."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device=self.a.device)
-        linear.weight = nn.Parameter(self.dense_weight())
-        linear.bias = self.bias  # type: ignore[assignment]
-        return linear
+        return make_linear(self.dense_weight(), self.bias)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {

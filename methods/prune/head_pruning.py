@@ -88,9 +88,9 @@ class HeadPruning(Method):
         total = sum(map(len, left.values()))
         number = int(total * self.sparsity + 1e-9)
         if number == 0:
-            raise Unsupported(f"{self}: less than one of {total} key-value heads")
+            raise Unsupported(f"less than one of {total} key-value heads")
         if number > total - len(chosen):
-            raise Unsupported(f"{self}: {number} of {total} key-value heads would leave a block with none")
+            raise Unsupported(f"{number} of {total} key-value heads would leave a block with none")
         removed: dict[int, list[int]] = {index: [] for index in chosen}
         rounds = min(self.rounds, number)
         for turn in range(rounds):

@@ -82,7 +82,7 @@ class LayerPruning(Method):
         view = Blocks(run.model)
         number = math.floor(self.fraction * len(view) + 0.5)
         if number == 0:
-            raise Unsupported(f"{self}: less than half of one of {len(view)} blocks")
+            raise Unsupported(f"less than half of one of {len(view)} blocks")
         free = [
             all(run.targeted(path) for path, _ in top_linears(block, view.path(index, "")[:-1]))
             for index, block in enumerate(view.blocks)
@@ -97,14 +97,14 @@ class LayerPruning(Method):
     def _lowest(self, run: Run, number: int, free: list[bool]) -> tuple[list[float], list[int]]:
         candidates = [index for index, may_go in enumerate(free) if may_go]
         if number > min(len(candidates), len(free) - 1):
-            raise Unsupported(f"{self}: {number} blocks of {len(free)}, {len(candidates)} of which may go but not all")
+            raise Unsupported(f"{number} blocks of {len(free)}, {len(candidates)} of which may go but not all")
         influence = block_influence(run)
         return influence, sorted(sorted(candidates, key=influence.__getitem__)[:number])
 
     def _contiguous(self, run: Run, number: int, free: list[bool]) -> tuple[list[float], list[int]]:
         starts = [start for start in range(len(free) - number) if all(free[start : start + number])]
         if not starts:
-            raise Unsupported(f"{self}: there are no {number} blocks in a row before the last that may go")
+            raise Unsupported(f"there are no {number} blocks in a row before the last that may go")
         distance = angular_distance(run, number)
         start = min(starts, key=distance.__getitem__)
         return distance, list(range(start, start + number))

@@ -18,7 +18,7 @@ from effbench.formats.sparse import PrunedLinear
 from effbench.methods.prune._common import check_pattern, keep_mask
 from effbench.methods.prune._training import train_like, trainable_linears
 from effbench.nn.model.linear import dense_weight, kept, replace
-from effbench.nn.train.fit import FitSettings, fit
+from effbench.nn.train.fit import FitSettings, count_from, fit
 
 State = dict[str, Tensor]  # every parameter by its name; weights of linears as [out, in]
 
@@ -62,13 +62,16 @@ class LotteryTicket(Method):
         linears = trainable_linears(run)
         run.state(self)["start"] = copy_parameters(run.model, list(linears))
         run.attach(self)
-        settings = replace_fields(self._settings, lr=fit(run, self._settings)["lr"])
+        total = self.steps * (len(self._settings.rates) + self.rounds)
+        with count_from(run, 0, total):
+            settings = replace_fields(self._settings, lr=fit(run, self._settings)["lr"])
         start = run.state(self).pop("start")  # freed at the end: it is as large as the model
         for number in range(1, self.rounds + 1):
             masks = {path: self._survivors(run.model.get_submodule(path), path, number) for path in linears}
             again = self.control == "reinit" and number == self.rounds
             restore(run.model, draw_parameters(run, start) if again else start, masks)
-            fit(run, settings, start=self.rewind)
+            with count_from(run, total - self.steps * (self.rounds - number + 1), total):
+                fit(run, settings, start=self.rewind)
 
     def on_step(self, run: Run, step: int, total: int) -> None:
         if step + 1 == self.rewind:

@@ -74,7 +74,7 @@ class NeuronPruning(Method):
                 raise Unsupported(f"{view.path(index, view.names.down)}: no neuron would be left")
         removed = {index: len(scores[index]) - width for index, width in widths.items() if width < len(scores[index])}
         if not removed:
-            raise Unsupported(f"{self}: less than one neuron of any block")
+            raise Unsupported("less than one neuron of any block")
         for index, number in removed.items():
             keep_neurons(view, index, scores[index].argsort(stable=True)[number:].sort().values)
         settle_width(view)

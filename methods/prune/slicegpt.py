@@ -139,5 +139,5 @@ class SliceGPT(Method):
         width = int((1 - self.slicing) * full)
         width -= width % self.multiple
         if width < 1:
-            raise Unsupported(f"{self}: nothing would be left of a stream of width {full}")
+            raise Unsupported(f"nothing would be left of a stream of width {full}")
         return width

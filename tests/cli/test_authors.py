@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -239,6 +240,31 @@ def test_tests_are_those_that_use_the_method(capsys, here):
     write(here / "plain.py", TOY.format(name="Plain"))  # there are calls of functions called `plain` in tests
     assert cli.main(["show", "plain.py", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tests"] == []
+
+
+@pytest.mark.parametrize("key", sorted(registry.catalog()))
+def test_show_knows_the_fields_that_a_recipe_takes(key):
+    fields = [field.name for field in dataclasses.fields(registry.load(key))]
+    assert sorted(registry.entry(key).parameters) == sorted(fields)
+
+
+@pytest.mark.parametrize("bases", ["Rates, Weights", "Weights, Rates"])
+def test_fields_of_settings_beside_the_base_are_shown(here, capsys, bases):
+    rates = "@dataclass(frozen=True)\nclass Rates:\n    lr: float = 0.1  # peak\n"
+    both = f"@dataclass(frozen=True)\nclass Both({bases}):\n    bits: int = 4  # of a code\n"
+    imports = "from dataclasses import dataclass\n\nfrom effbench.core.kinds import Weights\n"
+    write(here / "both.py", f"{imports}\n\n{rates}\n\n{both}")
+    assert cli.main(["show", "both.py", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "Weights" and list(facts["parameters"]) == ["lr", "bits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("gptq", "published +gptq"), ("rtn", "published +not as a recipe, see caveats\ncaveats +\\w")]
+)
+def test_show_says_what_is_published(name, line, capsys):
+    assert cli.main(["show", name]) == 0
+    assert re.search(line, capsys.readouterr().out)
 
 
 def test_own_files_are_listed_and_shown(here, capsys):

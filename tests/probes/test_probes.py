@@ -590,7 +590,11 @@ def test_zeros_are_counted_in_linears_and_in_all_parameters(tokenizer, tied):
     assert measure_sparsity(model).linears == linear_zeros / size
     assert measure_sparsity(model).model == (linear_zeros + 8 * embedding.shape[1] + 1) / total
     module = linears[0]
-    replace(model, next(iter(top_linears(model)))[0], PrunedLinear.of(module.weight, module.weight != 0).pack())
+    replace(
+        model,
+        next(iter(top_linears(model)))[0],
+        PrunedLinear.of(module.weight, module.weight != 0).pack(torch.bfloat16),
+    )
     assert measure_sparsity(model).linears == linear_zeros / size  # packed ones by what they compute with
 
 

@@ -70,7 +70,9 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
     if entry.about:
         print(f"{entry.about}\n")
     about = {"kind": entry.kind, "paper": entry.paper or "not named"}
-    about |= {"published": entry.facts.get("published", ""), "caveats": "; ".join(entry.facts.get("caveats", ()))}
+    caveats = "; ".join(entry.facts.get("caveats", ()))
+    about |= {"published": entry.facts.get("published") or ("not as a recipe, see caveats" if caveats else "")}
+    about |= {"caveats": caveats}
     about["file"] = str(path)
     about |= {"needs": ", ".join(sorted(map(str, entry.facts.get("needs", ())))), "tests": ", ".join(tests)}
     print_columns([[name, text] for name, text in about.items() if text])

@@ -83,8 +83,10 @@ class Replaced(nn.Module):
         """The same container holding `weight` [out, in], rounded to what it can represent."""
         raise NotImplementedError
 
-    def pack(self) -> nn.Module:
-        """The form an artifact stores, taken on at the end of a recipe; by default itself."""
+    def pack(self, storage: torch.dtype | Storage) -> nn.Module:
+        """The form an artifact stores whose dense tensors are kept in `storage`, taken on at the end of a recipe; by
+        default itself.
+        """
         return self
 
     def config(self) -> dict[str, Any]:
@@ -206,9 +208,14 @@ def rebuilt(module: nn.Module, weight: Tensor) -> nn.Module:
     """The same container holding `weight` [out, in]."""
     if isinstance(module, Replaced):
         return module.rebuilt(weight)
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device)
-    linear.weight.data = weight.to(module.weight.dtype)  # type: ignore[arg-type]
+    return make_linear(weight.to(module.weight.dtype), module.bias)  # type: ignore[arg-type]
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain linear that holds `weight` [out, in] and a copy of `bias`."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    linear.weight = nn.Parameter(weight)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
     return linear

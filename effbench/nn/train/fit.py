@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that is not learned
 VALIDATION = 2**14  # tokens of the validation part, at most; and no more than a tenth of the pool
+LEAST = 2**7  # tokens by which a learning rate can be chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +98,22 @@ def choose_rate(run: Run, settings: FitSettings, start: int) -> FitReport:
     aside = set_aside(run.data.pool, width)
     names = {example.id for example in aside}
     rest = [example for example in run.data.train if example.id not in names]
-    if not aside or not rest:
-        raise Unsupported("the train set is too small to try several learning rates: give more text, or one lr")
     windows = [window for example in aside for window in cut(example, width)]
+    number = sum(map(count_learned, windows))
+    if number < LEAST or not rest:
+        raise Unsupported(
+            f"the train set is too small to try several learning rates: {number} tokens would be set aside "
+            f"to choose by, of {LEAST} at least; give more text, or one lr"
+        )
     losses: dict[str, float] = {}
     best: tuple[float, FitReport, Callable[[], None]] | None = None
     before = run.remember()
     with training_on(run, rest):
-        for lr in settings.rates:
+        for tried, lr in enumerate(settings.rates):
             before()
             try:
-                report = train(run, dataclasses.replace(settings, lr=lr), start)
+                with count_from(run, settings.steps * tried, settings.steps * len(settings.rates)):
+                    report = train(run, dataclasses.replace(settings, lr=lr), start)
                 loss = measure_loss(run, windows, settings.batch_size)
             except Diverged:
                 loss = math.inf
@@ -120,7 +126,7 @@ def choose_rate(run: Run, settings: FitSettings, start: int) -> FitReport:
     _, report, restore = best
     restore()
     rates = {rate: loss if math.isfinite(loss) else None for rate, loss in losses.items()}
-    return report | {"rates": rates, "validation_tokens": sum(map(count_learned, windows))}
+    return report | {"rates": rates, "validation_tokens": number}
 
 
 def train(run: Run, settings: FitSettings, start: int) -> FitReport:
@@ -226,6 +232,17 @@ def cut_all(examples: Sequence[Example], width: int, unread: int) -> tuple[list[
         f"{unread} documents more than needed": unread,
     }
     return windows, "; ".join(note for note, holds in notes.items() if holds)
+
+
+@contextlib.contextmanager
+def count_from(run: Run, before: int, total: int) -> Iterator[None]:
+    """Have progress inside count on from `before`, of `total`."""
+    tell = run.progress
+    run.progress = lambda unit, done, _: tell(unit, before + done, total)
+    try:
+        yield
+    finally:
+        run.progress = tell
 
 
 @contextlib.contextmanager

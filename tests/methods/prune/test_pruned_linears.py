@@ -71,6 +71,9 @@ def test_four_bit_two_of_four_is_stored_as_such() -> None:
         ("wanda()", BitmaskLinear, 0.5 * 16 + 1),
         ("wanda(sparsity=0.75)", BitmaskLinear, 0.25 * 16 + 1),
         ("wanda(sparsity=0.96875)", CSRLinear, 0.03125 * (16 + 16)),
+        ("wanda(sparsity=0.046875)", nn.Linear, 16),  # a sixteenth of the weights pays for a bit each
+        ("wanda(sparsity=0.0625, pattern='15:16')", nn.Linear, 16),
+        ("magnitude(sparsity=0.0625, pattern='block:1x1')", nn.Linear, 16),
         ("wanda(pattern='2:4')", NMLinear, 0.5 * (16 + 2)),
         ("wanda(pattern='4:8')", NMLinear, 0.5 * (16 + 3)),
     ],
@@ -83,7 +86,8 @@ def test_stored_bits_per_weight(step: str, form: type[nn.Module], bits: float) -
         assert type(module) is form
         rows = 4 * (module.out_features + 1) * 8 if issubclass(form, Unstructured) else 0
         found = sum(stored_bytes(module, torch.bfloat16)) * 8
-        assert found == bits * module.in_features * module.out_features + rows
+        weights = dense_weight(module)
+        assert found == bits * weights.numel() + rows and float((weights == 0).double().mean()) > 0.04
 
 
 @pytest.mark.parametrize("step", ["wanda()", "sparsegpt(pattern='2:4')", "block_sparse()", "magnitude(scope='global')"])

@@ -116,6 +116,35 @@ def test_a_selection_does_not_choose_the_validation_part() -> None:
         fit(run, lr=RATES)
 
 
+@pytest.mark.parametrize(("number", "tokens"), [(64, 186), (40, 124), (5, 31)])
+def test_no_rate_is_chosen_by_a_handful_of_tokens(number: int, tokens: int) -> None:
+    run = toy_run()
+    run.data.pool = run.data.pool[:number]
+    run.data.train = list(run.data.pool)
+    if tokens >= library.LEAST:
+        assert fit(run, lr=RATES)["validation_tokens"] == tokens
+    else:
+        with pytest.raises(Unsupported, match=f"{tokens} tokens would be set aside to choose by, of 128 at least"):
+            fit(run, lr=RATES)
+        assert "rates" not in fit(run)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("fit(steps=3, max_length=32)", [1, 2, 3]),
+        ("fit(steps=2, max_length=32, lr=(1e-5, 1e-4, 1e-3))", [1, 2, 3, 4, 5, 6]),
+        ("lottery_ticket(steps=3, rounds=2, rewind=1, lr=(1e-5, 1e-4), max_length=32)", [*range(1, 7), 8, 9, 11, 12]),
+    ],
+)
+def test_progress_counts_the_steps_of_all_fits(step: str, expected: list[int]) -> None:
+    run = toy_run()
+    told: list[tuple[str, int, int]] = []
+    run.progress = lambda *news: told.append(news)
+    run.apply(parse_step(step))
+    assert told == [("training step", done, expected[-1]) for done in expected]
+
+
 def test_a_rate_that_diverges_is_passed_over() -> None:
     run, alone = toy_run(), toy_run()
     report = fit(run, lr=(1e18, 1e-3), steps=8)
