@@ -20,6 +20,7 @@ from effbench.core.files import file_digest
 from effbench.core.paths import PACKAGE
 from effbench.core.usage import named_path, nearest
 from effbench.sources import smollm2
+from effbench.sources.protocols import PROTOCOLS, Protocol
 from effbench.sources.shapes import SHAPES
 from effbench.sources.text import READERS, read_speeches
 
@@ -85,6 +86,11 @@ class DataSource:
     def shown(self) -> str:
         """The name, with that of what is learned from."""
         return self.name if self.learned is None else f"{self.name}{CALIBRATED_ON}{self.learned.name}"
+
+    @property
+    def protocol(self) -> Protocol | None:
+        """How a paper measures on them, where their name is that of such a protocol."""
+        return PROTOCOLS.get(self.name.removeprefix("hub:")) if self.kind == "hub" else None
 
     @property
     def task_folders(self) -> tuple[Path, ...]:
