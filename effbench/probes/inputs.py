@@ -69,7 +69,9 @@ def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
         raise Unsupported(f"text_tokens is {most}, the window {width} tokens: more text_tokens, or a smaller window")
     ids = run.data.heldout_ids(most)
     if len(ids) < width:
-        raise Unsupported(f"the held-out text has {len(ids)} tokens, the window {width}: more text, or a smaller window")
+        raise Unsupported(
+            f"the held-out text has {len(ids)} tokens, the window {width}: more text, or a smaller window"
+        )
     cut = ids.unfold(0, width, stride)[: settings.get("limit")]
     scored = "first-of-window-unscored" if stride == width else f"last{stride}-of-window-scored"
     name = f"token.window{width}.stride{stride}.windows{len(cut)}.{scored}"

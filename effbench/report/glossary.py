@@ -43,7 +43,12 @@ def write_columns() -> str:
     """What every column of every table means, by the detail that shows it."""
     details = {detail: {c.header: c.explain() for c in columns} for detail, columns in list_columns().items()}
     blocks = [
-        "\n".join([f"{DETAILS[detail]}{BY_NAME if detail == 'chosen' else ''}:", *(f"  {header}: {meaning}" for header, meaning in columns.items())])
+        "\n".join(
+            [
+                f"{DETAILS[detail]}{BY_NAME if detail == 'chosen' else ''}:",
+                *(f"  {header}: {meaning}" for header, meaning in columns.items()),
+            ]
+        )
         for detail, columns in {**details, DETAIL: MEANINGS}.items()
     ]
     return "\n\n".join([RECIPE, *blocks, f"{MARKS} {ARROWS}"])

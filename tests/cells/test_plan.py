@@ -147,7 +147,11 @@ def test_a_setting_that_no_probe_reads_costs_nothing(options, short, probes, cha
         ("perplexity", {"stride": 129}, "^stride=129: is more than the window, 128 tokens"),
         ("distance", {"window": 64, "stride": 65}, "^stride=65: is more than the window, 64 tokens.*; --set stride=64"),
         ("distance", {"window": 64, "text_tokens": 63}, "^text_tokens=63: is less than the window, 64 tokens"),
-        ("perplexity", {"text_tokens": 100}, "^text_tokens=100: is less than the window, 128 .*; --set text_tokens=128"),
+        (
+            "perplexity",
+            {"text_tokens": 100},
+            "^text_tokens=100: is less than the window, 128 .*; --set text_tokens=128",
+        ),
     ],
 )
 def test_a_setting_that_leaves_its_probe_no_chance_is_refused(options, short, probes, changes, words):
@@ -183,7 +187,9 @@ def test_what_acts_in_a_fit_needs_one_behind_it(options, tmp_path, recipe, idle)
     line = f"{idle} acts through the fit that follows it, and none does: add fit"
     with pytest.raises(Usage, match=f"^{line}"):
         plan(dataclasses.replace(options, recipe=recipe))
-    body = f"name: mine\nversion: 1\ndescription: d\nrecipes: [{{name: a, steps: '{recipe}'}}]\ntiers: {{quick: {{}}}}\n"
+    body = (
+        f"name: mine\nversion: 1\ndescription: d\nrecipes: [{{name: a, steps: '{recipe}'}}]\ntiers: {{quick: {{}}}}\n"
+    )
     (tmp_path / "mine.yaml").write_text(body)
     with pytest.raises(Usage, match=rf"mine\.yaml: recipes\.a: {line}"):
         plan(RunOptions(suite=str(tmp_path / "mine.yaml"), device="cpu"))

@@ -33,6 +33,7 @@ from effbench.cells.job import Place
 from effbench.cells.local import Local, last_words
 from effbench.cells.run import run_cells
 from effbench.core.errors import Diverged, OutOfMemory, Refused, Unavailable, Unsupported, Usage
+from effbench.core.recipe import parse
 from effbench.records.metric import Metric
 from effbench.records.record import FAILED, OUTCOMES, RETRIED, Record
 from effbench.records.store import Store, latest
@@ -879,8 +880,6 @@ def test_steps_and_phases_are_timed(fake, make_job):
 
 
 def test_facts_of_the_methods():
-    from effbench.core.recipe import parse
-
     assert cells.facts(parse(""), 128) == {}
     assert cells.facts(parse("rtn(bits=4)"), 128) == {
         "type": "PTQ",
@@ -920,8 +919,8 @@ def test_what_a_fit_does_to_weights_is_told(recipe, update):
 def test_caveats_name_the_method_as_recipes_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = "from effbench.core.kinds import Weights\nfrom dataclasses import dataclass\n\n"
-    body = "@dataclass(frozen=True)\nclass Mine(Weights):\n    caveats = ('half of it',)\n    def compress(self, layer): ...\n"
-    (tmp_path / "mine.py").write_text(f'"""Mine."""\n{base}{body}')
+    body = "@dataclass(frozen=True)\nclass Mine(Weights):\n    caveats = ('half of it',)\n"
+    (tmp_path / "mine.py").write_text(f'"""Mine."""\n{base}{body}    def compress(self, layer): ...\n')
     assert cells.facts(parse("./mine.py:Mine()"), 128)["caveats"] == ["./mine.py:Mine: half of it"]
     steps = "./mine.py:Mine(), learned_mask(), fit()"
     assert {caveat.partition(": ")[0] for caveat in cells.facts(parse(steps), 1)["caveats"]} >= {"learned_mask"}

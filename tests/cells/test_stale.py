@@ -118,7 +118,12 @@ def test_what_lies_elsewhere_is_taken_as_the_record_says(record, own, monkeypatc
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model": "org/name@deadbeef"}, {"data": "hub:name@deadbeef"}, {"model": "shape:none@deadbeef"}, {"data": "text:a"}],
+    [
+        {"model": "org/name@deadbeef"},
+        {"data": "hub:name@deadbeef"},
+        {"model": "shape:none@deadbeef"},
+        {"data": "text:a"},
+    ],
 )
 def test_names_that_look_alike_are_no_folders(record, changes):
     assert is_stale(changed(record, **changes))

@@ -87,7 +87,9 @@ def test_a_comma_before_a_unit_is_part_of_a_header():
 
 def test_bytes_without_a_column_are_printed_as_bytes():
     records = [make(metrics={"token_ppl": Metric(5.0), "reference_bytes": Metric(2.5e6)})]
-    assert make_sheets(group_records(records), choice=Choice.read(None, "reference*"))[0].grids[0].rows[0][1] == "2.50 MB"
+    assert (
+        make_sheets(group_records(records), choice=Choice.read(None, "reference*"))[0].grids[0].rows[0][1] == "2.50 MB"
+    )
 
 
 @pytest.mark.parametrize("speeds", [(), ("decode",)])

@@ -184,7 +184,10 @@ def test_data_to_calibrate_on_is_part_of_what_the_data_is(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (['{"prompt": "a", "completion": "b"}'] * 3, "1 different examples do not fall in three parts: give at least 3"),
+        (
+            ['{"prompt": "a", "completion": "b"}'] * 3,
+            "1 different examples do not fall in three parts: give at least 3",
+        ),
         (['{"prompt": "a", "completion": "b"}', '{"text": "c"}'], "2 different examples do not fall in three parts"),
         (['{"text": " "}'], "holds no text"),
         (["{"], "line 1: no JSON"),

@@ -91,7 +91,7 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
 
 
 def _locate(path: Path) -> str:
-    """A path, links resolved: from the working folder where that is above it or in the checkout beside it, else whole."""
+    """A path, links resolved: whole, unless it lies in the working folder or that is in the checkout too."""
     path, here, checkout = path.resolve(), Path.cwd(), PACKAGE.parent.resolve()
     near = here.is_relative_to(checkout) and path.is_relative_to(checkout)
     inside = path.is_relative_to(here) and here != Path(here.anchor)
