@@ -9,13 +9,13 @@ from __future__ import annotations
 import datetime
 import random
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from effbench.cells.findings import Findings
 from effbench.cells.job import Job
 from effbench.core.kinds import kind_of
-from effbench.core.method import Need
+from effbench.core.method import Method, Need
 from effbench.core.recipe import Recipe, parse
 from effbench.core.run import RunLog
 from effbench.machine import devices
@@ -134,11 +134,21 @@ def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
     columns = {
         "type": [step.type or kind_of(type(step)) for step in steps],
         "calibration_data": [describe_calibration(step.needs, sequences) for step in steps if step.needs is not None],
-        "weight_update": [step.weight_update for step in steps if step.weight_update],
+        "weight_update": list_updates(steps),
     }
     told: dict[str, Any] = {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
-    caveats = [f"{type(step).__name__}: {caveat}" for step in steps for caveat in step.caveats]
+    caveats = [f"{step.short_key}: {caveat}" for step in steps for caveat in step.caveats]
     return told | ({"caveats": list(dict.fromkeys(caveats))} if caveats else {})
+
+
+def list_updates(steps: Sequence[Method]) -> list[str]:
+    """What the steps do to weights that stay; a fit only where no step that acts through it has said what it trains."""
+    updates, told = [], False
+    for step in steps:
+        if step.weight_update and not (step.consumes and told):
+            updates.append(step.weight_update)
+        told = not step.consumes and (told or (step.trains and bool(step.weight_update)))
+    return updates
 
 
 def describe_calibration(needs: Set[Need], sequences: int | None) -> str:

@@ -33,6 +33,7 @@ from effbench.machine.placement import Placement, place
 from effbench.records.record import RETRIED, Cell, Record
 from effbench.records.store import Store, latest
 from effbench.sources import DataSource, Source
+from effbench.sources.protocols import TEXT_TOKENS, WINDOW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,8 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
     seeds = options.seeds or tier.seeds
     data = sources.data(options.data or tier.data, options.calibration_data)
     for source in [sources.model(name, options.tokenizer) for name in models]:
-        _check_lengths(settings, source)
+        _check_positions(settings, source)
+        _check_windows(settings, source, data)
         for recipe in tier.recipes:
             for seed in seeds if seeded(recipe) else seeds[:1]:
                 cell = Cell(
@@ -170,20 +172,43 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
                 yield Job(cell, source, data, places)
 
 
-def _check_lengths(settings: Mapping[str, Any], source: Source) -> None:
-    """Raise `Usage` for a setting that asks for more tokens than the model can see, where that is known."""
+def _check_positions(settings: Mapping[str, Any], source: Source) -> None:
+    """Raise `Usage` for a setting that asks for more tokens than the model can see, where that is known.
+
+    Settings that only probes read count where such a probe is taken.
+    """
     if (positions := source.positions) is None:
         return
-    new = settings.get("speed_new_tokens", 1)
-    tokens = {
-        "window": settings.get("window", 0),
-        "calibration_length": settings.get("calibration_length", 0),
-        "speed_points": max((context + new for _, context in settings.get("speed_points", [])), default=0),
-    }
+    new, taken = settings.get("speed_new_tokens", 1), settings["probes"]
+    tokens = {"calibration_length": settings.get("calibration_length", 0)}  # a model is not opened for more
+    if probes.WINDOWED.intersection(taken):
+        tokens["window"] = settings.get("window", 0)
+    if probes.POINTED.intersection(taken):
+        tokens["speed_points"] = max((context + new for _, context in settings.get("speed_points", [])), default=0)
     if long := {name: count for name, count in tokens.items() if count > positions}:
         counts = ", ".join(f"{name} takes {count} tokens" for name, count in long.items())
         fitting = " ".join(f"--set {name}=null" for name in long)
         raise Usage(f"{counts}, and the model {source.name} has {positions} positions; {fitting} takes what fits")
+
+
+def _check_windows(settings: Mapping[str, Any], source: Source, data: DataSource) -> None:
+    """Raise `Usage` for windows that would leave tokens out, or that the text is too short for by `text_tokens`."""
+    default = data.protocol.window if data.protocol is not None else WINDOW
+    fitting = None if source.positions is None else min(default, source.positions)
+    window = settings.get("window", fitting)
+    if window is None or not probes.WINDOWED.intersection(settings["probes"]):
+        return
+    if (stride := settings.get("stride", window)) > window:
+        raise Usage(
+            f"stride={stride}: is more than the window, {window} tokens, and would leave tokens out; "
+            f"--set stride={window} or less, or a larger window"
+        )
+    text = settings.get("text_tokens", TEXT_TOKENS if data.protocol is None else window)
+    if text < window:
+        raise Usage(
+            f"text_tokens={text}: is less than the window, {window} tokens; --set text_tokens={window} or more, or a "
+            "smaller window"
+        )
 
 
 def _check_tasks(tasks: Sequence[str] | None, data: DataSource) -> None:

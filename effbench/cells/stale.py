@@ -15,10 +15,15 @@ FILES = "files"  # the digest of what methods read, which only they can name; it
 
 
 def is_stale(record: Record) -> bool:
-    """Whether a run of the same cell today would depend on anything else than the record did."""
+    """Whether a run of the same cell today would depend on anything else than the record did.
+
+    A folder or file of one's own that is not in the working folder is taken as the record says.
+    """
     cell = record.cell
     try:
-        shared = _digest_shared(tuple(cell.settings["probes"]), cell.model, cell.data)
+        model = _digest_model(cell.model) or cell.digests["model"]
+        data = _digest_data(cell.data) or cell.digests["data"]
+        shared = _digest_shared(tuple(cell.settings["probes"]), model, data)
         own = {f"method.{step['method']}": _digest_step(step["method"]) for step in cell.resolved}
     except (Usage, ValueError, KeyError, TypeError):  # a method, a probe, the model or the data is no more
         return True
@@ -26,8 +31,22 @@ def is_stale(record: Record) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
+def _digest_model(shown: str) -> str | None:
+    """Digest of a model by its shown name; None where it is a folder or file that is not here."""
+    source = sources.find_model(shown)
+    return None if source is None else source.digest
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_data(shown: str) -> str | None:
+    """Digest of data by their shown name; None where they are a folder or file that is not here."""
+    source = sources.find_data(shown)
+    return None if source is None else source.digest
+
+
+@functools.lru_cache(maxsize=256)
 def _digest_shared(probes: tuple[Any, ...], model: str, data: str) -> dict[str, str]:
-    return digest_shared(probes, sources.model(model).digest, sources.data(data).digest)
+    return digest_shared(probes, model, data)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -47,7 +47,7 @@ class Settings:
     chat_template: bool | None = None  # whether tasks are put as a user's turn by the model's template; by default not
     limit: Count | None = None  # items per task, windows of perplexity
     window: Annotated[int, Meta(ge=2)] | None = None  # tokens per window of perplexity
-    stride: Count | None = None  # tokens from one window to the next, all scored; by default those of a window
+    stride: Count | None = None  # tokens from one window to the next; each scores its last so many; by default a window
     text_tokens: Count | None = None  # tokens of held-out text
     score_block: Count | None = None  # tokens per forward pass after the context; by default all
     memory_batch: Count | None = None  # sequences at a time where memory is measured
@@ -145,7 +145,12 @@ class Suite:
 
     def row(self, steps: str) -> Recipe:
         """The recipe of `steps`: that of the row with the same steps, or a new one named by them. Raises `Usage`."""
-        recipe = parse(steps)
+        name = steps.strip()
+        if name.removesuffix("()") == BASELINE:
+            raise Usage(f"recipe={steps}: the baseline is the row of no steps, which always runs; name a step")
+        if not name.endswith(")") and any(row.name == name for row in self.recipes):
+            raise Usage(f"recipe={steps}: is the name of a row, not its steps; recipes={name} chooses it")
+        recipe = parse(steps).check_fits()
         if not recipe.steps:
             raise Usage("recipe=: name at least one step")
         return next((row for row in self.recipes if row.steps == recipe.steps), _named(recipe, recipe.label))
@@ -245,7 +250,7 @@ def _recipes(template: Template) -> Iterator[Recipe]:
         if not name.strip() or not name.isprintable():
             raise Usage(f"recipes: {name!r} is no name for a row")
         try:
-            yield parse(steps, name)
+            yield parse(steps, name).check_fits()
         except Usage as error:
             raise Usage(f"recipes.{name}: {error}") from None
 

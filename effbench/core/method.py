@@ -98,12 +98,17 @@ class Method:
         return f"{self.key if self.key.isidentifier() else repr(self.key)}({self._arguments()})"
 
     @property
-    def label(self) -> str:
-        """The step as a person writes it: a file by its path from the working folder, or by its own folder and name."""
+    def short_key(self) -> str:
+        """The key as a person writes it: a file by its path from the working folder, or by its own folder and name."""
         if self.key.isidentifier():
-            return str(self)
+            return self.key
         inside = self.key.startswith(os.path.join(os.getcwd(), ""))
-        return f"{f'./{os.path.relpath(self.key)}' if inside else shorten(Path(self.key))}({self._arguments()})"
+        return f"./{os.path.relpath(self.key)}" if inside else shorten(Path(self.key))
+
+    @property
+    def label(self) -> str:
+        """The step as a person writes it."""
+        return f"{self.short_key}({self._arguments()})"
 
     def _arguments(self) -> str:
         default = {field.name: field.default for field in dataclasses.fields(self)}

@@ -15,6 +15,7 @@ from typing import Any
 
 from effbench.core import registry
 from effbench.core.errors import Conflict, Usage
+from effbench.core.kinds import Select
 from effbench.core.method import Method
 from effbench.core.run import conflict
 from effbench.core.usage import nearest
@@ -51,6 +52,14 @@ class Recipe:
                 writers[slot] = str(step)
             if step.consumes:
                 writers = {slot: who for slot, who in writers.items() if not slot.startswith("train.")}
+        return self
+
+    def check_fits(self) -> Recipe:
+        """Raise `Usage` for a step that acts through the fit behind it where none is; it would change nothing."""
+        last = max((place for place, step in enumerate(self.steps) if step.consumes), default=-1)
+        idle = [step.label for step in self.steps[last + 1 :] if step.trains or isinstance(step, Select)]
+        if idle:
+            raise Usage(f"{idle[0]} acts through the fit that follows it, and none does: add fit() behind it")
         return self
 
     def resolved(self) -> list[dict[str, Any]]:
@@ -110,11 +119,18 @@ def _calls(text: str) -> list[ast.Call]:
         raise Usage(f"recipe {text!r} cannot be read: {error.args[0]}; {form}") from None
     for node in tree.elts:
         if not isinstance(node, ast.Call):
-            shown = ast.unparse(node)
-            named = isinstance(node, ast.Name) or isinstance(getattr(node, "value", None), str)
-            hint = f"write {shown}()" if named else _add_brackets(text) or STEPS
-            raise Usage(f"recipe {text!r}: {shown} is not a step; {hint}")
+            raise Usage(f"recipe {text!r}: {ast.unparse(node)} is not a step; {_mend(node, text)}")
     return tree.elts  # type: ignore[return-value]
+
+
+def _mend(node: ast.expr, text: str) -> str:
+    """How to write what is no call: a method or a file with brackets; what has the name of none is told its nearest."""
+    known = [*registry.catalog(), *registry.presets()]
+    if isinstance(node, ast.Name) and node.id not in known:
+        return f"no method has this name{nearest(node.id, known)}"
+    if isinstance(node, ast.Name) or isinstance(getattr(node, "value", None), str):
+        return f"write {ast.unparse(node)}()"
+    return _add_brackets(text) or STEPS
 
 
 def _add_brackets(text: str) -> str:

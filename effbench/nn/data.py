@@ -15,7 +15,7 @@ from torch import Tensor
 from effbench import tiny
 from effbench.core.errors import Refused, Unavailable, Unsupported, first_line
 from effbench.core.views import Example
-from effbench.sources.protocols import PROTOCOLS, Rows
+from effbench.sources.protocols import Rows
 from effbench.sources.text import PARTS, READERS, Document, read_speeches
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Data:
     ) -> None:
         self.name = name
         self.width = width
+        self._learned = name  # whose text it calibrates and trains on
         self._parts = {part: Part(()) for part in PARTS} | parts
         self._tokenizer = tokenizer
         self._pool: list[Example] = []
@@ -78,7 +79,8 @@ class Data:
         _, separator, special, _ = self._parts[part]
         ids = self._encode(separator.join(self.documents(part)), limit, special)
         if not ids:
-            raise Unsupported(f"{self.name}: the {part} part has no text")
+            name = self.name if part == "heldout" else self._learned
+            raise Unsupported(f"{name}: the {part} part has no text")
         return torch.tensor(ids)
 
     def heldout_ids(self, limit: int | None = None) -> Tensor:
@@ -93,7 +95,7 @@ class Data:
         ids = self.ids("calibration", SPREAD * sequences * length)
         if len(ids) < length:
             raise Unsupported(
-                f"{self.name}: calibration and training text have {len(ids)} tokens, a window needs {length}: give "
+                f"{self._learned}: calibration and training text have {len(ids)} tokens, a window needs {length}: give "
                 "more text, or a smaller --set calibration_length= (calibration_sequences= is their number)"
             )
         starts = [rng.randrange(len(ids) - length + 1) for _ in range(sequences)]
@@ -141,6 +143,7 @@ class Data:
     def learn_from(self, other: Data) -> None:
         """Calibrate and train on another's text; what is measured stays."""
         self._parts |= {part: other._parts[part] for part in ("train", "calibration")}
+        self._learned = f"calibration_data {other.name}"
         self.protocol += f", calibration and training on {other.protocol}"
 
     def _encode(self, text: str, limit: int | None = None, special: bool = False) -> list[int]:
@@ -185,8 +188,8 @@ class Data:
                 windows.append(torch.tensor(ids[start : start + length]))
         if len(windows) < sequences:
             raise Unsupported(
-                f"{self.name}: {len(windows)} documents have more than {length} tokens, {sequences} are needed: --set "
-                "calibration_length= or calibration_sequences= to less"
+                f"{self._learned}: {len(windows)} documents have more than {length} tokens, {sequences} are needed: "
+                "--set calibration_length= or calibration_sequences= to less"
             )
         return torch.stack(windows)
 
@@ -264,15 +267,15 @@ def open_data(source: DataSource, tokenizer: Any, width: int = LONGEST, length: 
     width   tokens in a window of the pool, at most
     length  tokens in a calibration sequence: what a calibration part has to offer
     """
-    data = _open(source, tokenizer, width)
+    data = _open(source, "data", tokenizer, width)
     if source.learned is not None:
-        data.learn_from(_open(source.learned, tokenizer, width))
+        data.learn_from(_open(source.learned, "calibration_data", tokenizer, width))
     if tokenizer is not None and (source.learned or source).kind != "tiny":  # which is long, and costs time to make
         data.borrow(length)
     return data
 
 
-def _open(source: DataSource, tokenizer: Any, width: int) -> Data:
+def _open(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
     if source.kind == "tiny":
         made: dict[str, Part] = {
             part: Part(Lazy(functools.partial(tiny.documents, part, n))) for part, n in TINY.items()
@@ -281,7 +284,7 @@ def _open(source: DataSource, tokenizer: Any, width: int) -> Data:
         data.tasks, data.task_paths = ("tiny",), source.task_folders
         return data
     if source.kind == "hub":
-        return _open_hub(source.name, tokenizer, width)
+        return _open_hub(source, option, tokenizer, width)
     if source.kind == "speeches":
         corpus = read_speeches()
     else:
@@ -291,18 +294,18 @@ def _open(source: DataSource, tokenizer: Any, width: int) -> Data:
     return Data(source.name, parts, tokenizer, corpus.notes, width)
 
 
-def _open_hub(name: str, tokenizer: Any, width: int) -> Data:
+def _open_hub(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
     """A data set of the Hub: as a paper reads it, or by its own splits and its column `text`."""
-    short = name.partition(":")[2]
-    if short in PROTOCOLS:
-        protocol = PROTOCOLS[short]
-        heldout, learned = _load(protocol.heldout), _load(protocol.learned)
+    name, protocol = source.name, source.protocol
+    ask = functools.partial(_ask_hub, f"{option}={name}")
+    if protocol is not None:
+        heldout, learned = _load(protocol.heldout, ask), _load(protocol.learned, ask)
         train = learned if learned.apart else _join(learned)
         data = Data(name, {"heldout": heldout, "calibration": learned, "train": train}, tokenizer, width=width)
         data.window, data.most = protocol.window, protocol.tokens
         return data
-    path, _, configuration = short.partition("/@")
-    splits = _ask_hub(path, configuration or None)
+    path, _, configuration = name.removeprefix("hub:").partition("/@")
+    splits = ask(path, configuration or None)
 
     def read(*names: str) -> list[Document]:
         found = next((name for name in names if name in splits), None)
@@ -316,9 +319,9 @@ def _open_hub(name: str, tokenizer: Any, width: int) -> Data:
     return Data(name, {part: Part(texts) for part, texts in documents.items()}, tokenizer, width=width)
 
 
-def _load(rows: Rows) -> Part:
+def _load(rows: Rows, ask: Callable[..., Any]) -> Part:
     """The rows of a protocol, empty ones included."""
-    data = _ask_hub(rows.path, rows.configuration, split=rows.split, data_files=rows.file and {rows.split: rows.file})
+    data = ask(rows.path, rows.configuration, split=rows.split, data_files=rows.file and {rows.split: rows.file})
     column = Column(data if rows.first is None else data.select(range(min(rows.first, len(data)))))
     return Part(column, rows.separator, special=True, apart=rows.apart)
 
@@ -328,11 +331,11 @@ def _join(part: Part) -> Part:
     return part._replace(documents=Lazy(lambda: [part.separator.join(row.text for row in part.documents)]))
 
 
-def _ask_hub(path: str, configuration: str | None, **options: Any) -> Any:
-    """What the Hub has. Raises `Unavailable`."""
+def _ask_hub(asked: str, path: str, configuration: str | None, **options: Any) -> Any:
+    """What the Hub has. Raises `Unavailable`, which says what was `asked` for."""
     import datasets
 
     try:
         return datasets.load_dataset(path, configuration, **options)
     except (OSError, ValueError) as error:  # no network, no such data set, no such configuration
-        raise Unavailable(f"data=hub:{path} cannot be had: {first_line(error)}") from error
+        raise Unavailable(f"{asked} cannot be had: {first_line(error)}") from error

@@ -69,7 +69,7 @@ def take(name: str, run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 @functools.cache
 def _declared() -> dict[str, list[str]]:
-    """Every probe, and what it declares of itself: `EXCLUSIVE = True`, `QUALITY = True`."""
+    """Every probe, and what it declares of itself, such as `EXCLUSIVE = True`."""
     probes: dict[str, list[str]] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         body = ast.parse(path.read_bytes()).body
@@ -78,8 +78,12 @@ def _declared() -> dict[str, list[str]]:
     return probes
 
 
-# Probes that need the machine to themselves.
-EXCLUSIVE = frozenset(name for name, lines in _declared().items() if "EXCLUSIVE = True" in lines)
+def _select(line: str) -> frozenset[str]:
+    """The probes that declare this of themselves."""
+    return frozenset(name for name, lines in _declared().items() if line in lines)
 
-# Probes that ask for nothing but predictions, and so may meet packed linears decoded.
-QUALITY = frozenset(name for name, lines in _declared().items() if "QUALITY = True" in lines)
+
+EXCLUSIVE = _select("EXCLUSIVE = True")  # they need the machine to themselves
+QUALITY = _select("QUALITY = True")  # they ask for nothing but predictions, and so may meet packed linears decoded
+WINDOWED = _select("WINDOWED = True")  # they read `window`, `stride` and `text_tokens`
+POINTED = _select("POINTED = True")  # they read `speed_points`

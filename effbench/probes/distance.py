@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 QUALITY = True
+WINDOWED = True
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:

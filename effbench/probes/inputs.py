@@ -13,12 +13,12 @@ from torch import Tensor
 
 from effbench.core.errors import Refused, Unsupported
 from effbench.nn.infer.engine import Engine, open_engine, score_targets
+from effbench.sources.protocols import TEXT_TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in one forward pass
-TEXT_TOKENS = 16384  # of held-out text, where the settings do not say
 
 
 class Windows(NamedTuple):
@@ -56,7 +56,7 @@ def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
     """
     require_quality(run)
     positions = open_engine(run).max_length
-    width = settings.get("window") or min(run.data.window or 512, positions)
+    width = settings.get("window") or min(run.data.window or WINDOW, positions)
     if not 2 <= width <= positions:
         raise Unsupported(f"the window is {width} tokens, the model takes 2 to {positions}")
     stride = settings.get("stride") or width
@@ -64,9 +64,14 @@ def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
         raise Unsupported(
             f"the stride is {stride} tokens, the window {width}: tokens between windows would be left out"
         )
-    ids = run.data.heldout_ids(settings.get("text_tokens") or (TEXT_TOKENS if run.data.window is None else None))
+    most = settings.get("text_tokens") or (TEXT_TOKENS if run.data.window is None else None)
+    if most is not None and most < width:
+        raise Unsupported(f"text_tokens is {most}, the window {width} tokens: more text_tokens, or a smaller window")
+    ids = run.data.heldout_ids(most)
     if len(ids) < width:
-        raise Unsupported(f"text has {len(ids)} tokens, the window is {width}: give more text or window=")
+        raise Unsupported(
+            f"the held-out text has {len(ids)} tokens, the window {width}: more text, or a smaller window"
+        )
     cut = ids.unfold(0, width, stride)[: settings.get("limit")]
     scored = "first-of-window-unscored" if stride == width else f"last{stride}-of-window-scored"
     name = f"token.window{width}.stride{stride}.windows{len(cut)}.{scored}"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 EXCLUSIVE = True
+POINTED = True
 
 NEW_TOKENS, NEW_TOKENS_SLOW = 32, 2
 SECONDS = {"cpu": 2.0, "cuda": 10.0}  # per point, shared by its two phases

@@ -16,15 +16,20 @@ Family = Literal[
     "perplexity", "accuracy", "distance", "quality", "size", "memory", "speed", "compute", "energy", "cost"
 ]
 
+PEAKS = {  # ways to count memory
+    "rss": "main memory of the process, as the operating system counts it",
+    "allocated": "memory of the GPU that tensors take, as torch counts it",
+    "reserved": "memory of the GPU that torch holds for tensors, taken or not",
+    "process": "memory of the GPU that the process holds, with CUDA's context and libraries, as NVML counts it",
+}
 FIELDS = {
     "batch": r"\d+",
     "context": r"\d+",
     "task": r"\w[\w.:+-]*",
     "filter": r"[\w.+-]+",
     "metric": r"[\w./-]+",
-    "peak": "rss|allocated|reserved|process",
+    "peak": "|".join(PEAKS),
     "phase": "prefill|decode",
-    "verb": "score|generate",
 }
 
 
@@ -149,8 +154,12 @@ DEFINITIONS: tuple[Definition, ...] = (
         "The bytes of weights, as resident, that one decoding step reads.",
     ),
     Definition(
-        "{verb}_peak_{peak}_bytes", "memory", "bytes", "lower",
-        "The most memory held while scoring or generating, above what was held before.",
+        "score_peak_{peak}_bytes", "memory", "bytes", "lower",
+        "The most memory held while scoring a text, above what was held before.",
+    ),
+    Definition(
+        "generate_peak_{peak}_bytes", "memory", "bytes", "lower",
+        "The most memory held while generating, above what was held before.",
     ),
     # Speed
     Definition(

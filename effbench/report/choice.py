@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from effbench.core.errors import Usage
 from effbench.core.usage import LONGEST, nearest
-from effbench.report.columns import Column, make_columns, measure
+from effbench.report.columns import Column, list_columns, make_columns, make_others
 from effbench.report.groups import Row, Table
-from effbench.report.metrics import natural_key
 
 APART = re.compile(r",\s*(?![^(]*\))")  # commas between names; those in the brackets of a recipe are part of it
 
@@ -29,7 +28,13 @@ class Choice:
     @staticmethod
     def read(rows: str | None, columns: str | None) -> Choice:
         """The choice of two texts in which names stand between commas."""
-        return Choice(*(tuple(filter(None, APART.split(text or ""))) for text in (rows, columns)))
+        names: list[str] = []
+        for part in _split(columns):
+            if names and part.split()[0] in _list_units():
+                names[-1] += f", {part}"  # of a header with its unit, such as KL, nats
+            else:
+                names.append(part)
+        return Choice(tuple(_split(rows)), tuple(names))
 
     def check(self, tables: Sequence[Table]) -> None:
         """Raise `Usage` for a name that no row or column of the tables has."""
@@ -72,8 +77,19 @@ ALL = Choice()
 def _list_all(measured: Sequence[str]) -> list[Column]:
     """Every column, those of the summary first; metrics that have none get one of their own."""
     columns = [column for detail in make_columns(measured).values() for column in detail]
-    shown = {metric for column in columns for metric in column.metrics}
-    return columns + [measure(metric) for metric in sorted(measured, key=natural_key) if metric not in shown]
+    return columns + make_others(measured, columns)
+
+
+def _split(text: str | None) -> list[str]:
+    """The names of a text, between commas."""
+    return [name for part in APART.split(text or "") if (name := part.strip())]
+
+
+@functools.cache
+def _list_units() -> frozenset[str]:
+    """The first word of each unit that stands in a header behind a comma."""
+    headers = [column.header for columns in list_columns().values() for column in columns]
+    return frozenset(unit.split()[0] for header in headers if (unit := header.partition(", ")[2]))
 
 
 @functools.cache

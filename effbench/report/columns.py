@@ -7,10 +7,11 @@ eight, the names of the recipes among them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from effbench.records.definitions import FIELDS, Definition
+from effbench.records.definitions import FIELDS, PEAKS, Definition
 from effbench.report.differences import LEVEL, Test
 from effbench.report.groups import Row, get_machine
 from effbench.report.metrics import (
@@ -20,6 +21,7 @@ from effbench.report.metrics import (
     get_limits,
     get_scale,
     get_title,
+    get_unit,
     natural_key,
     select,
     select_perplexities,
@@ -39,6 +41,20 @@ DETAILS = {
     "methods": "Methods and the cost of applying them",
     "published": "Beside the published results",
     "chosen": "Chosen columns",
+}
+MOST = 8  # columns of a summary
+UNITS = {  # sentences for units that are not said by their own name
+    "": "Without a unit.",
+    "fraction": "In percent.",
+    "%": "In percent.",
+    "ratio": "As a ratio.",
+    "s": "In seconds.",
+    "ms": "In milliseconds.",
+    "µs": "In microseconds.",
+    "FLOP": "In floating-point operations.",
+    "FLOP/s": "In floating-point operations per second.",
+    "J": "In joules.",
+    "W": "In watts.",
 }
 ABSOLUTE = {"tok_per_s": "tok/s", "ms_per_token": "ms"}  # what stands in brackets beside a ratio of speeds
 
@@ -65,9 +81,13 @@ class Column:
         if not definitions:
             return ""
         first, *others = definitions
+        unit = UNITS.get(first.unit, f"In {first.unit}.")
+        match = first.regex.fullmatch(self.metrics[0])
+        peak = match.groupdict().get("peak") if match else None
+        counted = f" Counted is {PEAKS[peak]}." if peak else ""
         better = "" if first.better == "neither" else f" The {first.better}, the better."
         beside = "; ".join(one.meaning[:1].lower() + one.meaning[1:].rstrip(".") for one in others)
-        return first.meaning + better + (f" In brackets: {beside}." if beside else "")
+        return f"{first.meaning}{counted} {unit}{better}" + (f" In brackets: {beside}." if beside else "")
 
 
 def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list[Column]]:
@@ -82,13 +102,16 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
     bits = Column("bits", _show_value("bits_per_weight", "{:.2f}".format), ("bits_per_weight",))
     zeros = Column("zeros, %", _show_sparsity, ("sparsity", "sparsity_asked"))
     summary = [
-        zeros if "sparsity_asked" in measured else bits,
         *map(measure, (*ppls[:1], "kl_nats_per_token", TASKS)),
         Column("stored", _show_stored, ("stored_bytes", "compression")),
     ]
     for phase in ("decode", "prefill"):
         of_phase = [name for name in speeds if name.startswith(phase)]
         summary += [_time(phase, name, measured, placed) for name in of_phase[:1]]
+    if "sparsity_asked" not in measured:
+        summary.insert(0, bits)
+    else:
+        summary[:0] = [zeros, bits] if len(summary) + 3 <= MOST else [zeros]  # beside the recipe
     return {
         "summary": summary,
         "quality": [*map(measure, (*ppls[1:], "top1_agreement", *select_tasks(measured)))],
@@ -103,6 +126,13 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         "compute": [*map(measure, sorted(operations, key=natural_key))],
         "methods": [*METHODS, *(_size(name) for name in measured if re.fullmatch("apply_peak_.*_bytes", name)), STEPS],
     }
+
+
+def make_others(measured: Sequence[str], columns: Iterable[Column]) -> list[Column]:
+    """A column for each metric that none of these columns shows."""
+    shown = {metric for column in columns for metric in column.metrics}
+    names = sorted((name for name in measured if name not in shown), key=natural_key)
+    return [_size(name) if get_unit(name) == "bytes" else measure(name) for name in names]
 
 
 # ---- kinds of columns ---------------------------------------------------------------------------
@@ -193,12 +223,15 @@ STEPS = Column(
 
 
 def list_columns() -> dict[str, list[Column]]:
-    """Every column that a table can have, by detail; names of tasks and sizes of batches are examples."""
+    """Every column that a table can have, by detail, and as `chosen` those that must be asked for by their names; names
+    of tasks and sizes of batches are examples.
+    """
     from effbench.records.definitions import DEFINITIONS
 
     names = sorted({name for one in DEFINITIONS for name in _give_examples(one)}, key=natural_key)
     dense, sparse = (make_columns([name for name in names if name not in left]) for left in (["sparsity_asked"], []))
-    return {detail: list({c.header: c for c in (*dense[detail], *sparse[detail])}.values()) for detail in dense}
+    listed = {detail: list({c.header: c for c in (*dense[detail], *sparse[detail])}.values()) for detail in dense}
+    return listed | {"chosen": make_others(names, itertools.chain(*listed.values()))}
 
 
 def _give_examples(definition: Definition) -> Iterator[str]:

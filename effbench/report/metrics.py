@@ -42,7 +42,7 @@ def natural_key(text: str) -> tuple[tuple[float, str], ...]:
 
 def select(names: Iterable[str], family: Family, unit: str | None = None) -> list[str]:
     """Those of a kind, and of a unit, in natural order; of a task with several filters, those of the first."""
-    of_family = (name for name in names if get_family(name) == family and unit in (None, _get_unit(name)))
+    of_family = (name for name in names if get_family(name) == family and unit in (None, get_unit(name)))
     return sorted((name for name in of_family if _read_fields(name) is not None), key=natural_key)
 
 
@@ -76,12 +76,12 @@ def get_limits(metric: str) -> tuple[float, float]:
     """Smallest and largest value that the metric can have."""
     if get_family(metric) == "perplexity":
         return 1.0, math.inf
-    return 0.0, 1.0 if _get_unit(metric) == "fraction" else math.inf
+    return 0.0, 1.0 if get_unit(metric) == "fraction" else math.inf
 
 
 def get_scale(metric: str) -> float:
     """What a value is multiplied by to be shown: fractions are shown in percent."""
-    return 100.0 if _get_unit(metric) == "fraction" else 1.0
+    return 100.0 if get_unit(metric) == "fraction" else 1.0
 
 
 def get_title(metric: str) -> str:
@@ -89,7 +89,7 @@ def get_title(metric: str) -> str:
     fields = _read_fields(metric) or {}
     if metric in TITLES:
         return TITLES[metric]
-    if get_family(metric) == "speed" and _get_unit(metric) == "ratio":
+    if get_family(metric) == "speed" and get_unit(metric) == "ratio":
         return f"{fields['phase']} b{fields['batch']} c{fields['context']}"
     if match := re.fullmatch("(.*)_peak_(.*)_bytes", metric):
         return f"{match[1]} peak ({match[2]})"
@@ -98,7 +98,8 @@ def get_title(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def _get_unit(metric: str) -> str | None:
+def get_unit(metric: str) -> str | None:
+    """The unit of a metric as recorded; None where this version does not know it."""
     definition = find_definition(metric)
     return None if definition is None else definition.unit
 

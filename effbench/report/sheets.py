@@ -216,7 +216,7 @@ def _write_caption(table: Table, differing: Sequence[str], stale: Stale | None) 
     if commits := _list_commits(records):
         parts.append(f"Measured at {commits}.")
     if stale is not None and (old := sum(any(map(stale, row.records)) for row in table.rows)):
-        parts.append(f"{old} of {len(table.rows)} rows were measured by an older source.")
+        parts.append(f"{old} of {len(table.rows)} rows were measured by an older source, model or data.")
     if table.older:
         left = "1 record" if table.older == 1 else f"{table.older} records"
         parts.append(f"{left} of an older source, model or data left out.")

@@ -11,22 +11,28 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from effbench.core.errors import Unavailable, Usage, first_line
 from effbench.core.files import file_digest
 from effbench.core.paths import PACKAGE
 from effbench.core.usage import named_path, nearest
 from effbench.sources import smollm2
+from effbench.sources.protocols import PROTOCOLS, Protocol
 from effbench.sources.shapes import SHAPES
 from effbench.sources.text import READERS, read_speeches
+
+T = TypeVar("T")
 
 TINY = PACKAGE / "tiny"
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
+OWN = re.compile(r"(gguf:|text:|jsonl:|(?!hub:|shape:))([^/]+)@[0-9a-f]{8}")  # how `_label` shows a folder or file
+WITH_TOKENIZER = " with tokenizer "
+CALIBRATED_ON = " calibrated on "
 POSITIONS = ("max_position_embeddings", "n_positions")  # what configurations call the number of them
 MODEL_FILES = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
 
@@ -79,7 +85,12 @@ class DataSource:
     @property
     def shown(self) -> str:
         """The name, with that of what is learned from."""
-        return self.name if self.learned is None else f"{self.name} calibrated on {self.learned.name}"
+        return self.name if self.learned is None else f"{self.name}{CALIBRATED_ON}{self.learned.name}"
+
+    @property
+    def protocol(self) -> Protocol | None:
+        """How a paper measures on them, where their name is that of such a protocol."""
+        return PROTOCOLS.get(self.name.removeprefix("hub:")) if self.kind == "hub" else None
 
     @property
     def task_folders(self) -> tuple[Path, ...]:
@@ -128,8 +139,33 @@ def model(name: str, tokenizer: str | None = None) -> Source:
     folder = TINY / "model" if tokenizer == "tiny" else named_path("tokenizer", tokenizer)
     digest = _digest(_model_files(folder)) if folder.is_dir() else tokenizer
     shown = _label(folder.resolve(), digest) if folder.is_dir() and tokenizer != "tiny" else tokenizer
-    name = f"{source.name} with tokenizer {shown}"
+    name = f"{source.name}{WITH_TOKENIZER}{shown}"
     return dataclasses.replace(source, name=name, digest=_joined([source.digest, digest]))
+
+
+def find_model(shown: str) -> Source | None:
+    """The model that was shown under this name; None where a folder or file of that name is not in the working folder.
+
+    How a folder is shown does not say where it lies. Raises `Usage` for a name that no model can have.
+    """
+    return _find(model, shown, WITH_TOKENIZER)
+
+
+def find_data(shown: str) -> DataSource | None:
+    """The data that were shown under this name; None and errors as of `find_model`."""
+    return _find(data, shown, CALIBRATED_ON)
+
+
+def _find(look_up: Callable[..., T], shown: str, between: str) -> T | None:
+    """What was shown under a name, or under two with a word between them."""
+    parts = [(part, OWN.fullmatch(part)) for part in shown.split(between)]
+    names = [part if own is None else f"{own[1]}{Path(own[2]).absolute()}" for part, own in parts]
+    try:
+        return look_up(*names)
+    except Usage:
+        if any(own for _, own in parts):
+            return None
+        raise
 
 
 def check_reach(source: Source) -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+WINDOW = 512  # tokens of a window, where neither settings nor data say
+TEXT_TOKENS = 16384  # of held-out text that are measured, where neither settings nor data say
+
 
 class Rows(NamedTuple):
     """The column `text` of a split, joined."""

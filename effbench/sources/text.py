@@ -76,7 +76,7 @@ def read_folder(folder: Path) -> Corpus:
             f"{folder}: holds no text{_list(skipped, '; skipped')}; text files end in {', '.join(SUFFIXES[1:])}"
         )
     counts = {"as Latin-1": latin, "empty": empty}
-    return _corpus(documents, "files", counts, _list(skipped, ", skipped"))
+    return _corpus(folder, documents, "files", counts, _list(skipped, ", skipped"))
 
 
 def read_lines(path: Path) -> Corpus:
@@ -98,7 +98,7 @@ def read_lines(path: Path) -> Corpus:
     filled = [document for document in documents if document.text.strip()]
     if not filled:
         raise Usage(f"{path}: holds no text")
-    return _corpus(filled, "lines", {"empty": len(documents) - len(filled)}, "")
+    return _corpus(path, filled, "lines", {"empty": len(documents) - len(filled)}, "")
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def _corpus(documents: Sequence[Document], what: str, counts: dict[str, int], skipped: str) -> Corpus:
+def _corpus(path: Path, documents: Sequence[Document], what: str, counts: dict[str, int], skipped: str) -> Corpus:
     """The documents in parts: each once, its part chosen by its digest, so that adding documents moves no other.
 
     Where that leaves a part empty, the three documents lowest in the order of digests are spread over the parts; of
@@ -139,7 +139,7 @@ def _corpus(documents: Sequence[Document], what: str, counts: dict[str, int], sk
         if len(left) >= 3:
             parts = {"heldout": left[:1], "calibration": left[1:2], "train": left[2:]}
         elif any(document.prompt is not None for document in left):
-            raise Usage(f"{len(left)} different examples cannot be told apart in three parts: give at least 3")
+            raise Usage(f"{path}: {len(left)} different examples do not fall in three parts: give at least 3")
         else:
             whole = "\n\n".join(document.text for document in left)
             ends = (0, len(whole) // 5, 2 * len(whole) // 5, len(whole))

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 FEWEST = 5  # a bootstrap of fewer items says nothing: no interval, p = 1
+PAIR = 2  # the fewest values that have a spread
 ENOUGH = 30  # values other than zero from which on Student's t is as good as a bootstrap
 RESAMPLES = 9999
 
@@ -46,7 +47,7 @@ def mean_interval(*strata: ArrayLike, level: float | None = 0.95, averages: bool
     groups = [np.asarray(values, dtype=np.float64) for values in strata]
     if not groups or min(map(len, groups)) == 0:
         raise ValueError("no values to take the mean of")
-    if min(map(len, groups)) < FEWEST:
+    if min(map(len, groups)) < (PAIR if averages else FEWEST):
         return Estimate(_mean_of_means(groups), n=sum(map(len, groups)))
     enough = averages or sum(np.count_nonzero(group) for group in groups) >= ENOUGH
     return student(groups, level) if enough else bootstrap(groups, level, seed=seed)

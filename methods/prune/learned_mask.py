@@ -103,6 +103,11 @@ class LearnedMask(Train):
     weight_reg: float = 1e-5  # reward for the squared norm of the kept weights, removed linearly over the fit
     penalty: float = 125.0  # on the expected density of L0 gates, from the code of arXiv:2005.07683
 
+    @property
+    def weight_update(self) -> str:  # type: ignore[override]
+        """Nothing for n:m, whose weights stay frozen; gates are trained together with the weights."""
+        return "training" if self.pattern == "unstructured" else "none"
+
     def check(self) -> None:
         check_pattern(self, self.sparsity, self.pattern)
         kind, n, m = Pattern.of(self.pattern)

@@ -33,6 +33,7 @@ class LotteryTicket(Method):
     paper = "arXiv:1803.03635"
     caveats = ("rewinds to the trained model; tickets of Frankle & Carbin start from random weights",)
     type = "sparse training"
+    weight_update = "training"
     sparsifies = True
     consumes = True
     settles = True

@@ -14,6 +14,7 @@ class Fit(FitSettings, Method):
     paper = "arXiv:1711.05101"
     published = "fit(weight_decay=0.01)"
     type = "fine-tuning"
+    weight_update = "training"
     consumes = True
     trials = ({"steps": 2, "max_length": 32},)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from effbench.cells.options import RunOptions
 from effbench.cells.plan import Batch, plan
+from effbench.cli.main import main
 from effbench.core.errors import Usage
 from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, RETRIED, Record
@@ -109,6 +110,120 @@ def test_no_setting_asks_for_more_tokens_than_the_model_sees(options, changes, t
     plan(options, {name: None for name in changes})
     plan(dataclasses.replace(options, model="shape:llama-2-7b"), changes)
     plan(dataclasses.replace(options, model="org/name"), changes)
+
+
+SHORT = '{"max_position_embeddings": 128}'
+UNSET = {"speed_points": None, "calibration_length": None, "text_tokens": None}
+
+
+@pytest.fixture
+def short(tmp_path):
+    """A folder with a model of 128 positions."""
+    (tmp_path / "config.json").write_text(SHORT)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("probes", "changes"),
+    [
+        ("perplexity,quality", {"speed_points": [[1, 128]]}),
+        ("memory,flops,cost", {"speed_points": [[1, 128]], "window": 256}),
+        ("speed,energy", {"window": 256, "stride": 300, "speed_points": [[1, 8]]}),
+        ("quality", {"window": 256, "text_tokens": 100}),
+    ],
+)
+def test_a_setting_that_no_probe_reads_costs_nothing(options, short, probes, changes):
+    plan(dataclasses.replace(options, model=short, probes=probes), UNSET | changes)
+
+
+@pytest.mark.parametrize(
+    ("probes", "changes", "words"),
+    [
+        ("speed", {"speed_points": [[1, 128]]}, "speed_points takes"),
+        ("energy", {"speed_points": [[1, 128]]}, "speed_points takes"),
+        ("distance", {"window": 256}, "window takes 256"),
+        ("perplexity", {"window": 256}, "window takes 256"),
+        ("cost", {"calibration_length": 256}, "calibration_length takes 256"),
+        ("perplexity", {"stride": 129}, "^stride=129: is more than the window, 128 tokens"),
+        ("distance", {"window": 64, "stride": 65}, "^stride=65: is more than the window, 64 tokens.*; --set stride=64"),
+        ("distance", {"window": 64, "text_tokens": 63}, "^text_tokens=63: is less than the window, 64 tokens"),
+        (
+            "perplexity",
+            {"text_tokens": 100},
+            "^text_tokens=100: is less than the window, 128 .*; --set text_tokens=128",
+        ),
+    ],
+)
+def test_a_setting_that_leaves_its_probe_no_chance_is_refused(options, short, probes, changes, words):
+    options = dataclasses.replace(options, model=short, probes=probes)
+    with pytest.raises(Usage, match=words):
+        plan(options, UNSET | changes)
+
+
+def test_windows_that_just_fit_are_planned(options, short):
+    for changes in ({"window": 64, "stride": 64, "text_tokens": 64}, {"text_tokens": 128, "stride": 128}):
+        plan(dataclasses.replace(options, model=short), UNSET | changes)
+    with pytest.raises(Usage, match="text_tokens=16384: is less than the window, 20000"):
+        plan(dataclasses.replace(options, model="org/name"), {"window": 20000, "text_tokens": None})
+    paper = dataclasses.replace(options, model="org/name", data="hub:wikitext2-gptq")
+    plan(paper, {"window": 20000, "text_tokens": None})  # which is measured whole
+    plan(dataclasses.replace(paper, model="org/name"), {"stride": 2048, "text_tokens": None})  # positions are not known
+    with pytest.raises(Usage, match="stride=2049: is more than the window, 2048 tokens"):
+        plan(dataclasses.replace(paper, model="tiny"), {"stride": 2049, "text_tokens": None, "speed_points": None})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "idle"),
+    [
+        ("movement()", r"movement\(\)"),
+        ("gmp(sparsity=0.6)", r"gmp\(sparsity=0\.6\)"),
+        ("learned_mask()", r"learned_mask\(\)"),
+        ("wanda(), lora()", r"lora\(\)"),
+        ("gmp(), fit(), lora()", r"lora\(\)"),
+        ("lottery_ticket(), movement(), magnitude()", r"movement\(\)"),
+    ],
+)
+def test_what_acts_in_a_fit_needs_one_behind_it(options, tmp_path, recipe, idle):
+    line = f"{idle} acts through the fit that follows it, and none does: add fit"
+    with pytest.raises(Usage, match=f"^{line}"):
+        plan(dataclasses.replace(options, recipe=recipe))
+    body = (
+        f"name: mine\nversion: 1\ndescription: d\nrecipes: [{{name: a, steps: '{recipe}'}}]\ntiers: {{quick: {{}}}}\n"
+    )
+    (tmp_path / "mine.yaml").write_text(body)
+    with pytest.raises(Usage, match=rf"mine\.yaml: recipes\.a: {line}"):
+        plan(RunOptions(suite=str(tmp_path / "mine.yaml"), device="cpu"))
+    plan(dataclasses.replace(options, recipe=f"{recipe}, recover()"))
+
+
+def test_a_selection_needs_a_fit_behind_it(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", "method", "Select", "longest"]) == 0
+    (file,) = tmp_path.rglob("longest.py")
+    step = f"{file}:Longest()"
+    with pytest.raises(Usage, match="acts through the fit that follows it"):
+        plan(dataclasses.replace(options, recipe=step))
+    plan(dataclasses.replace(options, recipe=f"{step}, fit()"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("baseline", "^recipe=baseline: the baseline is the row of no steps, which always runs; name a step"),
+        (" baseline() ", "the baseline is the row of no steps"),
+        ("gptq-4b", "^recipe=gptq-4b: is the name of a row, not its steps; recipes=gptq-4b chooses it"),
+        ("wandaa", r"wandaa is not a step; no method has this name; did you mean 'wanda'\?"),
+        ("wanda", r"wanda is not a step; write wanda\(\)$"),
+        ("recover", r"recover is not a step; write recover\(\)$"),
+    ],
+)
+def test_what_is_no_step_is_told_what_it_is(options, recipe, words):
+    with pytest.raises(Usage, match=words):
+        plan(dataclasses.replace(options, recipe=recipe))
+
+
+def test_steps_of_a_row_with_the_name_of_its_method_are_that_row(options):
+    assert plan(dataclasses.replace(options, recipe="nf4()")).cells[-1].job.cell.recipe == "nf4"
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from effbench.cells.job import Place
 from effbench.cells.local import Local, last_words
 from effbench.cells.run import run_cells
 from effbench.core.errors import Diverged, OutOfMemory, Refused, Unavailable, Unsupported, Usage
+from effbench.core.recipe import parse
 from effbench.records.metric import Metric
 from effbench.records.record import FAILED, OUTCOMES, RETRIED, Record
 from effbench.records.store import Store, latest
@@ -879,14 +880,12 @@ def test_steps_and_phases_are_timed(fake, make_job):
 
 
 def test_facts_of_the_methods():
-    from effbench.core.recipe import parse
-
     assert cells.facts(parse(""), 128) == {}
     assert cells.facts(parse("rtn(bits=4)"), 128) == {
         "type": "PTQ",
         "calibration_data": "none",
         "weight_update": "none",
-        "caveats": [f"RTN: {caveat}" for caveat in parse("rtn()").steps[0].caveats],
+        "caveats": [f"rtn: {caveat}" for caveat in parse("rtn()").steps[0].caveats],
     }
     found = cells.facts(parse("rtn(bits=8), gptq(bits=4)"), 128)
     assert found["calibration_data"] == "none, 128 sequences"
@@ -897,8 +896,34 @@ def test_facts_of_the_methods():
         "type": "post-training, PEFT, fine-tuning",
         "calibration_data": "8 sequences",
         "weight_update": "none, low rank",
-        "caveats": [f"LoRA: {caveat}" for caveat in parse("lora()").steps[0].caveats],
+        "caveats": [f"lora: {caveat}" for caveat in parse("lora()").steps[0].caveats],
     }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "update"),
+    [
+        ("fit()", "training"),
+        ("movement(), fit()", "training"),
+        ("lottery_ticket()", "training"),
+        ("wanda(), fit()", "none, training"),
+        ("learned_mask(), fit()", "none"),
+        ("lora(), fit()", "low rank"),
+        ("lora(), fit(), gmp(), fit()", "low rank, training"),
+    ],
+)
+def test_what_a_fit_does_to_weights_is_told(recipe, update):
+    assert cells.facts(parse(recipe), 128)["weight_update"] == update
+
+
+def test_caveats_name_the_method_as_recipes_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = "from effbench.core.kinds import Weights\nfrom dataclasses import dataclass\n\n"
+    body = "@dataclass(frozen=True)\nclass Mine(Weights):\n    caveats = ('half of it',)\n"
+    (tmp_path / "mine.py").write_text(f'"""Mine."""\n{base}{body}    def compress(self, layer): ...\n')
+    assert cells.facts(parse("./mine.py:Mine()"), 128)["caveats"] == ["./mine.py:Mine: half of it"]
+    steps = "./mine.py:Mine(), learned_mask(), fit()"
+    assert {caveat.partition(": ")[0] for caveat in cells.facts(parse(steps), 1)["caveats"]} >= {"learned_mask"}
 
 
 def test_records_of_attempts(store, make_job):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from effbench import sources
+from effbench.cells import stale
 from effbench.cells.plan import digests
 from effbench.cells.stale import is_stale
 from effbench.core.kinds import kind_of
@@ -53,6 +54,78 @@ def test_any_other_digest_is_stale(record, name):
     ],
 )  # fmt: skip
 def test_what_is_no_more_is_stale(record, changes):
+    assert is_stale(changed(record, **changes))
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A working folder with a model, its tokenizer, a GGUF file and texts; `record_of` measures on them."""
+    monkeypatch.chdir(tmp_path)
+    for cache in (stale._digest_model, stale._digest_data):
+        cache.cache_clear()
+    for name in ("mine", "words", "tiny"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(f'{{"name": "{name}"}}')
+    (tmp_path / "q4.gguf").write_text("weights")
+    monkeypatch.setattr(sources, "_find_lacking_reader", lambda: "")
+    for name in ("wiki", "code: a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(f"A text of {name}.")
+    (tmp_path / "pairs.jsonl").write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(4)))
+    return tmp_path
+
+
+OWN_SOURCES = [
+    ({"name": "mine"}, {"name": None}, "mine/config.json"),
+    ({"name": "./tiny"}, {"name": None}, "tiny/config.json"),
+    ({"name": "tiny", "tokenizer": "words"}, {"name": None}, "words/config.json"),
+    ({"name": "mine", "tokenizer": "words"}, {"name": None}, "mine/config.json"),
+    ({"name": "gguf:q4.gguf"}, {"name": None}, "q4.gguf"),
+    ({"name": "tiny"}, {"name": "text:wiki"}, "wiki/a.txt"),
+    ({"name": "tiny"}, {"name": "text:code: a"}, "code: a/a.txt"),
+    ({"name": "tiny"}, {"name": "jsonl:pairs.jsonl"}, "pairs.jsonl"),
+    ({"name": "tiny"}, {"name": "tiny", "learned": "text:wiki"}, "wiki/a.txt"),
+    ({"name": "tiny"}, {"name": "text:code: a", "learned": "jsonl:pairs.jsonl"}, "pairs.jsonl"),
+    ({"name": "mine"}, {"name": "hub:org/name", "learned": "speeches"}, "mine/config.json"),
+]
+
+
+def record_of(record, model, data):
+    model, data = sources.model(**model), sources.data(**data)
+    digests = record.cell.digests | {"model": model.digest, "data": data.digest}
+    return changed(record, model=model.name, data=data.shown, digests=digests)
+
+
+@pytest.mark.parametrize(("model", "data", "file"), OWN_SOURCES)
+def test_own_models_and_data_are_looked_up_by_what_can_be_opened(record, own, monkeypatch, model, data, file):
+    made = record_of(record, model, data)
+    assert not is_stale(made)
+    assert is_stale(changed(made, digests=made.cell.digests | {"probe.quality": "0"}))
+    (own / file).write_text('{"text": "other"}\n{"text": "words"}\n{"text": "now"}\n')
+    for cache in (stale._digest_model, stale._digest_data):
+        cache.cache_clear()
+    assert is_stale(made)
+
+
+@pytest.mark.parametrize(("model", "data", "file"), OWN_SOURCES)
+def test_what_lies_elsewhere_is_taken_as_the_record_says(record, own, monkeypatch, model, data, file):
+    made = record_of(record, model, data)
+    (own / "elsewhere").mkdir()
+    monkeypatch.chdir(own / "elsewhere")
+    assert not is_stale(made)
+    assert is_stale(changed(made, digests=made.cell.digests | {"open": "0"}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "org/name@deadbeef"},
+        {"data": "hub:name@deadbeef"},
+        {"model": "shape:none@deadbeef"},
+        {"data": "text:a"},
+    ],
+)
+def test_names_that_look_alike_are_no_folders(record, changes):
     assert is_stale(changed(record, **changes))
 
 

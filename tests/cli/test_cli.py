@@ -23,7 +23,7 @@ from effbench.cells import plan as runner
 from effbench.cells import run as batches
 from effbench.cells.options import RunOptions
 from effbench.cli import main as cli
-from effbench.core.paths import PUBLISHED
+from effbench.core.paths import PACKAGE, PUBLISHED
 from effbench.nn.files.load import open_model
 from effbench.records.store import Store, latest
 
@@ -234,10 +234,38 @@ def test_show_a_method(capsys, here):
     assert cli.main(["show", "gptq"]) == 0
     text = capsys.readouterr().out
     assert "arXiv:2210.17323" in text and "act_order" in text and "tests/" in text
-    assert cli.main(["show", "gptq", "--json"]) == 0
+    assert cli.main(["show", "gptq", "results=none", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     bits = {"type": "int", "default": "4", "comment": "2, 3, 4 or 8"}
     assert facts["parameters"]["bits"] == bits and facts["measured"] == []
+
+
+@pytest.mark.parametrize("place", [".", "docs", "/", "elsewhere"])
+def test_show_names_files_that_are_there(place, capsys, tmp_path, monkeypatch):
+    """From the working folder inside the checkout, as whole paths outside of it."""
+    checkout = PACKAGE.parent
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / place if place == "elsewhere" else checkout / place
+    monkeypatch.chdir(folder)
+    for name in ("gptq", str(PACKAGE / "cli" / "templates" / "swap.py")):
+        assert cli.main(["show", name, "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        for path in (facts["file"], *facts["tests"]):
+            assert (folder / path).is_file()
+            assert path.startswith("/") == (place in ("/", "elsewhere")), path
+    assert cli.main(["show", "gptq"]) == 0  # of what is published, wherever one is
+    text = capsys.readouterr().out
+    assert PUBLISHED is None or not PUBLISHED.is_dir() or "\nmeasured, the newest 12" in text
+    assert cli.main(["show", "gptq", f"results={tmp_path / 'none'}"]) == 0
+    assert capsys.readouterr().out.endswith(f"\nnot measured yet in {tmp_path / 'none'}\n")
+
+
+def test_show_names_an_own_file_from_the_folder_above_it(capsys, here):
+    (here / "own").mkdir()
+    template = (PACKAGE / "cli" / "templates" / "swap.py").read_text()
+    (here / "own" / "mine.py").write_text(template)
+    assert cli.main(["show", "own/mine.py", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == "own/mine.py"
 
 
 def test_show_tells_the_published_recipe_and_the_caveats(capsys, here):

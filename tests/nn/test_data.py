@@ -238,5 +238,30 @@ def test_without_a_network_hub_data_is_unavailable(
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(Unavailable, match=f"cannot be had: {error}"):
+    with pytest.raises(Unavailable, match=f"^data=hub:{name} cannot be had: {error}"):
         open_data(sources.data(f"hub:{name}"), tokenizer)
+    with pytest.raises(Unavailable, match=f"^calibration_data=hub:{name} cannot be had: {error}"):
+        open_data(sources.data("tiny", f"hub:{name}"), tokenizer)
+
+
+# What is too short is named
+
+
+def test_the_text_that_is_too_short_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("long", "short"):
+        (tmp_path / name).mkdir()
+        for document in texts(40 if name == "long" else 2):
+            (tmp_path / name / f"{document.name}.txt").write_text(document.text)
+    measured, learned = f"text:{tmp_path / 'long'}", f"text:{tmp_path / 'short'}"
+    with pytest.raises(Unsupported, match=r"^calibration_data text:short@.*: calibration and training text have"):
+        open_data(sources.data(measured, learned), tokenizer, length=900).calibration(1, 900, 0)
+    with pytest.raises(Unsupported, match=r"^text:short@.*: calibration and training text have"):
+        open_data(sources.data(learned), tokenizer, length=900).calibration(1, 900, 0)
+    own, other = data(tokenizer, []), Data("o", {"calibration": Part(texts(3), apart=True)}, tokenizer)
+    own.learn_from(other)
+    with pytest.raises(Unsupported, match=r"^calibration_data o: 0 documents have more than 999 tokens"):
+        own.calibration(3, 999, 0)
+    with pytest.raises(Unsupported, match=r"^calibration_data o: the train part has no text"):
+        own.ids("train")
+    with pytest.raises(Unsupported, match=r"^d: the heldout part has no text"):
+        own.heldout_ids()

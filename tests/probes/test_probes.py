@@ -271,10 +271,12 @@ def test_data_of_a_paper_bring_their_window_and_are_measured_whole(run, tokenize
 
 def test_text_shorter_than_the_window_is_unsupported(run):
     run.data.ids = run.data.ids[:20]
-    with pytest.raises(Unsupported, match="text has 20 tokens, the window is 96"):
+    with pytest.raises(Unsupported, match="held-out text has 20 tokens, the window 96: "):
         perplexity.take(run, {})
     with pytest.raises(Unsupported, match="the window is 200 tokens, the model takes 2 to 96"):
         perplexity.take(run, {"window": 200})
+    with pytest.raises(Unsupported, match="text_tokens is 50, the window 96 tokens"):
+        distance.take(run, {"text_tokens": 50})
 
 
 def test_quality_of_random_shapes_is_refused_and_needs_a_tokenizer(run):

@@ -12,6 +12,7 @@ from effbench.core.errors import Usage
 from effbench.records.metric import Metric
 from effbench.records.store import Store
 from effbench.report.choice import Choice
+from effbench.report.columns import MOST, list_columns, make_columns
 from effbench.report.differences import compute_tests
 from effbench.report.groups import group_records
 from effbench.report.pages import render
@@ -70,6 +71,37 @@ def test_a_metric_without_a_column_can_be_chosen():
 def test_commas_in_the_brackets_of_a_recipe_are_part_of_it():
     assert Choice.read("gptq(bits=3, damp=0.1),rtn*, nf4()", "bits").rows == ("gptq(bits=3, damp=0.1)", "rtn*", "nf4()")
     assert Choice.read(None, None) == Choice()
+
+
+def test_a_comma_before_a_unit_is_part_of_a_header():
+    headers = [column.header for columns in list_columns().values() for column in columns]
+    assert {"KL, nats", "zeros, %", "apply, s", "decode, × (tok/s, ms)"} <= {*headers}
+    for header in headers:
+        assert Choice.read(None, header).columns == (header,)
+    assert Choice.read(None, ",".join(headers)).columns == tuple(headers)
+    assert Choice.read(None, "KL,nats , bits,top-1, %").columns == ("KL, nats", "bits", "top-1, %")
+    assert Choice.read(None, "nats, bits, ").columns == ("nats", "bits")
+    (sheet,) = make_sheets(group_records(RECORDS), choice=Choice.read(None, "tasks, %, KL, nats, apply, s"))
+    assert sheet.grids[0].header == ("recipe", "tasks, %", "KL, nats", "apply, s")
+
+
+def test_bytes_without_a_column_are_printed_as_bytes():
+    records = [make(metrics={"token_ppl": Metric(5.0), "reference_bytes": Metric(2.5e6)})]
+    assert (
+        make_sheets(group_records(records), choice=Choice.read(None, "reference*"))[0].grids[0].rows[0][1] == "2.50 MB"
+    )
+
+
+@pytest.mark.parametrize("speeds", [(), ("decode",)])
+def test_bits_stand_beside_zeros_where_there_is_room(speeds):
+    names = ["token_ppl", "kl_nats_per_token", "tasks_acc", "stored_bytes", "bits_per_weight", "sparsity"]
+    names += ["sparsity_asked", *(f"{phase}_speedup_b1_c128" for phase in speeds)]
+    summary = [column.header for column in make_columns(names)["summary"]]
+    assert summary[:2] == ["zeros, %", "bits"] and len(summary) < MOST
+    full = make_columns([*names, "decode_speedup_b1_c128", "prefill_speedup_b1_c128"])["summary"]
+    assert full[0].header == "zeros, %" and "bits" not in {column.header for column in full} and len(full) < MOST
+    dense = make_columns([name for name in names if name != "sparsity_asked"])["summary"]
+    assert dense[0].header == "bits" and "zeros, %" not in {column.header for column in dense}
 
 
 def test_a_column_chosen_twice_is_one_and_has_its_place():

@@ -315,3 +315,24 @@ def test_one_row_alone_is_not_enough(words, message, capsys):
     assert main(["compare", *words]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and "key=value" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("windows", [2, 3, 4])
+def test_few_windows_have_an_interval_and_the_p_of_a_paired_t(windows):
+    sides = [[2.3 + 0.1 * i + more * (1 + 0.2 * i) for i in range(windows)] for more in (0.0, 0.05)]
+    rows = [
+        Row((make(name, metrics={"token_ppl": Metric(math.exp(np.mean(nll)))}, samples={"token_ppl_window_nll": nll}),))
+        for name, nll in zip(("a()", "b()"), sides, strict=True)
+    ]
+    line = cells(compare(*rows))["token_ppl"]
+    assert line["n"] == str(windows) and line["95 % interval"] != "–"
+    assert float(line["p"]) == pytest.approx(ttest_rel(*sides).pvalue, rel=0.1)
+
+
+def test_one_window_has_neither():
+    rows = [
+        Row((make(name, metrics={"token_ppl": Metric(9.0)}, samples={"token_ppl_window_nll": [nll]}),))
+        for name, nll in (("a()", 2.3), ("b()", 2.4))
+    ]
+    line = cells(compare(*rows))["token_ppl"]
+    assert line["p"] == "1" and line["95 % interval"] == "–"

@@ -1,6 +1,7 @@
 """Units and definitions reach every place that shows metrics."""
 
 import json
+import re
 
 import pytest
 from fake_records import make
@@ -63,6 +64,27 @@ def test_the_glossary_has_every_metric_that_a_column_shows_and_every_mark():
     for mark in "±ˢ–↑":
         assert mark in text
     assert "decode, × (tok/s, ms)" in text and "zeros, %" in text and "bits: " in text and text.startswith("recipe: ")
+
+
+def test_no_metric_is_without_a_column_that_defines_it_with_its_unit():
+    columns = [column for columns in list_columns().values() for column in columns]
+    text = write_columns()
+    for one in DEFINITIONS:
+        shown = [column for column in columns if any(map(one.regex.fullmatch, column.metrics))]
+        assert shown, one.pattern
+        assert any(one.meaning.rstrip(".")[1:] in column.explain() for column in shown)
+    for column in columns:
+        said = column.explain()
+        assert f"  {column.header}: {said}\n" in f"{text}\n" and said.endswith(".")
+        assert not column.metrics or re.search(r" (In [\w/µ -]+|As a ratio|Without a unit)\.", said), said
+    for word in ("flips", "reference bytes", "model bits per weight", "decode floor ms per token b1 c1"):
+        assert f"\n  {word}: " in text
+
+
+def test_no_two_columns_of_a_table_read_alike():
+    for detail in ("quality", "memory", "methods", "chosen"):
+        said = [column.explain() for column in list_columns()[detail]]
+        assert len(said) == len(set(said)), detail
 
 
 @pytest.mark.parametrize("name", ["no_such_thing", "a\0b", ""])

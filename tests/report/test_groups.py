@@ -81,8 +81,8 @@ def test_a_caption_says_at_which_commits_and_how_many_rows_are_older():
     assert "Measured at commits bbbbbbbbb, aaaaaaaaa with changes." in sheet.caption
     assert "older source" not in sheet.caption
     (sheet,) = make_sheets(group_records(records), stale=lambda record: record.environment["commit"][0] == "a")
-    assert "2 of 3 rows were measured by an older source." in sheet.caption
-    assert "2 of 3 rows were measured by an older source." in render(
+    assert "2 of 3 rows were measured by an older source, model or data." in sheet.caption
+    assert "2 of 3 rows were measured by an older source, model or data." in render(
         records, "quant", stale=lambda record: record.environment["commit"][0] == "a"
     )
 

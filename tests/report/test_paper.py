@@ -14,7 +14,7 @@ from effbench.report.choice import Choice
 from effbench.report.groups import group_records
 from effbench.report.pages import load, render
 from effbench.report.sheets import make_sheets
-from effbench.report.styles.tex import TALL
+from effbench.report.styles.tex import TALL, escape
 
 LONG = "sparsegpt(pattern='2:4', bits=4), lora(rank=16), fit(steps=100, lr=0.001)"
 NASTY = r"50% of $x_1 & <b>|y|</b> #1 ~ ^ {z} \n `code` [a](b) *c* _d_ " + "a_very.long/name=" * 12
@@ -94,6 +94,8 @@ def test_no_box_is_too_wide_and_no_float_too_tall(tmp_path):
         render([make(), make(LONG)], "quant", "paper", choice=Choice.read(None, "*")),
         render(MANY, "quant", "paper"),
         render(RECORDS, "quant", "paper", "methods"),
+        render([make(), make(LONG)], "quant", "tex"),
+        render(MANY, "quant", "tex"),
     ]
     if PUBLISHED is not None and PUBLISHED.is_dir():
         texts += [
@@ -108,9 +110,33 @@ def test_no_box_is_too_wide_and_no_float_too_tall(tmp_path):
 
 @latex
 def test_a_table_that_is_too_wide_is_seen(tmp_path):
-    """That of the whole page is: what the test above looks for is written into the log."""
-    code, log = compile_pages(tmp_path, render([make(), make(LONG)], "quant", "tex"))
+    """What the test above looks for is written into the log."""
+    wide = render([make(), make(LONG)], "quant", "tex").replace(r"\effbenchfit", "")
+    code, log = compile_pages(tmp_path, wide)
     assert code == 0 and re.search(r"^Overfull", log, re.M)
+
+
+@pytest.mark.parametrize("style", ["tex", "paper"])
+@pytest.mark.parametrize("detail", [None, "summary", "speed", "methods"])
+def test_every_table_is_made_to_fit_and_none_is_taller_than_a_page(style, detail):
+    """What can be seen without LaTeX."""
+    for records in (RECORDS, MANY, [make(), make(LONG)]):
+        text = render(records, "quant", style, detail)
+        tables = text.split(r"\begin{table}")[1:]
+        assert tables and text.count(r"\usepackage{booktabs,graphicx}") == text.count(r"\providecommand") == 1
+        for table in tables:
+            assert table.count(r"\effbenchfit{\begin{tabular}") == table.count(r"\begin{tabular}") == 1
+            assert table.partition(r"\midrule")[2].partition(r"\bottomrule")[0].count(r"\\") <= TALL
+        labels = re.findall(r"\\label{(.*?)}", text)
+        assert len(labels) == len(tables) == len(set(labels))
+
+
+def test_a_page_has_every_column_of_its_grids():
+    (sheet,) = make_sheets(group_records(RECORDS))
+    text = render(RECORDS, "quant", "tex")
+    for grid in sheet.grids:
+        assert " & ".join(map(escape, grid.header)) in text
+    assert text.count(escape(sheet.legend)[:40]) == 1
 
 
 def test_sheets_have_one_grid_of_chosen_columns():

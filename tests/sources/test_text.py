@@ -178,3 +178,24 @@ def test_data_to_calibrate_on_is_part_of_what_the_data_is(tmp_path: Path) -> Non
     assert sources.data("tiny", "hub:c4-gptq").digest == sources.UNRESOLVED
     with pytest.raises(Usage, match="calibration_data=nothing: must be tiny, speeches, text:FOLDER, jsonl:FILE or hub"):
         sources.data("tiny", "nothing")
+
+
+@pytest.mark.parametrize("option", ["data", "calibration_data"])
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            ['{"prompt": "a", "completion": "b"}'] * 3,
+            "1 different examples do not fall in three parts: give at least 3",
+        ),
+        (['{"prompt": "a", "completion": "b"}', '{"text": "c"}'], "2 different examples do not fall in three parts"),
+        (['{"text": " "}'], "holds no text"),
+        (["{"], "line 1: no JSON"),
+    ],
+)
+def test_a_message_names_the_option_and_the_file(tmp_path: Path, option: str, lines: list[str], words: str) -> None:
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(Usage) as error:
+        sources.data(*([f"jsonl:{file}"] if option == "data" else ["tiny", f"jsonl:{file}"]))
+    assert str(error.value).startswith(f"{option}=jsonl:{file}: {words}")

@@ -140,6 +140,8 @@ def test_degenerate_differences():
     assert mean_interval(np.zeros(50)) == Estimate(0.0, 0.0, 0.0, 1.0, 50)
     assert mean_interval(np.full(20, 0.25)).p == pytest.approx(2 * 0.5**20)
     assert mean_interval([1.0, 2.0, 1.5]) == Estimate(1.5, None, None, 1.0, 3)
+    assert mean_interval([1.0], averages=True) == Estimate(1.0, None, None, 1.0, 1)
+    assert mean_interval([1.0, 2.0], [1.0], averages=True) == Estimate(1.25, None, None, 1.0, 3)
     with pytest.raises(ValueError, match="no values"):
         mean_interval([])
     with pytest.raises(ValueError, match="no values"):
@@ -174,3 +176,17 @@ def test_over_seeds():
     assert (found.value, found.low, found.high) == pytest.approx((3.0, low, high))
     with pytest.raises(ValueError, match="no seeds"):
         over_seeds([])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_averages_are_tested_by_student_however_few_they_are(rng, n):
+    values = rng.normal(1.0, 0.5, n)
+    found, known = mean_interval(values, averages=True), scipy_stats.ttest_1samp(values, 0)
+    assert found.p == pytest.approx(known.pvalue) and found.n == n
+    assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval()))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_few_averages_of_equal_sides_raise_no_more_false_alarms(rng, n):
+    alarms = sum(mean_interval(rng.normal(0, 1, n), averages=True).p <= 0.05 for _ in range(2000))
+    assert 60 <= alarms <= 140

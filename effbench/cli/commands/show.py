@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from effbench.cli.command import JSON, Command, print_columns
 from effbench.cli.commands.list import describe
 from effbench.core import registry
 from effbench.core.errors import Usage
-from effbench.core.paths import PACKAGE
+from effbench.core.paths import PACKAGE, PUBLISHED, RUNS
 from effbench.core.usage import named_path, nearest, parse
 
 METRICS = ("bits_per_weight", "token_ppl", "kl_nats_per_token", "tasks_acc")  # units are part of the names
@@ -25,11 +26,12 @@ NEWEST = 12  # measured rows that are printed
 class ShowOptions:
     """What `effbench show` can be told."""
 
-    results: str = "results"  # folder of records
+    results: str | None = None  # folder of records; by default the published ones
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    results = named_path("results", parse(ShowOptions, arguments.options).results)
+    given = parse(ShowOptions, arguments.options).results
+    results = (PUBLISHED or Path(RUNS)) if given is None else named_path("results", given)
     name = arguments.name
     if name.endswith((".yaml", ".yml")):
         return _show_suite(name, arguments.json)
@@ -57,13 +59,11 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
-    checkout = PACKAGE.parent
-    path = checkout / entry.path.relative_to(PACKAGE) if entry.path.is_relative_to(PACKAGE) else entry.path
-    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    tests = _tests(entry, checkout / "tests")
+    path = _locate(entry.path)
+    tests = list(map(_locate, _tests(entry, PACKAGE.parent / "tests")))
     measured = _measured(entry.key, results)
     if as_json:
-        facts = describe(entry) | {"file": str(path), "tests": tests, "measured": measured}
+        facts = describe(entry) | {"file": path, "tests": tests, "measured": measured}
         print(json.dumps(facts, indent=1, default=str))
         return 0
     print(f"{entry.key}: {entry.summary or 'no summary'}\n")
@@ -73,7 +73,7 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
     caveats = "; ".join(entry.facts.get("caveats", ()))
     about |= {"published": entry.facts.get("published") or ("not as a recipe, see caveats" if caveats else "")}
     about |= {"caveats": caveats}
-    about["file"] = str(path)
+    about["file"] = path
     about |= {"needs": ", ".join(sorted(map(str, entry.facts.get("needs", ())))), "tests": ", ".join(tests)}
     print_columns([[name, text] for name, text in about.items() if text])
     print("\nparameters" if entry.parameters else "\nno parameters")
@@ -82,7 +82,7 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
         for parameter in entry.parameters.values()
     )
     if not measured:
-        print(f"\nnot measured yet in {results}")
+        print(f"\nnot measured yet in {_locate(results)}")
         return 0
     newest = sorted(measured, key=lambda row: row["date"], reverse=True)[:NEWEST]
     more = f", the newest {NEWEST} of {len(measured)} rows" if len(measured) > NEWEST else ""
@@ -90,6 +90,14 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
     header = dict(zip(newest[0], newest[0], strict=True))
     print_columns(["", *map(str, row.values())] for row in (header, *newest))
     return 0
+
+
+def _locate(path: Path) -> str:
+    """A path, links resolved: whole, unless it lies in the working folder or that is in the checkout too."""
+    path, here, checkout = path.resolve(), Path.cwd(), PACKAGE.parent.resolve()
+    near = here.is_relative_to(checkout) and path.is_relative_to(checkout)
+    inside = path.is_relative_to(here) and here != Path(here.anchor)
+    return os.path.relpath(path) if near or inside else str(path)
 
 
 def _show_suite(name: str, as_json: bool) -> int:
@@ -132,7 +140,7 @@ def _spell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _tests(entry: registry.Entry, folder: Path) -> list[str]:
+def _tests(entry: registry.Entry, folder: Path) -> list[Path]:
     """Test files that use a method: in a step string, or by importing its module."""
     step = re.compile(rf"(?<![\w.]){re.escape(entry.key)}\(")
     files = []
@@ -144,7 +152,7 @@ def _tests(entry: registry.Entry, folder: Path) -> list[str]:
         strings = (n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
         imports = (n.module for n in nodes if isinstance(n, ast.ImportFrom))
         if entry.module in imports or any(step.search(string) for string in strings):
-            files.append(str(path.relative_to(folder.parent)))
+            files.append(path)
     return files
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from effbench.report.sheets import Grid, Sheet, narrow
 from effbench.report.text import SUPERSCRIPTS, numeric_column
@@ -19,20 +19,18 @@ CHARACTERS = {
 CHARACTERS_WIDE = 88  # of a line of footnotesize across the text of an article in one column; a gap takes three
 TALL = 40  # rows of one table of a paper; more become several tables
 LONG_WORD = 30  # characters of a word from which on it may be broken after a mark
-PAPER = r"""% Needs \usepackage{booktabs,graphicx}.
+HEAD = r"""% Needs \usepackage{booktabs,graphicx}.
 \providecommand{\effbenchfit}[1]{\sbox0{#1}\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi}"""
 
 
 def page(sheets: Sequence[Sheet]) -> str:
-    """A whole file to be included."""
-    return "\n\n".join(["% Needs \\usepackage{booktabs}.", *map(_write_tables, sheets)]) + "\n"
+    """A whole file to be included: all columns of every table, made smaller where they are wider than the text."""
+    return _join(table for sheet in sheets for table in _write_sheet(sheet))
 
 
 def write_paper(sheets: Sequence[Sheet]) -> str:
-    """Tables for a paper, to be included: each with a label and a short caption, what else there is to say as its note,
-    and never wider than the text.
-    """
-    return "\n\n".join([PAPER, *(_write_paper_table(sheet, grid) for sheet in sheets for grid in sheet.grids)]) + "\n"
+    """Tables for a paper, to be included: columns that a page has no room for are left out, unless they were chosen."""
+    return _join(_write_narrow(sheet, grid) for sheet in sheets for grid in sheet.grids)
 
 
 def escape(text: str) -> str:
@@ -40,30 +38,35 @@ def escape(text: str) -> str:
     return "".join(CHARACTERS.get(character, character) for character in text)
 
 
-def _write_tables(sheet: Sheet) -> str:
+def _join(tables: Iterable[str]) -> str:
+    return "\n\n".join([HEAD, *tables]) + "\n"
+
+
+def _write_sheet(sheet: Sheet) -> Iterator[str]:
+    """All grids of a sheet; what else there is to say stands below the first, footnotes of names below each."""
     if not sheet.grids:
-        return escape(" ".join((f"{sheet.title}:", *sheet.notes)))
-    tables = []
+        yield escape(" ".join((f"{sheet.title}:", *sheet.notes)))
     for grid in sheet.grids:
         first = grid is sheet.grids[0]
-        caption = " ".join((f"{sheet.title}: {grid.title}.", *((sheet.caption, *sheet.protocols) if first else ())))
-        notes = [*sheet.notes, sheet.legend] if first else sheet.notes
-        lines = [r"\begin{table}", r"\centering\footnotesize", rf"\caption{{{escape(caption)}}}"]
-        lines += [_write_tabular(grid), *(rf"\par {escape(note)}" for note in notes), r"\end{table}"]
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+        yield _write_table(sheet, grid, _say(sheet) if first else sheet.notes)
 
 
-def _write_paper_table(sheet: Sheet, grid: Grid) -> str:
-    """One table, or several where it is too tall for a page; columns that were asked for are kept, and made smaller."""
+def _write_narrow(sheet: Sheet, grid: Grid) -> str:
+    """A grid for a page of one column; columns that were asked for are kept, and made smaller."""
     narrowed, omitted = narrow(grid, CHARACTERS_WIDE, 3)
-    if grid.detail != "chosen" or omitted == ["intervals"]:
-        grid = narrowed
-    else:
-        omitted = []
+    if grid.detail == "chosen" and omitted != ["intervals"]:
+        return _write_table(sheet, grid, _say(sheet))
+    left_out = [f"Left out for want of room: {'; '.join(omitted)}."] if omitted else []
+    return _write_table(sheet, narrowed, [*_say(sheet), *left_out])
+
+
+def _say(sheet: Sheet) -> list[str]:
+    return [sheet.caption, *sheet.protocols, *sheet.notes, sheet.legend]
+
+
+def _write_table(sheet: Sheet, grid: Grid, said: Sequence[str]) -> str:
+    """One table with a label, a short caption and a note, or several where it is too tall for a page."""
     label = re.sub(r"[^a-z0-9]+", "-", f"{sheet.title} {grid.detail}".casefold()).strip("-")
-    said = [sheet.caption, *sheet.protocols, *sheet.notes, sheet.legend]
-    said += [f"Left out for want of room: {'; '.join(omitted)}."] if omitted else []
     tables = []
     for start in range(0, len(grid.rows), TALL):
         part = Grid(grid.detail, grid.header, grid.rows[start : start + TALL])
@@ -73,8 +76,9 @@ def _write_paper_table(sheet: Sheet, grid: Grid) -> str:
         lines += [rf"\caption{{{escape(f'{sheet.title}: {grid.title.casefold()}{more}.')}}}\label{{{name}}}"]
         lines += [rf"\effbenchfit{{{_write_tabular(part)}}}", r"\end{table}"]
         tables.append("\n".join(lines))
-    note = r"\par\smallskip\parbox{\linewidth}{\scriptsize\raggedright " + " ".join(map(_break_words, said)) + "}"
-    tables[-1] = tables[-1].replace(r"\end{table}", f"{note}\n\\end{{table}}")
+    if said:
+        note = r"\par\smallskip\parbox{\linewidth}{\scriptsize\raggedright " + " ".join(map(_break_words, said)) + "}"
+        tables[-1] = tables[-1].replace(r"\end{table}", f"{note}\n\\end{{table}}")
     return "\n\n".join(tables)
 
 
