@@ -38,7 +38,8 @@ def test_a_metric_without_a_definition_fails():
         ("prefill_speedup_b8_c128", "{phase}_speedup_b{batch}_c{context}"),
         ("decode_launch_overhead_ms_per_token_b1_c2", "decode_launch_overhead_ms_per_token_b{batch}_c{context}"),
         ("apply_peak_rss_bytes", "apply_peak_{peak}_bytes"),
-        ("generate_peak_process_bytes", "{verb}_peak_{peak}_bytes"),
+        ("generate_peak_process_bytes", "generate_peak_{peak}_bytes"),
+            ("score_peak_allocated_bytes", "score_peak_{peak}_bytes"),
     ],
 )
 def test_names_find_their_definition(name, pattern):
