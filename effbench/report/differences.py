@@ -50,7 +50,7 @@ def read_items(record: Record, metric: str) -> Floats | None:
         return None
     if values.ndim == 2 and values.shape[1] == 2 and values[:, 1].sum() > 0:
         # (log-likelihood, words) of texts; how many words they have does not depend on the model
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             values = -values[:, 0] / values[:, 1].mean()
     return values if values.ndim == 1 and np.isfinite(values).all() else None
 
