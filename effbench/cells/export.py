@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from effbench import sources
 from effbench.cells.options import DTYPES, RunOptions
 from effbench.core.errors import Refused, Usage
 from effbench.core.recipe import parse
@@ -58,6 +59,7 @@ def export(
     for step in recipe.steps:
         if options.format == "dense" and step.rounds_activations:
             raise Usage(f"format=dense: {step} rounds activations too, which is lost there; format=effbench keeps it")
+    sources.check_files(job.source)
     check_writable("to", folder)
 
     from effbench.cells.execute import open_cell

@@ -68,7 +68,7 @@ class Batch:
 
 
 def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: bool = False) -> Batch:
-    """What the options ask for, checked as far as can be without opening model or data.
+    """What the options ask for, checked as far as can be without reading weights or data.
 
     `changes` are settings that differ from those of the suite. With `again`, cells that are done run anew. Raises
     `Usage`.
@@ -79,8 +79,11 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     records, notes = store.read(suite.name, suite.version)
     before = _Before(records, again)
     cells = tuple(map(before.decide, jobs))
-    if any(cell.done is None for cell in cells):
-        _check_tasks(tier.settings.get("tasks"), jobs[0].data)
+    todo = [cell.job for cell in cells if cell.done is None]
+    if todo:
+        _check_tasks(tier.settings.get("tasks"), todo[0].data)
+    for source in dict.fromkeys(job.source for job in todo):
+        sources.check_files(source)
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
 
 

@@ -1,25 +1,28 @@
 """What `model=`, `data=` and `tokenizer=` name: looked up and digested, not opened.
 
-Names that cannot be right are `Usage`, and so is text that cannot be read. What is wrong with a model (a pickle, a
-missing key) shows when a cell opens it, and is that cell's outcome.
+Names that cannot be right are `Usage`, and so are text that cannot be read and models whose files cannot be opened, as
+far as headers tell. What only the weights tell (infinities, tensors of unknown names) shows when a cell opens the
+model, and is that cell's outcome.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from effbench.core.errors import Unavailable, Usage, first_line
+from effbench.core.errors import Refused, Unavailable, Unsupported, Usage, first_line
 from effbench.core.files import file_digest
 from effbench.core.paths import PACKAGE
-from effbench.core.usage import named_path, nearest
+from effbench.core.usage import list_some, named_path, nearest
 from effbench.sources import smollm2
+from effbench.sources.checkpoints import CONFIG, check_folder, check_gguf, check_tokenizer
 from effbench.sources.shapes import SHAPES
 from effbench.sources.text import READERS, read_speeches
 
@@ -28,6 +31,7 @@ UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answe
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
 POSITIONS = ("max_position_embeddings", "n_positions")  # what configurations call the number of them
+GGUF = ".gguf"  # suffix of the files
 MODEL_FILES = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
 
 
@@ -57,7 +61,7 @@ class Source:
             config = SHAPES[self.name.removeprefix("shape:")]
         elif self.path is not None:
             try:
-                config = json.loads((self.path / "config.json").read_bytes())
+                config = json.loads((self.path / CONFIG).read_bytes())
             except (OSError, ValueError, RecursionError):
                 return None
         else:
@@ -95,7 +99,10 @@ def model(name: str, tokenizer: str | None = None) -> Source:
         or HUB_NAME.fullmatch(tokenizer)
         or named_path("tokenizer", tokenizer).is_dir()
     ):
-        raise Usage(f"tokenizer={tokenizer}: no such folder; it is tiny, a folder, or org/name on the Hub")
+        mend = (
+            _hint_folder("tokenizer", Path(tokenizer)) or "no such folder; it is tiny, a folder, or org/name on the Hub"
+        )
+        raise Usage(f"tokenizer={tokenizer}: {mend}")
     if name == "tiny":
         source = Source("tiny", "tiny", TINY / "model", tokenizer, _digest(_model_files(TINY / "model")))
     elif name.startswith("shape:"):
@@ -105,16 +112,18 @@ def model(name: str, tokenizer: str | None = None) -> Source:
     elif name.startswith("gguf:"):
         file = named_path("model", name.removeprefix("gguf:")).resolve()
         if not file.is_file():
-            raise Usage(f"model={name}: no such file")
+            raise Usage(f"model={name}: {_hint_gguf(file) or 'no such file'}")
         if lacking := _find_lacking_reader():
             raise Usage(f"model={name}: {lacking}")
         digest = file_digest(file)
         source = Source(f"gguf:{_label(file, digest)}", "gguf", file, tokenizer, digest)
     elif (folder := named_path("model", name)).is_dir():
         if not (folder / "config.json").is_file():
-            raise Usage(f"model={name}: the folder has no config.json")
+            raise Usage(f"model={name}: {_hint_gguf(folder) or f'the folder has no {CONFIG}'}")
         folder, digest = folder.resolve(), _digest(_model_files(folder))
         source = Source(_label(folder, digest), "folder", folder, tokenizer, digest)
+    elif folder.is_file() or folder.suffix == GGUF:
+        raise Usage(f"model={name}: {_hint_file(folder)}")
     elif (match := HUB_NAME.fullmatch(name)) and not name.startswith("."):
         fixed = match[2] is not None and COMMIT.fullmatch(match[2])
         source = Source(name, "hub", None, tokenizer, name if fixed else UNRESOLVED, match[2])
@@ -132,6 +141,31 @@ def model(name: str, tokenizer: str | None = None) -> Source:
     return dataclasses.replace(source, name=name, digest=_joined([source.digest, digest]))
 
 
+def check_files(source: Source) -> None:
+    """Raise `Usage` for a local model or tokenizer that cannot be opened, as far as that shows without its weights."""
+    if source.kind == "folder":
+        with _blame("model", source.location):
+            check_folder(Path(source.location))
+            if source.tokenizer is None:
+                check_tokenizer(Path(source.location))
+    elif source.kind == "gguf" and not _is_fetched(source) and not _find_lacking_reader():
+        with _blame("model", f"gguf:{source.location}"):
+            check_gguf(Path(source.location), source.tokenizer is None)
+    named = source.tokenizer
+    if named not in (None, "tiny") and source.kind != "shape" and (folder := named_path("tokenizer", named)).is_dir():
+        with _blame("tokenizer", named):
+            check_tokenizer(folder)
+
+
+@contextlib.contextmanager
+def _blame(option: str, value: object) -> Iterator[None]:
+    """Turn what is wrong with files into `Usage` that begins with the option that names them."""
+    try:
+        yield
+    except (Refused, Unsupported) as error:
+        raise Usage(f"{option}={value}: {error}") from None
+
+
 def check_reach(source: Source) -> None:
     """Raise `Unavailable` for a model that cannot be had, as far as that shows without loading it."""
     if source.kind == "gguf":
@@ -140,7 +174,7 @@ def check_reach(source: Source) -> None:
         import huggingface_hub
 
         try:
-            huggingface_hub.hf_hub_download(str(source.location), "config.json", revision=source.revision)
+            huggingface_hub.hf_hub_download(str(source.location), CONFIG, revision=source.revision)
         except Exception as error:  # of the network, of access, of the name, of the disk
             raise Unavailable(f"model={source.name} cannot be had: {first_line(error)}") from error
 
@@ -151,11 +185,37 @@ def open_file(source: Source) -> Path:
     assert path is not None
     if lacking := _find_lacking_reader():
         raise Unavailable(lacking)
-    if source.name == smollm2.NAME and not smollm2.is_there(path.parent):
+    if _is_fetched(source) and not smollm2.is_there(path.parent):
         raise Unavailable(f"{path} is not there or not whole: `effbench fetch smollm2` brings it")
     if not path.is_file():
         raise Unavailable(f"{path} is not there any more")
     return path
+
+
+def _is_fetched(source: Source) -> bool:
+    """Whether a source is the file that `effbench fetch` brings, which is known by its digest."""
+    return source.path == smollm2.cache_folder() / smollm2.FILE
+
+
+def _hint_file(path: Path) -> str:
+    """What to write in place of a file that is given as a model."""
+    return _hint_gguf(path) or _hint_folder("model", path) or "is a file; a model is a folder or gguf:FILE"
+
+
+def _hint_gguf(path: Path) -> str:
+    """What to write where GGUF files are meant: by their own name, or by that of their folder; empty if none are."""
+    if path.is_dir():
+        found = sorted(file.name for file in path.glob(f"*{GGUF}"))
+        return f"is a folder with {list_some(found)}; write model=gguf:{path / found[0]}" if found else ""
+    if path.suffix != GGUF:
+        return ""
+    return f"write model=gguf:{path}" if path.is_file() else "no such file; GGUF files are written gguf:FILE"
+
+
+def _hint_folder(option: str, path: Path) -> str:
+    """That the folder is to be named where a file of it is; empty for what is no file of a model."""
+    of_model = path.is_file() and path.suffix in MODEL_FILES and (path.parent / CONFIG).is_file()
+    return f"is a file; write {option}={path.parent}, the folder that holds it" if of_model else ""
 
 
 def _find_lacking_reader() -> str:

@@ -30,9 +30,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from effbench.core.errors import Refused, Unsupported, first_line
 from effbench.core.paths import PACKAGE
 from effbench.nn.model.linear import Replaced, Storage, matrix_dtype, stored_as, stored_tensors, top_linears
+from effbench.sources.checkpoints import MANIFEST, WEIGHTS
 
-CONFIG = "effbench.json"
-WEIGHTS = "model.safetensors"
 MASKS = "masks.safetensors"
 HOMES = ("formats", "nn", "methods")  # folders of the package with classes that an artifact may name
 LINEAR = f"{nn.Linear.__module__}:Linear"
@@ -73,7 +72,7 @@ def save(model: Any, folder: Path, storage: torch.dtype | Storage) -> int:
     replaced, changed = _differences(model, _skeleton(model))
     written, tied = _write(model, folder, storage)
     body = {"version": 1, "replaced": replaced, "changed": changed, "tied": tied}
-    (folder / CONFIG).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     return written
 
 
@@ -192,12 +191,14 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact, its classes known to be ones of ours. Raises `Unsupported`."""
     try:
-        manifest = msgspec.json.decode((folder / CONFIG).read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError, RecursionError) as error:
-        raise Unsupported(f"{folder.name}/{CONFIG}: {first_line(error)}") from None
+        raise Unsupported(f"{folder.name}/{MANIFEST}: {first_line(error)}") from None
     for kind in [*(entry.kind for entry in manifest.replaced.values()), *(c.kind for c in manifest.changed.values())]:
         if kind is not None and kind != LINEAR and kind not in buildable():
-            raise Unsupported(f"{folder.name}/{CONFIG}: {kind!r} is no class of effbench's formats, models or methods")
+            raise Unsupported(
+                f"{folder.name}/{MANIFEST}: {kind!r} is no class of effbench's formats, models or methods"
+            )
     return manifest
 
 

@@ -7,31 +7,28 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from effbench.nn.files.artifact import CONFIG
 from effbench.nn.model.linear import Storage, is_vector
+from effbench.sources.checkpoints import MANIFEST, PICKLES, read_tensors
+from effbench.sources.headers import Header, read_safetensors
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSORS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")  # suffixes of files of tensors
 INDEX = ".index.json"  # how the name of a file ends that says which tensor is in which file
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as headers name them
 
 
-class Header(NamedTuple):
-    """What a file says of one tensor."""
-
-    dtype: str  # as the file names it: BF16, F32, Q4_1
-    shape: tuple[int, ...]
-
-
 def read_headers(location: Path | str, revision: str | None) -> dict[str, Header]:
-    """Headers of the safetensors of a folder or of a model on the Hub, by name; empty where it has none."""
+    """Headers of the safetensors of a folder or of a model on the Hub, by name; empty where the Hub has none.
+
+    Raises `Refused` or `Unsupported` for files that are none or not whole.
+    """
+    if isinstance(location, Path):
+        return read_tensors(location)
     options: dict[str, Any] = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
     whole = cached_file(location, SAFE_WEIGHTS_NAME, **options)
     index = None if whole else cached_file(location, SAFE_WEIGHTS_INDEX_NAME, **options)
@@ -40,10 +37,7 @@ def read_headers(location: Path | str, revision: str | None) -> dict[str, Header
         files, _ = get_checkpoint_shard_files(str(location), index, revision=options["revision"])
     headers: dict[str, Header] = {}
     for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                headers[name] = Header(part.get_dtype(), tuple(part.get_shape()))
+        headers |= read_safetensors(Path(path))
     return headers
 
 
@@ -88,7 +82,7 @@ def keep_beside(folder: Path, origin: Path | None, model: Any, tokenizer: Any) -
         tokenizer.save_pretrained(folder)
     for path in sorted(origin.iterdir()) if origin is not None else ():
         tensors = path.suffix in TENSORS or path.name.endswith(INDEX)
-        if path.is_file() and not (tensors or path.name == CONFIG or (folder / path.name).exists()):
+        if path.is_file() and not (tensors or path.name == MANIFEST or (folder / path.name).exists()):
             shutil.copyfile(path, folder / path.name)
     if not (folder / GENERATION_CONFIG_NAME).exists() and model.generation_config is not None:
         (folder / GENERATION_CONFIG_NAME).write_text(model.generation_config.to_json_string())

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from effbench.core.errors import Unsupported, first_line
-from effbench.nn.files.checkpoint import Header
+from effbench.core.errors import Unsupported
+from effbench.sources.checkpoints import has_gguf_tokenizer
+from effbench.sources.headers import Header, read_gguf
+from effbench.sources.layout import check_architecture
 
 CONTROL, USER_DEFINED = 3, 4  # types of tokens that are never cut
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -54,30 +56,19 @@ CUTS = {  # by `tokenizer.ggml.pre`
 
 
 class Gguf:
-    """A GGUF file. Raises `Unsupported` if it cannot be read as one."""
+    """A GGUF file. Raises `Unsupported` if it cannot be read as one, or is of an unknown architecture."""
+
+    headers: dict[str, Header]  # type and shape of every tensor
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         self.path = path
-        try:
-            self._reader = GGUFReader(path)
-            self.architecture = str(self.find("general.architecture"))
-        except Exception as error:  # whatever the reader raises on damaged files
-            raise Unsupported(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
+        self._metadata, self.headers = read_gguf(path)
+        self.architecture = self.find("general.architecture")
+        check_architecture(self.architecture)
 
     def find(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key, `default` where the file has none."""
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
-
-    @functools.cached_property
-    def headers(self) -> dict[str, Header]:
-        """Type and shape of every tensor."""
-        return {
-            tensor.name: Header(tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)))
-            for tensor in self._reader.tensors
-        }
+        return self._metadata.get(key, default)
 
     def config(self) -> Any:
         """The configuration of the model. Raises `Unsupported` where the file says what transformers does not read."""
@@ -99,9 +90,9 @@ class Gguf:
         """
         kind, pre = self.find("tokenizer.ggml.model"), self.find("tokenizer.ggml.pre")
         mend = "; name the authors' own with tokenizer="
-        tokens = self.find("tokenizer.ggml.tokens")
-        if kind is None or tokens is None:
+        if not has_gguf_tokenizer(self._metadata):
             raise Unsupported(f"{self.path.name} holds no tokenizer{mend}")
+        tokens = self.find("tokenizer.ggml.tokens")
         if kind == "llama":
             tokenizer, opens = self._sentence_pieces(tokens), True
         elif kind == "gpt2" and pre in CUTS:
@@ -189,7 +180,7 @@ SPECIAL = {  # of transformers' tokenizers: their names in metadata
 }
 
 
-@functools.lru_cache(maxsize=1)  # reading the metadata takes seconds, and a cell asks three times
+@functools.lru_cache(maxsize=1)  # a cell asks three times
 def open_gguf(path: Path) -> Gguf:
     """The file, read once."""
     return Gguf(path)

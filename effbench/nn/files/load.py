@@ -17,15 +17,18 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from effbench import sources, tiny
-from effbench.core.errors import OutOfMemory, Refused, Unsupported, first_line
+from effbench.core.errors import Outcome, OutOfMemory, Refused, Unsupported, first_line
 from effbench.machine.devices import gib
 from effbench.nn.data import LONGEST, Data, RandomTokens, open_data
 from effbench.nn.files import artifact
-from effbench.nn.files.checkpoint import PICKLES, Header, choose_storage, describe_headers, read_headers
+from effbench.nn.files.checkpoint import choose_storage, describe_headers, read_headers
 from effbench.nn.files.gguf import Gguf, open_gguf
-from effbench.nn.model.blocks import ARCHITECTURES, Blocks, count_positions
+from effbench.nn.model.blocks import Blocks, count_positions
 from effbench.nn.model.linear import matrix_dtype, matrix_shape
 from effbench.nn.run import ModelRun, round_to
+from effbench.sources.checkpoints import MANIFEST, has_tokenizer
+from effbench.sources.headers import Header
+from effbench.sources.layout import check_architecture
 from effbench.sources.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -124,12 +127,7 @@ def open_model(source: Source, config: Any, device: torch.device, dtype: torch.d
 
 
 def read(folder: Path | str, dtype: torch.dtype, revision: str | None = None) -> Any:
-    """A transformers checkpoint in safetensors. Pickles, damaged files, absent tensors and NaN are outcomes."""
-    if isinstance(folder, Path) and not list(folder.glob("*.safetensors")):
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
-        if pickles:
-            raise Refused(f"{pickles[0]} is a pickle, which can run code when read: save it as safetensors")
-        raise Unsupported(f"{folder.name} holds no *.safetensors")
+    """A transformers checkpoint in safetensors. Damaged files, absent tensors and NaN are outcomes."""
     return _read(
         folder,
         _name(folder),
@@ -163,14 +161,21 @@ def _read(folder: Path | str, name: str, dtype: torch.dtype, **options: Any) -> 
     with _quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+                folder,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come back in `info`, by name
+                **options,
             )
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever safetensors and transformers raise on damaged or foreign files
             raise Unsupported(f"{name} cannot be read: {first_line(error)}") from error
     model, info = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for key, found, asked in sorted(info["mismatched_keys"]):
+        raise Unsupported(f"{name}: {key} is {list(found)}, the configuration asks for {list(asked)}")
+    for what in ("missing_keys", "unexpected_keys"):
         if info[what]:
             first = sorted(map(str, info[what]))[0]
             raise Unsupported(f"{name}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}")
@@ -187,7 +192,7 @@ def _gguf(source: Source) -> Gguf:
 
 
 def _is_artifact(folder: Path | str) -> TypeGuard[Path]:
-    return isinstance(folder, Path) and (folder / artifact.CONFIG).is_file()
+    return isinstance(folder, Path) and (folder / MANIFEST).is_file()
 
 
 def find_folder(source: Source) -> Path | None:
@@ -288,9 +293,9 @@ def _config(source: Source) -> Any:
     except Unsupported:
         raise
     except Exception as error:
-        raise Unsupported(f"{_name(folder)}: config.json cannot be read: {first_line(error)}") from error
-    if config.model_type not in ARCHITECTURES:
-        raise Unsupported(f"architecture {config.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+        what = "" if source.kind == "gguf" else "config.json "
+        raise Unsupported(f"{_name(folder)}: {what}cannot be read: {first_line(error)}") from error
+    check_architecture(config.model_type)
     for name, most in SIZES.items():
         value = getattr(config, name, 1)
         if type(value) is not int or not 1 <= value <= most:
@@ -306,6 +311,8 @@ def _headers(source: Source) -> dict[str, Header]:
         return _gguf(source).headers
     try:
         return read_headers(source.location, source.revision)
+    except Outcome:
+        raise
     except Exception as error:
         raise Unsupported(f"{_name(source.location)} cannot be read: {first_line(error)}") from error
 
@@ -318,7 +325,7 @@ def _tokenizer(source: Source) -> Any:
     folder = named or source.location
     if named is None and source.kind == "gguf":
         return _gguf(source).tokenizer()
-    if named is None and isinstance(folder, Path) and not list(folder.glob("tokenizer*")) + list(folder.glob("vocab*")):
+    if named is None and isinstance(folder, Path) and not has_tokenizer(folder):
         return None
     with _quiet():
         try:

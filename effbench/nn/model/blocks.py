@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from effbench.core.errors import Unsupported
 from effbench.core.views import SharedInput
 from effbench.nn.model.linear import MaskedLinear, matrix_shape, top_linears
+from effbench.sources.layout import check_architecture
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -111,8 +112,7 @@ class Blocks:
 
     def __init__(self, model: nn.Module) -> None:
         kind = str(model.config.model_type)  # type: ignore[union-attr]
-        if kind not in ARCHITECTURES:
-            raise Unsupported(f"architecture {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+        check_architecture(kind)
         self.model = model
         self.names = ARCHITECTURES[kind]
         self.embedding = model.get_submodule(self.names.embedding)

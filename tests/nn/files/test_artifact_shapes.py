@@ -39,7 +39,7 @@ def logits(model: Any) -> Tensor:
 
 
 def body(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / artifact.CONFIG).read_text())
+    found: dict[str, Any] = json.loads((folder / artifact.MANIFEST).read_text())
     return found
 
 
@@ -287,7 +287,7 @@ def test_what_does_not_fit_is_fatal(tmp_path: Path) -> None:
         ("replaced", {"model.layers.1.mlp": {"class": "torch.nn.modules.module:Module", "config": {}}}),
     ):
         text = json.dumps(found | {part: found[part] | entry})
-        (tmp_path / artifact.CONFIG).write_text(text)
+        (tmp_path / artifact.MANIFEST).write_text(text)
         with pytest.raises(Unsupported):
             artifact.load(tmp_path)
 
@@ -303,7 +303,7 @@ def test_a_dense_export_is_read_by_plain_transformers(architecture: str, steps: 
     weights = {path: dense_weight(module) for path, module in linears.items()}
     masks = {path: kept(module) for path, module in linears.items()}
     artifact.save_dense(run.model, tmp_path, torch.bfloat16)
-    assert not (tmp_path / artifact.CONFIG).exists()
+    assert not (tmp_path / artifact.MANIFEST).exists()
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not any(info.values())
     for path, module in Blocks(plain).linears():

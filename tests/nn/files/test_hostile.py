@@ -53,12 +53,12 @@ def folder(saved: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((folder / artifact.CONFIG).read_text())
+    body: dict[str, Any] = json.loads((folder / artifact.MANIFEST).read_text())
     return body
 
 
 def write(folder: Path, body: Any) -> None:
-    (folder / artifact.CONFIG).write_text(body if isinstance(body, str) else json.dumps(body))
+    (folder / artifact.MANIFEST).write_text(body if isinstance(body, str) else json.dumps(body))
 
 
 FIRST = "model.layers.0.mlp.down_proj"
@@ -155,7 +155,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Any:
 @given(st.data())
 def test_any_manifest_is_loaded_or_an_outcome(saved: dict[str, Path], data: st.DataObject) -> None:
     folder = saved[data.draw(st.sampled_from(FORMATS))]
-    text = (folder / artifact.CONFIG).read_text()
+    text = (folder / artifact.MANIFEST).read_text()
     body = json.loads(text)
     *path, last = data.draw(st.sampled_from([place for place in paths(body) if place]))
     inner = body
