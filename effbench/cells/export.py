@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from effbench.cells.options import DTYPES, RunOptions
 from effbench.core.errors import Refused, Usage
 from effbench.core.recipe import parse
-from effbench.core.usage import Seed, check_writable, named_path, nearest, one_of
+from effbench.core.usage import Seed, check_writable, list_some, matches_any, named_path, nearest, one_of
 
 if TYPE_CHECKING:
     from effbench.cells.job import Job
@@ -51,7 +51,9 @@ def export(
     folder = named_path("to", options.to)
     one_of("format", options.format, FORMATS)
     one_of("dtype", options.dtype, DTYPES)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise Usage(f"to={options.to}: is a file; name a new folder")
+    if folder.exists() and any(folder.iterdir()):
         raise Usage(f"to={options.to}: is there already and not empty; name a new folder")
     job = _find_job(options, changes or {})
     cell, recipe = job.cell, parse(job.cell.steps)
@@ -59,6 +61,10 @@ def export(
         if options.format == "dense" and step.rounds_activations:
             raise Usage(f"format=dense: {step} rounds activations too, which is lost there; format=effbench keeps it")
     check_writable("to", folder)
+
+    from effbench.cells.plan import check_files
+
+    check_files(job.source, cell.settings["probes"])
 
     from effbench.cells.execute import open_cell
     from effbench.nn.files import artifact
@@ -77,6 +83,9 @@ def export(
         run.finish(recipe_is_empty=not recipe.steps)
         if not run.infer.empty:
             raise Refused("the recipe changes how the model is run (its cache or its prompts), which no file can hold")
+        rounded = ""
+        if options.format == "dense" and (moved := artifact.measure_rounding(run.model, run.storage)):
+            rounded = f"; in {run.storage} packed weights are off by up to {moved:.1e} of what was measured"
         save = artifact.save_dense if options.format == "dense" else artifact.save
         written = save(run.model, folder, run.storage)
         origin = find_folder(job.source)
@@ -84,7 +93,7 @@ def export(
         keep_beside(folder, origin, run.model, None if own else run.tokenizer)
     finally:
         run.close()
-    return f"{folder}: {written / 1e6:.2f} MB of tensors, format {options.format}"
+    return f"{folder}: {written / 1e6:.2f} MB of tensors, format {options.format}{rounded}"
 
 
 def _find_job(options: ExportOptions, changes: Mapping[str, Any]) -> Job:
@@ -100,6 +109,8 @@ def _find_job(options: ExportOptions, changes: Mapping[str, Any]) -> Job:
     _, suite, tier, jobs = find_jobs(asked, changes)
     names = [recipe.name for recipe in tier.recipes]
     if options.row is not None and options.row not in names:
+        if meant := [name for name in names if matches_any(name, [options.row])]:
+            raise Usage(f"row={options.row}: is a pattern; name one row: {list_some(meant)}")
         hint = suite.tell_tiers(options.row) or nearest(options.row, names)
         raise Usage(f"row={options.row}: no row of {suite.name} in this tier{hint}")
     wanted = options.row if options.recipe is None else suite.row(options.recipe).name

@@ -17,7 +17,7 @@ from effbench.cells import suite as suites
 from effbench.cells.job import Job, Place
 from effbench.cells.options import RunOptions
 from effbench.cells.suite import Suite, Tier, seeded
-from effbench.core.errors import Usage
+from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.files import file_digest
 from effbench.core.kinds import kind_of, service
 from effbench.core.method import Method
@@ -32,7 +32,7 @@ from effbench.machine.gate import gate_file
 from effbench.machine.placement import Placement, place
 from effbench.records.record import RETRIED, Cell, Record
 from effbench.records.store import Store, latest
-from effbench.sources import DataSource, Source
+from effbench.sources import DataSource, Source, smollm2
 from effbench.sources.protocols import TEXT_TOKENS, WINDOW
 
 
@@ -69,7 +69,7 @@ class Batch:
 
 
 def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: bool = False) -> Batch:
-    """What the options ask for, checked as far as can be without opening model or data.
+    """What the options ask for, checked as far as can be without reading weights or data.
 
     `changes` are settings that differ from those of the suite. With `again`, cells that are done run anew. Raises
     `Usage`.
@@ -80,8 +80,11 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     records, notes = store.read(suite.name, suite.version)
     before = _Before(records, again)
     cells = tuple(map(before.decide, jobs))
-    if any(cell.done is None for cell in cells):
-        _check_tasks(tier.settings.get("tasks"), jobs[0].data)
+    todo = [cell.job for cell in cells if cell.done is None]
+    if todo:
+        _check_tasks(tier.settings.get("tasks"), todo[0].data)
+    for source in dict.fromkeys(job.source for job in todo):
+        check_files(source, tier.settings["probes"])
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
 
 
@@ -209,6 +212,19 @@ def _check_windows(settings: Mapping[str, Any], source: Source, data: DataSource
             f"text_tokens={text}: is less than the window, {window} tokens; --set text_tokens={window} or more, or a "
             "smaller window"
         )
+
+
+def check_files(source: Source, taken: Sequence[str]) -> None:
+    """Raise `Usage` for a model of one's own that cannot be opened, as far as that shows without its weights."""
+    if source.kind not in ("folder", "gguf") or source.name == smollm2.NAME:  # which is known by its digest
+        return
+    from effbench.nn.files.load import check_model  # torch and transformers, which other plans do without
+
+    try:
+        check_model(source, bool(probes.WINDOWED.intersection(taken)))
+    except (Refused, Unsupported) as error:
+        prefix = "gguf:" if source.kind == "gguf" else ""
+        raise Usage(f"model={prefix}{source.location}: {error}") from None
 
 
 def _check_tasks(tasks: Sequence[str] | None, data: DataSource) -> None:

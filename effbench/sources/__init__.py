@@ -1,7 +1,7 @@
 """What `model=`, `data=` and `tokenizer=` name: looked up and digested, not opened.
 
 Names that cannot be right are `Usage`, and so is text that cannot be read. What is wrong with a model (a pickle, a
-missing key) shows when a cell opens it, and is that cell's outcome.
+missing key) shows when it is opened, see `effbench.nn.files.load`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 from effbench.core.errors import Unavailable, Usage, first_line
 from effbench.core.files import file_digest
 from effbench.core.paths import PACKAGE
-from effbench.core.usage import named_path, nearest
+from effbench.core.usage import list_some, named_path, nearest
 from effbench.sources import smollm2
 from effbench.sources.protocols import PROTOCOLS, Protocol
 from effbench.sources.shapes import SHAPES
@@ -34,6 +34,8 @@ OWN = re.compile(r"(gguf:|text:|jsonl:|(?!hub:|shape:))([^/]+)@[0-9a-f]{8}")  # 
 WITH_TOKENIZER = " with tokenizer "
 CALIBRATED_ON = " calibrated on "
 POSITIONS = ("max_position_embeddings", "n_positions")  # what configurations call the number of them
+CONFIG = "config.json"
+GGUF = ".gguf"  # suffix of the files
 MODEL_FILES = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
 
 
@@ -63,7 +65,7 @@ class Source:
             config = SHAPES[self.name.removeprefix("shape:")]
         elif self.path is not None:
             try:
-                config = json.loads((self.path / "config.json").read_bytes())
+                config = json.loads((self.path / CONFIG).read_bytes())
             except (OSError, ValueError, RecursionError):
                 return None
         else:
@@ -106,7 +108,8 @@ def model(name: str, tokenizer: str | None = None) -> Source:
         or HUB_NAME.fullmatch(tokenizer)
         or named_path("tokenizer", tokenizer).is_dir()
     ):
-        raise Usage(f"tokenizer={tokenizer}: no such folder; it is tiny, a folder, or org/name on the Hub")
+        hint = _hint_folder("tokenizer", Path(tokenizer))
+        raise Usage(f"tokenizer={tokenizer}: {hint or 'no such folder; it is tiny, a folder, or org/name on the Hub'}")
     if name == "tiny":
         source = Source("tiny", "tiny", TINY / "model", tokenizer, _digest(_model_files(TINY / "model")))
     elif name.startswith("shape:"):
@@ -116,16 +119,18 @@ def model(name: str, tokenizer: str | None = None) -> Source:
     elif name.startswith("gguf:"):
         file = named_path("model", name.removeprefix("gguf:")).resolve()
         if not file.is_file():
-            raise Usage(f"model={name}: no such file")
+            raise Usage(f"model={name}: {_hint_gguf(file) or 'no such file'}")
         if lacking := _find_lacking_reader():
             raise Usage(f"model={name}: {lacking}")
         digest = file_digest(file)
         source = Source(f"gguf:{_label(file, digest)}", "gguf", file, tokenizer, digest)
     elif (folder := named_path("model", name)).is_dir():
-        if not (folder / "config.json").is_file():
-            raise Usage(f"model={name}: the folder has no config.json")
+        if not (folder / CONFIG).is_file():
+            raise Usage(f"model={name}: {_hint_gguf(folder) or f'the folder has no {CONFIG}'}")
         folder, digest = folder.resolve(), _digest(_model_files(folder))
         source = Source(_label(folder, digest), "folder", folder, tokenizer, digest)
+    elif folder.is_file() or folder.suffix == GGUF:
+        raise Usage(f"model={name}: {_hint_file(folder)}")
     elif (match := HUB_NAME.fullmatch(name)) and not name.startswith("."):
         fixed = match[2] is not None and COMMIT.fullmatch(match[2])
         source = Source(name, "hub", None, tokenizer, name if fixed else UNRESOLVED, match[2])
@@ -176,7 +181,7 @@ def check_reach(source: Source) -> None:
         import huggingface_hub
 
         try:
-            huggingface_hub.hf_hub_download(str(source.location), "config.json", revision=source.revision)
+            huggingface_hub.hf_hub_download(str(source.location), CONFIG, revision=source.revision)
         except Exception as error:  # of the network, of access, of the name, of the disk
             raise Unavailable(f"model={source.name} cannot be had: {first_line(error)}") from error
 
@@ -194,10 +199,31 @@ def open_file(source: Source) -> Path:
     return path
 
 
+def _hint_file(path: Path) -> str:
+    """What to write in place of a file that is given as a model."""
+    return _hint_gguf(path) or _hint_folder("model", path) or "is a file; a model is a folder or gguf:FILE"
+
+
+def _hint_gguf(path: Path) -> str:
+    """What to write where GGUF files are meant: by their own name, or by that of their folder; empty if none are."""
+    if path.is_dir():
+        found = sorted(file.name for file in path.glob(f"*{GGUF}"))
+        return f"is a folder with {list_some(found)}; write model=gguf:{path / found[0]}" if found else ""
+    if path.suffix != GGUF:
+        return ""
+    return f"write model=gguf:{path}" if path.is_file() else "no such file; GGUF files are written gguf:FILE"
+
+
+def _hint_folder(option: str, path: Path) -> str:
+    """That the folder is to be named where a file of it is; empty for what is no file of a model."""
+    of_model = path.is_file() and path.suffix in MODEL_FILES and (path.parent / CONFIG).is_file()
+    return f"is a file; write {option}={path.parent}, the folder that holds it" if of_model else ""
+
+
 def _find_lacking_reader() -> str:
     """Which package that reads GGUF files is not installed, with the mend; empty if none."""
-    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-    return f"GGUF files need the package {missing[0]}: pip install 'effbench[gguf]'" if missing else ""
+    there = importlib.util.find_spec("gguf") is not None
+    return "" if there else "GGUF files need the package gguf: pip install 'effbench[gguf]'"
 
 
 def _label(path: Path, digest: str) -> str:

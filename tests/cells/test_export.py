@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from effbench.cells.execute import execute
 from effbench.cells.export import ExportOptions, export
 from effbench.cells.options import RunOptions
 from effbench.cells.plan import find_jobs
-from effbench.core.errors import Refused
+from effbench.core.errors import Refused, Usage
 
 SUITE = """
 name: few
@@ -58,13 +59,39 @@ def test_an_exported_row_is_the_measured_one(here: Path) -> None:
     measured = measure(suite="few.yaml", recipes="gptq")
     again = measure(suite="few.yaml", model="out", recipes="baseline")
     assert again == pytest.approx(measured, rel=1e-6)
-    export(ExportOptions(suite="few.yaml", row="gptq", to="dense", format="dense", device="cpu"))
+    dense = export(ExportOptions(suite="few.yaml", row="gptq", to="dense", format="dense", device="cpu"))
+    off = re.search(r"; in torch\.bfloat16 packed weights are off by up to (\S+) of what was measured$", dense)
+    assert off is not None and 1e-4 < float(off[1]) < 2**-8, "half a unit of bfloat16's 8 bits"
     assert measure(suite="few.yaml", model="dense", recipes="baseline") == pytest.approx(measured, rel=1e-3)
     other = {"calibration_sequences": 2}
     export(ExportOptions(suite="few.yaml", row="gptq", to="other", device="cpu"), other)
     export(ExportOptions(suite="few.yaml", recipe="gptq(bits=3, group_size=32)", tier="full", to="full", device="cpu"))
     packed = [(here / name / "model.safetensors").read_bytes() for name in ("out", "other", "full")]
     assert len(set(packed)) == 3, "settings and tier decide what calibrates"
+
+
+def test_a_dense_form_that_loses_nothing_says_nothing(here: Path) -> None:
+    options = ExportOptions(recipe="magnitude(pattern='2:4')", to="dense", format="dense", device="cpu")
+    assert export(options).endswith("format dense")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"row": "gpt*"}, r"row=gpt\*: is a pattern; name one row: gptq"),
+        ({"row": "gptg"}, "row=gptg: no row of few in this tier; did you mean 'gptq'"),
+        ({"row": "gptq", "to": "file"}, "to=file: is a file; name a new folder"),
+        ({"row": "gptq", "to": "file/inside"}, "to=file/inside: cannot write there"),
+        ({"row": "gptq", "model": "broken"}, "model=.*broken: "),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(here: Path, options: dict[str, str], message: str) -> None:
+    (here / "file").touch()
+    shutil.copytree(tiny.MODEL, here / "broken")
+    (here / "broken" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(Usage, match=message):
+        export(ExportOptions(**{"suite": "few.yaml", "to": "out", "device": "cpu", **options}))  # type: ignore[arg-type]
+    assert not (here / "out").exists()
 
 
 def test_a_recipe_in_a_suite_takes_its_settings(here: Path) -> None:
@@ -108,24 +135,31 @@ def checkpoint(here: Path) -> Path:
     (folder / "generation_config.json").write_text(json.dumps(settings))  # as published; transformers would not save it
     for name in ("README.md", "LICENSE", "special_tokens_map.json", "model.safetensors.index.json", "old.bin"):
         (folder / name).write_text("{}")
+    for name in ("extra/deep/notes.txt", "extra/weights.onnx", ".git/HEAD"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("in a folder")
     return folder
+
+
+def list_files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("form", ["effbench", "dense"])
 def test_nothing_of_the_source_is_lost(form: str, checkpoint: Path, here: Path) -> None:
     export(ExportOptions(suite="few.yaml", row="rtn", model="source", format=form, to="out", device="cpu"))
     out = here / "out"
-    lost = {"old.bin", "model.safetensors.index.json"}  # which tell of tensors
+    lost = {"old.bin", "model.safetensors.index.json", "extra/weights.onnx", ".git/HEAD"}  # tensors, and of tools
     own = {"effbench.json"} if form == "effbench" else set()
-    names = {path.name for path in out.iterdir()}
-    assert names == {path.name for path in checkpoint.iterdir()} - lost | own
+    names = list_files(out)
+    assert names == list_files(checkpoint) - lost | own and "extra/deep/notes.txt" in names
     for name in names - own - {"model.safetensors", "config.json"}:
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes(), name
-    assert {oct(path.stat().st_mode)[-3:] for path in out.iterdir()} == {"644"}
+    assert {oct(path.stat().st_mode)[-3:] for path in out.rglob("*") if path.is_file()} == {"644"}
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16", "the type of the tensors"
     # Once more from the folder that was written: a dense form keeps no manifest of a packed one.
     export(ExportOptions(suite="few.yaml", row="baseline", model="out", format="dense", to="again", device="cpu"))
-    assert {path.name for path in (here / "again").iterdir()} == names - own
+    assert list_files(here / "again") == names - own
 
 
 def test_an_exported_model_generates_as_its_source_does(checkpoint: Path, here: Path) -> None:

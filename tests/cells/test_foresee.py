@@ -7,13 +7,15 @@ import json
 import pytest
 import torch
 import transformers
+from transformers import AutoTokenizer
 
+from effbench import tiny
 from effbench.cells.foresee import foresee
 from effbench.cells.options import RunOptions
 from effbench.cells.plan import plan
 from effbench.checks import ODD, toy
 from effbench.cli.main import main
-from effbench.core.errors import Unsupported
+from effbench.core.errors import Unsupported, Usage
 from effbench.core.recipe import parse_step
 from effbench.nn.files import load
 
@@ -28,7 +30,10 @@ def nothing_kept():
 @pytest.fixture
 def odd(tmp_path):
     """A folder with a model of widths 72 and 100."""
-    toy(**ODD).save_pretrained(tmp_path / "odd")
+    model, tokenizer = toy(**ODD), AutoTokenizer.from_pretrained(tiny.MODEL)
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "odd")
     return str(tmp_path / "odd")
 
 
@@ -74,10 +79,11 @@ def test_a_dry_run_says_it(odd, tmp_path, monkeypatch, capsys):
     assert [DOWN in row["why"] for row in json.loads(capsys.readouterr().out)] == [False, True]
 
 
-def test_a_model_that_is_none_is_said_once_for_each_cell_that_asks(odd, tmp_path):
+def test_a_model_that_is_none_is_refused(odd, tmp_path):
     config = json.loads((tmp_path / "odd" / "config.json").read_text()) | {"model_type": "t5"}
     (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
-    assert reason("quip_sharp()", odd).startswith("architecture 't5' is not one of")
+    with pytest.raises(Usage, match="architecture 't5' is not one of"):
+        reason("quip_sharp()", odd)
 
 
 def test_a_plan_builds_no_model_but_one_without_tensors(monkeypatch, tmp_path, capsys):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from effbench.cells.options import RunOptions
-from effbench.cells.plan import Batch, plan
+from effbench.cells.plan import Batch, find_jobs, plan
 from effbench.cli.main import main
 from effbench.core.errors import Usage
 from effbench.records.metric import Metric
@@ -133,7 +133,7 @@ def short(tmp_path):
     ],
 )
 def test_a_setting_that_no_probe_reads_costs_nothing(options, short, probes, changes):
-    plan(dataclasses.replace(options, model=short, probes=probes), UNSET | changes)
+    find_jobs(dataclasses.replace(options, model=short, probes=probes), UNSET | changes)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_setting_that_leaves_its_probe_no_chance_is_refused(options, short, pr
 
 def test_windows_that_just_fit_are_planned(options, short):
     for changes in ({"window": 64, "stride": 64, "text_tokens": 64}, {"text_tokens": 128, "stride": 128}):
-        plan(dataclasses.replace(options, model=short), UNSET | changes)
+        find_jobs(dataclasses.replace(options, model=short), UNSET | changes)
     with pytest.raises(Usage, match="text_tokens=16384: is less than the window, 20000"):
         plan(dataclasses.replace(options, model="org/name"), {"window": 20000, "text_tokens": None})
     paper = dataclasses.replace(options, model="org/name", data="hub:wikitext2-gptq")
@@ -241,10 +241,10 @@ def test_positions_are_read_from_a_model_s_folder(options, tmp_path, config, pos
     (tmp_path / "config.json").write_text(config)
     options = dataclasses.replace(options, model=str(tmp_path))
     fits = {"window": 64, "calibration_length": 64, "speed_points": [[1, 63]]}
-    plan(options, fits)
+    find_jobs(options, fits)
     mend = "64 positions; --set window=null --set speed_points=null takes what fits"
     with contextlib.nullcontext() if positions is None else pytest.raises(Usage, match=mend):
-        plan(options, fits | {"window": 65, "speed_points": [[1, 64]]})
+        find_jobs(options, fits | {"window": 65, "speed_points": [[1, 64]]})
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_a_metric_without_a_definition_fails():
         ("decode_launch_overhead_ms_per_token_b1_c2", "decode_launch_overhead_ms_per_token_b{batch}_c{context}"),
         ("apply_peak_rss_bytes", "apply_peak_{peak}_bytes"),
         ("generate_peak_process_bytes", "generate_peak_{peak}_bytes"),
-            ("score_peak_allocated_bytes", "score_peak_{peak}_bytes"),
+        ("score_peak_allocated_bytes", "score_peak_{peak}_bytes"),
     ],
 )
 def test_names_find_their_definition(name, pattern):

@@ -7,15 +7,15 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from effbench.nn.files.artifact import CONFIG
-from effbench.nn.model.linear import Storage, is_vector
+from effbench.nn.files.headers import Header, read_safetensors
+from effbench.nn.model.linear import Storage, is_vector, matrix_dtype
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSORS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")  # suffixes of files of tensors
@@ -23,15 +23,11 @@ INDEX = ".index.json"  # how the name of a file ends that says which tensor is i
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as headers name them
 
 
-class Header(NamedTuple):
-    """What a file says of one tensor."""
-
-    dtype: str  # as the file names it: BF16, F32, Q4_1
-    shape: tuple[int, ...]
-
-
 def read_headers(location: Path | str, revision: str | None) -> dict[str, Header]:
-    """Headers of the safetensors of a folder or of a model on the Hub, by name; empty where it has none."""
+    """Headers of the safetensors of a folder or of a model on the Hub, by name; empty where it has none.
+
+    Raises `Unsupported` for a file that is none or not whole.
+    """
     options: dict[str, Any] = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
     whole = cached_file(location, SAFE_WEIGHTS_NAME, **options)
     index = None if whole else cached_file(location, SAFE_WEIGHTS_INDEX_NAME, **options)
@@ -40,10 +36,7 @@ def read_headers(location: Path | str, revision: str | None) -> dict[str, Header
         files, _ = get_checkpoint_shard_files(str(location), index, revision=options["revision"])
     headers: dict[str, Header] = {}
     for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                headers[name] = Header(part.get_dtype(), tuple(part.get_shape()))
+        headers |= read_safetensors(Path(path))
     return headers
 
 
@@ -65,15 +58,21 @@ def choose_storage(headers: Mapping[str, Header], packed: torch.dtype = torch.bf
     return Storage(matrices, torch.float32) if wide else matrices
 
 
-def describe_headers(headers: Mapping[str, Header]) -> str:
-    """How a checkpoint is stored: `Q4_1 linears, Q8_0 embedding and head, F32 norms`, or one type if all have it."""
+def describe_headers(headers: Mapping[str, Header], storage: torch.dtype | Storage) -> str:
+    """How a checkpoint is stored: `Q4_1 linears, Q8_0 embedding and head, F32 norms`, or one type if all have it.
+
+    Where the model at work keeps matrices in none of these types, it says in which.
+    """
     types: dict[str, Counter[str]] = {"linears": Counter(), "embedding and head": Counter(), "norms": Counter()}
     for name, header in headers.items():
         inside = any(part.isdigit() for part in name.split("."))  # of a block
         kind = "norms" if len(header.shape) < 2 else "linears" if inside else "embedding and head"
         types[kind][header.dtype] += math.prod(header.shape)
     found = {kind: " and ".join(name for name, _ in sizes.most_common()) for kind, sizes in types.items() if sizes}
-    return found["linears"] if len(set(found.values())) == 1 else ", ".join(f"{t} {k}" for k, t in found.items())
+    told = found["linears"] if len(set(found.values())) == 1 else ", ".join(f"{t} {k}" for k, t in found.items())
+    kept = matrix_dtype(storage)
+    there = {DTYPES.get(header.dtype) for header in headers.values() if len(header.shape) > 1}
+    return told if there == {kept} else f"{told}; matrices are measured in {str(kept).removeprefix('torch.')}"
 
 
 def keep_beside(folder: Path, origin: Path | None, model: Any, tokenizer: Any) -> None:
@@ -86,10 +85,13 @@ def keep_beside(folder: Path, origin: Path | None, model: Any, tokenizer: Any) -
     """
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for path in sorted(origin.iterdir()) if origin is not None else ():
+    paths = [] if origin is None else [(path, path.relative_to(origin)) for path in sorted(origin.rglob("*"))]
+    for path, inside in paths:
+        hidden = any(name.startswith(".") for name in inside.parts[:-1])  # .git, and what the Hub's client keeps
         tensors = path.suffix in TENSORS or path.name.endswith(INDEX)
-        if path.is_file() and not (tensors or path.name == CONFIG or (folder / path.name).exists()):
-            shutil.copyfile(path, folder / path.name)
+        if path.is_file() and not (hidden or tensors or path.name == CONFIG or (folder / inside).exists()):
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / inside)
     if not (folder / GENERATION_CONFIG_NAME).exists() and model.generation_config is not None:
         (folder / GENERATION_CONFIG_NAME).write_text(model.generation_config.to_json_string())
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from effbench.core.errors import Unsupported, first_line
-from effbench.nn.files.checkpoint import Header
+from effbench.core.errors import Unsupported
+from effbench.nn.files.headers import Header, read_gguf
 
 CONTROL, USER_DEFINED = 3, 4  # types of tokens that are never cut
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -56,28 +57,16 @@ CUTS = {  # by `tokenizer.ggml.pre`
 class Gguf:
     """A GGUF file. Raises `Unsupported` if it cannot be read as one."""
 
-    def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
+    headers: dict[str, Header]  # type and shape of every tensor
 
+    def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._reader = GGUFReader(path)
-            self.architecture = str(self.find("general.architecture"))
-        except Exception as error:  # whatever the reader raises on damaged files
-            raise Unsupported(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
+        self._metadata, self.headers = read_gguf(path)
+        self.architecture = self.find("general.architecture")
 
     def find(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key, `default` where the file has none."""
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
-
-    @functools.cached_property
-    def headers(self) -> dict[str, Header]:
-        """Type and shape of every tensor."""
-        return {
-            tensor.name: Header(tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)))
-            for tensor in self._reader.tensors
-        }
+        return self._metadata.get(key, default)
 
     def config(self) -> Any:
         """The configuration of the model. Raises `Unsupported` where the file says what transformers does not read."""
@@ -85,6 +74,20 @@ class Gguf:
         if scaling != "none" or "rope_freqs.weight" in self.headers:
             raise Unsupported(f"{self.path.name} scales its rotary positions, which transformers' reader leaves out")
         return AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+
+    def check_tensors(self, model: Any) -> None:
+        """Raise `Unsupported` unless the file has the tensors of the model, maybe transposed, and no others."""
+        kind: Any = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
+        processor = kind(config=model.config.to_dict())
+        state = model.state_dict()
+        for name, path in get_gguf_hf_weights_map(model, processor).items():
+            asked = tuple(state[path].shape)
+            there = self.headers[name].shape if name in self.headers else None
+            if there is None and path not in model.all_tied_weights_keys:
+                raise Unsupported(f"{self.path.name} lacks the tensor {name}")
+            if there is not None and there not in (asked, asked[::-1]):
+                raise Unsupported(f"{name} is {list(there)}, the metadata asks for {list(asked)}")
+        self.check_read(model)
 
     def check_read(self, model: Any) -> None:
         """Raise `Unsupported` if the file has another number of tensors than the model that was read from it."""
@@ -98,8 +101,8 @@ class Gguf:
         Raises `Unsupported` for a kind that is not known here.
         """
         kind, pre = self.find("tokenizer.ggml.model"), self.find("tokenizer.ggml.pre")
-        mend = "; name the authors' own with tokenizer="
         tokens = self.find("tokenizer.ggml.tokens")
+        mend = "; name the authors' own with tokenizer="
         if kind is None or tokens is None:
             raise Unsupported(f"{self.path.name} holds no tokenizer{mend}")
         if kind == "llama":
@@ -189,7 +192,7 @@ SPECIAL = {  # of transformers' tokenizers: their names in metadata
 }
 
 
-@functools.lru_cache(maxsize=1)  # reading the metadata takes seconds, and a cell asks three times
-def open_gguf(path: Path) -> Gguf:
-    """The file, read once."""
+@functools.lru_cache(maxsize=1)  # a cell asks three times
+def open_gguf(path: Path, digest: str) -> Gguf:
+    """The file of this digest, read once."""
     return Gguf(path)

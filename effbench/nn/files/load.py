@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -17,13 +18,14 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from effbench import sources, tiny
-from effbench.core.errors import OutOfMemory, Refused, Unsupported, first_line
+from effbench.core.errors import Outcome, OutOfMemory, Refused, Unsupported, first_line
 from effbench.machine.devices import gib
 from effbench.nn.data import LONGEST, Data, RandomTokens, open_data
 from effbench.nn.files import artifact
-from effbench.nn.files.checkpoint import PICKLES, Header, choose_storage, describe_headers, read_headers
+from effbench.nn.files.checkpoint import PICKLES, choose_storage, describe_headers, read_headers
 from effbench.nn.files.gguf import Gguf, open_gguf
-from effbench.nn.model.blocks import ARCHITECTURES, Blocks, count_positions
+from effbench.nn.files.headers import Header
+from effbench.nn.model.blocks import Blocks, check_architecture, count_positions
 from effbench.nn.model.linear import matrix_dtype, matrix_shape
 from effbench.nn.run import ModelRun, round_to
 from effbench.sources.shapes import SHAPES
@@ -76,13 +78,7 @@ def open_run(
     texts: Data = (
         RandomTokens(model.config.vocab_size) if source.kind == "shape" else open_data(data, tokenizer, width, length)
     )
-    if tokenizer is not None:
-        ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
-        if ids > model.config.vocab_size:
-            raise Unsupported(
-                f"the tokenizer has tokens up to {ids - 1}, the model {model.config.vocab_size} in all: "
-                "they do not belong together"
-            )
+    _check_vocabulary(tokenizer, config)
     run = ModelRun(
         source,
         model,
@@ -99,8 +95,30 @@ def open_run(
     if source.kind == "hub":
         run.log.commit = config._commit_hash
     if headers and not _is_artifact(source.location):
-        run.log.model_types = describe_headers(headers)
+        run.log.model_types = describe_headers(headers, storage)
     return run
+
+
+def check_model(source: Source, reads_text: bool) -> None:
+    """Raise `Unsupported` or `Refused` for a local model that cannot be opened, as far as that shows without weights.
+
+    A model that is to read text needs a tokenizer.
+    """
+    config, folder = _config(source), source.location
+    headers = _headers(source)
+    tokenizer = _tokenizer(source)
+    if tokenizer is None and reads_text:
+        raise Unsupported("the model's folder has no tokenizer: name one with tokenizer=")
+    _check_vocabulary(tokenizer, config)
+    if source.kind == "gguf":
+        with torch.device("meta"):
+            _gguf(source).check_tensors(AutoModelForCausalLM.from_config(config))
+    elif _is_artifact(folder):
+        artifact.read_manifest(folder)
+    else:
+        _check_weights(folder)
+        if headers:
+            _load(folder, _name(folder), torch.float32, device_map="meta", **_in_safetensors(folder))
 
 
 @functools.cache
@@ -124,20 +142,17 @@ def open_model(source: Source, config: Any, device: torch.device, dtype: torch.d
 
 
 def read(folder: Path | str, dtype: torch.dtype, revision: str | None = None) -> Any:
-    """A transformers checkpoint in safetensors. Pickles, damaged files, absent tensors and NaN are outcomes."""
-    if isinstance(folder, Path) and not list(folder.glob("*.safetensors")):
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
-        if pickles:
-            raise Refused(f"{pickles[0]} is a pickle, which can run code when read: save it as safetensors")
-        raise Unsupported(f"{folder.name} holds no *.safetensors")
-    return _read(
-        folder,
-        _name(folder),
-        dtype,
-        revision=revision or "main",
-        use_safetensors=True,
-        local_files_only=isinstance(folder, Path),
-    )
+    """A transformers checkpoint in safetensors. Damaged files, absent tensors and NaN are outcomes."""
+    _check_weights(folder)
+    return _read(folder, _name(folder), dtype, **_in_safetensors(folder, revision))
+
+
+def _in_safetensors(folder: Path | str, revision: str | None = None) -> dict[str, Any]:
+    return {
+        "revision": revision or "main",
+        "use_safetensors": True,
+        "local_files_only": isinstance(folder, Path),
+    }
 
 
 def read_gguf(file: Gguf, config: Any, dtype: torch.dtype) -> Any:
@@ -160,20 +175,7 @@ def read_gguf(file: Gguf, config: Any, dtype: torch.dtype) -> Any:
 
 def _read(folder: Path | str, name: str, dtype: torch.dtype, **options: Any) -> Any:
     """What transformers reads, checked: every tensor is there, and finite."""
-    with _quiet():
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-            )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever safetensors and transformers raise on damaged or foreign files
-            raise Unsupported(f"{name} cannot be read: {first_line(error)}") from error
-    model, info = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            first = sorted(map(str, info[what]))[0]
-            raise Unsupported(f"{name}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}")
+    model = _load(folder, name, dtype, **options)
     for path, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             if dtype is torch.float16:  # whose range what is in the files may exceed
@@ -182,8 +184,43 @@ def _read(folder: Path | str, name: str, dtype: torch.dtype, **options: Any) -> 
     return model
 
 
+def _load(folder: Path | str, name: str, dtype: torch.dtype, **options: Any) -> Any:
+    """What transformers reads. Raises `Unsupported` unless it has every tensor that the configuration asks for."""
+    with _quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come back in `info`, by name
+                **options,
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever safetensors and transformers raise on damaged or foreign files
+            raise Unsupported(f"{name} cannot be read: {first_line(error)}") from error
+    model, info = loaded
+    for key, found, asked in sorted(info["mismatched_keys"]):
+        raise Unsupported(f"{name}: {key} is {list(found)}, the configuration asks for {list(asked)}")
+    for what in ("missing_keys", "unexpected_keys"):
+        if info[what]:
+            first = sorted(map(str, info[what]))[0]
+            raise Unsupported(f"{name}: {len(info[what])} {what.replace('_', ' ')}, the first is {first}")
+    return model
+
+
+def _check_weights(folder: Path | str) -> None:
+    """Raise `Refused` for a folder of pickles, `Unsupported` for one without weights."""
+    if isinstance(folder, Path) and not list(folder.glob("*.safetensors")):
+        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
+        if pickles:
+            raise Refused(f"{pickles[0]} is a pickle, which can run code when read: save it as safetensors")
+        raise Unsupported(f"{folder.name} holds no *.safetensors")
+
+
 def _gguf(source: Source) -> Gguf:
-    return open_gguf(sources.open_file(source))
+    return open_gguf(sources.open_file(source), source.digest)
 
 
 def _is_artifact(folder: Path | str) -> TypeGuard[Path]:
@@ -274,6 +311,10 @@ def _config(source: Source) -> Any:
         body = dict(SHAPES[source.name.partition(":")[2]])
         return AutoConfig.for_model(body.pop("model_type"), **body)
     folder = source.location
+    if source.kind == "gguf":
+        check_architecture(_gguf(source).architecture)  # transformers asks for packages to say that it knows none
+    elif isinstance(folder, Path):
+        _check_object(folder / CONFIG_NAME)
     try:
         config = (
             _gguf(source).config()
@@ -288,14 +329,21 @@ def _config(source: Source) -> Any:
     except Unsupported:
         raise
     except Exception as error:
-        raise Unsupported(f"{_name(folder)}: config.json cannot be read: {first_line(error)}") from error
-    if config.model_type not in ARCHITECTURES:
-        raise Unsupported(f"architecture {config.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+        what = "" if source.kind == "gguf" else "config.json "
+        raise Unsupported(f"{_name(folder)}: {what}cannot be read: {first_line(error)}") from error
+    check_architecture(config.model_type)
     for name, most in SIZES.items():
         value = getattr(config, name, 1)
         if type(value) is not int or not 1 <= value <= most:
             raise Unsupported(f"{_name(folder)}: config.json: {name} is {value!r}, must be from 1 to {most}")
     return config
+
+
+def _check_object(path: Path) -> None:
+    """Raise `Unsupported` for JSON that is no object; what is no JSON is left to transformers."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if not isinstance(body := json.loads(path.read_bytes()), dict):
+            raise Unsupported(f"{path.parent.name}: {path.name} holds a {type(body).__name__}, must be an object")
 
 
 def _headers(source: Source) -> dict[str, Header]:
@@ -306,6 +354,8 @@ def _headers(source: Source) -> dict[str, Header]:
         return _gguf(source).headers
     try:
         return read_headers(source.location, source.revision)
+    except Outcome:
+        raise
     except Exception as error:
         raise Unsupported(f"{_name(source.location)} cannot be read: {first_line(error)}") from error
 
@@ -330,6 +380,18 @@ def _tokenizer(source: Source) -> Any:
             )
         except Exception as error:
             raise Unsupported(f"the tokenizer of {_name(folder)} cannot be read: {first_line(error)}") from error
+
+
+def _check_vocabulary(tokenizer: Any, config: Any) -> None:
+    """Raise `Unsupported` for a tokenizer with tokens that the model has not."""
+    if tokenizer is None:
+        return
+    ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if ids > config.vocab_size:
+        raise Unsupported(
+            f"the tokenizer has tokens up to {ids - 1}, the model {config.vocab_size} in all: "
+            "they do not belong together"
+        )
 
 
 @contextlib.contextmanager

@@ -106,13 +106,18 @@ ARCHITECTURES: dict[str, Names] = {
 }
 
 
+def check_architecture(name: Any) -> None:
+    """Raise `Unsupported` for a `model_type` that is not known here."""
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise Unsupported(f"architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
+
+
 class Blocks:
     """The parts of a causal language model by their role. Raises `Unsupported` for an unknown architecture."""
 
     def __init__(self, model: nn.Module) -> None:
         kind = str(model.config.model_type)  # type: ignore[union-attr]
-        if kind not in ARCHITECTURES:
-            raise Unsupported(f"architecture {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+        check_architecture(kind)
         self.model = model
         self.names = ARCHITECTURES[kind]
         self.embedding = model.get_submodule(self.names.embedding)

@@ -64,7 +64,7 @@ def opened(folder: Path, dtype: str | None = None) -> Any:
         ("float32", F16, F16, F16, "F16"),
         ("float16", BF16, BF16, BF16, "BF16"),
         ("float16", BF16, F32, Storage(BF16, F32), "BF16 linears, BF16 embedding and head, F32 norms"),
-        ("float16", F32, F32, BF16, "F32"),
+        ("float16", F32, F32, BF16, "F32; matrices are measured in bfloat16"),
     ],
 )
 def test_the_types_are_those_of_the_tensors(
@@ -154,10 +154,12 @@ def test_most_of_the_weights_decide(types: dict[str, str], storage: Any) -> None
 
 
 def test_types_in_words() -> None:
-    assert describe_headers(headers(linear="F16", embedding="F16", norm="F16")) == "F16"
-    assert describe_headers(headers(linear="F16", norm="F32")) == "F16 linears, F32 norms"
+    assert describe_headers(headers(linear="F16", embedding="F16", norm="F16"), F16) == "F16"
+    assert describe_headers(headers(linear="F16", norm="F32"), Storage(F16, F32)) == "F16 linears, F32 norms"
+    assert describe_headers(headers(linear="F32", norm="F32"), BF16) == "F32; matrices are measured in bfloat16"
     mixed = headers(linear="Q4_K", embedding="Q6_K", norm="F32") | {"layers.1.up.weight": Header("Q6_K", (3, 3))}
-    assert describe_headers(mixed) == "Q4_K and Q6_K linears, Q6_K embedding and head, F32 norms"
+    told = "Q4_K and Q6_K linears, Q6_K embedding and head, F32 norms; matrices are measured in float16"
+    assert describe_headers(mixed, F16) == told
 
 
 def test_a_dense_export_of_wide_norms_is_read_by_plain_transformers(model: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from effbench import sources, tiny
 from effbench.checks import TOYS, toy
-from effbench.core.errors import Outcome, Refused, Unsupported
+from effbench.core.errors import Refused, Unsupported
 from effbench.nn.files.load import open_run
 from effbench.nn.infer.engine import open_engine
 
@@ -72,7 +72,7 @@ def test_a_pickle_is_refused(folder):
 def test_a_damaged_file(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(Unsupported, match="cannot be read"):
+    with pytest.raises(Unsupported, match="is no whole safetensors file"):
         opened(folder)
 
 
@@ -91,7 +91,8 @@ def test_a_missing_tensor(folder):
 
 def test_a_tensor_of_another_shape(folder):
     change(folder, "model.layers.1.mlp.up_proj.weight", torch.zeros(8, 8))
-    with pytest.raises(Outcome):
+    message = r"up_proj\.weight is \[8, 8\], the configuration asks for \[256, 128\]"
+    with pytest.raises(Unsupported, match=message):
         opened(folder)
 
 
