@@ -51,6 +51,7 @@ def test_layers_are_kept():
     assert done.returncode == 0, done.stdout
 
 
+FOR_OTHERS = {"accelerate"}  # by transformers, where it opens a model without its weights
 IMPORTED_AS = {"nvidia-ml-py": "pynvml", "PyYAML": "yaml", "lm-eval": "lm_eval"}
 
 
@@ -72,4 +73,4 @@ def test_what_is_declared_as_a_dependency_is_imported():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     names = {re.match(r"[\w.-]+", requirement)[0] for requirement in declared}
     unused = {name for name in names if IMPORTED_AS.get(name, name.lower()) not in imported_modules()}
-    assert unused == set()
+    assert unused == FOR_OTHERS

@@ -32,7 +32,7 @@ from effbench.machine.gate import gate_file
 from effbench.machine.placement import Placement, place
 from effbench.records.record import RETRIED, Cell, Record
 from effbench.records.store import Store, latest
-from effbench.sources import DataSource, Source, smollm2
+from effbench.sources import DataSource, Source
 from effbench.sources.protocols import TEXT_TOKENS, WINDOW
 
 
@@ -216,7 +216,7 @@ def _check_windows(settings: Mapping[str, Any], source: Source, data: DataSource
 
 def check_files(source: Source, taken: Sequence[str]) -> None:
     """Raise `Usage` for a model of one's own that cannot be opened, as far as that shows without its weights."""
-    if source.kind not in ("folder", "gguf") or source.name == smollm2.NAME:  # which is known by its digest
+    if source.kind not in ("folder", "gguf") or sources.is_fetched(source):
         return
     from effbench.nn.files.load import check_model  # torch and transformers, which other plans do without
 

@@ -192,11 +192,16 @@ def open_file(source: Source) -> Path:
     assert path is not None
     if lacking := _find_lacking_reader():
         raise Unavailable(lacking)
-    if source.name == smollm2.NAME and not smollm2.is_there(path.parent):
+    if is_fetched(source) and not smollm2.is_there(path.parent):
         raise Unavailable(f"{path} is not there or not whole: `effbench fetch smollm2` brings it")
     if not path.is_file():
         raise Unavailable(f"{path} is not there any more")
     return path
+
+
+def is_fetched(source: Source) -> bool:
+    """Whether a source is the file that `effbench fetch` brings, which is known by its digest."""
+    return source.path == smollm2.cache_folder() / smollm2.FILE
 
 
 def _hint_file(path: Path) -> str:

@@ -87,10 +87,6 @@ class Gguf:
                 raise Unsupported(f"{self.path.name} lacks the tensor {name}")
             if there is not None and there not in (asked, asked[::-1]):
                 raise Unsupported(f"{name} is {list(there)}, the metadata asks for {list(asked)}")
-        self.check_read(model)
-
-    def check_read(self, model: Any) -> None:
-        """Raise `Unsupported` if the file has another number of tensors than the model that was read from it."""
         read = len(list(model.parameters()))
         if read != len(self.headers):
             raise Unsupported(f"{self.path.name} holds {len(self.headers)} tensors, of which {read} are read")

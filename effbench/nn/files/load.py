@@ -111,8 +111,7 @@ def check_model(source: Source, reads_text: bool) -> None:
         raise Unsupported("the model's folder has no tokenizer: name one with tokenizer=")
     _check_vocabulary(tokenizer, config)
     if source.kind == "gguf":
-        with torch.device("meta"):
-            _gguf(source).check_tensors(AutoModelForCausalLM.from_config(config))
+        _check_tensors(_gguf(source), config)
     elif _is_artifact(folder):
         artifact.read_manifest(folder)
     else:
@@ -157,6 +156,7 @@ def _in_safetensors(folder: Path | str, revision: str | None = None) -> dict[str
 
 def read_gguf(file: Gguf, config: Any, dtype: torch.dtype) -> Any:
     """The model of a GGUF file, its tensors decoded. What cannot be read, or is not read in full, is an outcome."""
+    _check_tensors(file, config)
     model = _read(
         file.path.parent,
         file.path.name,
@@ -166,11 +166,16 @@ def read_gguf(file: Gguf, config: Any, dtype: torch.dtype) -> Any:
         quantization_config=GgufConfig(dequantize=True),
         local_files_only=True,
     )
-    file.check_read(model)
     vars(model).pop("is_quantized", None)  # once decoded it is a model like any other, and saved as one
     stops = file.stop_ids()
     model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     return model
+
+
+def _check_tensors(file: Gguf, config: Any) -> None:
+    """Raise `Unsupported` unless a GGUF file has the tensors of its configuration: transformers takes any shapes."""
+    with torch.device("meta"):
+        file.check_tensors(AutoModelForCausalLM.from_config(config))
 
 
 def _read(folder: Path | str, name: str, dtype: torch.dtype, **options: Any) -> Any:

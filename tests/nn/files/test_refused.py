@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from effbench import sources, tiny
 from effbench.checks import TOYS, toy
 from effbench.cli import main as cli
-from effbench.core.errors import Usage
-from effbench.nn.files.load import check_model
+from effbench.core.errors import Unsupported, Usage
+from effbench.nn.files.load import check_model, open_run
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -184,6 +184,7 @@ def test_a_broken_gguf_file_is_refused_before_anything_runs(tmp_path, capsys, ki
         ({"tokenizer.ggml.model": None}, "holds no tokenizer"),
         ({"tokenizer.ggml.tokens": None}, "holds no tokenizer"),
         ({"llama.feed_forward_length": 64}, "asks for"),
+        ({"llama.feed_forward_length": 97}, "asks for"),
         ({"llama.block_count": 1}, "holds 20 tensors, of which 11 are read"),
     ],
 )
@@ -191,6 +192,9 @@ def test_gguf_metadata_that_do_not_fit_are_refused(tmp_path, metadata, message):
     path = write(tmp_path / "toy.gguf", **metadata)
     with pytest.raises(Usage, match=message):
         check(f"gguf:{path}")
+    source = sources.model(f"gguf:{path}", "tiny" if "tokenizer" in message else None)
+    with pytest.raises(Unsupported, match="belong together" if "tokenizer" in message else message):
+        open_run(source, sources.data("speeches"), "cpu", None, 0, {"calibration_length": 32})
 
 
 def test_files_given_as_models_get_a_hint(tmp_path):
