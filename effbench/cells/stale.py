@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from effbench import sources
@@ -10,6 +11,7 @@ from effbench.cells.plan import digest_method, digest_shared
 from effbench.core.errors import Usage
 from effbench.core.registry import entry
 from effbench.records.record import Record
+from effbench.sources import DataSource, Source
 
 FILES = "files"  # the digest of what methods read, which only they can name; it is taken as it is
 
@@ -21,8 +23,8 @@ def is_stale(record: Record) -> bool:
     """
     cell = record.cell
     try:
-        model = _digest_model(cell.model) or cell.digests["model"]
-        data = _digest_data(cell.data) or cell.digests["data"]
+        model = _digest_source(sources.find_model, cell.model) or cell.digests["model"]
+        data = _digest_source(sources.find_data, cell.data) or cell.digests["data"]
         shared = _digest_shared(tuple(cell.settings["probes"]), model, data)
         own = {f"method.{step['method']}": _digest_step(step["method"]) for step in cell.resolved}
     except (Usage, ValueError, KeyError, TypeError):  # a method, a probe, the model or the data is no more
@@ -31,16 +33,9 @@ def is_stale(record: Record) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _digest_model(shown: str) -> str | None:
-    """Digest of a model by its shown name; None where it is a folder or file that is not here."""
-    source = sources.find_model(shown)
-    return None if source is None else source.digest
-
-
-@functools.lru_cache(maxsize=256)
-def _digest_data(shown: str) -> str | None:
-    """Digest of data by their shown name; None where they are a folder or file that is not here."""
-    source = sources.find_data(shown)
+def _digest_source(find: Callable[[str], Source | DataSource | None], shown: str) -> str | None:
+    """Digest of a model or data by their shown name; None where that is a folder or file that is not here."""
+    source = find(shown)
     return None if source is None else source.digest
 
 

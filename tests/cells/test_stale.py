@@ -61,8 +61,7 @@ def test_what_is_no_more_is_stale(record, changes):
 def own(tmp_path, monkeypatch):
     """A working folder with a model, its tokenizer, a GGUF file and texts; `record_of` measures on them."""
     monkeypatch.chdir(tmp_path)
-    for cache in (stale._digest_model, stale._digest_data):
-        cache.cache_clear()
+    stale._digest_source.cache_clear()
     for name in ("mine", "words", "tiny"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(f'{{"name": "{name}"}}')
@@ -102,8 +101,7 @@ def test_own_models_and_data_are_looked_up_by_what_can_be_opened(record, own, mo
     assert not is_stale(made)
     assert is_stale(changed(made, digests=made.cell.digests | {"probe.quality": "0"}))
     (own / file).write_text('{"text": "other"}\n{"text": "words"}\n{"text": "now"}\n')
-    for cache in (stale._digest_model, stale._digest_data):
-        cache.cache_clear()
+    stale._digest_source.cache_clear()
     assert is_stale(made)
 
 
