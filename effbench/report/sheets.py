@@ -257,7 +257,10 @@ def _write_legend(table: Table, rows: Sequence[Row], tested: bool) -> str:
     if speeds := select(table.measured, "speed", "ratio"):
         first = get_title(speeds[0]).partition(" ")[2]
         beside = "; in brackets what was timed on this machine" if any(map(get_machine, table.records)) else ""
-        parts.append(f"Speed: the baseline of the same run is 1{beside}; b: batch, c: context, {first} unless named.")
+        noise = "what the baseline's own row is off by is noise"
+        parts.append(
+            f"Speed: the baseline of the same run is 1, {noise}{beside}; b: batch, c: context, {first} unless named."
+        )
     if "sparsity_asked" in table.measured:
         parts.append("Zeros: of the linears but the head, in brackets what was asked for; rounding makes some too.")
     if any(row.simulated for row in rows):
