@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def publish_records(records: Sequence[Record], results: Path, publication: str) 
 
 
 def remove_unreferenced(store: Store) -> None:
-    """Remove environments, protocols and results per item that no record refers to.
+    """Remove environments, protocols and results per item that no record refers to, and folders that hold nothing.
 
     Removes nothing where a record is unreadable, for nobody knows what that one refers to.
     """
@@ -87,8 +88,12 @@ def remove_unreferenced(store: Store) -> None:
             chosen = {name: one for name, one in protocols.sets.items() if name in sets}
             used = {text for one in chosen.values() for text in one.values()}
             texts = {name: text for name, text in protocols.texts.items() if name in used}
-            if (texts, chosen) != (protocols.texts, protocols.sets):
+            if not chosen:
+                (folder / shared.PROTOCOLS).unlink(missing_ok=True)
+            elif (texts, chosen) != (protocols.texts, protocols.sets):
                 replace_file(folder / shared.PROTOCOLS, shared.Protocols(texts, chosen).encode())
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def _references(folder: Path) -> list[References]:

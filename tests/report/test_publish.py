@@ -139,6 +139,7 @@ def test_a_new_version_replaces_the_old_one(small, tmp_path):
     own = runs(tmp_path, complete(suite_version=2, settings=SETTINGS | {"limit": 9}))
     publish(small, own, results, stale=fresh)
     assert {record.cell.suite_version for record in load(results, "small")} == {2}
+    assert [path.name for path in (results / "records" / "small").iterdir()] == ["v2"]
 
 
 def test_a_row_that_was_renamed_is_published_by_its_present_name(small, tmp_path):
