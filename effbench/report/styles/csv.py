@@ -48,9 +48,11 @@ def page(tables: Sequence[Table], choice: Choice = ALL) -> str:
 
 
 def _read(metric: Metric | None, name: str, part: str) -> float | None:
-    """The value or a bound, which never leaves what the metric can be."""
+    """The value or a bound, which never leaves what the metric can be, to ten digits; counts are exact."""
     number: float | None = getattr(metric, part, None)
-    if number is None or part == "value":
-        return number
-    least, most = get_limits(name)
-    return min(max(number, least), most)
+    if number is None:
+        return None
+    if part != "value":
+        least, most = get_limits(name)
+        number = min(max(number, least), most)
+    return number if number.is_integer() else float(f"{number:.10g}")
