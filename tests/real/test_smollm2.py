@@ -43,7 +43,8 @@ def test_special_tokens_and_turns(run: Any) -> None:
     assert turns.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert turns.endswith("<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n")
     assert tokenizer.encode(turns)[:2] == [1, 9690] and tokenizer.encode(turns)[-2:] == [2, 198]
-    assert run.log.model_types == "Q4_1 linears, Q8_0 embedding and head, F32 norms"
+    told = "Q4_1 linears, Q8_0 embedding and head, F32 norms; matrices are measured in float16"
+    assert run.log.model_types == told
 
 
 def test_greedy_text(run: Any, plain: Any) -> None:
