@@ -22,7 +22,8 @@ Stale = Callable[[Record], bool]  # whether a record was measured by another sou
 INTERVAL = re.compile(r" ±[^ ↑↓]*| \[[^]]*\]ˢ?")
 MARKS = (
     "±: the longer half of the 95 % interval over items or windows; [a–b]: its bounds, where ± would mislead; "
-    "ˢ: over seeds, for two of them [a–b]ˢ is their range; –: not measured."
+    "ˢ: over seeds, for two of them [a–b]ˢ is their range; a value alone: seeds agree, or too few timings for an "
+    "interval; –: not measured."
 )
 ARROWS = "↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table."
 CHOSEN = ("threads", "dtype", "limit")  # settings that every caption has
