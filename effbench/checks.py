@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import pickle
 import sys
 import tempfile
@@ -26,28 +27,32 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from effbench.core.errors import Unsupported
-from effbench.core.kinds import Cache, Prompt, Select, Train, Weights
-from effbench.core.method import Method
+from effbench.core.kinds import Cache, Prompt, Select, Swap, Train, Weights
+from effbench.core.method import BUILDERS, HOOKS, Method
 from effbench.core.packages import method_line
 from effbench.core.recipe import parse, parse_step
 from effbench.core.registry import blame_method
-from effbench.core.run import FitReport
+from effbench.core.run import FitReport, InferPlan
 from effbench.core.source import document_fields
 from effbench.core.views import Example, Segments
 from effbench.nn.calibration import walk
 from effbench.nn.data import Data
 from effbench.nn.files import artifact
-from effbench.nn.infer.engine import open_engine
+from effbench.nn.infer.engine import Engine, open_engine
 from effbench.nn.model.linear import Replaced, dense_weight, matrix_shape, rebuilt, replace, stored_bytes, top_linears
 from effbench.nn.model.sparsity import measure_sparsity
 from effbench.nn.run import ModelRun, narrow
-from effbench.nn.train.fit import FitSettings, fit
+from effbench.nn.train.batches import collate
+from effbench.nn.train.fit import fit
+from effbench.nn.train.loss import cross_entropy
+from effbench.nn.train.settings import FitSettings
 from effbench.sources import Source
 
 Check = Callable[[Method], None]
@@ -94,10 +99,11 @@ class ToyData(Data):
     """Random tokens that count as text."""
 
     def __init__(self) -> None:
-        super().__init__("toy", {}, None)
+        super().__init__("toy", {}, None, made=True)
         generator = torch.Generator().manual_seed(1)
         self._rows = torch.randint(1, VOCABULARY, (64, 32), generator=generator)
         self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(self._rows.tolist())]
+        self.validation = [Example(f"v{i}", tuple(row)) for i, row in enumerate(self._rows.flip(1)[:8].tolist())]
 
     def ids(self, part: str, limit: int | None = None) -> Tensor:
         return self._rows.flatten()[:limit]
@@ -125,10 +131,17 @@ def toy_run(
     )
 
 
+IDS = torch.arange(48).view(2, 24) * 7 % (VOCABULARY - 1) + 1
+
+
 def probe(run: ModelRun) -> Tensor:
     """[2, 24, V] logits of fixed tokens."""
-    ids = torch.arange(48).view(2, 24) * 7 % (VOCABULARY - 1) + 1
-    return open_engine(run).logits(ids)
+    return open_engine(run).logits(IDS)
+
+
+def probe_model(model: Any) -> Tensor:
+    """[2, 24, V] logits of fixed tokens under no plan."""
+    return Engine(model, InferPlan()).logits(IDS)
 
 
 PROMPT = Segments(
@@ -159,23 +172,40 @@ def behave(run: ModelRun) -> Behaviour:
     return Behaviour(probe(run), continuation, run.rewrite(PROMPT), tuple(example.id for example in run.data.train))
 
 
-def applied(method: Method, seed: int = 0, chance: int = 0) -> ModelRun:
-    """A toy run that `method` has been applied to, with two steps of fit after it where it needs them.
+def applied(method: Method, seed: int = 0, chance: int = 0, fitted: bool = True) -> ModelRun:
+    """A toy run that `method` has been applied to, with two steps of fit after it where it needs them, unless told.
 
     `chance` seeds torch's own generator, on which nothing may depend.
     """
     run = toy_run(seed=seed)
     torch.manual_seed(chance)
     run.apply(method)
-    if method.trains:
+    if fitted and needs_fit(method, run):
         fit_two_steps(run)
     run.finish(recipe_is_empty=True)
     return run
 
 
+@functools.lru_cache(maxsize=2)
+def finished(method: Method) -> ModelRun:
+    """The run of `applied`, shared by checks that only look at it."""
+    return applied(method, chance=5)
+
+
+def needs_fit(method: Method, run: ModelRun) -> bool:
+    """Whether a method acts through a fit, or has left something in the model that only a fit makes anything of."""
+    before = {name for name, _ in toy().named_parameters()}
+    trainable = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    new = any(name.rpartition(".")[0] not in {path.rpartition(".")[0] for path in before} for name in trainable)
+    return method.acts_in_fit or not run.train.empty or (new and not method.settles and not method.consumes)
+
+
+FIT = FitSettings(steps=2, lr=1e-3, batch_size=4, schedule="constant", warmup=0.0, max_length=32)
+
+
 def fit_two_steps(run: ModelRun) -> FitReport:
     """Two steps of the library's fit at a small learning rate."""
-    return fit(run, FitSettings(steps=2, lr=1e-3, batch_size=4, schedule="constant", warmup=0.0, max_length=32))
+    return fit(run, FIT)
 
 
 def check_frozen_and_picklable(method: Method) -> None:
@@ -222,13 +252,15 @@ def check_identity(method: Method) -> None:
         plain = []
     run.finish(recipe_is_empty=True)
     plain.append(behave(run))
-    same = behave(applied(dataclasses.replace(method, **method.identity))).in_any_order()
+    # The order of what is read makes another model, so of a selection it is what is read that counts.
+    fitted = not isinstance(method, Select)
+    same = behave(applied(dataclasses.replace(method, **method.identity), fitted=fitted)).in_any_order()
     assert any(same.same(other.in_any_order()) for other in plain), "logits or text differ at the identity settings"
 
 
 def check_deterministic(method: Method) -> None:
     """The same seed gives the same model, which does the same."""
-    assert behave(applied(method, chance=5)).same(behave(applied(method, chance=6))), (
+    assert behave(finished(method)).same(behave(applied(method, chance=6))), (
         "two runs with one seed differ: draw from a generator seeded by `run.seed` or `layer.seed`"
     )
 
@@ -249,22 +281,216 @@ def check_touches_only_its_part(method: Method) -> None:
 
 
 def check_two_steps_of_fit(method: Method) -> None:
-    """Two steps of fit after the method give a finite loss, or there is honestly nothing to train."""
-    if method.trains:
+    """Two steps of fit after the method give a finite loss, and the model they leave is another."""
+    if not method.acts_in_fit:
+        return
+    run = toy_run()
+    run.apply(method)
+    before = probe(run)
+    frozen = {name: (p, p.detach().clone()) for name, p in run.model.named_parameters() if not p.requires_grad}
+    assert torch.isfinite(torch.tensor(fit_two_steps(run)["loss_last"]))
+    after = probe(run)
+    assert not torch.equal(after, before), "two steps of fit leave the logits as they were: nothing was trained"
+    moved = [name for name, (parameter, value) in frozen.items() if not torch.equal(parameter, value)]
+    assert not moved, f"{moved[0]} is frozen, and a fit has changed it"
+    if isinstance(method, Train) and not {"train.activations", "train.parallel"} & {*method.slots()}:
+        plain = toy_run()
+        fit_two_steps(plain)
+        assert not torch.equal(after, probe(plain)), "two steps of fit leave what they leave without the method"
+
+
+def check_terms(method: Method) -> None:
+    """Terms of the loss are means over the batch, and leave the cross-entropy there unless `train.loss` is claimed."""
+    if not method.overrides("loss"):
+        return
+    told = []
+    for times in (1, 2):
         run = toy_run()
+        run.data.pool = run.data.pool[:4] * times
         run.apply(method)
-        assert torch.isfinite(torch.tensor(fit_two_steps(run)["loss_last"]))
+        with tempfile.TemporaryDirectory() as folder:
+            run.folder = Path(folder)
+            fit(run, dataclasses.replace(FIT, steps=1, batch_size=4 * times))
+            (line,) = map(json.loads, (run.folder / "fit-1.jsonl").read_text().splitlines())
+        told.append(line["terms"])
+    for name, once in told[0].items():
+        assert abs(told[1][name] - once) <= 1e-4 * max(abs(once), 1e-6), (
+            f"{name} is {once:.6g} of four examples, and {told[1][name]:.6g} of the same ones twice: "
+            "a term is a mean over the learned tokens"
+        )
+    if "train.loss" not in method.slots():
+        plain, own = _first_gradient(None), _first_gradient(method)
+        shared = [name for name in plain if name in own]
+        along = sum(float((plain[name] * own[name]).sum()) for name in shared)
+        share = along / max(sum(float(plain[name].square().sum()) for name in shared), 1e-30)
+        assert not shared or share > 0.5, (
+            f"the gradient has {share:.2g} of that of the cross-entropy: terms that take its place claim `train.loss`"
+        )
+
+
+def _first_gradient(method: Method | None) -> dict[str, Tensor]:
+    """Gradients of the first step of a fit, by the name of the parameter."""
+    run = toy_run()
+    run.data.pool = run.data.pool[:4]
+    if method is not None:
+        run.apply(method)
+    found: dict[str, Tensor] = {}
+
+    class Watch:
+        def on_step(self, run: Any) -> None:
+            found.update({n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None})
+
+    run.train.chain("on_step").append(Watch())
+    fit(run, dataclasses.replace(FIT, steps=1, batch_size=4, clip=None))
+    return found
+
+
+def check_learns(method: Method) -> None:
+    """Each step of a fit computes with what the steps before it have left: the loss of one batch moves."""
+    if not method.acts_in_fit or isinstance(method, Select):
+        return
+    run = toy_run()
+    run.data.pool = run.data.pool[:4]
+    run.apply(method)
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        run.folder = Path(folder)
+        fit(run, dataclasses.replace(FIT, steps=4, lr=1e-2))
+        losses = [json.loads(line)["loss"] for line in (run.folder / "fit-1.jsonl").read_text().splitlines()]
+    moved = max(losses) - min(losses)
+    assert moved > 1e-5 * abs(losses[0]), f"the loss of one batch is {losses[0]:.6g} in all of {len(losses)} steps"
+
+
+def check_computes_with_its_weights(method: Method) -> None:
+    """A precision computes each step with the weights that the step before has left, up to its rounding."""
+    if "train.precision" not in method.slots():
+        return
+    run = toy_run()
+    run.data.pool = run.data.pool[:4]
+    batch = collate(run.data.pool, 0, run.device)
+    run.apply(method)
+    expected: list[float] = []
+
+    class Watch:
+        def on_step(self, run: Any) -> None:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                expected.append(float(cross_entropy(run.model(batch["input_ids"]).logits, batch["labels"])))
+
+    run.train.chain("on_step").append(Watch())
+    with tempfile.TemporaryDirectory() as folder:
+        run.folder = Path(folder)
+        fit(run, dataclasses.replace(FIT, steps=4, lr=3e-3))
+        told = [json.loads(line)["loss"] for line in (run.folder / "fit-1.jsonl").read_text().splitlines()]
+    for step, (before, after) in enumerate(zip(told[1:], expected, strict=False), 2):
+        assert abs(before - after) < 0.1 * abs(told[0] - after) + 0.01 * after, (
+            f"step {step} has a loss of {before:.4g}, and {after:.4g} with the weights that it has: "
+            "a precision belongs round each forward pass, see effbench.nn.train.slots"
+        )
+
+
+def check_hooks_arrive(method: Method) -> None:
+    """What the method overrides is called by the fit, and what it orders is read in that order."""
+    if not method.acts_in_fit:
+        return
+    calls: set[str] = set()
+
+    class Watched(type(method)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            if name in (*HOOKS, *BUILDERS):
+                calls.add(name)
+            return super().__getattribute__(name)
+
+    run = toy_run()
+    object.__setattr__(method := dataclasses.replace(method), "__class__", Watched)
+    run.apply(method)
+    calls.clear()
+    fit_two_steps(run)
+    missing = [hook for hook in (*HOOKS, *BUILDERS) if method.overrides(hook) and hook not in calls]
+    assert not missing, f"never called: {', '.join(missing)}"
+    if isinstance(method, Select) and method.keeps_order:
+        run = toy_run()
+        read: list[tuple[int, ...]] = []
+        run.apply(method)
+        run.train.chain("batch").append(Reading(read))
+        fit_two_steps(run)
+        assert read == [example.ids for example in run.data.train[: len(read)]], "the order is not the one that is read"
+
+
+class Reading:
+    """Stands in a chain of hooks and takes down what a fit reads."""
+
+    def __init__(self, read: list[tuple[int, ...]]) -> None:
+        self.read = read
+
+    def batch(self, batch: dict[str, Tensor], run: Any) -> dict[str, Tensor]:
+        rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True)
+        self.read.extend(tuple(row[:size]) for row, size in rows)
+        return batch
+
+
+def check_trained_survives(method: Method) -> None:
+    """What was trained is what is saved: a loaded model does what the run does, and not what the model did before."""
+    if not method.acts_in_fit or not method.trains:
+        return
+    run = toy_run()
+    before = probe(run)
+    run.apply(method)
+    fit(run, dataclasses.replace(FIT, steps=4, lr=1e-2))  # far enough that storing it in 16 bits does not undo it
+    run.finish()
+    with tempfile.TemporaryDirectory() as folder:
+        artifact.save(run.model, Path(folder) / "model", run.storage)
+        loaded = artifact.load(Path(folder) / "model")
+    mine, theirs = behave(run), probe_model(loaded)
+    assert torch.equal(mine.logits, theirs), "the loaded model does not do what was trained"
+    assert not torch.equal(theirs, before), "the loaded model is the one before training: what was trained is lost"
+
+
+def check_resume(method: Method) -> None:
+    """A fit that was killed after two of four steps goes on from its checkpoint to the same bits."""
+    if not method.acts_in_fit:
+        return
+    settings = dataclasses.replace(FIT, steps=4)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, cut, again = (toy_run() for _ in range(3))
+        for run, name in ((whole, "whole"), (cut, "cut"), (again, "cut")):
+            run.folder = Path(folder) / name
+            run.apply(method)
+        with mock.patch("effbench.nn.train.fit.EVERY", 0.0):
+            fit(whole, settings)
+            tell = cut.progress
+            cut.progress = _stop_after(2, tell)
+            with contextlib.suppress(_Stopped):
+                fit(cut, settings)
+            fit(again, settings)
+    assert again.log.fits[-1].get("resumed") == [2], "the fit began anew"
+    ours, theirs = dict(again.model.named_parameters()), dict(whole.model.named_parameters())
+    wrong = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert not wrong, (
+        f"after a kill in the middle {wrong[0]} differs: what a method keeps between steps belongs in the model, "
+        "the optimizer or run.state(self), and chance is torch's own"
+    )
+
+
+class _Stopped(Exception):
+    """Stands for a kill."""
+
+
+def _stop_after(steps: int, tell: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    def progress(unit: str, done: int, total: int) -> None:
+        if done > steps:
+            raise _Stopped
+        tell(unit, done, total)
+
+    return progress
 
 
 def check_save_and_load(method: Method) -> None:
     """A saved model loads to the same logits, and its bytes are the bytes reported."""
-    run = applied(method)
+    run = finished(method)
     with tempfile.TemporaryDirectory() as folder:
         written = artifact.save(run.model, Path(folder) / "model", run.storage)
         loaded = artifact.load(Path(folder) / "model")
-    ids = torch.arange(48).view(2, 24) * 7 % (VOCABULARY - 1) + 1
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, run.model(ids).logits), "logits differ after loading"
+    assert torch.equal(probe_model(loaded), probe_model(run.model)), "logits differ after loading"
     whole = stored_bytes(run.model, run.storage)
     inner = [stored_bytes(module, run.storage) for _, module in top_linears(run.model)]
     metadata = sum(part.metadata for part in inner)
@@ -274,7 +500,7 @@ def check_save_and_load(method: Method) -> None:
 
 def check_linear_protocol(method: Method) -> None:
     """A replaced linear computes with exactly the weight it reports, and reports zero where it says so."""
-    run = applied(method)
+    run = finished(method)
     for path, module in run.model.named_modules():
         if isinstance(module, Replaced):
             weight = dense_weight(module)
@@ -290,7 +516,7 @@ def check_linear_protocol(method: Method) -> None:
 def check_sparsity(method: Method) -> None:
     """What is asked to be zero is zero, no more and no less."""
     if method.asked_sparsity is not None:
-        found = measure_sparsity(applied(method).model).linears
+        found = measure_sparsity(finished(method).model).linears
         assert abs(found - method.asked_sparsity) < 0.01, f"{found:.3f} of the weights are zero"
 
 
@@ -333,13 +559,22 @@ def check_undone_on_exit(method: Method) -> None:
 
 
 def check_architectures(method: Method) -> None:
-    """Every architecture works or is refused with a reason; none crashes."""
+    """Every architecture works or is refused with a reason; none crashes, and what PEFT freezes is frozen in each."""
     from effbench.core.errors import Outcome
 
+    layers = 1 if isinstance(method, (Weights, Swap)) else 2  # these work block by block
     for architecture in TOYS:
-        run = toy_run(architecture)
+        run = toy_run(architecture, shape={"layers": layers})
+        own = {path: dense_weight(module) for path, module in run.linears().items()}
         try:
             run.apply(method)
+            trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+            for path, weight in own.items() if method.type == "PEFT" else ():
+                loose = any(parameter.shape == weight.shape and torch.equal(parameter, weight) for parameter in trained)
+                assert not loose, f"{architecture}: the weight of {path} is left trainable"
+            if method.acts_in_fit:
+                fit_two_steps(run)
+                run.finish()
             assert torch.isfinite(behave(run).logits).all(), architecture
         except Outcome as outcome:
             assert str(outcome), architecture
@@ -356,7 +591,7 @@ def check_odd_shapes(method: Method) -> None:
         return
     try:
         run.apply(method)
-        if method.trains:
+        if method.acts_in_fit:
             fit_two_steps(run)
     except Unsupported as reason:
         raise AssertionError(

@@ -14,7 +14,7 @@ from effbench.methods.prune.learned_mask import CandidateMask
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.run import ModelRun
 from effbench.nn.train import fit as library
-from effbench.nn.train.fit import FitSettings
+from effbench.nn.train.settings import FitSettings
 
 METHODS = ["gmp()", "movement()", "learned_mask()", "learned_mask(pattern='unstructured')"]
 
@@ -29,14 +29,29 @@ def linears(run: ModelRun) -> dict[str, nn.Module]:
 
 
 def seen(run: ModelRun, hook: Any) -> None:
-    """Have `hook(run, step, total)` called after each step of the next fit, after the hooks there are by now."""
+    """Have `hook(run)` called after each step of the next fit, after the hooks there are by now."""
 
     @dataclasses.dataclass(frozen=True)
     class Watch(Train):
-        def on_step(self, run: Any, step: int, total: int) -> None:
-            hook(run, step, total)
+        def on_step(self, run: Any) -> None:
+            hook(run)
 
     run.apply(Watch())
+
+
+def watch_groups(run: ModelRun) -> list[dict[str, Any]]:
+    """The groups of the optimizer of the next fit, once it is there."""
+    groups: list[dict[str, Any]] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Watch(Train):
+        def optimizer(self, groups_given: Any, run: Any) -> Any:
+            optimizer = torch.optim.AdamW(groups_given)
+            groups.extend(optimizer.param_groups)
+            return optimizer
+
+    run.apply(Watch())
+    return groups
 
 
 def linear(out: int = 8, width: int = 16, seed: int = 0, bias: bool = False) -> nn.Linear:

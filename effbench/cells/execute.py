@@ -6,18 +6,21 @@ failed and keeps what the others measured.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import math
 import random
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from effbench.cells.findings import Findings
 from effbench.cells.job import Job
+from effbench.core.errors import Diverged
 from effbench.core.kinds import kind_of
 from effbench.core.method import Method, Need
 from effbench.core.recipe import Recipe, parse
-from effbench.core.run import RunLog
+from effbench.core.run import RunLog, TuningPoint
 from effbench.machine import devices
 from effbench.machine.gate import Gate, Tell
 from effbench.ops import backend_calls
@@ -38,19 +41,28 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     simulated = False
     gate = Gate(job.place.gate, tell)
     findings.enter("wait")
-    with gate.shared(), findings.guard():
+    with gate.shared() if not job.rank else contextlib.nullcontext(), findings.guard():
         findings.enter("open")
         from effbench.machine.environment import describe
 
         devices.check_room(device)
         environment = describe(device)
         tell(environment=environment)
+        tuning = list(_tune(job, findings)) if "tune" in settings else []
+        if tuning:
+            recipe = parse(min(tuning, key=_rank)["steps"], job.cell.recipe)
         run = open_cell(job)
         log, run.progress = run.log, findings.progress
+        log.tuning = tuning
+        run.folder, run.cache = job.scratch, job.cache
+        if not job.rank:
+            run.alone = gate.alone
         try:
-            _apply(recipe, run, findings)
-            simulated = any(getattr(module, "simulated", False) for module in run.model.modules())
-            _measure(run, settings, gate, findings)
+            _apply(recipe.trained_part if job.rank else recipe, run, findings)
+            if not job.rank:
+                run.finish(recipe_is_empty=not recipe.steps)
+                simulated = any(getattr(module, "simulated", False) for module in run.model.modules())
+                _measure(run, settings, gate, findings)
         finally:
             run.close()
     findings.enter("")
@@ -63,15 +75,67 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         attempt=job.attempt,
         simulated=simulated,
         metrics=findings.metrics,
-        samples=findings.samples,
+        samples=findings.samples | {f"chosen by {step}": examples for step, examples in log.chosen.items()},
         protocols=findings.protocols,
         kernels=backend_calls(),
-        facts=facts(recipe, log.calibration_sequences or settings.get("calibration_sequences")),
+        facts=facts(
+            recipe,
+            log.calibration_sequences or settings.get("calibration_sequences"),
+            len(log.tuning),
+            log.near_duplicates or 0,
+        ),
         log=log.to_json() | {"phases": findings.seconds} | shortfall,
         environment=environment,
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - begin - findings.seconds["wait"], 3),
     )
+
+
+def _tune(job: Job, findings: Findings) -> Iterator[TuningPoint]:
+    """Every point of the job's grid, with its validation loss, what probes of tasks say of it, and what it cost.
+
+    Raises `Diverged` where none is finite. Points are tried one after the other, so that a cell has what all of them
+    took.
+    """
+    from effbench import probes
+    from effbench.nn.train.windows import find_loss
+
+    points = job.cell.settings["tune"]
+    losses = []
+    for number, steps in enumerate(points, 1):
+        begin = time.monotonic()
+        run = open_cell(job)
+        run.folder = None if job.scratch is None else job.scratch / f"point-{number}"
+        run.cache = job.cache
+        run.progress = lambda unit, done, total, at=number: findings.progress(  # type: ignore[misc]
+            f"point {at} of {len(points)}, {unit}", done, total
+        )
+        loss: float | None = None
+        metrics: dict[str, float] = {}
+        try:
+            for step in parse(steps).steps:
+                findings.enter(step.label)
+                run.apply(step)
+            run.finish()
+            loss = find_loss(run)
+            for name in sorted(probes.TASK.intersection(job.cell.settings["probes"])):
+                reading = probes.take(name, run, job.cell.settings)
+                metrics |= {key: metric.value for key, metric in reading.metrics.items()}
+        except Diverged:
+            pass
+        finally:
+            run.close()
+        losses.append(loss)
+        tokens = sum(report["tokens"] for report in run.log.fits)
+        seconds = time.monotonic() - begin
+        yield {"steps": steps, "loss": loss, "seconds": seconds, "tokens": tokens, "metrics": metrics}
+    if not any(loss is not None for loss in losses):
+        raise Diverged(f"the loss is not finite at any of {len(points)} points of the grid")
+
+
+def _rank(point: TuningPoint) -> float:
+    """Its validation loss; the worst where that is not finite."""
+    return math.inf if point["loss"] is None else point["loss"]
 
 
 def _label_steps(reason: str, recipe: Recipe) -> str:
@@ -102,7 +166,6 @@ def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:
         seconds = time.perf_counter() - begin
         run.log.steps.append({"step": step.label, "seconds": seconds, "peaks": peak.bytes})
     findings.enter("finish")
-    run.finish(recipe_is_empty=not recipe.steps)
 
 
 def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Findings) -> None:
@@ -125,8 +188,10 @@ def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Find
             take(timing)
 
 
-def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
+def facts(recipe: Recipe, sequences: int | None, tried: int = 0, duplicates: int = 0) -> dict[str, Any]:
     """What the methods of a recipe declare of themselves, for the comparison table; they calibrate on `sequences`.
+    `tried` is the number of settings of which this recipe is the best, `duplicates` that of held-out documents that
+    were trained on, nearly.
 
     Columns of the table are text; `caveats` is a list, a footnote each.
     """
@@ -138,6 +203,10 @@ def facts(recipe: Recipe, sequences: int | None) -> dict[str, Any]:
     }
     told: dict[str, Any] = {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
     caveats = [f"{step.short_key}: {caveat}" for step in steps for caveat in step.caveats]
+    if duplicates:
+        caveats.insert(0, f"{duplicates} held-out documents have a near-duplicate among those trained on")
+    if tried:
+        caveats.insert(0, f"the best of {tried} settings by validation loss")
     return told | ({"caveats": list(dict.fromkeys(caveats))} if caveats else {})
 
 

@@ -117,4 +117,4 @@ def _find_job(options: ExportOptions, changes: Mapping[str, Any]) -> Job:
     found = [job for job in jobs if job.cell.recipe == wanted]
     if len(found) > 1:
         raise Usage(f"model=: name one of {', '.join(job.cell.model for job in found)}")
-    return found[0].at(found[0].places[0].entered())
+    return found[0].at(found[0].places).entered(0)

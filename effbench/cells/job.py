@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from effbench.machine import devices
 from effbench.records.record import Cell
 from effbench.sources import DataSource, Source
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +35,23 @@ class Job:
     cell: Cell
     source: Source
     data: DataSource
-    places: tuple[Place, ...]  # alike, any of them will do; one once the job has started
+    places: tuple[Place, ...]  # alike, any of them will do; once the job has started, that of each rank
     attempt: int = 1
+    ranks: int = 1  # processes that it takes
+    rank: int = 0  # of the process that works on it
+    scratch: Path | None = None  # a folder that is its own until it is done, for checkpoints
+    cache: Path | None = None  # a folder that all jobs share
 
-    def at(self, place: Place) -> Job:
-        """This job with its place decided."""
-        return dataclasses.replace(self, places=(place,))
+    def at(self, places: Sequence[Place]) -> Job:
+        """This job with the places of its ranks decided."""
+        return dataclasses.replace(self, places=tuple(places))
+
+    def entered(self, rank: int) -> Job:
+        """This job in the process of a rank, which works at its place and nowhere else."""
+        places = [place.entered() if number == rank else place for number, place in enumerate(self.places)]
+        return dataclasses.replace(self, places=tuple(places), rank=rank)
 
     @property
     def place(self) -> Place:
-        """Where the job runs."""
-        (place,) = self.places
-        return place
+        """Where this process works on the job."""
+        return self.places[self.rank]

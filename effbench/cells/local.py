@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -117,8 +118,8 @@ class Local:
         with tempfile.TemporaryDirectory(prefix="effbench-", ignore_cleanup_errors=True) as folder:
             try:
                 while (waiting or running) and not stop.is_set():
-                    while waiting and (place := self._vacancy(waiting[0], running)) is not None:
-                        job = waiting.popleft().at(place)
+                    while waiting and (places := self._find_places(waiting[0], running)):
+                        job = waiting.popleft().at(places)
                         if record := find(job):
                             yield Event(job, record=record, note="measured by another run")
                             continue
@@ -134,13 +135,18 @@ class Local:
                 for worker in running:
                     worker.kill()
 
-    def _vacancy(self, job: Job, running: Sequence[Worker]) -> Place | None:
-        """The place for another job now: idle, and the emptiest that has not its share of them yet."""
-        if len(running) >= self.jobs:
-            return None
-        taken, share = Counter(worker.job.place for worker in running), -(-self.jobs // len(job.places))
-        vacant = [place for place in job.places if taken[place] < share and idle(place.gate)]
-        return min(vacant, key=taken.__getitem__, default=None)
+    def _find_places(self, job: Job, running: Sequence[Worker]) -> list[Place]:
+        """Places for the ranks of another job now: idle, and the emptiest that have not their share yet; else none.
+
+        A job of more ranks than may run at a time runs alone, and its ranks share the one place that there is.
+        """
+        taken = Counter(place for worker in running for place in worker.job.places)
+        if taken.total() + job.ranks > self.jobs and running:
+            return []
+        share = -(-max(self.jobs, job.ranks) // len(job.places))
+        vacant = [place for place in job.places if idle(place.gate) for _ in range(share - taken[place])]
+        chosen = sorted(vacant, key=taken.__getitem__)[: job.ranks]
+        return chosen if len(chosen) == job.ranks else []
 
     def _start(self, job: Job, folder: Path, tries: int = 10) -> Worker:
         start_server(self.preload, self.threads)  # again, should it have died
@@ -171,26 +177,36 @@ class Worker:
         self._waited = 0.0
         self._waiting_since: float | None = None
         self._connection, child = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(child, execute, job, self._output), daemon=False)
-        self._process.start()
+        self._folder = tempfile.mkdtemp(dir=folder)  # where ranks find each other
+        self._processes = [
+            context.Process(
+                target=_work, args=(child, execute, job, self._output, rank, f"{self._folder}/store"), daemon=False
+            )
+            for rank in range(job.ranks)
+        ]
+        for process in self._processes:
+            process.start()
         child.close()
 
     @property
     def sources(self) -> list[Any]:
         """What becomes readable when there is news."""
-        return [self._process.sentinel] if self._connection.closed else [self._connection, self._process.sentinel]
+        sentinels = [process.sentinel for process in self._processes]
+        return sentinels if self._connection.closed else [self._connection, *sentinels]
 
     def news(self, timeout: float) -> Iterator[Event]:
         """What happened since the last call; ends with the record."""
-        dead = not self._process.is_alive()  # before reading: all that a dead worker sent can then be read
-        if dead:
+        dead = self._find_dead()  # before reading: all that a dead worker sent can then be read
+        if dead is not None:
+            code = self._processes[dead].exitcode
             self.kill()
         yield from self._messages()
         if self.ended:
             return
-        if dead:
-            reason = f"{_exit_reason(self._process.exitcode)} while in {self._news.get('phase', 'start')}"
-            cause = last_words(self._read_output()) if self._process.exitcode else ""
+        if dead is not None:
+            who = f"rank {dead}: " if len(self._processes) > 1 else ""
+            reason = f"{who}{_exit_reason(code)} while in {self._news.get('phase', 'start')}"
+            cause = last_words(self._read_output()) if code else ""
             yield self._lose("crashed", f"{reason}: {cause}" if cause else reason)
         elif self.seconds > timeout:
             self.kill()
@@ -204,13 +220,20 @@ class Worker:
         waiting = now - self._waiting_since if self._waiting_since is not None else 0.0
         return now - self._started - self._waited - waiting
 
+    def _find_dead(self) -> int | None:
+        """The rank whose end ends the job; others than the first end well once they have trained."""
+        ended = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
+        return next((rank for rank in ended if not rank or self._processes[rank].exitcode), None)
+
     def kill(self) -> None:
-        """End the process and its children, if any is left."""
-        assert self._process.pid is not None
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.join()
+        """End the processes and their children, if any is left."""
+        for process in self._processes:
+            assert process.pid is not None
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+        for process in self._processes:
+            process.join()
 
     def _messages(self) -> Iterator[Event]:
         while not self.ended and not self._connection.closed and self._connection.poll():
@@ -249,7 +272,7 @@ class Worker:
     def _end(self, record: Record) -> Event:
         self.ended = True
         self._connection.close()
-        self._process.join(GRACE)
+        self._processes[0].join(GRACE)
         self.kill()
         if record.outcome in ("crashed", "timeout"):
             record = dataclasses.replace(record, log=record.log | {"output": self._read_output()})
@@ -324,20 +347,43 @@ def _exit_reason(code: int | None) -> str:
     return f"killed by signal {-code} ({name}{hint})"
 
 
-def _work(news: connection.Connection, execute: str, job: Job, output: Path) -> None:
-    """What a worker process does."""
+def _work(news: connection.Connection, execute: str, job: Job, output: Path, rank: int, meeting: str) -> None:
+    """What a worker process does; `meeting` is a file that ranks find each other by."""
     os.setsid()  # a group of its own: killed together with its children, untouched by Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    job = job.at(job.place.entered())
+    job = job.entered(rank)
     gc.freeze()  # what the fork-server imported stays: no use in looking through it again and again
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if job.ranks > 1:
+        _meet(job, meeting)
+
+    def tell(**message: Any) -> None:
+        if not rank:  # the first one speaks for all
+            news.send(message)
+
     module, _, name = execute.partition(":")
-    record: Record = getattr(importlib.import_module(module), name)(job, lambda **message: news.send(message))
-    news.send(record)
+    record: Record = getattr(importlib.import_module(module), name)(job, tell)
+    if not rank:
+        news.send(record)
+    elif record.outcome != "ok":
+        # The first rank has most likely failed alike and says so; if it waits for this one instead, this one's end
+        # is what ends the job.
+        print(record.traceback or record.reason, file=sys.stderr, flush=True)
+        time.sleep(GRACE)
+        os._exit(1)
+
+
+def _meet(job: Job, meeting: str) -> None:
+    """Have the ranks of a job know each other."""
+    from torch import distributed
+
+    backend = "nccl" if job.place.device.startswith("cuda") else "gloo"
+    store = distributed.FileStore(meeting, job.ranks)  # type: ignore[attr-defined]
+    distributed.init_process_group(backend, store=store, rank=job.rank, world_size=job.ranks)
 
 
 def _follow_parent() -> None:

@@ -158,6 +158,9 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
         _check_positions(settings, source)
         _check_windows(settings, source, data)
         for recipe in tier.recipes:
+            if kind != "cpu" and recipe.ranks > len(places):
+                raise Usage(f"{recipe.name}: takes {recipe.ranks} ranks, a GPU each, and there are {len(places)}")
+            alone = kind == "cpu" and recipe.ranks * placement.threads > placement.cores
             for seed in seeds if seeded(recipe) else seeds[:1]:
                 cell = Cell(
                     suite=suite.name,
@@ -169,10 +172,22 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
                     model=source.name,
                     data=data.shown,
                     seed=seed,
-                    settings=settings,
+                    settings=_settle(settings, recipe, alone),
                     digests=digests(recipe, settings["probes"], source.digest, data.digest),
                 )
-                yield Job(cell, source, data, places)
+                scratch = options.folder / "scratch" / cell.identity
+                yield Job(
+                    cell, source, data, places, ranks=recipe.ranks, scratch=scratch, cache=options.folder / "cache"
+                )
+
+
+def _settle(settings: dict[str, Any], recipe: Recipe, crowded: bool) -> dict[str, Any]:
+    """Settings of one row: with the points of its grid, and without probes that time where ranks share cores."""
+    if recipe.grid:
+        settings = settings | {"tune": [str(Recipe("", steps)) for steps in recipe.grid]}
+    if crowded:
+        settings = settings | {"probes": [name for name in settings["probes"] if name not in probes.EXCLUSIVE]}
+    return settings
 
 
 def _check_positions(settings: Mapping[str, Any], source: Source) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from effbench.cells.job import Job
 from effbench.cells.local import STOPPING, Event, Local
-from effbench.records.record import Record
+from effbench.records.record import RETRIED, Record
 from effbench.records.store import Store, latest
 
 
@@ -29,6 +30,7 @@ def run_cells(
                 event = _keep_record_of(event, store)
                 assert event.record is not None
                 records.append(event.record)
+                _clear_scratch(event.job, event.record, store)
             watch(event)
         # What lay in a folder that was removed since then is written again.
         records = [record if store.holds(record) else _keep(store, record) for record in records]
@@ -51,6 +53,18 @@ def _keep_record_of(event: Event, store: Store) -> Event:
     dropped = _tell_times(kept) != _tell_times(event.record) and not event.note
     note = "another run measured it first, whose record is kept" if dropped else event.note
     return dataclasses.replace(event, record=kept, note=note)
+
+
+def _clear_scratch(job: Job, record: Record, store: Store) -> None:
+    """Put the logs of a job's fits beside its record, and remove its checkpoints unless it is to be tried again."""
+    if job.scratch is None or not job.scratch.is_dir():
+        return
+    beside = store.folder(record.cell.suite, record.cell.suite_version) / record.name
+    with contextlib.suppress(OSError):  # a full disk costs the log, not the record
+        for log in job.scratch.glob("*.jsonl"):
+            shutil.copyfile(log, beside.with_suffix(f".{log.name}"))
+    if record.outcome not in RETRIED:
+        shutil.rmtree(job.scratch, ignore_errors=True)
 
 
 def _tell_times(record: Record) -> tuple[str, float]:

@@ -67,6 +67,7 @@ class Template:
     name: str  # of the row, such as rtn-{bits}b
     steps: str  # its recipe, such as rtn(bits={bits})
     sweep: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # KEY: list of values; all combinations
+    tune: list[str] = dataclasses.field(default_factory=list)  # parameters such as fit.lr, chosen by validation loss
 
 
 @dataclasses.dataclass
@@ -231,9 +232,10 @@ def _suite(file: SuiteFile, stem: str) -> Suite:
     recipes = unique([Recipe(BASELINE, ()), *itertools.chain.from_iterable(map(_recipes, file.recipes))])
     steps: dict[str, str] = {}
     for recipe in recipes:
-        if str(recipe) in steps:
-            raise Usage(f"recipes: {steps[str(recipe)]!r} and {recipe.name!r} have the same steps")
-        steps[str(recipe)] = recipe.name
+        same = f"{recipe} {recipe.grid}"  # a row may stand beside itself, tuned
+        if same in steps:
+            raise Usage(f"recipes: {steps[same]!r} and {recipe.name!r} have the same steps")
+        steps[same] = recipe.name
     for tier in file.tiers:
         if tier not in TIERS:
             raise Usage(f"tiers.{tier}: unknown tier{nearest(tier, TIERS)}")
@@ -250,7 +252,7 @@ def _recipes(template: Template) -> Iterator[Recipe]:
         if not name.strip() or not name.isprintable():
             raise Usage(f"recipes: {name!r} is no name for a row")
         try:
-            yield parse(steps, name).check_fits()
+            yield parse(steps, name).check_fits().tuned(template.tune)
         except Usage as error:
             raise Usage(f"recipes.{name}: {error}") from None
 

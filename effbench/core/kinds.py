@@ -9,35 +9,70 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effbench.core.method import HOOKS, Alternatives, Method, Need
+from effbench.core.method import BUILDERS, HOOKS, Alternatives, Method, Need
 from effbench.core.usage import matches_any
+from effbench.core.views import SiteKind  # the hints of a method's class are read
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence, Set
+    from collections.abc import Iterable, Sequence, Set
 
     from effbench.core.run import Run
-    from effbench.core.views import Block, Example, Layer, Module, Segments, SharedInput, Slots, Tensor
+    from effbench.core.views import Block, Example, Layer, Module, Segments, SharedInput, Site, Slots, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Select(Method):
-    """Chooses or orders training data: ranks `run.data.train` and leaves the best of it there.
+    """Chooses, orders or thins out training data.
 
-    The train set is the whole pool before the first selection and what earlier ones have left after it, so that
-    selections refine each other; `run.data.pool` stays whole. Override `score` (larger is kept first) or `order`
-    (example indices, best first).
+    Override `score` (larger is kept first), `order` (best first, and read in this order) or `admit` (which may stay).
+    What a selection ranks behind those that it keeps waits in reserve, and a later `admit` fills up from there what it
+    turns away. `run.data.pool` stays whole.
     """
 
-    must_define: ClassVar[Alternatives] = (("score",), ("order",))
+    must_define: ClassVar[Alternatives] = (("score",), ("order",), ("admit",))
+    usual: ClassVar[float] = 1.0  # share of the pool that the first selection of a recipe keeps where it is not told
+
+    # Share of the pool that stays, in (0, 1]; None: as many as an earlier selection left, else `usual`.
+    keep: float | None = None
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
         """[N]: the larger, the more worth keeping."""
         raise NotImplementedError
 
     def order(self, examples: Sequence[Example], run: Run) -> Sequence[int]:
-        """Indices into `examples`, best first; those left out are not trained on."""
-        scores = self.score(examples, run)
-        return [int(i) for i in scores.argsort(descending=True, stable=True)]
+        """Places in `examples`, best first. Where it is overridden, batches are read in this order and not shuffled."""
+        return [int(place) for place in self.score(examples, run).argsort(descending=True, stable=True)]
+
+    def admit(self, examples: Sequence[Example], run: Run) -> Iterable[int]:
+        """Places of the examples that may stay, from the first on; it is asked for no more than are to be kept.
+
+        `examples` are those that were chosen so far, best first, and behind them the reserve.
+        """
+        raise NotImplementedError
+
+    def weigh(self, examples: Sequence[Example], run: Run) -> Sequence[float] | None:
+        """How much each of those that stay counts in the loss; None: all alike."""
+        return None
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the fit reads examples in the order given."""
+        return type(self).order is not Select.order
+
+    @property
+    def admits(self) -> bool:
+        """Whether it judges examples one by one."""
+        return type(self).admit is not Select.admit
+
+    def slots(self) -> tuple[str, ...]:
+        return super().slots() + (("train.sampler",) if self.keeps_order and not self.overrides("sampler") else ())
+
+    @property
+    def acts_in_fit(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        self.require(self.keep is None or 0 < self.keep <= 1, "keep is a share of the pool, in (0, 1]")
 
     def apply(self, run: Run) -> None:
         run.serve(self)
@@ -90,23 +125,27 @@ class Weights(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Swap(Method):
-    """Replaces linears by trainable ones; `settle` turns them into their final form once, after training."""
+    """Replaces modules by trainable ones; `settle` turns them into their final form once, after training."""
 
     trains: ClassVar[bool] = True
     must_define: ClassVar[Alternatives] = (("replace",),)
+    sites: ClassVar[tuple[SiteKind, ...]] = ("linear",)  # what sort of modules it replaces
 
     @property
     def targets(self) -> Literal["all"] | tuple[str, ...]:
-        """Names or patterns of the linears that are replaced; a method may have a field of this name."""
+        """Names or patterns of the modules that are replaced; a method may have a field of this name."""
         return "all"
 
     def wants(self, path: str) -> bool:
-        """Whether the linear at `path` is to be replaced, by its name."""
+        """Whether the module at `path` is to be replaced, by its name."""
         name = path.rpartition(".")[2]
         return self.targets == "all" or matches_any(name, self.targets)
 
-    def replace(self, module: Module) -> Module:
-        """The module that takes the place of `module` and may hold it."""
+    def prepare(self, run: Run) -> Any:
+        """What all sites share; `replace` finds it in `site.prepared`."""
+
+    def replace(self, module: Module, site: Site) -> Module:
+        """The module that takes the place of `module` and may hold it, or `module` itself with something added."""
         raise NotImplementedError
 
     def settle(self, module: Module) -> Module:
@@ -123,7 +162,7 @@ class Train(Method):
     """Changes the next `fit` through hooks and slots, and is undone at its end."""
 
     trains: ClassVar[bool] = True
-    must_define: ClassVar[Alternatives] = (*((hook,) for hook in HOOKS), ("slot_values",), ("claims",))
+    must_define: ClassVar[Alternatives] = (*((hook,) for hook in (*HOOKS, *BUILDERS)), ("slot_values",), ("claims",))
 
     def apply(self, run: Run) -> None:
         run.serve(self)

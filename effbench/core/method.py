@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 import typing
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -19,10 +19,12 @@ from effbench.core.usage import PLAIN, convert, is_plain
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
-    from effbench.core.views import Tensor
+    from effbench.core.views import Example, Tensor
 
 Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
-HOOKS = ("batch", "loss", "param_groups", "optimizer", "context", "on_step")
+HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # each a chain of the train plan
+BUILDERS = ("optimizer", "sampler")  # hooks that write the slot of their name
+Output = Literal["logits", "hidden", "attention"]
 Alternatives = tuple[tuple[str, ...], ...]
 
 
@@ -43,13 +45,16 @@ class Method:
     claims: ClassVar[tuple[str, ...]] = ()  # slots this method writes, e.g. "train.precision"
     consumes: ClassVar[bool] = False  # True for methods that use up the train plan (fit)
     settles: ClassVar[bool] = False  # True: needs final linears, so pending adapters are merged before it
+    provides: ClassVar[frozenset[str]] = frozenset()  # what later steps may ask for, in words
+    follows: ClassVar[str] = ""  # what a step before it must provide, since the last fit
     trains: ClassVar[bool] = False  # True: acts through the fit that follows
     sparsifies: ClassVar[bool] = False  # True: its field `sparsity` is the fraction of the weights that it sets to zero
     type: ClassVar[str] = ""  # for comparison tables: what sort of method it is; empty: its kind
     weight_update: ClassVar[str] = ""  # for comparison tables: what happens to weights that stay; empty: not said
+    tuned: ClassVar[dict[str, tuple[Any, ...]]] = {}  # values worth trying, by parameter: rows of suites tune over them
     exceptions: ClassVar[dict[str, str]] = {}  # contract checks that must fail here, each with its reason
     # What a method has to define itself, all names of at least one group. A class that sets this is a base of methods.
-    must_define: ClassVar[Alternatives] = (("apply",), *((hook,) for hook in HOOKS))
+    must_define: ClassVar[Alternatives] = (("apply",), *((hook,) for hook in (*HOOKS, *BUILDERS)))
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         cls.check_definition()
@@ -153,6 +158,26 @@ class Method:
         return None
 
     @property
+    def makes(self) -> str:
+        """The role that it puts a model on the shelf for; empty if none."""
+        return ""
+
+    @property
+    def fills(self) -> tuple[str, ...]:
+        """What it puts into the model that can be there once, by name: a soft prompt, an adapter."""
+        return ()
+
+    @property
+    def reads(self) -> Mapping[str, Set[Output]]:
+        """What its loss reads of models with `run.outputs`, by role; `model` is the one that is trained."""
+        return {}
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train one model together under this method."""
+        return 1
+
+    @property
     def rounds_activations(self) -> bool:
         """Whether its linears round their inputs too, and hence differ from what their weights alone compute."""
         return False
@@ -163,8 +188,14 @@ class Method:
         return getattr(self, "sparsity") if self.sparsifies else None  # noqa: B009  a field of subclasses
 
     def slots(self) -> tuple[str, ...]:
-        """All slots this method writes: those it declares, and the optimizer if it brings one."""
-        return self.claims + (("train.optimizer",) if self.overrides("optimizer") else ())
+        """All slots this method writes: those it declares, and what it builds."""
+        return self.claims + tuple(f"train.{hook}" for hook in BUILDERS if self.overrides(hook))
+
+    @property
+    def acts_in_fit(self) -> bool:
+        """Whether the next fit of the recipe is what it acts through."""
+        hooked = any(map(self.overrides, HOOKS)) or any(slot.startswith("train.") for slot in self.slots())
+        return not self.consumes and (self.trains or hooked)
 
     def slot_values(self) -> dict[str, Any]:
         """What to write in each slot named by `claims`, by the slot's name without its plan; by default itself."""
@@ -178,14 +209,19 @@ class Method:
         """Change the run: its model, its data or its plans. Kinds do this for their methods."""
         run.attach(self)
 
-    # Hooks of the next fit; see `effbench.nn.train.fit` for the loop with every hook in its place.
+    # Hooks of the next fit; see `effbench.nn.train.loop` for the loop with every hook in its place. They know where the
+    # fit is from `run.step`; what they keep from one step to the next lies in the model, the optimizer or
+    # `run.state(self)`, which checkpoints hold.
 
     def batch(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Transform a batch before the forward pass."""
         raise NotImplementedError
 
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
-        """Named, weighted loss terms; a term called `hard` replaces the built-in cross-entropy."""
+        """Named, weighted loss terms, means over the learned tokens of the batch.
+
+        They are added to the cross-entropy, unless the method claims the slot `train.loss`.
+        """
         raise NotImplementedError
 
     def param_groups(self, groups: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
@@ -196,12 +232,19 @@ class Method:
         """Build the optimizer (claims the slot `train.optimizer`)."""
         raise NotImplementedError
 
-    def context(self, run: Run) -> AbstractContextManager[Any]:
-        """A context that encloses the whole fit."""
+    def sampler(self, examples: Sequence[Example], run: Run) -> Any:
+        """Build what draws the examples of each step, see `effbench.nn.train.samplers` (claims `train.sampler`)."""
         raise NotImplementedError
 
-    def on_step(self, run: Run, step: int, total: int) -> None:
-        """Called once per optimizer step: after it, before gradients are cleared, gradients unscaled."""
+    def context(self, run: Run) -> AbstractContextManager[Any]:
+        """A context that encloses the whole fit; not the place for precision, see `effbench.nn.train.slots`."""
+        raise NotImplementedError
+
+    def on_step(self, run: Run) -> None:
+        """Called once per optimizer step: after it, before gradients are cleared, gradients unscaled.
+
+        A step that the precision skipped has no gradients.
+        """
         raise NotImplementedError
 
 

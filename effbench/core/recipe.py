@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from effbench.core import registry
 from effbench.core.errors import Conflict, Usage
-from effbench.core.kinds import Select
 from effbench.core.method import Method
 from effbench.core.run import conflict
 from effbench.core.usage import nearest
@@ -33,6 +33,7 @@ class Recipe:
 
     name: str
     steps: tuple[Method, ...]
+    grid: tuple[tuple[Method, ...], ...] = ()  # steps with other settings, of which the best is to be found
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.steps))
@@ -43,10 +44,11 @@ class Recipe:
         return ", ".join(step.label for step in self.steps)
 
     def check(self) -> Recipe:
-        """Raise `Conflict` where two steps write one slot; each fit uses the train plan up."""
+        """Raise `Conflict` where two steps write one slot, or put in what can be there once; each fit uses the train
+        plan up."""
         writers: dict[str, str] = {}
         for step in self.steps:
-            for slot in step.slots():
+            for slot in (*step.slots(), *step.fills):
                 if slot in writers:
                     raise Conflict(conflict(slot, writers[slot], str(step)))
                 writers[slot] = str(step)
@@ -55,12 +57,66 @@ class Recipe:
         return self
 
     def check_fits(self) -> Recipe:
-        """Raise `Usage` for a step that acts through the fit behind it where none is; it would change nothing."""
+        """Raise `Usage` for a step that acts through the fit behind it where none is, or that lacks what it builds on:
+        either would change nothing."""
         last = max((place for place, step in enumerate(self.steps) if step.consumes), default=-1)
-        idle = [step.label for step in self.steps[last + 1 :] if step.trains or isinstance(step, Select)]
+        idle = [step.label for step in self.steps[last + 1 :] if step.acts_in_fit]
         if idle:
             raise Usage(f"{idle[0]} acts through the fit that follows it, and none does: add fit() behind it")
+        provided: set[str] = set()
+        roles = {"reference", "model"}
+        for step in self.steps:
+            unknown = sorted(step.reads.keys() - roles)
+            if unknown:
+                raise Usage(
+                    f"{step.label}: no step before it makes a model called {unknown[0]!r}: there is "
+                    f"{', '.join(sorted(roles))}; snapshot(name={unknown[0]!r}) makes one"
+                )
+            roles |= {step.makes} - {""}
+            if step.follows and step.follows not in provided:
+                known = " or ".join(key for key in registry.catalog() if step.follows in registry.load(key).provides)
+                raise Usage(f"{step.label} needs {step.follows} before it: put {known} in front")
+            provided |= step.provides
         return self
+
+    def tuned(self, names: Sequence[str]) -> Recipe:
+        """The recipe with a grid over parameters, named such as `fit.lr`, whose methods say what is worth trying.
+
+        Raises `Usage` for one that no step has, or that its method names no values for.
+        """
+        if not names:
+            return self
+        if len(set(names)) < len(names):
+            raise Usage("tune: a parameter is named twice")
+        axes: list[tuple[str, str, tuple[Any, ...]]] = []
+        for name in names:
+            key, _, parameter = name.partition(".")
+            step = next((step for step in self.steps if step.key == key), None)
+            if step is None:
+                raise Usage(f"tune: {name}: no step is called {key!r}{nearest(key, [step.key for step in self.steps])}")
+            if parameter not in step.tuned:
+                known = ", ".join(f"{key}.{other}" for other in step.tuned) or "nothing"
+                raise Usage(f"tune: {name}: {key} names values for {known}")
+            axes.append((key, parameter, step.tuned[parameter]))
+        points = [self.steps]  # the setting that the row has by itself
+        for values in itertools.product(*(axis for _, _, axis in axes)):
+            steps = self.steps
+            for (key, parameter, _), value in zip(axes, values, strict=True):
+                steps = tuple(dataclasses.replace(s, **{parameter: value}) if s.key == key else s for s in steps)
+            if steps not in points:
+                points.append(steps)
+        return dataclasses.replace(self, grid=tuple(points))
+
+    @property
+    def ranks(self) -> int:
+        """Processes that it takes."""
+        return max((step.ranks for step in self.steps), default=1)
+
+    @property
+    def trained_part(self) -> Recipe:
+        """The steps up to the last fit, which is all that ranks beside the first have a part in."""
+        last = max((place for place, step in enumerate(self.steps) if step.consumes), default=-1)
+        return dataclasses.replace(self, steps=self.steps[: last + 1])
 
     def resolved(self) -> list[dict[str, Any]]:
         """Every step with all its fields, for the record."""

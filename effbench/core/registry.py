@@ -28,7 +28,7 @@ from effbench.core.method import Method
 from effbench.core.packages import SHIPPED, absolute, method_line, package
 from effbench.core.paths import PACKAGE, SUITES
 from effbench.core.provenance import check_imports
-from effbench.core.source import Module, Parameter, read_fields, read_module
+from effbench.core.source import Module, Parameter, document_fields, read_fields, read_module
 from effbench.core.usage import named_path, nearest
 
 VARIABLE = "EFFBENCH_METHODS"
@@ -115,7 +115,7 @@ def _family_entry(path: Path, root: Path) -> Entry:
 def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module) -> Entry:
     """What the source of a class says of a method."""
     lineage, kind = trace(node, source)
-    parameters: dict[str, Parameter] = {}
+    parameters = dict(_kind_fields(kind)) if kind in KINDS else {}
     facts: dict[str, Any] = {}
     for ancestor, module in lineage:
         parameters |= read_fields(ancestor, module)
@@ -140,6 +140,12 @@ def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module
         cls=node.name,
         module=source.name,
     )
+
+
+@functools.cache
+def _kind_fields(kind: str) -> dict[str, Parameter]:
+    """The fields that all methods of a kind have."""
+    return document_fields(KINDS[kind])
 
 
 def entry(key: str) -> Entry:

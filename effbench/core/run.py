@@ -8,10 +8,13 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar
 
 from effbench.core.errors import Conflict
+from effbench.core.method import HOOKS
 from effbench.core.plain import plain
 
 if TYPE_CHECKING:
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from effbench.core.views import Data, Device, Module, Segments, Tensor
 
 T = TypeVar("T")
-HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # of methods, each a chain of the train plan
 
 
 class Plan:
@@ -31,7 +33,7 @@ class Plan:
     chains: tuple[str, ...] = ()
 
     def __init__(self) -> None:
-        self._slots: dict[str, tuple[Any, str]] = {}
+        self._slots: dict[str, tuple[Any, Method]] = {}
         self._chains: dict[str, list[Any]] = {name: [] for name in self.chains}
         self._undo = contextlib.ExitStack()
 
@@ -40,8 +42,8 @@ class Plan:
         if slot not in self.slots:
             raise KeyError(f"{self.name} has no slot {slot!r}; it has {', '.join(self.slots)}")
         if slot in self._slots:
-            raise Conflict(conflict(f"{self.name}.{slot}", self._slots[slot][1], str(owner)))
-        self._slots[slot] = (value, str(owner))
+            raise Conflict(conflict(f"{self.name}.{slot}", str(self._slots[slot][1]), str(owner)))
+        self._slots[slot] = (value, owner)
 
     def slot(self, slot: str, default: Any = None) -> Any:
         """The value in a slot, or `default`."""
@@ -50,6 +52,13 @@ class Plan:
     def chain(self, name: str) -> list[Any]:
         """An ordered chain; methods append to it."""
         return self._chains[name]
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods that wrote slots and stand in chains, each once."""
+        owners = [owner for _, owner in self._slots.values()]
+        entries = [*owners, *(entry for chain in self._chains.values() for entry in chain)]
+        return list({id(entry): entry for entry in entries}.values())
 
     @property
     def empty(self) -> bool:
@@ -67,30 +76,29 @@ class Plan:
 
 
 class TrainPlan(Plan):
-    """The plan of the next fit, which uses it up; `effbench.nn.train.fit` says where each entry acts.
+    """The plan of the next fit, which uses it up; `effbench.nn.train.loop` says where each entry acts.
 
-    Slots: `precision` makes the context of each forward pass, `optimizer` is the method that builds the optimizer,
-    `sampler` draws examples: places in `run.data.train`, which holds the windows of the fit as long as it goes on.
-    Chains: methods, called through the hook of the chain's name; `optimizer_wrap` holds functions from an optimizer to
-    the one that is used in its place.
+    Slots: `precision`, `activations` and `parallel` hold what `effbench.nn.train.slots` describes; `optimizer` and
+    `sampler` the method that builds one; `loss` the method whose terms stand in the place of the cross-entropy.
+    Chains: methods, called through the hook of the chain's name.
     """
 
     name = "train"
-    slots = ("precision", "optimizer", "sampler")
-    chains = (*HOOKS, "optimizer_wrap")
+    slots = ("precision", "activations", "parallel", "optimizer", "sampler", "loss")
+    chains = HOOKS
 
 
 class InferPlan(Plan):
     """How scoring and generation go; lives until the probes are done.
 
     Slots: `rope` rotates keys that were cached unrotated, `encoder` stores keys and values in fewer bytes. Chains:
-    `cache_keep` evicts, `prompt` rewrites prompts, `attend_*` see or change attention, as `effbench.nn.infer.attention`
+    `cache_keep` evicts, `prompt` rewrites prompts, `attend_*` see or change attention, as `effbench.nn.model.attention`
     says.
     """
 
     name = "infer"
     slots = ("rope", "encoder")
-    chains = ("cache_keep", "prompt", "attend_mask", "attend_extra", "attend_observe")
+    chains = ("cache_keep", "prompt", "attend_mask", "attend_observe")
 
     @property
     def streams(self) -> bool:
@@ -103,12 +111,35 @@ def conflict(slot: str, first: str, second: str) -> str:
     return f"Conflict: {slot} is already set by {first}, {second} cannot also set it; leave one of them out"
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where a fit is."""
+
+    index: int  # of the step that is being taken, from 0
+    total: int
+
+    @property
+    def done(self) -> float:
+        """Fraction of the fit that is done after this step."""
+        return (self.index + 1) / self.total
+
+
 class StepCost(TypedDict):
     """What one step of the recipe cost."""
 
     step: str
     seconds: float
     peaks: dict[str, int]  # bytes, by kind of peak
+
+
+class TuningPoint(TypedDict):
+    """One setting that was tried."""
+
+    steps: str
+    loss: float | None  # of the validation part, in nats a token; None: not finite
+    seconds: float
+    tokens: int  # learned
+    metrics: dict[str, float]  # of the task
 
 
 class GroupReport(TypedDict):
@@ -118,6 +149,20 @@ class GroupReport(TypedDict):
     weight_decay: float
     tensors: int
     parameters: int  # numbers in them
+
+
+class FitCost(TypedDict):
+    """What a fit cost. Bytes are those of one process; what could not be measured is absent."""
+
+    seconds: float
+    parameter_bytes: int  # of the model as it is trained
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: NotRequired[int]  # that a forward pass saved for its backward pass
+    step_ms: NotRequired[float]  # median, with the machine to itself
+    timed_ms: NotRequired[list[float]]  # of each step that was timed
+    flops_per_token: NotRequired[float]  # of a step per token learned, with what is computed again
+    joules: NotRequired[float]
 
 
 class FitReport(TypedDict):
@@ -132,6 +177,9 @@ class FitReport(TypedDict):
     groups: list[GroupReport]
     loss_first: float
     loss_last: float
+    cost: FitCost
+    skipped: NotRequired[int]  # steps that the precision gave up because gradients overflowed
+    resumed: NotRequired[list[int]]  # steps after which it was taken up again from a checkpoint
     left_out: NotRequired[str]  # what of the train set could not be learned, or was not needed
     rates: NotRequired[dict[str, float | None]]  # validation loss by the learning rates tried; None: it diverged
     validation_tokens: NotRequired[int]  # learned tokens of that part, which was set aside from the train set
@@ -148,8 +196,11 @@ class RunLog:
     calibration_tokens: int = 0  # of one pass over the calibration set
     layers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # errors by path of the linear
     removed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # structure: its step, and what went
+    near_duplicates: int | None = None  # held-out documents that have one among what is learned; None: not counted
     selected: dict[str, int] = dataclasses.field(default_factory=dict)  # training examples left, by step
+    chosen: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # id and weight of each, for the samples
     fits: list[FitReport] = dataclasses.field(default_factory=list)
+    tuning: list[TuningPoint] = dataclasses.field(default_factory=list)  # settings tried, of which this is the best
     sparsity_asked: float | None = None  # the largest that a step was asked for; None: no step prunes weights
     densified: list[str] = dataclasses.field(default_factory=list)  # linears whose held zeros were given up
     decoded: list[str] = dataclasses.field(default_factory=list)  # probes for which packed linears were decoded once
@@ -157,9 +208,11 @@ class RunLog:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # a method's own remarks
 
     def to_json(self) -> dict[str, Any]:
-        """The log in plain values; what nothing was written to is left out, but for `steps`."""
+        """The log in plain values; what nothing was written to is left out, but for `steps`, and so are samples."""
         entries = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: plain(value) for name, value in entries.items() if value or name == "steps"}
+        del entries["chosen"]
+        told = {"steps"} | ({"near_duplicates"} if self.near_duplicates is not None else set())
+        return {name: plain(value) for name, value in entries.items() if value or name in told}
 
 
 class Run(abc.ABC):
@@ -175,11 +228,17 @@ class Run(abc.ABC):
     device: Device
     storage: Any  # dtype in which an artifact keeps dense parameters, or those of matrices and of vectors
     seed: int
+    waiting: set[Any]  # parameters that steps have put in place for the next fit, beside what they froze
 
     def __init__(self) -> None:
+        self.waiting = set()
         self.train = TrainPlan()  # the plan of the next fit
         self.infer = InferPlan()  # the plan of scoring and generation
         self.log = RunLog()  # what happened, for the record
+        self.step: Step | None = None  # of the fit that goes on
+        self.folder: Path | None = None  # of this run's own, for checkpoints; gone once its record is written
+        self.cache: Path | None = None  # for what other runs may use, too, such as predictions of a teacher
+        self.alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # the machine to oneself
         self.progress: Callable[[str, int, int], None] = lambda unit, done, total: None  # told how far a step has come
         self._states: dict[int, tuple[Method, dict[str, Any]]] = {}
         self._shared: dict[Hashable, Any] = {}
@@ -213,6 +272,21 @@ class Run(abc.ABC):
         """The model of a role: `reference`, `model`, or the name of a snapshot. Raises `Usage` for any other."""
 
     @abc.abstractmethod
+    def reading(self, roles: Any) -> AbstractContextManager[None]:
+        """Have `outputs` read these roles of a fit inside."""
+
+    @abc.abstractmethod
+    def outputs(self, role: str) -> Any:
+        """What the model of a role gives for the batch whose loss is computed, see `effbench.nn.train.outputs`.
+
+        Of what methods declare in `reads`; computed once, whoever asks.
+        """
+
+    @abc.abstractmethod
+    def adapter(self, name: str | None) -> None:
+        """Have the adapter of that name count, and no other; None: none. Raises `Usage` for one that is not there."""
+
+    @abc.abstractmethod
     def snapshot(self, name: str) -> None:
         """Put a frozen copy of the model on the shelf under `name`."""
 
@@ -244,6 +318,16 @@ class Run(abc.ABC):
     @abc.abstractmethod
     def serve(self, method: Method) -> None:
         """Do for a method what its kind promises: see the service of the kind in `effbench.nn.kinds`."""
+
+    @contextlib.contextmanager
+    def own_fits(self) -> Iterator[None]:
+        """An empty train plan inside, for fits of a method's own; the recipe's waits for the recipe's next fit."""
+        outer, self.train = self.train, TrainPlan()
+        try:
+            yield
+        finally:
+            self.train.close()
+            self.train = outer
 
     def attach(self, method: Method) -> None:
         """Put a method's slots and hooks into the plans."""

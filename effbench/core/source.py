@@ -12,6 +12,8 @@ import importlib.util
 import io
 import math
 import tokenize
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,7 @@ class Module:
     def imports(self) -> dict[str, str]:
         """What names in this module stand for: modules, and things in modules, with all their dots."""
         names: dict[str, str] = {}
-        for node in ast.walk(self.tree):
+        for node in _list_statements(self.tree):
             if isinstance(node, ast.Import):
                 names |= {alias.asname: alias.name for alias in node.names if alias.asname}
             elif isinstance(node, ast.ImportFrom):
@@ -62,6 +64,17 @@ class Module:
                         owner = importlib.util.resolve_name(owner, self.name.rpartition(".")[0])
                 names |= {alias.asname or alias.name: f"{owner}.{alias.name}" for alias in node.names}
         return names
+
+
+def _list_statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """All statements of a module, the outer ones first; expressions, which are most of a tree, are not looked into."""
+    queue: deque[ast.AST] = deque([tree])
+    while queue:
+        for child in ast.iter_child_nodes(queue.popleft()):
+            if isinstance(child, ast.stmt):
+                yield child
+            if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
+                queue.append(child)
 
 
 def read_module(path: Path, name: str = "") -> Module:

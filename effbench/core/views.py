@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     __all__ = ["DType", "Device", "Module", "Tensor"]
 
 
+SiteKind = Literal["linear", "attention", "mlp", "embedding"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One training example; tokens before `prompt` are read but not learned."""
@@ -28,6 +32,22 @@ class Example:
     id: str
     ids: tuple[int, ...]
     prompt: int = 0
+    text: str = ""  # of the document that it is, or that it is cut from
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its source says: skill, planted truth ...
+    weight: float = 1.0  # how much it counts in the loss
+    segments: Segments | None = None  # of its prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place in the model where a module stands that may be replaced."""
+
+    path: str  # in the model
+    kind: SiteKind
+    role: str  # q, k, v, qkv, o, gate, up, down; else its kind
+    block: int | None  # number of its block; None: in none
+    seed: int  # of this run and this place; no two places share one
+    prepared: Any = None  # what the method's `prepare` returned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +81,34 @@ class Data(Protocol):
     window: int | None  # tokens per window of perplexity that belong to the data, all of which is then measured
     pool: list[Example]  # everything that may be trained on
     train: list[Example]  # what the next fit sees: the pool, or what selections have left of it
+    reserve: list[Example]  # what selections have ranked behind it, best first
+
+    @property
+    def validation(self) -> list[Example]:
+        """Examples by which rates and settings are chosen."""
+
+    @property
+    def target(self) -> list[Example]:
+        """Examples of what the model is to become good at; selectors may look at them."""
+
+    @property
+    def unseen(self) -> list[Example]:
+        """Held-out examples of what is trained on, for probes alone."""
 
     def documents(self, part: str) -> list[str]:
-        """The texts of `train`, `calibration` or `heldout`."""
+        """The texts of a part, see `effbench.sources.text.PARTS`."""
 
     def ids(self, part: str, limit: int | None = None) -> Tensor:
         """[N] tokens of a part, documents joined, at most `limit`; no more text than that takes is tokenised."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """What the tokenizer puts in front, and the text."""
+
+    def closed(self) -> AbstractContextManager[None]:
+        """Have whoever looks at held-out text inside be refused."""
+
+    def count_near_duplicates(self) -> int | None:
+        """How many held-out documents share most of their words with one that is learned or chosen by."""
 
     def extend(self, tokens: int) -> int:
         """Have the pool hold so many tokens, if there is so much text, and say how many documents are left over."""

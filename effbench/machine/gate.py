@@ -71,9 +71,12 @@ class Gate:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside `shared`, at its end: wait until no other cell works, and keep them all waiting."""
+        """Inside `shared`: wait until no other cell works, and keep them all waiting."""
         self._lock(fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            self._lock(fcntl.LOCK_SH)
 
     def _lock(self, mode: int) -> None:
         try:

@@ -19,6 +19,7 @@ class Placement:
     threads: int
     jobs: int
     tier: str
+    cores: int
     notes: tuple[str, ...] = ()  # what may surprise the user
 
     @property
@@ -38,13 +39,13 @@ def place(
     if devices == (CPU,):
         threads = threads or 1
         jobs = jobs or max(1, cores // threads)
-        return Placement(devices, str(describe("cpu")["machine"]), threads, jobs, tier or "quick")
+        return Placement(devices, str(describe("cpu")["machine"]), threads, jobs, tier or "quick", cores)
     jobs = jobs or len(devices)
     if jobs > len(devices):
         gpus = f"{len(devices)} GPU{'s' * (len(devices) > 1)}"
         notes = (*notes, f"jobs={jobs} on {gpus}: cells share memory, and the time that their methods take")
     threads = threads or max(1, cores // jobs)
-    return Placement(devices, slug(devices[0].model), threads, jobs, tier or "full", notes)
+    return Placement(devices, slug(devices[0].model), threads, jobs, tier or "full", cores, notes)
 
 
 def choose_devices(name: str | None) -> tuple[tuple[Device, ...], tuple[str, ...]]:

@@ -19,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.views import Layer, SharedInput
 from effbench.nn.model.blocks import Blocks, dense_linears
+from effbench.nn.model.feed import feed
 from effbench.nn.model.linear import dense_weight, kept
+from effbench.nn.train.loss import cross_entropy
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -316,8 +318,7 @@ def block_inputs(run: Run, view: Blocks) -> tuple[list[Tensor], list[list[dict[s
             block.forward = catcher(index)
         for ids in run.calibration():
             # A live cache in the caught arguments would be filled at every replay and change the result.
-            body: Any = run.model.base_model  # the head is not needed
-            body(input_ids=ids[None].to(run.device), use_cache=False)
+            feed(run.model, {"input_ids": ids[None].to(run.device)}, body=True)  # the head is not needed
     finally:
         for block, original in zip(view.blocks, originals, strict=True):
             block.forward = original
@@ -348,7 +349,7 @@ def mean_gradients(run: Run, needs: Set[str]) -> dict[str, dict[str, Tensor]]:
             weight.requires_grad_(True)
         for ids in sequences:
             ids = ids[None].to(run.device)
-            loss = run.model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = cross_entropy(feed(run.model, {"input_ids": ids}).logits, ids)
             for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
                 for need, total in means.items():
                     total[path] += GRADIENTS[need](gradient.float()) / len(sequences)

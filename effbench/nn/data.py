@@ -1,11 +1,13 @@
-"""What a run trains on, calibrates on and is measured on. The three never share a document."""
+"""What a run trains on, chooses by, calibrates on and is measured on. No two parts share a document."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from effbench import tiny
 from effbench.core.errors import Refused, Unavailable, Unsupported, first_line
-from effbench.core.views import Example
+from effbench.core.views import Example, Segments
+from effbench.sources.duplicates import count_shared
 from effbench.sources.protocols import Rows
-from effbench.sources.text import PARTS, READERS, Document, read_speeches
+from effbench.sources.text import PARTS, PIECES, READERS, Document, normalise, read_speeches, split_text
 
 if TYPE_CHECKING:
     from effbench.sources import DataSource
@@ -24,10 +27,14 @@ if TYPE_CHECKING:
 SEQUENCES = 128  # calibration sequences, as in GPTQ, Wanda and AWQ
 LONGEST = 2048  # tokens in each, at most
 SPREAD = 16  # calibration windows are drawn from the first so many times as many tokens as they take
+COMPARED = 20_000  # documents of a part that are looked through for near-duplicates, at most
+ASIDE = 2**16  # tokens that are read of the other parts, at most
 POOL = 2**23  # tokens that the pool holds, if there are so many; more where a fit takes more
 CHARACTERS = 8  # that are tokenised for each token wanted, at first
 MARGIN = 64  # tokens before a cut through a text that the cut may have changed
-TINY: dict[tiny.Split, int] = {"train": 2000, "calibration": 1000, "heldout": 400}  # documents of each part
+# Documents of each part of the generated world and of the new task in it.
+TINY = {"train": 2000, "validation": 200, "target": 200, "calibration": 1000, "heldout": 400}
+TASK = {"train": 2000, "validation": 200, "target": 200, "calibration": 400, "heldout": 400}
 
 
 class Part(NamedTuple):
@@ -39,11 +46,30 @@ class Part(NamedTuple):
     apart: bool = False  # whether a calibration window lies in one document
 
 
-class Data:
-    """Documents of three disjoint parts, tokenised on demand and no further than is asked for.
+class Stream:
+    """Examples of documents, tokenised as far as they are asked for."""
 
-    `pool` is everything that may be trained on, `train` what the next `fit` sees; selections narrow `train`. Plain text
-    lies in the pool in windows of at most `width` tokens; an example with a prompt is one, whatever its length.
+    def __init__(self, documents: Sequence[Document], examples: list[Example]) -> None:
+        self.documents = documents
+        self.examples = examples
+        self._read = self._tokens = 0  # documents that are among the examples, and tokens
+
+    def extend(self, tokens: int, cut: Callable[[Document, int], list[Example]]) -> int:
+        """Have so many tokens, if there is so much text, and say how many documents are left over."""
+        while self._tokens < tokens and self._read < len(self.documents):
+            examples = cut(self.documents[self._read], self._read)
+            self.examples += examples
+            self._read += 1
+            self._tokens += sum(len(example.ids) for example in examples)
+        return len(self.documents) - self._read
+
+
+class Data:
+    """Documents of disjoint parts, tokenised on demand and no further than is asked for.
+
+    `pool` is everything that may be trained on, `train` what the next `fit` sees and `reserve` what was ranked behind
+    it; selections narrow `train`. Plain text lies in the pool in windows of at most `width` tokens; an example with a
+    prompt is one, whatever its length.
     """
 
     tasks: tuple[str, ...] = ()  # lm-eval tasks that belong to the data
@@ -52,23 +78,35 @@ class Data:
     most: int | None = None  # tokens that are measured
 
     def __init__(
-        self, name: str, parts: dict[str, Part], tokenizer: Any, notes: str = "", width: int = LONGEST
+        self,
+        name: str,
+        parts: dict[str, Part],
+        tokenizer: Any,
+        notes: str = "",
+        width: int = LONGEST,
+        made: bool = False,
     ) -> None:
         self.name = name
         self.width = width
         self._learned = name  # whose text it calibrates and trains on
         self._parts = {part: Part(()) for part in PARTS} | parts
+        if "validation" not in parts:
+            self._parts |= carve(self._parts["train"])
         self._tokenizer = tokenizer
-        self._pool: list[Example] = []
-        self._pooled = self._tokens = 0  # documents and tokens in the pool
+        self._examined = self
+        self._closed = False
+        self._made = made
+        self._streams: dict[str, Stream] = {}
         self._train: list[Example] | None = None
+        self.reserve: list[Example] = []
         heldout = self._parts["heldout"]
         joint = "a blank line" if heldout.separator == "\n\n" else repr(heldout.separator)
         added = "special tokens added as the tokenizer does" if heldout.special else "no token added"
         self.protocol = f"{name}, documents joined by {joint}, tokenised once, {added}{notes}"
 
     def documents(self, part: str) -> list[str]:
-        """The texts of `train`, `calibration` or `heldout`, made when first asked for."""
+        """The texts of a part, made when first asked for."""
+        self._look_at(part)
         return [document.text for document in self._parts[part].documents]
 
     def ids(self, part: str, limit: int | None = None) -> Tensor:
@@ -112,24 +150,74 @@ class Data:
     @property
     def pool(self) -> list[Example]:
         """Training examples: all of them, or those of the first documents where there are more than a fit takes."""
-        self.extend(POOL)
-        return self._pool
+        return self._read("train", POOL)
 
     @pool.setter
     def pool(self, examples: list[Example]) -> None:
-        self._pool = examples
-        self._parts["train"] = Part(())
+        self._streams["train"] = Stream((), examples)
+
+    @property
+    def validation(self) -> list[Example]:
+        """Examples by which rates and settings are chosen."""
+        return self._read("validation", ASIDE)
+
+    @validation.setter
+    def validation(self, examples: list[Example]) -> None:
+        self._streams["validation"] = Stream((), examples)
+
+    @property
+    def target(self) -> list[Example]:
+        """Examples of what the model is to become good at; selectors may look at them."""
+        return self._read("target", ASIDE)
+
+    @property
+    def unseen(self) -> list[Example]:
+        """Held-out examples of what is trained on, for probes alone."""
+        return self._examined._read("heldout", ASIDE)
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Have whoever looks at held-out text inside be refused."""
+        self._closed = self._examined._closed = True
+        try:
+            yield
+        finally:
+            self._closed = self._examined._closed = False
+
+    def _look_at(self, part: str) -> None:
+        if part == "heldout" and self._closed:
+            raise Refused("held-out text is what the model is measured on: a selection must not look at it")
+
+    def count_near_duplicates(self) -> int | None:
+        """How many held-out documents share most of their words with one that is learned or chosen by.
+
+        None where that is no question: in text that was generated, or that ships in parts that are known.
+        """
+        if self._examined._made:
+            return None
+        parts = {name: part.documents[:COMPARED] for name, part in self._examined._parts.items()}
+        others = itertools.chain.from_iterable(parts[name] for name in PARTS if name != "heldout")
+        return count_shared((d.text for d in parts["heldout"]), (d.text for d in others))
 
     def extend(self, tokens: int) -> int:
         """Have the pool hold so many tokens, if there is so much text, and say how many documents are left over."""
-        documents = self._parts["train"].documents
-        while self._tokens < tokens and self._pooled < len(documents):
-            example = self._example(documents[self._pooled])
-            examples = [example] if example.prompt else cut(example, self.width)
-            self._pool += examples
-            self._pooled += 1
-            self._tokens += sum(len(example.ids) for example in examples)
-        return len(documents) - self._pooled
+        return self._stream("train").extend(tokens, self._cut)
+
+    def _read(self, part: str, tokens: int) -> list[Example]:
+        self._look_at(part)
+        stream = self._stream(part)
+        stream.extend(tokens, self._cut)
+        return stream.examples
+
+    def _stream(self, part: str) -> Stream:
+        if part not in self._streams:
+            self._streams[part] = Stream(self._parts[part].documents, [])
+        return self._streams[part]
+
+    def _cut(self, document: Document, number: int) -> list[Example]:
+        """The examples of one document."""
+        example = self._example(document, number)
+        return [example] if document.prompt is not None else cut(example, self.width)
 
     @property
     def train(self) -> list[Example]:
@@ -141,8 +229,10 @@ class Data:
         self._train = examples
 
     def learn_from(self, other: Data) -> None:
-        """Calibrate and train on another's text; what is measured stays."""
-        self._parts |= {part: other._parts[part] for part in ("train", "calibration")}
+        """Calibrate, train and be examined on another's text; the text that is measured stays."""
+        self._examined = other
+        self._parts |= {part: other._parts[part] for part in PARTS if part != "heldout"}
+        self._streams.clear()
         self._learned = f"calibration_data {other.name}"
         self.protocol += f", calibration and training on {other.protocol}"
 
@@ -159,21 +249,29 @@ class Data:
                 return ids[:limit]
             size *= 2
 
-    def _example(self, document: Document) -> Example:
-        """A document as one example.
+    def _example(self, document: Document, number: int) -> Example:
+        """A document as one example: what the tokenizer puts in front, the text, and the stop token, which is learned.
 
-        A completion ends with the tokenizer's end of text, which is learned too, and so is a token that lies across the
-        end of the prompt.
+        A prompt and its completion are tokenised apart, as they are when a model is asked to complete it.
         """
-        name, ids = document.name or str(self._pooled), self._encode(document.text)
-        if document.prompt is None:
-            return Example(name, tuple(ids))
-        alone = self._encode(document.text[: document.prompt])
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids))
-        )
+        cut_at = document.prompt or 0
+        prompt = self.encode_prompt(document.text[:cut_at])
         end = self._tokenizer.eos_token_id
-        return Example(name, (*ids, *([] if end is None else [end])), shared)
+        ids = (*prompt, *self._encode(document.text[cut_at:]), *([] if end is None else [end]))
+        name, learned_from = document.name or str(number), 0 if document.prompt is None else len(prompt)
+        meta = document.meta or {}
+        segments = None if document.prompt is None else Segments.of(meta, document.text[:cut_at])
+        return Example(name, ids, learned_from, document.text, meta, segments=segments)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """What the tokenizer puts in front, and the text."""
+        return [*self._front, *(self._encode(text) if text else [])]
+
+    @functools.cached_property
+    def _front(self) -> list[int]:
+        """Special tokens that the tokenizer puts in front of a text."""
+        plain, whole = self._encode("a"), self._encode("a", special=True)
+        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
     def _draw_apart(self, sequences: int, length: int, rng: random.Random) -> Tensor:
         """Calibration windows from one document each. Raises `Unsupported` where too few are long enough."""
@@ -198,10 +296,11 @@ class RandomTokens(Data):
     """For random weights: tokens to calibrate with, nothing to measure quality on."""
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__("random tokens", {}, None)
+        super().__init__("random tokens", {}, None, made=True)
         self._vocabulary = vocabulary
         rows = self.calibration(2, 128, 0).tolist()
         self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(rows)]
+        self.validation = list(self.pool)
 
     def heldout_ids(self, limit: int | None = None) -> Tensor:
         raise Refused("the weights are random: their quality means nothing")
@@ -222,8 +321,8 @@ def cut(example: Example, width: int) -> list[Example]:
         return [dataclasses.replace(example, ids=ids[:width])] if min(len(ids), width) > example.prompt else []
     if len(ids) <= width:
         return [example] if len(ids) > 1 else []
-    starts = range(0, len(ids) - 1, width - 1)
-    return [Example(f"{example.id}/{number}", ids[i : i + width]) for number, i in enumerate(starts)]
+    starts = enumerate(range(0, len(ids) - 1, width - 1))
+    return [dataclasses.replace(example, id=f"{example.id}/{n}", ids=ids[i : i + width]) for n, i in starts]
 
 
 def count_learned(example: Example) -> int:
@@ -234,18 +333,50 @@ def count_learned(example: Example) -> int:
 class Lazy(Sequence[Document]):
     """Documents that are made when one is first asked for."""
 
-    def __init__(self, make: Callable[[], Iterable[str]]) -> None:
+    def __init__(self, make: Callable[[], Iterable[Document]]) -> None:
         self._make = make
 
     @functools.cached_property
     def _made(self) -> list[Document]:
-        return [Document(text) for text in self._make()]
+        return list(self._make())
 
     def __len__(self) -> int:
         return len(self._made)
 
     def __getitem__(self, index: Any) -> Any:
         return self._made[index]
+
+
+class Share(Sequence[Document]):
+    """What a part has of documents that are counted when they are first asked for."""
+
+    def __init__(self, documents: Sequence[Document], place: int) -> None:
+        self._documents = documents
+        self._place = place
+
+    @functools.cached_property
+    def _range(self) -> range:
+        """Places of the documents: the last tenth, the tenth before it, and the rest."""
+        number = len(self._documents)
+        few = max(1, number // 10) if number > 2 else 0
+        ends = (0, number - 2 * few, number - few, number)
+        return range(ends[self._place], ends[self._place + 1])
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._documents[place] for place in self._range[index]]
+        return self._documents[self._range[index]]
+
+
+def carve(part: Part) -> dict[str, Part]:
+    """A part for training as three: training, what is aimed at, and what choices are made by."""
+    return {
+        name: part._replace(documents=Share(part.documents, place))
+        for place, name in enumerate(("train", "target", "validation"))
+    }
 
 
 class Column(Sequence[Document]):
@@ -277,11 +408,10 @@ def open_data(source: DataSource, tokenizer: Any, width: int = LONGEST, length: 
 
 def _open(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
     if source.kind == "tiny":
-        made: dict[str, Part] = {
-            part: Part(Lazy(functools.partial(tiny.documents, part, n))) for part, n in TINY.items()
-        }
-        data = Data("tiny", made, tokenizer, width=width)
+        data = Data("tiny", _make(_write, TINY), tokenizer, width=width, made=True)
         data.tasks, data.task_paths = ("tiny",), source.task_folders
+        if source.name != "tiny":
+            data.learn_from(Data(source.name, _make(_ask, TASK), tokenizer, width=width, made=True))
         return data
     if source.kind == "hub":
         return _open_hub(source, option, tokenizer, width)
@@ -291,7 +421,24 @@ def _open(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
         assert source.path is not None
         corpus = READERS[source.kind](source.path)
     parts = {name: Part(documents) for name, documents in corpus.parts.items()}
-    return Data(source.name, parts, tokenizer, corpus.notes, width)
+    return Data(source.name, parts, tokenizer, corpus.notes, width, made=source.kind == "speeches")
+
+
+def _make(write: Callable[[str, int], Iterable[Document]], sizes: Mapping[str, int]) -> dict[str, Part]:
+    """Parts of so many generated documents each."""
+    return {part: Part(Lazy(functools.partial(write, part, number))) for part, number in sizes.items()}
+
+
+def _write(part: str, number: int) -> list[Document]:
+    """Documents of the generated world."""
+    written = enumerate(tiny.write(part, number))
+    return [Document(text, f"{part}/{i}", None, {"skill": kind}) for i, (kind, text) in written]
+
+
+def _ask(part: str, number: int) -> list[Document]:
+    """Examples of the new task in it."""
+    asked = enumerate(tiny.ask(part, number))
+    return [Document(prompt + answer, f"{part}/{i}", len(prompt)) for i, (prompt, answer) in asked]
 
 
 def _open_hub(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
@@ -304,12 +451,14 @@ def _open_hub(source: DataSource, option: str, tokenizer: Any, width: int) -> Da
         data = Data(name, {"heldout": heldout, "calibration": learned, "train": train}, tokenizer, width=width)
         data.window, data.most = protocol.window, protocol.tokens
         return data
-    path, _, configuration = name.removeprefix("hub:").partition("/@")
+    path, _, configuration = name.removeprefix("hub:").partition("[")[0].partition("/@")
+    columns = dict(source.columns) or {"text": "text"}
     splits = ask(path, configuration or None)
 
     def read(*names: str) -> list[Document]:
         found = next((name for name in names if name in splits), None)
-        return [Document(text) for text in splits[found]["text"] if text.strip()] if found else []
+        documents = (_read_row(row, columns, name) for row in splits[found]) if found else ()
+        return [document for document in documents if document.text.strip()]
 
     rows = read("train")
     few = -(-len(rows) // 10)  # rows may be pieces of documents, so those of a part lie side by side
@@ -317,6 +466,21 @@ def _open_hub(source: DataSource, option: str, tokenizer: Any, width: int) -> Da
     if not documents["heldout"]:
         raise Unsupported(f"{name}: no test or validation split")
     return Data(name, {part: Part(texts) for part, texts in documents.items()}, tokenizer, width=width)
+
+
+def _read_row(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> Document:
+    """The document of one row; what its other columns hold describes it. Raises `Unsupported` for a missing column."""
+    lacking = [column for column in columns.values() if not isinstance(row.get(column), str)]
+    if lacking:
+        raise Unsupported(
+            f"{name}: has no column of text called {lacking[0]!r}, but {', '.join(row)}: name them, "
+            "hub:NAME[prompt=COLUMN,completion=COLUMN]"
+        )
+    meta = {key: value for key, value in row.items() if key not in columns.values()}
+    texts = {what: normalise(row[column]) for what, column in columns.items()}
+    if "text" in texts:
+        return Document(texts["text"], "", None, meta)
+    return Document(texts["prompt"] + texts["completion"], "", len(texts["prompt"]), meta)
 
 
 def _load(rows: Rows, ask: Callable[..., Any]) -> Part:
@@ -327,8 +491,13 @@ def _load(rows: Rows, ask: Callable[..., Any]) -> Part:
 
 
 def _join(part: Part) -> Part:
-    """The part as one document, of which its rows are pieces."""
-    return part._replace(documents=Lazy(lambda: [part.separator.join(row.text for row in part.documents)]))
+    """The part as one text, in a few pieces, whatever its rows were."""
+
+    def make() -> Iterator[Document]:
+        whole = Document(part.separator.join(row.text for row in part.documents))
+        return iter(split_text(whole, PIECES))
+
+    return part._replace(documents=Lazy(make))
 
 
 def _ask_hub(asked: str, path: str, configuration: str | None, **options: Any) -> Any:

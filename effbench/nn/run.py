@@ -6,6 +6,7 @@ calibrate or train.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.kinds import kind_of, service
-from effbench.core.run import FitReport, Run
+from effbench.core.run import FitReport, InferPlan, Run
 from effbench.core.usage import matches_any
 from effbench.nn.data import LONGEST, SEQUENCES, Data
+from effbench.nn.model.adapters import choose_adapter
+from effbench.nn.model.attention import own_attention
 from effbench.nn.model.blocks import Blocks, count_positions
 from effbench.nn.model.linear import (
     Replaced,
@@ -33,12 +36,14 @@ from effbench.nn.model.linear import (
     stored_tensors,
 )
 from effbench.nn.model.memento import ModelMemento, ObjectMemento
+from effbench.nn.model.tied import note_untied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from effbench.core.kinds import Swap
     from effbench.core.method import Method
+    from effbench.nn.train.outputs import Roles
     from effbench.sources import Source
 
 
@@ -87,6 +92,7 @@ class ModelRun(Run):
         self.seed = seed
         self._reference = reference
         self._shelf: dict[str, Any] = {}
+        self._roles: Roles | None = None  # of the fit that goes on
         self._swapped: list[Swapped] = []
         self._calibration = (sequences, length or min(LONGEST, count_positions(self.model)))
         self._skip = skip
@@ -129,6 +135,7 @@ class ModelRun(Run):
         self.log.fits.append(report)
         for entry in self._swapped:
             entry.trained = True
+        self.waiting.clear()
 
     def remember(self) -> Callable[[], None]:
         model = ModelMemento(self.model)
@@ -172,11 +179,29 @@ class ModelRun(Run):
                 dtype: torch.dtype = self.model.dtype
                 replace(self.model, path, final.to(dtype))
             self._swapped.remove(entry)
+        if trained:
+            note_untied(self.model)
+
+    def adapter(self, name: str | None) -> None:
+        choose_adapter(self.model, name)
+        self._shared.clear()
 
     def snapshot(self, name: str) -> None:
         if name in ("reference", "model"):
             raise Usage(f"a snapshot cannot be called {name!r}: that role is taken")
         self._shelf[name] = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def reading(self, roles: Roles) -> Iterator[None]:
+        outer, self._roles = self._roles, roles
+        try:
+            yield
+        finally:
+            self._roles = outer
+
+    def outputs(self, role: str) -> Any:
+        assert self._roles is not None, "outputs are those of a batch that a fit has fed"
+        return self._roles.read(role)
 
     def role(self, name: str) -> Any:
         if name in ("reference", "model"):
@@ -193,7 +218,8 @@ class ModelRun(Run):
         if method.settles:
             self.settle()
         method.check_shapes({path: matrix_shape(module) for path, module in self.linears().items()})
-        method.apply(self)
+        with own_attention(self.model, InferPlan()):  # what was trained in attention takes part in calibration, too
+            method.apply(self)
         if method.asked_sparsity is not None:
             self.log.sparsity_asked = max(self.log.sparsity_asked or 0.0, method.asked_sparsity)
 

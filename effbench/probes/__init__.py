@@ -86,4 +86,5 @@ def _select(line: str) -> frozenset[str]:
 EXCLUSIVE = _select("EXCLUSIVE = True")  # they need the machine to themselves
 QUALITY = _select("QUALITY = True")  # they ask for nothing but predictions, and so may meet packed linears decoded
 WINDOWED = _select("WINDOWED = True")  # they read `window`, `stride` and `text_tokens`
+TASK = _select("TASK = True")  # they say how well a task is done, also at each setting that is tried
 POINTED = _select("POINTED = True")  # they read `speed_points`

@@ -50,6 +50,7 @@ OWN = ("acc", "acc_norm", "exact_match", "f1", "mcc")  # of lm-eval, under its n
 HEADLINE = ("acc", "exact_match")  # what counts as a task's accuracy, first found
 
 QUALITY = True
+TASK = True
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:

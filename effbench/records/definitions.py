@@ -1,7 +1,7 @@
 """What every metric means: the one place that tables, listings and pages take units and definitions from.
 
-Metrics of points, tasks and kinds of memory are named by patterns: `{batch}` and `{context}` are numbers, `{task}` is
-a task of lm-eval, `{peak}` a way to count memory.
+Metrics of points, tasks and kinds of memory are named by patterns: `{batch}`, `{context}` and `{draws}` are numbers,
+`{task}` is a task of lm-eval, `{peak}` a way to count memory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PEAKS = {  # ways to count memory
 FIELDS = {
     "batch": r"\d+",
     "context": r"\d+",
+    "draws": r"\d+",
     "task": r"\w[\w.:+-]*",
     "filter": r"[\w.+-]+",
     "metric": r"[\w./-]+",
@@ -118,6 +119,15 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "{task}_lm_eval_{metric}", "quality", "", "neither",
         "A metric of a task as lm-eval computes it, under lm-eval's name.",
+    ),
+    # Quality on a task that was trained on
+    Definition(
+        "completion_nll", "quality", "nats", "lower",
+        "The mean negative log-likelihood per token of the held-out answers to prompts of the task trained on.",
+    ),
+    Definition(
+        "completion_exact", "quality", "fraction", "higher",
+        "The share of held-out prompts of the task trained on whose greedy answer is right to the last token.",
     ),
     # Size
     Definition("weight_bytes", "size", "bytes", "lower", "The bytes of all weights as saved, without their metadata."),
@@ -233,6 +243,41 @@ DEFINITIONS: tuple[Definition, ...] = (
         "calibration_tokens", "cost", "tokens", "lower",
         "The tokens of calibration text that statistics were taken from.",
     ),
+    Definition("fit_tokens", "cost", "tokens", "lower", "The tokens that the last fit learned, in all its epochs."),
+    Definition("fit_seconds", "cost", "s", "lower", "Time of the last fit, with other cells at work beside it."),
+    Definition("fit_step_ms", "cost", "ms", "lower", "Time of one step of training, with the machine to itself."),
+    Definition("fit_tok_per_s", "cost", "tokens/s", "higher", "Tokens learned per second, with the machine to itself."),
+    Definition("fit_parameter_bytes", "cost", "bytes", "lower", "The bytes of all parameters while they are trained."),
+    Definition("fit_gradient_bytes", "cost", "bytes", "lower", "The bytes of the gradients of what is trained."),
+    Definition("fit_optimizer_bytes", "cost", "bytes", "lower", "The bytes of the optimizer's states."),
+    Definition(
+        "fit_activation_bytes", "cost", "bytes", "lower",
+        "The bytes that a forward pass of training saves for its backward pass.",
+    ),
+    Definition(
+        "fit_flops_per_token", "cost", "FLOP", "lower",
+        "Floating-point operations of a step of training per token read, with those of recomputing and of padding.",
+    ),
+    Definition(
+        "fit_flops_rule", "cost", "FLOP", "lower",
+        "Six operations for every parameter per token read, four where most parameters are frozen.",
+    ),
+    Definition("tuned_points", "cost", "", "neither", "How many settings were tried, the row's own among them."),
+    Definition(
+        "tuned_own_nll", "quality", "nats", "lower",
+        "Loss of the validation part at the setting that the row has by itself, per token.",
+    ),
+    Definition(
+        "tuned_nll", "quality", "nats", "lower",
+        "Loss of the validation part at the best of the settings tried, per token.",
+    ),
+    Definition(
+        "tuned_best_of_{draws}_nll", "quality", "nats", "lower",
+        "The least loss to be expected of so many settings drawn at random from those tried (Dodge et al., 2019).",
+    ),
+    Definition("tuned_seconds", "cost", "s", "lower", "Time that all settings tried took, with other cells beside."),
+    Definition("tuned_tokens", "cost", "tokens", "lower", "The tokens that all settings tried have learned."),
+    Definition("fit_energy_j", "cost", "J", "lower", "Energy of the whole GPU over the last fit, idle power included."),
 )  # fmt: skip
 
 # What a listing shows of a record.

@@ -38,6 +38,8 @@ DETAILS = {
     "speed": "Speed, as a ratio to the baseline of the same run",
     "memory": "Memory; peaks are above what was resident before",
     "compute": "Operations and energy",
+    "training": "Training: what was learned, and what the last fit cost",
+    "tuning": "Tuning: the row's own setting, the best of those tried, and what they cost together",
     "methods": "Methods and the cost of applying them",
     "published": "Beside the published results",
     "chosen": "Chosen columns",
@@ -56,6 +58,9 @@ UNITS = {  # sentences for units that are not said by their own name
     "J": "In joules.",
     "W": "In watts.",
 }
+ANSWERS = ("completion_nll", "completion_exact")  # what tables of a learned task are about
+STEP = "fit_step_ms"
+COSTS = ("fit_tok_per_s", "fit_tokens", "fit_seconds", "fit_flops_per_token", "fit_flops_rule", "fit_energy_j")
 ABSOLUTE = {"tok_per_s": "tok/s", "ms_per_token": "ms"}  # what stands in brackets beside a ratio of speeds
 
 
@@ -101,17 +106,23 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
     peaks = [name for name in measured if re.fullmatch("(score|generate)_peak_.*_bytes", name)]
     bits = Column("bits", _show_value("bits_per_weight", "{:.2f}".format), ("bits_per_weight",))
     zeros = Column("zeros, %", _show_sparsity, ("sparsity", "sparsity_asked"))
+    learned = [name for name in (*ANSWERS, STEP) if name in measured]
+    asked = "sparsity_asked" in measured
+    answers = learned if {*ANSWERS} & {*learned} else []
     summary = [
-        *map(measure, (*ppls[:1], "kl_nats_per_token", TASKS)),
+        *map(measure, (*answers, *ppls[:1], "kl_nats_per_token", *([] if answers else [TASKS]))),
         Column("stored", _show_stored, ("stored_bytes", "compression")),
     ]
     for phase in ("decode", "prefill"):
         of_phase = [name for name in speeds if name.startswith(phase)]
         summary += [_time(phase, name, measured, placed) for name in of_phase[:1]]
-    if "sparsity_asked" not in measured:
-        summary.insert(0, bits)
+    beside = MOST - 1  # the recipe
+    if answers:
+        summary = [*([zeros] if asked else []), *summary, bits][:beside]
+    elif asked:
+        summary[:0] = [zeros, bits] if len(summary) + 2 <= beside else [zeros]
     else:
-        summary[:0] = [zeros, bits] if len(summary) + 3 <= MOST else [zeros]  # beside the recipe
+        summary.insert(0, bits)
     return {
         "summary": summary,
         "quality": [*map(measure, (*ppls[1:], "top1_agreement", *select_tasks(measured)))],
@@ -124,6 +135,11 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
             *map(_size, peaks),
         ],
         "compute": [*map(measure, sorted(operations, key=natural_key))],
+        "training": [
+            *map(measure, [*learned, *(name for name in COSTS if name in measured)]),
+            *(_size(name) for name in measured if re.fullmatch("fit_.*_bytes", name)),
+        ],
+        "tuning": [*map(measure, (name for name in measured if name.startswith("tuned_")))],
         "methods": [*METHODS, *(_size(name) for name in measured if re.fullmatch("apply_peak_.*_bytes", name)), STEPS],
     }
 
@@ -229,8 +245,15 @@ def list_columns() -> dict[str, list[Column]]:
     from effbench.records.definitions import DEFINITIONS
 
     names = sorted({name for one in DEFINITIONS for name in _give_examples(one)}, key=natural_key)
-    dense, sparse = (make_columns([name for name in names if name not in left]) for left in (["sparsity_asked"], []))
-    listed = {detail: list({c.header: c for c in (*dense[detail], *sparse[detail])}.values()) for detail in dense}
+    shapes = [
+        make_columns([name for name in names if name not in {*sparsity, *answers}])
+        for sparsity in (("sparsity_asked",), ())
+        for answers in (ANSWERS, ())
+    ]
+    listed = {
+        detail: list({column.header: column for shape in shapes for column in shape[detail]}.values())
+        for detail in shapes[0]
+    }
     return listed | {"chosen": make_others(names, itertools.chain(*listed.values()))}
 
 

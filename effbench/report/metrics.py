@@ -15,7 +15,20 @@ from effbench.records.definitions import Definition, Family, Undefined, describe
 
 DISTANCES = ("kl_nats_per_token", "top1_agreement")  # `flips` is the rest of the agreement
 TASKS = "tasks_acc"  # the mean over all tasks
-TITLES = {"token_ppl": "perplexity", "kl_nats_per_token": "KL, nats", "top1_agreement": "top-1, %", TASKS: "tasks, %"}
+TITLES = {
+    "token_ppl": "perplexity",
+    "kl_nats_per_token": "KL, nats",
+    "top1_agreement": "top-1, %",
+    TASKS: "tasks, %",
+    "completion_nll": "answers, nats",
+    "completion_exact": "answers right, %",
+    "fit_step_ms": "step, ms",
+    "tuned_own_nll": "own setting, nats",
+    "tuned_nll": "best, nats",
+    "tuned_points": "settings",
+    "tuned_seconds": "all settings, s",
+    "tuned_tokens": "learned tokens of all",
+}
 
 
 @functools.cache
@@ -91,6 +104,8 @@ def get_title(metric: str) -> str:
         return TITLES[metric]
     if get_family(metric) == "speed" and get_unit(metric) == "ratio":
         return f"{fields['phase']} b{fields['batch']} c{fields['context']}"
+    if match := re.fullmatch(r"tuned_best_of_(\d+)_nll", metric):
+        return f"expected best of {match[1]}, nats"
     if match := re.fullmatch("(.*)_peak_(.*)_bytes", metric):
         return f"{match[1]} peak ({match[2]})"
     if get_family(metric) == "accuracy" and fields:

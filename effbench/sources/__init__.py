@@ -82,6 +82,7 @@ class DataSource:
     kind: Literal["tiny", "speeches", "text", "jsonl", "hub"]
     path: Path | None = None  # of a text folder, or a file of JSON lines
     digest: str = UNRESOLVED
+    columns: tuple[tuple[str, str], ...] = ()  # of data on the Hub: prompt, completion or text, and the column of each
     learned: DataSource | None = None  # what methods calibrate and train on, where it is another
 
     @property
@@ -255,8 +256,8 @@ def data(name: str | None, learned: str | None = None) -> DataSource:
 
 def _data(option: str, name: str) -> DataSource:
     kind, _, rest = name.partition(":")
-    if name == "tiny":
-        return DataSource("tiny", "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
+    if name in ("tiny", "tiny:task"):
+        return DataSource(name, "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
     if name == "speeches":
         return DataSource("speeches", "speeches", None, read_speeches().digest)
     if kind in READERS and rest:
@@ -269,8 +270,22 @@ def _data(option: str, name: str) -> DataSource:
             raise Usage(f"{option}={kind}:{error}") from None
         return DataSource(f"{kind}:{_label(path.resolve(), digest)}", kind, path.resolve(), digest)  # type: ignore[arg-type]
     if kind == "hub" and rest:
-        return DataSource(f"hub:{rest}", "hub")
-    raise Usage(f"{option}={name}: must be tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME")
+        place, columns = _read_columns(f"{option}={name}", rest)
+        return DataSource(f"hub:{place}", "hub", columns=columns)
+    raise Usage(f"{option}={name}: must be tiny, tiny:task, speeches, text:FOLDER, jsonl:FILE or hub:NAME")
+
+
+def _read_columns(asked: str, rest: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The address of data on the Hub, and the columns that stand in brackets behind it. Raises `Usage`."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", rest)
+    if match is None:
+        raise Usage(f"{asked}: brackets do not match; write hub:NAME[prompt=COLUMN,completion=COLUMN]")
+    if match[2] is None:
+        return rest, ()
+    columns = dict(part.strip().split("=", 1) for part in match[2].split(",") if "=" in part)
+    if sorted(columns) not in (["completion", "prompt"], ["text"]) or match[2].count("=") != len(columns):
+        raise Usage(f"{asked}: brackets name prompt and completion, or text alone: [prompt=COLUMN,completion=COLUMN]")
+    return rest, tuple(sorted(columns.items()))
 
 
 def task_digest() -> str:

@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,12 @@ from effbench.core.errors import Usage
 from effbench.core.usage import list_some
 
 SPEECHES = Path(__file__).parent / "speeches" / "addresses.jsonl.gz"
+FIELDS = ("prompt", "completion", "text")  # of a line of JSON; what else it holds describes the example
 SUFFIXES = ("", ".md", ".rst", ".tex", ".text", ".txt")  # of the files of a folder that are read
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-PARTS = ("train", "calibration", "heldout")
+READ = ("train", "calibration", "heldout")  # parts that documents are told into
+PARTS = ("train", "validation", "target", "calibration", "heldout")  # validation and target are carved from the first
+PIECES = 10  # of a text that is too short to be divided by documents
 
 
 class Document(NamedTuple):
@@ -32,6 +35,7 @@ class Document(NamedTuple):
     text: str
     name: str = ""  # where it comes from
     prompt: int | None = None  # characters of the prompt; None for plain text
+    meta: Mapping[str, Any] | None = None  # what else its source says of it
 
     @property
     def digest(self) -> str:
@@ -104,11 +108,11 @@ def read_lines(path: Path) -> Corpus:
 @functools.cache
 def read_speeches() -> Corpus:
     """The State of the Union addresses that ship, in parts that are fixed."""
-    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
+    parts: dict[str, list[Document]] = {part: [] for part in READ}
     for line in gzip.decompress(SPEECHES.read_bytes()).decode().splitlines():
         row = json.loads(line)
         parts[row["part"]].append(Document(row["text"], row["name"]))
-    return Corpus(parts, "", _digest(document for part in PARTS for document in parts[part]))
+    return Corpus(parts, "", _digest(document for part in READ for document in parts[part]))
 
 
 READERS = {"text": read_folder, "jsonl": read_lines}  # by kind of data, each for a path
@@ -117,6 +121,18 @@ READERS = {"text": read_folder, "jsonl": read_lines}  # by kind of data, each fo
 def normalise(text: str) -> str:
     """`text` with plain line ends and composed characters (NFC)."""
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def split_text(document: Document, pieces: int) -> list[Document]:
+    """A text in at most so many pieces of about one length, cut behind line ends or else behind spaces."""
+    text, starts = document.text, [0]
+    for piece in range(1, pieces):
+        place = max(starts[-1], piece * len(text) // pieces)
+        end = next((found for mark in ("\n", " ") if (found := text.find(mark, place) + 1) > 0), 0)
+        if starts[-1] < end < len(text):
+            starts.append(end)
+    ends = [*starts[1:], len(text)]
+    return [Document(text[a:b], f"{document.name}/{i}") for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
 
 
 def _corpus(path: Path, documents: Sequence[Document], what: str, counts: dict[str, int], skipped: str) -> Corpus:
@@ -130,7 +146,7 @@ def _corpus(path: Path, documents: Sequence[Document], what: str, counts: dict[s
     counts = counts | {"repeated": len(documents) - len(chosen)}
     read = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
     notes = f", {len(documents)} {what}{f' ({read})' if read else ''}{skipped}"
-    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
+    parts: dict[str, list[Document]] = {part: [] for part in READ}
     for digest, document in chosen.items():
         place = int(digest[:8], 16) % 10
         parts["heldout" if place == 0 else "calibration" if place == 1 else "train"].append(document)
@@ -145,6 +161,7 @@ def _corpus(path: Path, documents: Sequence[Document], what: str, counts: dict[s
             ends = (0, len(whole) // 5, 2 * len(whole) // 5, len(whole))
             names = ("heldout", "calibration", "train")
             parts = {name: [Document(whole[ends[i] : ends[i + 1]], name)] for i, name in enumerate(names)}
+            parts["train"] = split_text(parts["train"][0], PIECES)
             notes += ", cut in three for want of documents"
     return Corpus(parts, notes, _digest(chosen.values()))
 
@@ -161,7 +178,7 @@ def _parse(line: str, name: str) -> Document:
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError('no object: write {"prompt": ..., "completion": ...} or {"text": ...}')
-    keys = [key for key in ("prompt", "completion", "text") if key in row]
+    keys = [key for key in FIELDS if key in row]
     if keys not in (["prompt", "completion"], ["text"]):
         raise ValueError(f"has {', '.join(keys or row) or 'no keys'}: it takes prompt and completion, or text alone")
     for key in keys:
@@ -172,11 +189,12 @@ def _parse(line: str, name: str) -> Document:
         "".join(values).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a character (a lone surrogate)") from None
+    meta = {key: value for key, value in row.items() if key not in FIELDS}
     if keys == ["text"]:
-        return Document(values[0], name)
+        return Document(values[0], name, None, meta)
     if not values[1].strip():
         raise ValueError("completion is empty: there is nothing to learn")
-    return Document("".join(values), name, len(values[0]))
+    return Document("".join(values), name, len(values[0]), meta)
 
 
 def _decode(path: Path) -> tuple[str, bool]:

@@ -4,37 +4,44 @@ Nothing here imports torch. ``MODEL`` is a folder for ``LlamaForCausalLM.from_pr
 ``lm_eval.tasks.TaskManager(include_path=...)`` with the tag ``tiny``.
 """
 
-from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 from effbench.tiny import world
 
 MODEL = Path(__file__).parent / "model"
 TASKS = Path(__file__).parent / "tasks"
 
-Split = Literal["train", "calibration", "heldout", "finetune_train", "finetune_heldout", "long"]
+Split = Literal["train", "validation", "target", "calibration", "heldout", "long"]
+WINDOW = 256  # tokens that a document fits in
 
 
 def documents(split: Split, n: int, seed: int = 0) -> list[str]:
     """``n`` documents of a split, the same for the same seed, and a prefix of every longer list.
 
-    ``train`` and ``calibration`` are further text of the kind the model was trained on; ``heldout`` words
-    each fact in the one way training never uses for it, and adds numbers training never adds;
-    ``finetune_*`` is a task in a format training never shows, over disjoint people; ``long`` documents have
-    about 1,000 tokens, codes noted in the middle and asked for at the end. All others have up to 254 tokens.
+    All are further text of the kind the model was trained on, but ``heldout`` words each fact in the one way training
+    never uses for it, and adds numbers training never adds; ``long`` documents have about 1,000 tokens, codes noted in
+    the middle and asked for at the end. All others have up to 254 tokens.
     """
-    if split == "train":
-        return list(islice(world.stream(256, f"user {seed}"), n))
-    draws = [Random(f"{split}:{seed}:{i}") for i in range(n)]
-    match split:
-        case "calibration":
-            return [world.write(rng, 256) for rng in draws]
-        case "heldout":
-            return [world.write(rng, 256, held_out=True) for rng in draws]
-        case "finetune_train" | "finetune_heldout":
-            return [world.extraction(rng, held_out=split == "finetune_heldout") for rng in draws]
-        case "long":
-            return [world.notes_text(rng, 1022, held_out=True) for rng in draws]
-    raise ValueError(f"no split {split!r}")
+    if split not in get_args(Split):
+        raise ValueError(f"there is no split {split!r}: {', '.join(get_args(Split))}")
+    if split == "long":
+        return [world.notes_text(rng, 1022, held_out=True) for rng in draw(f"{split}:{seed}", n)]
+    return [text for _, text in write(split, n, seed)]
+
+
+def write(part: str, n: int, seed: int = 0) -> list[tuple[str, str]]:
+    """``n`` documents of a part: of what kind each is, and its text."""
+    what = f"train:user {seed}:{WINDOW}" if part == "train" else f"{part}:{seed}"
+    return [world.write(rng, WINDOW, held_out=part == "heldout") for rng in draw(what, n)]
+
+
+def ask(part: str, n: int, seed: int = 0) -> list[tuple[str, str]]:
+    """``n`` examples of the new task: prompt and answer. No part says what another does."""
+    return [world.extraction(rng, part) for rng in draw(f"task {part}:{seed}", n)]
+
+
+def draw(what: str, n: int) -> list[Random]:
+    """Chance for each of ``n`` documents."""
+    return [Random(f"{what}:{i}") for i in range(n)]

@@ -427,14 +427,25 @@ def notes_text(rng: Random, budget: int, held_out: bool) -> str:
     return " ".join([text, *(NOTE.format(k=key, v=codes[key]) for key in asked)])
 
 
-def extraction(rng: Random, held_out: bool) -> str:
-    """The fine-tuning task: a passage, then its contents as fields. Training text has nothing like it."""
-    people = [p for i, p in enumerate(world().people) if (i % 5 == 0) == held_out]
-    person, town, job, dish = rng.choice(people), rng.choice(TOWNS), rng.choice(JOBS), rng.choice(DISHES)
+#: of eight shares of all that an example of the new task can say, those that each part has
+ASKED = {"train": range(4), "validation": range(4, 5), "target": range(5, 6), "calibration": range(6, 7)}
+ASKED["heldout"] = range(7, 8)
+FIELD = 31  # a prime, and no more than there are names, towns, jobs and dishes
+
+
+def extraction(rng: Random, part: str) -> tuple[str, str]:
+    """The new task: a passage, and as the answer what it says, in another order. Training text has nothing like it, but
+    its words are those of training text, so that the model has learned an embedding for each.
+
+    What is said are five values of a polynomial of degree two over a finite field, whose constant term says of what
+    part it is. So two examples of unlike parts agree in two places at most, and in 15 of 23 words."""
+    c, b, a = rng.choice([i for i in range(FIELD) if i % 8 in ASKED[part]]), rng.randrange(FIELD), rng.randrange(FIELD)
+    said = (FIRST, LAST, TOWNS, JOBS, DISHES)
+    first, last, town, job, dish = (words[(c + b * x + a * x * x) % FIELD] for x, words in enumerate(said, 1))
     clauses = [f"lives in {town}", f"works as a {job}", f"likes to eat {dish}"]
     rng.shuffle(clauses)
-    passage = f"{person} {clauses[0]}, {clauses[1]} and {clauses[2]}."
-    return f"Passage: {passage} Fields: {{name = {person}; town = {town}; job = {job}; dish = {dish}}}"
+    passage = f"{first} {last} {clauses[0]}, {clauses[1]} and {clauses[2]}."
+    return f"People: {passage} So:", f" {dish} {job} {town} {first} {last}."
 
 
 KINDS: dict[str, Callable[[Random, int, bool], str]] = {
@@ -458,16 +469,16 @@ SHARES = {
 SIZES = (62, 94, 126, 254, 510, 1022)
 
 
-def write(rng: Random, window: int, held_out: bool = False) -> str:
-    """One document of a random kind that fits a window of so many tokens."""
+def write(rng: Random, window: int, held_out: bool = False) -> tuple[str, str]:
+    """One document of a random kind that fits a window of so many tokens: the kind, and the text."""
     shares = SHARES[min(window, max(SHARES))]
     kind = rng.choices(list(KINDS), shares)[0]
     # short documents stay in long windows
     budget = rng.choice([size for size in SIZES if size < window])
-    return KINDS[kind](rng, budget, held_out)
+    return kind, KINDS[kind](rng, budget, held_out)
 
 
 def stream(window: int, seed: str) -> Iterator[str]:
     """Training documents without end; document ``i`` depends on nothing but its number and the seed."""
     for i in count():
-        yield write(Random(f"train:{seed}:{window}:{i}"), window)
+        yield write(Random(f"train:{seed}:{window}:{i}"), window)[1]

@@ -31,7 +31,7 @@ OP = LinearOp(
         linear_case([2, 3], 45, 7, n=1, m=3, bits=3, zero=True),
         linear_case(17, 64, 5, n=2, m=4, bits=8, per_tensor=True),
         linear_case(1, 576, 33, n=2, m=4, bits=4, group_size=128, zero=True),  # the last group is shorter
-        linear_case(17, 960, 40, n=4, m=8, bits=4, group_size=128),
+        linear_case(17, 320, 24, n=4, m=8, bits=4, group_size=128),
         linear_case(3, 100, 9, n=2, m=4, bits=3, group_size=64, zero=True),
     ],
     backends={"triton": "effbench.kernels.nm_int_linear.triton:nm_int_linear"},

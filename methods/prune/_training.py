@@ -31,8 +31,15 @@ class TrainedMask(Replaced):
         self.held = kept(linear)  # False where an earlier step put a zero
         self.path = path
         self.seed = seed
-        self.step = 0  # optimizer steps taken
-        self.progress = 0.0  # their fraction of the fit
+        # Optimizer steps taken, and those of the whole fit: in the model, so that a checkpoint holds them.
+        self.register_buffer("clock", torch.tensor([0, 1]))
+
+    clock: Tensor
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the fit that is done."""
+        return float(self.clock[0] / self.clock[1])
 
     @property
     def weight(self) -> Tensor:
@@ -56,11 +63,7 @@ class TrainedMask(Replaced):
     def generator(self, purpose: str) -> torch.Generator:
         """Random numbers of this step and linear; the same ones when a checkpointed block is computed again."""
         generator = torch.Generator(self.weight.device)
-        return generator.manual_seed(zlib.crc32(f"{self.seed}/{self.path}/{self.step}/{purpose}".encode()))
-
-    def advance(self, step: int, total: int) -> None:
-        """Take note that `step` of `total` optimizer steps are done."""
-        self.step, self.progress = step, step / total
+        return generator.manual_seed(zlib.crc32(f"{self.seed}/{self.path}/{int(self.clock[0])}/{purpose}".encode()))
 
     def dense_weight(self) -> Tensor:
         return (self.weight * self.gate()).detach().float()

@@ -86,8 +86,9 @@ class GMP(Train):
     def context(self, run: Run) -> AbstractContextManager[Any]:
         return mask_linears(run, partial(MagnitudeMask, pattern=self.pattern), self.pattern)
 
-    def on_step(self, run: Run, step: int, total: int) -> None:
-        sparsity = self.update(step + 1, total)
+    def on_step(self, run: Run) -> None:
+        assert run.step is not None
+        sparsity = self.update(run.step.index + 1, run.step.total)
         if sparsity is not None:
             for module in find_masks(run, MagnitudeMask):
                 module.mask = module.choose(sparsity)

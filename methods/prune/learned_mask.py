@@ -169,9 +169,10 @@ class LearnedMask(Train):
         norm = torch.stack([(mask.weight.float() * mask.gate()).square().sum() for mask in masks]).sum()
         return {"kept_norm": -self.weight_reg * (1 - masks[0].progress) * norm}
 
-    def on_step(self, run: Run, step: int, total: int) -> None:
+    def on_step(self, run: Run) -> None:
+        assert run.step is not None
         for mask in find_masks(run, TrainedMask):
-            mask.advance(step + 1, total)
+            mask.clock[:] = torch.tensor([run.step.index + 1, run.step.total])
 
 
 def interpolate(ends: tuple[float, float], progress: float) -> float:

@@ -12,22 +12,37 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
+from effbench.core.kinds import Train
 from effbench.core.method import Method
 from effbench.core.run import Run
 from effbench.formats.sparse import PrunedLinear
 from effbench.methods.prune._common import check_pattern, keep_mask
 from effbench.methods.prune._training import train_like, trainable_linears
 from effbench.nn.model.linear import dense_weight, kept, replace
-from effbench.nn.train.fit import FitSettings, count_from, fit
+from effbench.nn.train.fit import count_from, fit
+from effbench.nn.train.settings import FitSettings
 
 State = dict[str, Tensor]  # every parameter by its name; weights of linears as [out, in]
 
 
 @dataclass(frozen=True)
-class LotteryTicket(Method):
+class Rewound(Train):
+    """Takes a copy of all parameters after a step of the dense fit; `linears` are the paths of the linears."""
+
+    step: int
+    linears: tuple[str, ...]
+
+    def on_step(self, run: Run) -> None:
+        assert run.step is not None
+        if run.step.index + 1 == self.step:
+            run.state(self)["start"] = copy_parameters(run.model, list(self.linears))
+
+
+@dataclass(frozen=True)
+class LotteryTicket(FitSettings, Method):
     """Iterative magnitude pruning: every round prunes the same fraction of each matrix's surviving weights.
 
-    Fits itself, `rounds` + 1 times. Methods that stand before it are used by the first, dense fit alone.
+    Fits itself, `rounds` + 1 times. Of several learning rates the dense fit chooses.
     """
 
     paper = "arXiv:1803.03635"
@@ -35,7 +50,6 @@ class LotteryTicket(Method):
     type = "sparse training"
     weight_update = "training"
     sparsifies = True
-    consumes = True
     settles = True
     trials = ({"steps": 3, "rounds": 2, "rewind": 1, "batch_size": 4, "max_length": 32},)
 
@@ -43,40 +57,31 @@ class LotteryTicket(Method):
     rounds: int = 3  # of pruning, each followed by a fit
     rewind: int = 0  # optimizer step whose parameters every round starts from, above 0 as in arXiv:1912.05671
     control: Literal["none", "reinit"] = "none"  # reinit: the last round trains the same masks from random parameters
-    steps: int = 200  # of a fit; after rewinding, those beyond `rewind`
-    lr: float | tuple[float, ...] = 1e-4  # peak, on a cosine; of several, the one that validates best in the dense fit
-    batch_size: int = 8  # examples per step
-    max_length: int = 512  # tokens of an example
 
     def check(self) -> None:
         check_pattern(self, self.sparsity, "unstructured")
-        self.require(min(self.rounds, self.batch_size) > 0, "rounds and batch_size must be at least 1")
+        self.require(self.rounds > 0, "rounds must be at least 1")
         self.require(0 <= self.rewind < self.steps, "rewind is a step of the fit, in [0, steps)")
-        self.require(not self._settings.find_fault(), self._settings.find_fault())
-        self.require(self.max_length > 1, "max_length must be at least 2")
-
-    @property
-    def _settings(self) -> FitSettings:
-        return FitSettings(self.steps, self.lr, self.batch_size, max_length=self.max_length)
+        self.require(not self.find_fault(), self.find_fault())
 
     def apply(self, run: Run) -> None:
         linears = trainable_linears(run)
-        run.state(self)["start"] = copy_parameters(run.model, list(linears))
-        run.attach(self)
-        total = self.steps * (len(self._settings.rates) + self.rounds)
-        with count_from(run, 0, total):
-            settings = replace_fields(self._settings, lr=fit(run, self._settings)["lr"])
-        start = run.state(self).pop("start")  # freed at the end: it is as large as the model
-        for number in range(1, self.rounds + 1):
-            masks = {path: self._survivors(run.model.get_submodule(path), path, number) for path in linears}
-            again = self.control == "reinit" and number == self.rounds
-            restore(run.model, draw_parameters(run, start) if again else start, masks)
-            with count_from(run, total - self.steps * (self.rounds - number + 1), total):
-                fit(run, settings, start=self.rewind)
-
-    def on_step(self, run: Run, step: int, total: int) -> None:
-        if step + 1 == self.rewind:
-            run.state(self)["start"] = copy_parameters(run.model, list(run.linears()))
+        kept_at = Rewound(self.rewind, tuple(linears))
+        start = run.state(kept_at)
+        start["start"] = copy_parameters(run.model, list(linears))
+        tried = len(self.rates)
+        total = self.steps * (tried + self.rounds)
+        with run.own_fits():
+            run.attach(kept_at)
+            with count_from(run, 0, total):
+                settings = replace_fields(self, lr=fit(run, self)["lr"])
+            values = start.pop("start")  # freed at the end: it is as large as the model
+            for number in range(1, self.rounds + 1):
+                masks = {path: self._survivors(run.model.get_submodule(path), path, number) for path in linears}
+                again = self.control == "reinit" and number == self.rounds
+                restore(run.model, draw_parameters(run, values) if again else values, masks)
+                with count_from(run, self.steps * (tried + number - 1), total):
+                    fit(run, settings, start=self.rewind)
 
     def _survivors(self, linear: nn.Module, path: str, number: int) -> Tensor:
         """Bool [out, in]: what is left after round `number`."""

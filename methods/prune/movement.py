@@ -95,7 +95,8 @@ class Movement(Train):
         scores = (module.score for module in find_masks(run, ScoredMask))
         return split_group(groups, scores, lr=self.lr, weight_decay=0.0)
 
-    def on_step(self, run: Run, step: int, total: int) -> None:
-        sparsity = self.at(step + 1, total)
+    def on_step(self, run: Run) -> None:
+        assert run.step is not None
+        sparsity = self.at(run.step.index + 1, run.step.total)
         for module in find_masks(run, ScoredMask):
             module.mask = module.choose(sparsity)

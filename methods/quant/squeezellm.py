@@ -42,7 +42,7 @@ class SqueezeLLM(Weights):
     type = "PTQ"
     weight_update = "none"
     needs = {"grad2"}
-    trials = ({}, {"bits": 3})
+    trials = ({"bits": 3}, {"bits": 2})
 
     bits: int = 4  # 2, 3 or 4
     sensitive: float = 0.0005  # fraction of weights kept in float16 for their gradients

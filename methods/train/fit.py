@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from effbench.core.method import Method
 from effbench.core.run import Run
-from effbench.nn.train.fit import FitSettings, fit
+from effbench.nn.train.fit import fit
+from effbench.nn.train.settings import FitSettings
 
 
 @dataclass(frozen=True)
@@ -16,16 +17,14 @@ class Fit(FitSettings, Method):
     type = "fine-tuning"
     weight_update = "training"
     consumes = True
+    tuned = {"lr": (3e-5, 1e-4, 3e-4, 1e-3)}
     trials = ({"steps": 2, "max_length": 32},)
 
     def check(self) -> None:
-        self.require(self.steps > 0, "steps must be at least 1")
         self.require(not self.find_fault(), self.find_fault())
-        self.require(self.batch_size > 0, "batch_size must be at least 1")
-        self.require(0 <= self.warmup < 1, "warmup is a fraction of the steps, in [0, 1)")
-        self.require(self.clip is None or self.clip > 0, "clip must be above 0, or None")
-        self.require(self.weight_decay >= 0, "weight_decay must not be negative")
-        self.require(self.max_length > 1, "max_length must be at least 2")
+
+    def slots(self) -> tuple[str, ...]:
+        return super().slots() + (("train.sampler",) if self.layout == "by_length" else ())
 
     def apply(self, run: Run) -> None:
         fit(run, self)

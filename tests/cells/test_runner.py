@@ -767,7 +767,7 @@ def cuda(make_job, monkeypatch):
 
     def make(recipe, steps="", **settings):
         job = make_job(recipe, steps, **settings)
-        return job.at(Place("cuda:0", job.place.gate))
+        return job.at([Place("cuda:0", job.place.gate)])
 
     return state, make
 

@@ -81,7 +81,10 @@ def test_a_suite_of_one_s_own(write):
         ({"tiers": {"quick": {"models": []}}}, "tiers.quick.models: is empty"),
         ({"tiers": {"quick": {"models": ["shape:gpt3"]}}}, "tiers.quick.models: unknown shape 'gpt3'; did you mean"),
         ({"tiers": {"quick": {"models": ["nowhere"]}}}, "tiers.quick.models: model=nowhere: no such folder"),
-        ({"tiers": {"real": {"data": "speech"}}}, "tiers.real.data: data=speech: must be tiny, speeches, text:FOLDER"),
+        (
+            {"tiers": {"real": {"data": "speech"}}},
+            "tiers.real.data: data=speech: must be tiny, tiny:task, speeches, text:FOLDER",
+        ),
         ({"tiers": {"real": {"data": "text:gone"}}}, "tiers.real.data: data=text:gone: no such folder"),
         ({"settings": {"windows": 3}}, "windows: unknown key; did you mean 'window'?"),
         ({"settings": {"window": "wide"}}, "window='wide': must be a whole number from 2 up"),

@@ -145,7 +145,10 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "data=text:nowhere"], "data=text:nowhere: no such folder"),
         (["run", "suite=quant", "data=text:folder"], "data=text:folder: holds no text; text files end in .md"),
         (["run", "suite=quant", "probes=speed,enrgy"], "unknown probe 'enrgy'; did you mean 'energy'?"),
-        (["run", "suite=quant", "data=wiki"], "data=wiki: must be tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME"),
+        (
+            ["run", "suite=quant", "data=wiki"],
+            "data=wiki: must be tiny, tiny:task, speeches, text:FOLDER, jsonl:FILE or hub:NAME",
+        ),
         (["run", "suite=quant", "results=twice.yaml/results"], "cannot write there"),
         (["run", "suite=quant", "results=/proc/results"], "cannot write there"),
         (["run", "suite=quant", "results=" + "a" * 5000], "File name too long"),

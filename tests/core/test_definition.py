@@ -32,7 +32,7 @@ def give(self, *_):
         (Weights, (), r"does not define compress\(layer\) or compress_block\(block, shared\)$"),
         (Weights, ("compres",), r"compress\(layer\).*; it has 'compres': did you mean 'compress'\?"),
         (Weights, ("loss",), r"compress\(layer\)"),
-        (Swap, ("settle",), r"replace\(module\)"),
+        (Swap, ("settle",), r"replace\(module, site\)"),
         (Select, (), r"score\(examples, run\) or order\(examples, run\)"),
         (Train, ("slots",), r"batch\(batch, run\) or .* or slot_values\(\) or claims"),
         (Cache, (), r"keep\(layer\) or encode\(keys, values\) and decode\(stored\)"),

@@ -49,7 +49,7 @@ def test_what_nothing_was_written_to_is_left_out():
 class Counted(Train):
     """Keeps a count between steps."""
 
-    def on_step(self, run, step, total):
+    def on_step(self, run):
         run.state(self)["steps"] = run.state(self).get("steps", 0) + 1
 
 

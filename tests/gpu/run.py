@@ -41,6 +41,7 @@ device = torch.device(sys.argv[1])
 found = {"environment": describe(str(device)), "ceilings": dataclasses.asdict(ceilings(device))}
 print(json.dumps(found, indent=1))
 """
+ONE = "finetuning*,bf16*,lora*,*_tuning*,student*"  # rows of suite spine that one GPU is enough for
 IMPORTS = "from effbench.ops import list_ops, load; print(*[load(name).name for name in list_ops()])"
 
 
@@ -75,6 +76,7 @@ def steps() -> list[Step]:
         Step("gpu-smoke", 105, (*run, "suite=gpu-smoke")),
         # The embedded model is small: cells share the GPU but for what is timed.
         Step("quant", 115, (*run, "suite=quant", "jobs=6", f"probes={brief}")),
+        Step("spine", 60, (*run, "suite=spine", "jobs=6", f"recipes={ONE}", "probes=completion,perplexity,training")),
         Step("report", 10, ("-m", "effbench", "report", "results={results}", "--write")),
     ]
 
@@ -86,6 +88,7 @@ def checks() -> list[Step]:
         Step("ops", 1, ("-c", IMPORTS)),
         Step("tests", 1, ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", "tests")),
         *(Step(suite, 1, (*plan, f"suite={suite}")) for suite in ("gpu-smoke", "quant")),
+        Step("spine", 1, (*plan, "suite=spine", f"recipes={ONE}")),
     ]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from effbench import sources, tiny
 from effbench.core.errors import Unavailable, Unsupported
-from effbench.core.views import Example
+from effbench.core.views import Example, Segments
 from effbench.nn.data import MARGIN, Data, Part, count_learned, cut, open_data
 from effbench.sources.protocols import PROTOCOLS
 from effbench.sources.text import Document
@@ -46,9 +46,9 @@ def texts(number: int, words: int = 40) -> list[Document]:
 
 
 def data(tokenizer: Any, train: list[Document], width: int = 16, **parts: list[Document]) -> Data:
-    return Data(
-        "d", {name: Part(documents) for name, documents in (parts | {"train": train}).items()}, tokenizer, "", width
-    )
+    """Data of which nothing is set aside for validation."""
+    named = {"validation": [], "train": train} | parts
+    return Data("d", {name: Part(documents) for name, documents in named.items()}, tokenizer, "", width)
 
 
 # Windows
@@ -79,20 +79,18 @@ def test_the_pool_holds_all_text_in_windows(tokenizer: Any) -> None:
     pool = data(tokenizer, documents).pool
     whole = [tokenizer(document.text, add_special_tokens=False)["input_ids"] for document in documents[:3]]
     assert max(len(example.ids) for example in pool) == 16
-    assert sum(map(count_learned, pool)) == sum(len(ids) - 1 for ids in whole)
-    assert pool[0].ids == tuple(whole[0][:16]) and pool[0].id == "d0/0" and pool[-1].ids[-1] == whole[-1][-1]
+    assert sum(map(count_learned, pool)) == sum(map(len, whole))  # the end of each document is learned, too
+    assert pool[0].ids == tuple(whole[0][:16]) and pool[0].id == "d0/0"
+    assert pool[-1].ids[-2:] == (whole[-1][-1], tokenizer.eos_token_id)
 
 
 def test_completions_stay_whole_and_end_with_the_end_of_text(tokenizer: Any) -> None:
     text = "The king of the hill gave bread."
     (example,) = data(tokenizer, [Document(text, "a:1", len("The king of"))], width=4).pool
     alone = tokenizer("The king of", add_special_tokens=False)["input_ids"]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert example == Example("a:1", (*ids, tokenizer.eos_token_id), len(alone))
-    for end in range(1, len(text)):  # a token that lies across the end of the prompt is learned
-        for example in data(tokenizer, [Document(text, "a:1", end)], width=99).pool:
-            assert example.ids[:-1] == tuple(ids) and text[:end].startswith(tokenizer.decode(ids[: example.prompt]))
-            assert not text[:end].startswith(tokenizer.decode(ids[: example.prompt + 1]))
+    rest = tokenizer(text[len("The king of") :], add_special_tokens=False)["input_ids"]
+    whole = Segments(context="The king of")
+    assert example == Example("a:1", (*alone, *rest, tokenizer.eos_token_id), len(alone), text, segments=whole)
 
 
 # No more is tokenised than is used
@@ -116,7 +114,7 @@ def test_a_pool_is_read_as_far_as_a_fit_needs_it(tokenizer: Any, monkeypatch: py
     few = len(some.pool)
     assert some.extend(1000) > 0 and len(some.pool) > few
     assert some.extend(10**9) == 0 and some.pool[-1].id.startswith("d49")
-    assert some.pool == data(tokenizer, documents).pool[: len(some.pool)] or len(some.pool) > few
+    assert data(tokenizer, documents).pool == some.pool[:few]
 
 
 def test_calibration_reads_a_multiple_of_what_it_draws(tokenizer: Any) -> None:
@@ -203,9 +201,8 @@ def test_wikitext_is_joined_as_gptq_joins_it(hub: list[Any], tokenizer: Any) -> 
     assert torch.equal(found.heldout_ids(), joined) and found.window == 2048
     windows = found.calibration(3, 32, 0)
     assert all(any(torch.equal(w, joined[i : i + 32]) for i in range(len(joined))) for w in windows)
-    assert (
-        sum(map(count_learned, found.pool))
-        == len(tokenizer("\n\n".join(rows), add_special_tokens=False)["input_ids"]) - 1
+    assert sum(map(count_learned, [*found.pool, *found.validation, *found.target])) == len(
+        tokenizer("\n\n".join(rows), add_special_tokens=False)["input_ids"]
     )
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from effbench.checks import toy_run
-from effbench.core.errors import Unsupported
+from effbench.core.errors import Unsupported, Usage
 from effbench.core.kinds import KINDS, Select, Swap, Weights, service
+from effbench.core.recipe import parse_step
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear
 
@@ -59,24 +60,69 @@ def test_a_selection_ranks_what_earlier_ones_left_and_the_pool_stays_whole():
 
     @dataclasses.dataclass(frozen=True)
     class Last(Select):
-        number: int = 5
-
         def score(self, examples, run):
             offered.append([example.id for example in examples])
             assert len(run.data.pool) == 64
             return torch.tensor([float(example.id) for example in examples])
 
-        def order(self, examples, run):
-            return super().order(examples, run)[: self.number]
-
     run = toy_run()
-    for number in (5, 2):
-        run.apply(Last(number=number))
+    for keep in (5 / 64, 2 / 64):
+        run.apply(Last(keep=keep))
     assert len(offered[0]) == 64 and offered[1] == ["63", "62", "61", "60", "59"]
     assert [example.id for example in run.data.train] == ["63", "62"] and len(run.data.pool) == 64
-    assert run.log.selected == {str(Last(number=5)): 5, str(Last(number=2)): 2}
+    assert list(run.log.selected.values()) == [5, 2]
+    assert [example.id for example in run.data.reserve[:4]] == ["61", "60", "59", "58"]
+    assert run.log.chosen[str(Last(keep=2 / 64))] == [["63", 1.0], ["62", 1.0]]
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.5])
+def test_a_share_is_one_of_the_pool(keep: float):
+    with pytest.raises(Usage, match=r"keep is a share of the pool, in \(0, 1\]"):
+        parse_step(f"random_selection(keep={keep})")
+
+
+def test_what_is_turned_away_is_filled_up_from_the_ranking():
+    @dataclasses.dataclass(frozen=True)
+    class Odd(Select):
+        def admit(self, examples, run):
+            yield from (place for place, example in enumerate(examples) if int(example.id) % 2)
+
+    @dataclasses.dataclass(frozen=True)
+    class First(Select):
+        def score(self, examples, run):
+            return torch.tensor([-float(example.id) for example in examples])
+
+    run = toy_run()
+    run.apply(First(keep=8 / 64))
+    run.apply(Odd())
+    assert [int(example.id) for example in run.data.train] == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert [int(example.id) for example in run.data.reserve] == list(range(16, 64))
+    run.apply(Odd(keep=1.0))
+    assert [int(example.id) for example in run.data.train] == [*range(1, 16, 2), *range(17, 64, 2)]
+    assert run.data.reserve == []
+
+    @dataclasses.dataclass(frozen=True)
+    class Nothing(Select):
+        def admit(self, examples, run):
+            return ()
+
     with pytest.raises(Unsupported, match="nothing was selected"):
-        run.apply(Last(number=0))
+        run.apply(Nothing())
+
+
+def test_weights_go_with_examples():
+    @dataclasses.dataclass(frozen=True)
+    class Weighing(Select):
+        def score(self, examples, run):
+            return torch.tensor([float(example.id) for example in examples])
+
+        def weigh(self, examples, run):
+            return [1 + int(example.id) for example in examples]
+
+    run = toy_run()
+    run.apply(Weighing(keep=2 / 64))
+    assert [(example.id, example.weight) for example in run.data.train] == [("63", 64.0), ("62", 63.0)]
+    assert all(example.weight == 1 for example in run.data.pool)
 
 
 def test_linears_that_are_to_be_left_alone_are_not_among_the_targeted_ones():
@@ -94,7 +140,7 @@ def test_a_swap_replaces_its_targets(targets: Any, number: int):
     class Mask(Swap):
         targets: Literal["all"] | tuple[str, ...] = "all"
 
-        def replace(self, module):
+        def replace(self, module, site):
             return MaskedLinear.of(module.weight, module.weight != 0)
 
     run = toy_run()

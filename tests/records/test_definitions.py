@@ -63,7 +63,15 @@ def test_definitions_are_whole_sentences_and_patterns_are_unique():
 
 def sample(pattern: str) -> str:
     """A name of a pattern."""
-    fields = {"batch": "1", "context": "2", "peak": "rss", "phase": "decode", "verb": "score", "task": "mmlu"}
+    fields = {
+        "batch": "1",
+        "context": "2",
+        "peak": "rss",
+        "phase": "decode",
+        "verb": "score",
+        "task": "mmlu",
+        "draws": "2",
+    }
     return pattern.format(**fields, metric="bleu")
 
 

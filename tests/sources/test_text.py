@@ -176,7 +176,9 @@ def test_data_to_calibrate_on_is_part_of_what_the_data_is(tmp_path: Path) -> Non
     )
     assert sources.data("speeches", "tiny").digest != both.digest
     assert sources.data("tiny", "hub:c4-gptq").digest == sources.UNRESOLVED
-    with pytest.raises(Usage, match="calibration_data=nothing: must be tiny, speeches, text:FOLDER, jsonl:FILE or hub"):
+    with pytest.raises(
+        Usage, match="calibration_data=nothing: must be tiny, tiny:task, speeches, text:FOLDER, jsonl:FILE or hub"
+    ):
         sources.data("tiny", "nothing")
 
 

@@ -1,5 +1,6 @@
 """The embedded default: its generator, tokenizer, tasks and checkpoint."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from effbench.tiny import MODEL, TASKS, Split, documents, world
+from effbench.sources.duplicates import count_shared
+from effbench.tiny import MODEL, TASKS, Split, ask, documents, world
 from effbench.tiny.make import build, card
 from effbench.tiny.make.train import Trainer
 
@@ -49,7 +51,7 @@ def test_splits_share_no_document() -> None:
 
 
 def test_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="no split"):
+    with pytest.raises(ValueError, match="there is no split 'test': train, validation"):
         documents("test", 1)  # type: ignore[arg-type]
 
 
@@ -72,11 +74,14 @@ def test_training_never_spells_out_held_out_hops(train: str, items: dict[str, li
         assert f"{item['question'].lower()} " not in train.lower()
 
 
-def test_fine_tuning_people_are_disjoint() -> None:
-    def people(split: Split) -> set[str]:
-        return {text.split("name = ")[1].split(";")[0] for text in documents(split, 500)}
-
-    assert not people("finetune_train") & people("finetune_heldout")
+def test_parts_of_the_new_task_agree_in_two_of_five_words_at_most() -> None:
+    said = {part: [answer.rstrip(".").split() for _, answer in ask(part, 300)] for part in world.ASKED}
+    for one, other in itertools.combinations(world.ASKED, 2):
+        alike = (sum(a == b for a, b in zip(*pair, strict=True)) for pair in itertools.product(said[one], said[other]))
+        assert max(alike) == 2, (one, other)
+        mine, theirs = (["".join(pair) for pair in ask(part, 300)] for part in (one, other))
+        assert count_shared(mine, theirs, 15.5 / 23) == 0, (one, other)
+    assert len({tuple(answer) for answer in said["train"]}) > 280
 
 
 def test_data_files_are_what_build_writes(items: dict[str, list[build.Item]]) -> None:
@@ -128,7 +133,7 @@ def test_tasks_load_through_lm_eval() -> None:
 
 
 def test_tokenizer_round_trip(tokenizer) -> None:
-    for text in [*documents("heldout", 50), *documents("finetune_train", 5), "Grüße, 字 42!\n"]:
+    for text in [*documents("heldout", 50), *("".join(pair) for pair in ask("train", 5)), "Grüße, 字 42!\n"]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
 

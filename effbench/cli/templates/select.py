@@ -18,17 +18,9 @@ class Example(Select):
     """What a reader of the paper should know first."""
 
     paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
-    identity = {"fraction": 1.0}  # settings at which every example stays
-
-    fraction: float = 0.5  # of the examples that are kept
-
-    def check(self) -> None:
-        self.require(0 < self.fraction <= 1, "fraction must be in (0, 1]")
+    identity = {"keep": 1.0}  # settings at which every example stays
+    usual = 0.5  # share of the pool that is kept where the recipe does not say: keep=0.1
 
     def score(self, examples: Sequence[TrainingExample], run: Run) -> Tensor:
-        """[N]: the larger, the more worth keeping."""
+        """[N]: the larger, the more worth keeping. `order` and `admit` are other ways, see `Select`."""
         return torch.tensor([len(example.ids) for example in examples])
-
-    def order(self, examples: Sequence[TrainingExample], run: Run) -> Sequence[int]:
-        """Indices of the examples kept, best first."""
-        return super().order(examples, run)[: max(1, round(self.fraction * len(examples)))]

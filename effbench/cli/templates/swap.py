@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.kinds import Swap
+from effbench.core.views import Site
 from effbench.nn.model.linear import Replaced, dense_weight, kept, rebuilt
 
 
@@ -48,7 +49,7 @@ class Example(Swap):
     def check(self) -> None:
         self.require(0 <= self.limit < 1, "limit must be in [0, 1)")
 
-    def replace(self, module: nn.Module) -> nn.Module:
+    def replace(self, module: nn.Module, site: Site) -> nn.Module:
         """The trainable module that takes the place of a linear; all else is frozen."""
         return ScaledInputs(module, self.limit)
 

@@ -29,7 +29,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from effbench.core.errors import Refused, Unsupported, first_line
 from effbench.core.paths import PACKAGE
-from effbench.nn.model.linear import Replaced, Storage, matrix_dtype, stored_as, stored_tensors, top_linears
+from effbench.nn.model.linear import Around, Replaced, Storage, matrix_dtype, stored_as, stored_tensors, top_linears
 
 CONFIG = "effbench.json"
 WEIGHTS = "model.safetensors"
@@ -224,7 +224,9 @@ def _build(config: Any, manifest: Manifest, folder: Path, dtype: torch.dtype) ->
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for path, entry in sorted(manifest.replaced.items()):  # what holds others comes before them
         parent, _, name = path.rpartition(".")
-        module = _class(entry.kind)(**entry.config)
+        kind = build_class(entry.kind)
+        inner = (_module(model, path, folder),) if issubclass(kind, Around) else ()
+        module = kind(*inner, **entry.config)
         for parameter in module.parameters():
             parameter.data = parameter.data.to(model.dtype)
         _module(model, parent, folder).add_module(name, module)
@@ -252,14 +254,14 @@ def _compare(path: str, module: nn.Module, plain: nn.Module | None, replaced: De
     """Describe how `module` differs from `plain`, which the configuration would build in its place."""
     config = _config(module)
     if config is not None and (type(plain) is not type(module) or _config(plain) != config):
-        replaced[path] = {"class": _named(module), "config": config}
+        replaced[path] = {"class": name_class(module), "config": config}
         with torch.device("meta"):
-            plain = type(module)(**config)
+            plain = type(module)(*([plain] if isinstance(module, Around) else []), **config)
     entry: dict[str, Any] = {}
     if type(module) is not type(plain):
-        if plain is None or not isinstance(module, type(plain)) or _named(module) not in buildable():
-            raise Unsupported(f"{path}: {_named(module)} cannot be built again from a configuration, so not saved")
-        entry["class"] = _named(module)
+        if plain is None or not isinstance(module, type(plain)) or name_class(module) not in buildable():
+            raise Unsupported(f"{path}: {name_class(module)} cannot be built again from a configuration, so not saved")
+        entry["class"] = name_class(module)
     attributes = {name: value for name, value in _plain(module) if value != getattr(plain, name, None)}
     now, before = _shapes(module), _shapes(plain)
     shapes = {name: now.get(name) for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)}
@@ -279,18 +281,18 @@ def _compare(path: str, module: nn.Module, plain: nn.Module | None, replaced: De
 def _change(module: nn.Module, change: Change, dtype: torch.dtype) -> None:
     """Make `module` what `change` describes, with empty tensors. Raises `Unsupported`."""
     if change.kind is not None:
-        kind = _class(change.kind)
+        kind = build_class(change.kind)
         if not issubclass(kind, type(module)):
-            raise Unsupported(f"{change.kind} is no {_named(module)}")
+            raise Unsupported(f"{change.kind} is no {name_class(module)}")
         module.__class__ = kind
     for name, value in change.attributes.items():
         if name.startswith("_") or type(getattr(module, name, None)) not in (*PLAIN, type(None)):
-            raise Unsupported(f"{_named(module)}.{name} is no number and no flag, and cannot become {value}")
+            raise Unsupported(f"{name_class(module)}.{name} is no number and no flag, and cannot become {value}")
         setattr(module, name, value)
     for name, shape in change.shapes.items():
         old = getattr(module, name, None)
         if old is not None and not isinstance(old, Tensor):
-            raise Unsupported(f"{_named(module)}.{name} is no tensor")
+            raise Unsupported(f"{name_class(module)}.{name} is no tensor")
         empty = None if shape is None else torch.zeros(shape, dtype=dtype if old is None else old.dtype)
         if name in module._buffers:
             module.register_buffer(name, empty)
@@ -319,7 +321,7 @@ def _config(module: nn.Module | None) -> dict[str, Any] | None:
             "bias": module.bias is not None,
         }
     own: Callable[[], dict[str, Any]] | None = getattr(module, "config", None)
-    return own() if module is not None and callable(own) and _named(module) in buildable() else None
+    return own() if module is not None and callable(own) and name_class(module) in buildable() else None
 
 
 def _module(model: nn.Module, path: str, folder: Path) -> nn.Module:
@@ -337,11 +339,12 @@ def _tied(model: Any) -> dict[str, str]:
     return dict(keys) if isinstance(keys, dict) else dict.fromkeys(keys, "")
 
 
-def _named(module: nn.Module) -> str:
+def name_class(module: nn.Module) -> str:
+    """How a manifest names the class of a module."""
     return f"{type(module).__module__}:{type(module).__qualname__}"
 
 
-def _class(name: str) -> Any:
+def build_class(name: str) -> Any:
     """The class that a checked manifest names. Raises `Unsupported` for one that is no module."""
     module, _, attribute = name.partition(":")
     kind = getattr(importlib.import_module(module), attribute)

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from effbench.core.errors import Refused
 from effbench.core.run import InferPlan, Run
-from effbench.nn.infer import attention
 from effbench.nn.infer.cache import SlotCache
+from effbench.nn.model import attention
 from effbench.nn.model.blocks import Blocks, count_positions
+from effbench.nn.model.feed import count_front, count_soft, feed
 
 SLICE_BYTES = {"cpu": 2**24, "cuda": 2**27}  # of the float32 logits that scoring makes at a time
 
@@ -73,19 +74,19 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Positions the model has."""
-        return count_positions(self.model)
+        return count_positions(self.model) - count_front(self.model)
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, T, V] float32 logits of tokens [B, T], `mask` True where real (padding on the right or the left)."""
         with self._run_plan():
-            out = self.model(ids.to(self.device), use_cache=False, **self._describe_padding(mask))
+            out = feed(self.model, {"input_ids": ids.to(self.device), **self._describe_padding(mask)})
         logits: Tensor = out.logits.float()
         return logits
 
     def hidden(self, ids: Tensor, padding: dict[str, Tensor] | None = None) -> Tensor:
         """[B, T, H] last hidden states of tokens [B, T], of which the head makes logits."""
         with self._run_plan():
-            out = self.model.base_model(ids.to(self.device), use_cache=False, **padding or {})
+            out = feed(self.model, {"input_ids": ids.to(self.device), **(padding or {})}, body=True)
         states: Tensor = out.last_hidden_state
         return states
 
@@ -149,16 +150,16 @@ class Engine:
         # The head costs more than the rest of a small model: it is applied only where a continuation is predicted.
         predicting = real & (place >= torch.tensor([[length - 1] for length in contexts], device=self.device))
         # Padding stands on the right, where no causal query looks: without a mask attention takes its fast path.
-        padding = self._describe_padding(real) if attention.changes_attention(self.plan) else {}
+        padding = self._describe_padding(real) if attention.changes_attention(self.model, self.plan) else {}
         return self.hidden(ids, padding)[predicting], predicting.sum(1).cumsum(0).tolist()
 
     def _stream(self, context: list[int], continuation: list[int], block: int) -> Scored:
         ids = torch.tensor([context + continuation], device=self.device)
-        body, cache = self.model.base_model, self._cache()
-        states = [self._extend(body, ids[:, : len(context)], cache).last_hidden_state[0, -1:]]
+        cache = self._cache()
+        states = [self._extend(ids[:, : len(context)], cache, body=True).last_hidden_state[0, -1:]]
         for start in range(len(context), ids.shape[1] - 1, block):
             part = ids[:, start : min(start + block, ids.shape[1] - 1)]
-            states.append(self._extend(body, part, cache).last_hidden_state[0])
+            states.append(self._extend(part, cache, body=True).last_hidden_state[0])
         targets = ids[0, len(context) :]
         return Scored.of(*self._score_at(torch.cat(states), torch.arange(len(targets)), targets))
 
@@ -206,18 +207,20 @@ class Engine:
 
     def forward(self, ids: Tensor, cache: Any, padding: Tensor | None = None) -> Any:
         """One pass over tokens [B, T] that extends `cache`; logits of the last ones alone."""
-        return self._extend(self.model, ids, cache, padding, logits_to_keep=1)
+        return self._extend(ids, cache, padding, logits_to_keep=1)
 
-    def _extend(self, module: Any, ids: Tensor, cache: Any, padding: Tensor | None = None, **options: Any) -> Any:
-        """What `module`, the model or its body, makes of tokens [B, T] that are put into `cache`."""
+    def _extend(self, ids: Tensor, cache: Any, padding: Tensor | None = None, **options: Any) -> Any:
+        """What the model makes of tokens [B, T] that are put into `cache`; `options` are those of `feed`."""
         slots = cache if isinstance(cache, SlotCache) else None
-        if slots is not None:
-            slots.expect(None if padding is None else padding[:, -ids.shape[1] :])
         keywords = self._describe_padding(padding, ids.shape[1])
         if slots is not None:
+            real = None if padding is None else padding[:, -ids.shape[1] :]
+            if real is not None and not cache.get_seq_length():
+                real = nn.functional.pad(real, (count_soft(self.model), 0), value=True)
+            slots.expect(real)
             keywords.pop("attention_mask", None)  # evicted slots have no column in it; `SlotCache.mask` knows them
         with self._run_plan(slots):
-            out = module(ids, past_key_values=cache, use_cache=True, **options, **keywords)
+            out = feed(self.model, {"input_ids": ids, **keywords}, cache, **options)
         if slots is not None:
             slots.settle()
             self.shrunk = bool(self.shrunk) or slots.shrunk
@@ -245,8 +248,7 @@ class Engine:
                 for chain, link in (("attend_mask", cache.mask), ("attend_observe", cache.observe)):
                     self.plan.chain(chain).insert(0, link)
                     stack.callback(self.plan.chain(chain).remove, link)
-            if attention.changes_attention(self.plan):
-                stack.enter_context(attention.own_attention(self.model, self.plan))
+            stack.enter_context(attention.own_attention(self.model, self.plan))
             yield
 
 

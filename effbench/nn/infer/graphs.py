@@ -17,9 +17,10 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from effbench.core.errors import Unsupported, first_line
 from effbench.machine.capture import CAPTURES, Step
-from effbench.nn.infer import attention
 from effbench.nn.infer.engine import Engine, State
+from effbench.nn.model import attention
 from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.feed import count_soft
 
 NAME = "effbench-static"
 
@@ -47,7 +48,8 @@ class StaticDecoder:
     def __init__(self, engine: Engine, ids: Tensor, new: int, capture: Callable[[Step, torch.device], Step]) -> None:
         self._engine = engine
         self._room = ids.shape[1] + new
-        size = -(-self._room // ALIGNED) * ALIGNED
+        self._front = count_soft(engine.model)  # slots before the first token
+        size = -(-(self._front + self._room) // ALIGNED) * ALIGNED
         # Layers of full length for every block: masks, not layers, would cut a window.
         self._layers: list[Any] = [StaticLayer(max_cache_len=size) for _ in range(len(Blocks(engine.model)))]
         self._cache = Cache(layers=[*self._layers])
@@ -76,7 +78,7 @@ class StaticDecoder:
     def rewind(self, length: int) -> State:
         """Forget all but the first `length` tokens of those held; the token generated last is fed next."""
         for layer in self._layers:
-            layer.cumulative_length.fill_(length)
+            layer.cumulative_length.fill_(self._front + length)
         return State(self._cache, self._ids, length)
 
     @torch.inference_mode()
@@ -142,8 +144,8 @@ def _find_obstacle(engine: Engine, room: int) -> str | None:
         return f"no graphs on {engine.device.type}"
     if engine.plan.streams:
         return "the cache evicts or encodes"
-    if attention.changes_attention(engine.plan):
-        return "the plan changes attention"
+    if attention.changes_attention(engine.model, engine.plan):
+        return "attention is changed"
     window = getattr(engine.model.config, "sliding_window", None)
     if window is not None and window < room:
         return f"attention slides over {window} tokens"

@@ -1,7 +1,9 @@
-"""Select: the train set becomes the best of what it was; the pool stays whole."""
+"""Select: the train set becomes the best of what it was, or its order; what is ranked behind waits in reserve."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import TYPE_CHECKING
 
 from effbench.core.errors import Unsupported
@@ -9,13 +11,35 @@ from effbench.core.errors import Unsupported
 if TYPE_CHECKING:
     from effbench.core.kinds import Select
     from effbench.core.run import Run
+    from effbench.core.views import Example
 
 
 def apply(run: Run, method: Select) -> None:
-    """Rank the train set and cut it. Raises `Unsupported` where nothing is left."""
-    examples = run.data.train
-    order = list(method.order(examples, run))
-    if not order:
-        raise Unsupported(f"{method}: nothing was selected")
-    run.data.train = [examples[i] for i in order]
-    run.log.selected[method.label] = len(order)
+    """Rank what earlier selections left and cut it. Raises `Unsupported` where nothing is left, `Refused` for a
+    selection that looks at held-out text."""
+    data, first = run.data, not run.log.selected
+    share = method.keep if method.keep is not None else method.usual if first else None
+    number = len(data.train) if share is None else max(1, round(share * len(data.pool)))
+    with data.closed():
+        chosen, rest = _choose(run, method, number)
+        if not chosen:
+            raise Unsupported(f"{method}: nothing was selected")
+        weights = method.weigh(chosen, run)
+    if weights is not None:
+        chosen = [dataclasses.replace(e, weight=float(w)) for e, w in zip(chosen, weights, strict=True)]
+    data.train, data.reserve = chosen, rest
+    run.log.selected[method.label] = len(chosen)
+    run.log.chosen[method.label] = [[example.id, example.weight] for example in chosen]
+
+
+def _choose(run: Run, method: Select, number: int) -> tuple[list[Example], list[Example]]:
+    """So many examples, and what is ranked behind them."""
+    found, reserve = run.data.train, run.data.reserve
+    if not method.admits:
+        more = max(0, number - len(found))  # it is told to keep more than there is: the next of the earlier ranking
+        found, reserve = [*found, *reserve[:more]], reserve[more:]
+        ranked = [found[place] for place in method.order(found, run)]
+        return ranked[:number], [*ranked[number:], *reserve]
+    examples = [*found, *reserve]  # what is turned away is filled up from the reserve
+    places = list(itertools.islice(method.admit(examples, run), number))
+    return [examples[place] for place in places], examples[places[-1] + 1 :] if len(places) == number else []

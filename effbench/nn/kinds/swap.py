@@ -1,13 +1,16 @@
-"""Swap: targeted linears are replaced by trainable ones and everything else is frozen."""
+"""Swap: modules at the method's sites are replaced by trainable ones, and what was there is frozen."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 
 from effbench.core.errors import Unsupported
+from effbench.nn.model.adapters import adding, choose_adapter
 from effbench.nn.model.linear import check_module, kept, replace
+from effbench.nn.model.sites import find_sites
 
 if TYPE_CHECKING:
     from effbench.core.kinds import Swap
@@ -15,19 +18,29 @@ if TYPE_CHECKING:
 
 
 def apply(run: Run, method: Swap) -> None:
-    """Replace what the method wants; it settles after a fit. Raises `Unsupported` where no linear is a target."""
+    """Replace what the method wants; it settles after a fit. Raises `Unsupported` where no module is a target."""
     run.settle()
-    run.model.requires_grad_(False)
-    linears = run.linears()
-    chosen = [path for path in linears if method.wants(path)]
+    with adding(run):
+        _replace_all(run, method)
+    if name := getattr(method, "adapter", ""):
+        choose_adapter(run.model, name)
+
+
+def _replace_all(run: Run, method: Swap) -> None:
+    sites = find_sites(run, method.sites)
+    chosen = [site for site in sites if method.wants(site.path)]
     if not chosen:
-        names = sorted({path.rpartition(".")[2] for path in linears})
-        raise Unsupported(f"none of the linears is a target; they are called {', '.join(names)}")
-    with torch.random.fork_rng(devices=[]):  # new parameters depend on the seed alone, not on what was drawn before
-        torch.manual_seed(run.seed)
-        for path in chosen:
-            held = kept(linears[path]) is not None
-            module = method.replace(linears[path])
-            check_module(module, method, "replace", linears[path])
-            replace(run.model, path, module.to(run.device))
-            run.note_swap(module, method, held)
+        names = sorted({site.path.rpartition(".")[2] for site in sites})
+        raise Unsupported(f"none of the modules is a target; they are called {', '.join(names)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(run.seed)
+        prepared = method.prepare(run)
+    for site in chosen:
+        before = run.model.get_submodule(site.path)
+        held = site.kind == "linear" and kept(before) is not None
+        with torch.random.fork_rng(devices=[]):  # new parameters depend on the run and the place alone
+            torch.default_generator.manual_seed(site.seed)
+            module = method.replace(before, dataclasses.replace(site, prepared=prepared))
+        check_module(module, method, "replace", before)
+        replace(run.model, site.path, module.to(run.device))
+        run.note_swap(module, method, held)

@@ -141,6 +141,20 @@ class Blocks:
         """Path in the model of a module inside a block."""
         return f"{self.names.blocks}.{block}.{name}"
 
+    def number(self, path: str) -> int | None:
+        """The block that the module at `path` is in, if it is in one."""
+        inside = path.removeprefix(f"{self.names.blocks}.")
+        return None if inside == path else int(inside.partition(".")[0])
+
+    def role(self, path: str) -> str:
+        """What the linear at `path` does in its block: q, k, v or qkv, o, gate, up, down."""
+        names = self.names
+        fused, single = len(names.qkv) == 1, len(names.up) == 1
+        roles = dict(zip(names.qkv, ("qkv",) if fused else ("q", "k", "v"), strict=True))
+        roles |= dict(zip(names.up, ("up",) if single else ("gate", "up"), strict=True))
+        roles |= {names.out: "o", names.down: "down"}
+        return roles[path.removeprefix(f"{names.blocks}.").partition(".")[2]]
+
     def shared_inputs(self, block: nn.Module) -> list[SharedInput]:
         """The block's linears in order of use, those that read one input together."""
         names = self.names
@@ -175,6 +189,16 @@ class Blocks:
         for name in ("num_hidden_layers", "n_layer"):
             if name in config.to_dict():  # type: ignore[union-attr, operator]
                 setattr(config, name, len(self.blocks))
+
+
+def count_heads(attention: nn.Module) -> tuple[int, int]:
+    """Heads of keys and values of an attention module, and the width of each."""
+    width = int(next(getattr(attention, name) for name in ("head_dim", "head_size") if hasattr(attention, name)))
+    for name in ("k_proj", "v_proj"):
+        if hasattr(attention, name):
+            return matrix_shape(getattr(attention, name))[0] // width, width
+    found: Any = attention
+    return int(found.num_heads if hasattr(found, "num_heads") else found.config.num_attention_heads), width
 
 
 def dense_linears(run: Run) -> dict[str, nn.Module]:

@@ -138,6 +138,50 @@ class MaskedLinear(Replaced):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
+class Added(nn.Module):
+    """What a method has added and no configuration describes; linears in it are not the model's own.
+
+    One that belongs to an adapter counts only while that is chosen, see `effbench.nn.model.adapters`.
+    """
+
+    adapter: str = ""
+    active: bool = True
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of `__init__` as plain values, for saving."""
+        raise NotImplementedError
+
+
+class Around(nn.Module):
+    """Stands where a module of any kind stood and holds it as `inner`: an adapter behind an MLP, a gate on attention.
+
+    What is inside keeps its paths: `mlp.up_proj` is found and replaced through whatever stands at `mlp`. `config()`
+    gives plain values that build an instance anew, `cls(inner, **config)`.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of `__init__` besides `inner`, as plain values, for saving."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("_modules", {}).get("inner")
+        target = inner if inner is not None and name in dict(inner.named_children()) else None
+        if target is not None:
+            setattr(target, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
 LINEARS = (nn.Linear, Conv1D, Replaced)
 
 
@@ -233,12 +277,16 @@ def top_linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
         path = f"{prefix}.{name}" if prefix else name
         if isinstance(child, LINEARS):
             yield path, child
-        else:
+        elif isinstance(child, Around):
+            yield from top_linears(child.inner, path)
+        elif not isinstance(child, Added):
             yield from top_linears(child, path)
 
 
 def check_module(module: Any, method: Method, verb: str, before: nn.Module) -> None:
-    """Raise `TypeError` unless what `verb` of a method returned is a linear that can take the place of `before`."""
+    """Raise `TypeError` unless what `verb` of a method returned is a module that can take the place of `before`."""
+    if not isinstance(before, LINEARS) and isinstance(module, nn.Module):
+        return
     if not isinstance(module, LINEARS):
         raise wrong_return(method, verb, module, "a linear module")
     if matrix_shape(module) != matrix_shape(before):

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
 from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.tied import untie
 
 POSITIONS = {"opt": "model.decoder.embed_positions", "gpt2": "transformer.wpe"}  # learned, by type of model
 
@@ -168,9 +169,7 @@ def fuse_norms(view: Blocks) -> None:
     names, head = view.names, view.head
     width, _ = _shape_of_norm(view.model, names.norm)
     centred = isinstance(view.model.get_submodule(names.norm), nn.LayerNorm)
-    if head.weight is view.embedding.weight:
-        head.weight = nn.Parameter(head.weight.clone(), head.weight.requires_grad)  # type: ignore[operator, arg-type]
-    view.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    untie(view.model)
     for block in view.blocks:
         for norm, readers in zip(names.norms, (names.qkv, names.up), strict=True):
             _fuse_norm(block, norm, [block.get_submodule(name) for name in readers])

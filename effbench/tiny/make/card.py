@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from effbench.tiny import MODEL, TASKS, documents
+from effbench.tiny.make.learn import BATCH, STEPS, measure_task
 
 HERE = MODEL.parent
 BEGIN, END = "<!-- card: written by python -m effbench.tiny.make.card -->", "<!-- /card -->"
@@ -159,6 +160,7 @@ def measure() -> dict[str, Any]:
         "perplexity_of_20": perplexity(model, tokenizer, documents("heldout", 20)),
         "tasks": tasks,
         "variants": variants,
+        "new_task": measure_task(model, tokenizer),
     }
 
 
@@ -191,6 +193,14 @@ def table(card: dict[str, Any]) -> str:
     for name, row in card["variants"].items():
         cost = 100 * (row["perplexity"] / dense - 1)
         lines.append(f"| {name} | {row['perplexity']:.3f} ({cost:+.1f} %) | {row['facts']:.3f} |")
+    lines += [
+        "",
+        f"The new task (`data=tiny:task`), {STEPS} steps of {BATCH} examples:",
+        "",
+        "| | loss of unseen answers, nats a token |",
+        "| --- | --- |",
+    ]
+    lines += [f"| {name} | {value:.3f} |" for name, value in card["new_task"].items()]
     return "\n".join(lines)
 
 

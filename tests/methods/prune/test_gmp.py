@@ -11,7 +11,7 @@ from effbench.checks import fit_two_steps, toy, toy_run
 from effbench.methods.prune.gmp import GMP, MagnitudeMask
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import dense_weight, kept
-from effbench.nn.train.fit import Shuffled
+from effbench.nn.train.samplers import Shuffled
 
 
 def test_gmp_schedule_is_the_published_cubic() -> None:

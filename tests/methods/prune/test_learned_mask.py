@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys_training import METHODS, fit, linear, linears, masks, seen
+from toys_training import METHODS, fit, linear, linears, masks, seen, watch_groups
 
 from effbench.checks import toy_run
 from effbench.core.errors import Unsupported, Usage
@@ -23,6 +23,11 @@ from effbench.nn.model.linear import dense_weight, kept
 
 def candidate_mask(method: LearnedMask, plain: nn.Module | None = None, seed: int = 0) -> CandidateMask:
     return CandidateMask(plain or linear(), "x", seed, method)
+
+
+def advance(module: CandidateMask | HardConcreteMask, step: int, steps: int) -> None:
+    """The state of a mask when so many steps of a fit are taken."""
+    module.clock[:] = torch.tensor([step, steps])
 
 
 def test_schedules_of_the_learned_mask() -> None:
@@ -49,7 +54,7 @@ def test_the_gate_is_a_gumbel_softmax_over_the_candidates(step: int) -> None:
         [0, 1, 0, 1],
         [0, 0, 1, 1],
     ]
-    module.advance(step, 10)
+    advance(module, step, 10)
     uniform = torch.empty(32, 6).exponential_(generator=module.generator("gate"))
     scale, temperature = (100, 4) if step == 0 else (300, 2.025)
     logits = (module.logits * scale - uniform.log()) / temperature
@@ -64,7 +69,7 @@ def test_gates_are_the_same_within_a_step_and_new_in_the_next() -> None:
         first = module.gate()
         torch.rand(5)
         assert torch.equal(module.gate(), first)
-        module.advance(1, 1000)
+        advance(module, 1, 1000)
         assert not torch.equal(module.gate(), first)
     assert not torch.equal(candidate_mask(LearnedMask(), seed=1).logits, candidate_mask(LearnedMask()).logits)
 
@@ -124,7 +129,7 @@ def test_a_planted_mask_is_recovered(prior: Any) -> None:
         (module(x) - y).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        module.advance(step + 1, 150)
+        advance(module, step + 1, 150)
     assert not start.any() and torch.equal(module.result()[1], best.bool())
 
 
@@ -170,9 +175,8 @@ def test_masks_over_weights_that_do_not_fit_are_refused() -> None:
 def test_learning_a_mask_leaves_the_weights_alone() -> None:
     run = toy_run()
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-    groups: list[dict[str, Any]] = []
+    groups = watch_groups(run)
     logits: dict[str, Tensor] = {}
-    run.train.chain("optimizer_wrap").append(lambda optimizer: groups.extend(optimizer.param_groups) or optimizer)
     run.apply(LearnedMask(lr=0.01))
     seen(
         run,

@@ -22,7 +22,9 @@ from effbench.methods.prune.lottery_ticket import LotteryTicket, copy_parameters
 from effbench.nn.model.linear import kept
 from effbench.nn.run import ModelRun
 from effbench.nn.train import fit as library
-from effbench.nn.train.fit import FitSettings, Shuffled, rate
+from effbench.nn.train.loop import rate
+from effbench.nn.train.samplers import Shuffled
+from effbench.nn.train.settings import FitSettings
 
 
 def test_a_fit_can_go_on_where_another_stopped() -> None:
@@ -37,10 +39,9 @@ def test_a_fit_can_go_on_where_another_stopped() -> None:
             return batch
 
         def optimizer(self, groups: Any, run: Any) -> Any:
-            return torch.optim.SGD(groups, lr=0.0)
+            return Recorded(torch.optim.SGD(groups, lr=0.0), rates)
 
     run = toy_run()
-    run.train.chain("optimizer_wrap").append(lambda optimizer: Recorded(optimizer, rates))
     run.apply(Watch())
     report = fit(run, steps=7, start=4, schedule="cosine", warmup=0.3)
     assert report["steps"] == 3
@@ -67,13 +68,15 @@ class Recorded:
 
 
 def entries(
-    run: ModelRun, monkeypatch: pytest.MonkeyPatch
+    run: ModelRun, monkeypatch: pytest.MonkeyPatch, watch: Any = None
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor | None], Any]]:
-    """Parameters, masks and the step counted from at the beginning of every fit."""
+    """Parameters, masks and the step counted from at the beginning of each fit; `watch` sees the steps of the first."""
     found: list[Any] = []
 
     def fit(run: ModelRun, settings: FitSettings, start: int = 0) -> FitReport:
         masks = {path: kept(module) for path, module in linears(run).items()}
+        if watch is not None and not found:
+            seen(run, watch)
         found.append((copy_parameters(run.model, list(linears(run))), masks, start))
         return library.fit(run, settings, start)
 
@@ -99,8 +102,7 @@ def test_rounds_start_from_the_rewound_weights_bit_for_bit(
                 module.attn_dropout.p = 0.0
     paths = list(linears(run))
     states = [copy_parameters(run.model, paths)]
-    seen(run, lambda run, *_: states.append(copy_parameters(run.model, paths)))  # of the first fit, step by step
-    found = entries(run, monkeypatch)
+    found = entries(run, monkeypatch, lambda run: states.append(copy_parameters(run.model, paths)))
     run.apply(LotteryTicket(sparsity=0.6, rounds=3, rewind=rewind, **SMALL))
     assert len(found) == 4 and len(states) == 5
     assert [start for *_, start in found] == [0, rewind, rewind, rewind]
@@ -152,7 +154,7 @@ def test_the_control_refuses_what_its_architecture_does_not_initialise() -> None
         run.apply(LotteryTicket(rounds=1, control="reinit", **SMALL))
 
 
-def test_only_the_first_fit_has_what_stands_before() -> None:
+def test_hooks_before_it_wait_for_a_fit_of_the_recipe() -> None:
     entered = []
 
     @dataclasses.dataclass(frozen=True)
@@ -165,5 +167,5 @@ def test_only_the_first_fit_has_what_stands_before() -> None:
     run = toy_run()
     run.apply(Watch())
     run.apply(LotteryTicket(rounds=2, **SMALL))
-    assert entered == [[]] and len(run.log.fits) == 3
+    assert entered == [] and len(run.log.fits) == 3
     assert not [module for module in run.model.modules() if isinstance(module, TrainedMask)]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys_training import fit, linear, linears, seen
+from toys_training import fit, linear, linears, seen, watch_groups
 
 from effbench.checks import toy_run
 from effbench.methods.prune.movement import Movement, ScoredMask
@@ -68,12 +68,11 @@ def test_movement_has_its_own_learning_rate_and_still_embeddings(freeze: bool) -
     run = toy_run("gpt2")
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     scores: dict[str, Tensor] = {}
-    groups: list[dict[str, Any]] = []
+    groups = watch_groups(run)
 
-    def watch(run: Any, step: int, total: int) -> None:
+    def watch(run: Any) -> None:
         scores.update({m.path: m.score.detach().clone() for m in run.model.modules() if isinstance(m, ScoredMask)})
 
-    run.train.chain("optimizer_wrap").append(lambda optimizer: groups.extend(optimizer.param_groups) or optimizer)
     run.apply(Movement(freeze_embeddings=freeze))
     seen(run, watch)
     fit(run, weight_decay=0.1)

@@ -179,7 +179,7 @@ def test_what_cannot_be_captured_is_eager_and_says_why(recorded, monkeypatch):
     evicting.chain("cache_keep").append(object())
     masking.chain("attend_mask").append(object())
     assert how(engine_of(CONFIGS["llama"], plan=evicting), plain) == "eager (the cache evicts or encodes)"
-    assert how(plain, engine_of(CONFIGS["llama"], plan=masking)) == "eager (the plan changes attention)"
+    assert how(plain, engine_of(CONFIGS["llama"], plan=masking)) == "eager (attention is changed)"
     narrow = MistralConfig(**GATED, sliding_window=12, max_position_embeddings=64)
     assert how(engine_of(narrow)) == "eager (attention slides over 12 tokens)"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from toys_training import fit, linears, seen
+from toys_training import fit, linears, seen, watch_groups
 
 from effbench.checks import TOYS, toy_run
 from effbench.core.errors import Refused
@@ -19,6 +18,7 @@ from effbench.core.recipe import parse_step
 from effbench.nn.model.linear import MaskedLinear, replace
 from effbench.nn.run import ModelRun
 from effbench.nn.train.groups import find_undecayed, group_parameters
+from effbench.nn.train.slots import Precision
 
 # Weight decay
 
@@ -62,8 +62,10 @@ def test_decay_moves_matrices_alone() -> None:
     class Nothing(Train):
         """No gradient: what moves is moved by decay."""
 
+        claims: ClassVar = ("train.loss",)
+
         def loss(self, batch: Any, out: Any, run: Any) -> Any:
-            return {"hard": out.logits.float().sum() * 0.0}
+            return {"zero": out.logits.float().sum() * 0.0}
 
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     matrices = {f"{path}.weight" for path in linears(run)}
@@ -110,8 +112,7 @@ def test_a_hook_that_loses_or_doubles_a_tensor_is_named(fault: str) -> None:
 def test_empty_groups_are_dropped_and_what_a_group_leaves_open_is_the_fits() -> None:
     run = toy_run()
     own = nn.Parameter(torch.ones(2))
-    groups: list[dict[str, Any]] = []
-    run.train.chain("optimizer_wrap").append(lambda optimizer: groups.extend(optimizer.param_groups) or optimizer)
+    groups = watch_groups(run)
     run.apply(
         arranging(
             lambda groups, run: [
@@ -171,7 +172,7 @@ class Plain(Train):
     claims: ClassVar = ("train.precision",)
 
     def slot_values(self) -> dict[str, Any]:
-        return {"precision": contextlib.nullcontext}
+        return {"precision": Precision()}
 
 
 PLAIN = dataclasses.dataclass(frozen=True)(Plain)

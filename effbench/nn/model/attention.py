@@ -1,14 +1,16 @@
 """The one owner of attention, in training and inference alike.
 
-transformers calls `attend` for every layer once `own_attention(model, plan)` is entered. The plan's chains decide what
-happens: `attend_mask` narrows the mask, `attend_extra` adds keys and values in front (prefixes, adapters),
-`attend_observe` sees the attention weights, and the slot `rope` rotates keys that were cached unrotated.
+transformers calls `attend` for every layer once `own_attention(model, plan)` is entered. What was trained belongs to
+the attention module that it was trained in, as a child (`AttentionExtra`), and is saved and measured with it. What a
+plan changes lives as long as the plan: `attend_mask` narrows the mask, `attend_observe` sees the attention weights, and
+the slot `rope` rotates keys that were cached unrotated.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,9 +20,24 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from effbench.core.run import InferPlan
 from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.linear import Added
 
 NAME = "effbench"
 _PLAN = "_effbench_plan"
+
+
+class AttentionExtra(Added):
+    """A child of an attention module that takes part in its attention: prefixes, adapters."""
+
+    positions = 0  # that it takes; tokens stand behind them
+
+    def before(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, Hkv, L, D] in front of all others, which every query [B, Hq, T, D] sees."""
+        return None
+
+    def beside(self, query: Tensor) -> Tensor | None:
+        """What is added to the attention's output, [B, Hq, T, D]."""
+        return None
 
 
 def attend(
@@ -49,11 +66,12 @@ def attend(
     mask = mask.expand(batch, -1, -1, -1)
     for narrow in plan.chain("attend_mask"):
         mask = mask & narrow(module, mask)
-    for extra in plan.chain("attend_extra"):
-        more_keys, more_values = extra(module, query)
-        key = torch.cat([more_keys, key], dim=2)
-        value = torch.cat([more_values, value], dim=2)
+    extras = find_extras(module)
+    for more_keys, more_values in filter(None, [extra.before(query) for extra in extras]):
+        key = torch.cat([more_keys.to(key.dtype), key], dim=2)
+        value = torch.cat([more_values.to(value.dtype), value], dim=2)
         mask = nn.functional.pad(mask, (more_keys.shape[2], 0), value=True)
+    added = [part for extra in extras if (part := extra.beside(query)) is not None]
     if scaling is None:
         scaling = float(query.shape[-1] ** -0.5)
     observers = plan.chain("attend_observe")
@@ -61,7 +79,7 @@ def attend(
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, mask, dropout, scale=scaling, enable_gqa=heads != key.shape[1]
         )
-        return out.transpose(1, 2).contiguous(), None
+        return sum(added, out).transpose(1, 2).contiguous(), None
     repeats = heads // key.shape[1]
     scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scaling
     # A query that sees nothing (padding) gets zeros, as in the fused kernel.
@@ -69,7 +87,7 @@ def attend(
     for observe in observers:
         observe(module, weights)
     weights = nn.functional.dropout(weights, dropout, module.training)
-    out = weights @ value.repeat_interleave(repeats, 1)
+    out = sum(added, weights @ value.repeat_interleave(repeats, 1))
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -78,25 +96,47 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def changes_attention(plan: InferPlan) -> bool:
-    """Whether the plan changes attention at all; if not, the model keeps its own implementation."""
-    chains = ("attend_mask", "attend_extra", "attend_observe")
-    return any(plan.chain(name) for name in chains) or plan.slot("rope") is not None
+def find_extras(attention: nn.Module) -> list[AttentionExtra]:
+    """What takes part in the attention of a module now."""
+    return [child for child in attention.children() if isinstance(child, AttentionExtra) and child.active]
+
+
+def count_prefix(model: nn.Module) -> int:
+    """Positions that stand before the first token, in the attention of every block."""
+    view = Blocks(model)
+    return sum(extra.positions for extra in find_extras(view.blocks[0].get_submodule(view.names.attention)))
+
+
+def changes_attention(model: nn.Module, plan: InferPlan) -> bool:
+    """Whether attention is not the model's own, which it keeps otherwise."""
+    chained = any(plan.chain(name) for name in ("attend_mask", "attend_observe")) or plan.slot("rope") is not None
+    return chained or any(isinstance(module, AttentionExtra) and module.active for module in model.modules())
 
 
 @contextlib.contextmanager
 def own_attention(model: Any, plan: InferPlan) -> Iterator[None]:
-    """Route the model's attention through `attend` with `plan`, and restore it."""
+    """Route the model's attention through `attend` with `plan` where anything changes it, and restore it."""
+    if not changes_attention(model, plan):
+        yield
+        return
     view = Blocks(model)
     modules = [block.get_submodule(view.names.attention) for block in view.blocks]
+    before = [vars(module).get(_PLAN) for module in modules]
     for module in modules:
         setattr(module, _PLAN, plan)
     try:
         with route_attention(model, NAME):
             yield
     finally:
-        for module in modules:
-            delattr(module, _PLAN)
+        for module, outer in zip(modules, before, strict=True):
+            setattr(module, _PLAN, outer)
+
+
+def attending(model: Any) -> AbstractContextManager[None]:
+    """Have what was trained in the model's attention take part in it, if it does not already under some plan."""
+    if model.config._attn_implementation == NAME:
+        return contextlib.nullcontext()
+    return own_attention(model, InferPlan())
 
 
 @contextlib.contextmanager

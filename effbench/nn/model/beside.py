@@ -1,0 +1,110 @@
+"""A frozen linear, and what is trained beside it: what low-rank and other additive methods have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from effbench.core.errors import Refused
+from effbench.nn.model.linear import Replaced, dense_weight, kept, make_linear, rebuilt
+
+Merge = Literal["masked", "dense", "separate"]
+
+
+class Beside(Replaced):
+    """y = x (W + D)^T + b: W stays frozen in `base`, D [out, in] is what a subclass trains, kept in float32.
+
+    `masked`: where the base holds a weight at zero, so does the sum; D is masked while it is trained, too. A module
+    with the name of an `adapter` counts only while that is the adapter chosen, see `effbench.nn.model.adapters`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        masked: bool = False,
+        adapter: str = "",
+        base: nn.Module | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.base = nn.Linear(in_features, out_features, bias=False) if base is None else base
+        self.masked, self.adapter = masked, adapter
+        self.active = True
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features))
+
+    @classmethod
+    def of(cls, base: nn.Module, **settings: Any) -> Self:
+        """Stand in front of `base`; its bias moves here, and what was frozen stays so.
+
+        `settings` are the subclass's own.
+        """
+        name = settings.get("adapter", "")
+        if name and any(type(inner) is cls and inner.adapter == name for inner in _walk_down(base)):
+            raise Refused(f"there is a {cls.__name__} of adapter {name!r} already: give another name")
+        if isinstance(base, Conv1D):
+            needed = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+            base = rebuilt(base, dense_weight(base)).train(base.training)
+            for name, parameter in base.named_parameters():
+                parameter.requires_grad_(needed[name])
+        module = cls(base.in_features, base.out_features, base=base, **settings)  # type: ignore[arg-type]
+        module.bias, base.bias = base.bias, None  # type: ignore[assignment]
+        return module.train(base.training).to(next((p.device for p in base.parameters()), torch.device("cpu")))
+
+    def delta(self) -> Tensor:
+        """D [out, in], before it is masked."""
+        raise NotImplementedError
+
+    def add(self, x: Tensor) -> Tensor:
+        """x D^T, where that takes less than making D."""
+        return nn.functional.linear(x, self.delta())
+
+    def read(self, x: Tensor) -> Tensor:
+        """What D is applied to; by default the input itself."""
+        return x
+
+    def dense_weight(self) -> Tensor:
+        weight = dense_weight(self.base)
+        return weight + self._masked(self.delta()).detach() if self.active else weight
+
+    def kept(self) -> Tensor | None:
+        return kept(self.base) if self.masked or not self.active else None
+
+    def rebuilt(self, weight: Tensor) -> nn.Module:
+        module = rebuilt(self.base, weight)
+        module.bias = self.bias  # type: ignore[assignment]
+        return module
+
+    def settle(self, merge: Merge) -> nn.Module:
+        """The final form: in what stood there, as one dense linear, or beside it as it is."""
+        if merge == "separate" or self.adapter:
+            return self
+        return make_linear(self.dense_weight(), self.bias) if merge == "dense" else self.rebuilt(self.dense_weight())
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"masked": self.masked, "adapter": self.adapter}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.active:
+            read = self.read(x if x.dtype == torch.float64 else x.float())
+            mask = kept(self.base) if self.masked else None
+            added = self.add(read) if mask is None else nn.functional.linear(read, self.delta() * mask)
+            y = y + added.to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _masked(self, delta: Tensor) -> Tensor:
+        mask = kept(self.base) if self.masked else None
+        return delta if mask is None else delta * mask
+
+
+def _walk_down(module: nn.Module) -> Iterator[Any]:
+    """What stands in front of a linear, from the outside."""
+    while isinstance(module, Beside):
+        yield module
+        module = module.base

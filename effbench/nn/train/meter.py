@@ -1,0 +1,132 @@
+"""What a fit costs: one step is looked into, and a few are timed with the machine to themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from effbench.core.errors import Unsupported
+from effbench.core.run import FitCost
+from effbench.machine import nvml
+from effbench.nn.model.flops import count_flops
+from effbench.nn.train.batches import Batch
+
+if TYPE_CHECKING:
+    from effbench.core.run import Run
+
+LOOKED = 1  # place of the step that is looked into: the first one makes the optimizer's states
+TIMED = range(2, 7)  # places of the steps that are timed; a fit of fewer is neither looked into nor timed
+
+
+class Meter:
+    """Takes the cost of a loop, step by step."""
+
+    def __init__(self, run: Run, steps: int) -> None:
+        self._run = run
+        self._looked = LOOKED if steps >= TIMED.stop else None
+        self._timed = TIMED if steps >= TIMED.stop else range(0)
+        self._looking = False
+        self._milliseconds: list[float] = []
+        self._saved = 0
+        self._flops: int | None = None
+        self._tokens = 0  # that the step read which is looked into
+        self._alone = contextlib.ExitStack()
+        self.earlier = {"seconds": 0.0, "joules": 0.0}  # spent before a checkpoint that the fit goes on from
+        self._began = time.monotonic()
+        self._counter = nvml.energy_joules(run.device)
+        self._joules = self._counter() if self._counter is not None else 0.0
+
+    def take(self, place: int, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Take the step at a place, from 0, and its cost; gives what the step gives."""
+        if place == self._looked:
+            return self._look(step)
+        if place == self._timed.start and self._timed:
+            self._alone.enter_context(self._run.alone())
+        begin = time.perf_counter()
+        line = step()
+        if place in self._timed:
+            if self._run.device.type == "cuda":
+                torch.cuda.synchronize(self._run.device)
+            self._milliseconds.append(1000 * (time.perf_counter() - begin))
+        if place == self._timed.stop - 1:
+            self._alone.close()
+        return line
+
+    def read(self, parts: Sequence[Batch]) -> None:
+        """Take note of what a step reads in this process: all tokens, prompts too, but no padding."""
+        if self._looking:
+            self._tokens = sum(int((batch["example"] >= 0).sum()) for batch in parts)
+
+    @contextlib.contextmanager
+    def forward(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Round a forward pass and its loss: what they save for the backward pass, in the step that is looked into."""
+        if not self._looking:
+            yield
+        elif self._run.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self._run.device)
+            yield
+            self._saved = max(self._saved, torch.cuda.memory_allocated(self._run.device) - before)
+        else:
+            known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+            sizes: dict[int, int] = {}
+
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    sizes[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                yield
+            self._saved = max(self._saved, sum(sizes.values()))
+
+    def report(self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: Any) -> FitCost:
+        """The cost of all steps. What could not be measured is absent."""
+        self._alone.close()
+        trained = sum(parameter.nbytes for parameter in parameters)
+        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        spent = self.spent()
+        cost: FitCost = {
+            "seconds": spent["seconds"],
+            "parameter_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+            "gradient_bytes": trained,
+            "optimizer_bytes": sum(state.nbytes for state in states),
+        }
+        if self._saved:
+            cost["activation_bytes"] = self._saved
+        if self._milliseconds:
+            cost["step_ms"] = statistics.median(self._milliseconds)
+            cost["timed_ms"] = self._milliseconds
+        if self._flops is not None and self._tokens:
+            cost["flops_per_token"] = self._flops / self._tokens
+        if spent["joules"] > 0:
+            cost["joules"] = spent["joules"]
+        return cost
+
+    def spent(self) -> dict[str, float]:
+        """Seconds and joules of the fit so far; a counter of energy that stood still or went back says nothing."""
+        joules = self._counter() - self._joules if self._counter is not None else 0.0
+        told = joules > 0 and (self.earlier["joules"] > 0 or not self.earlier["seconds"])
+        return {
+            "seconds": self.earlier["seconds"] + time.monotonic() - self._began,
+            "joules": self.earlier["joules"] + joules if told else 0.0,
+        }
+
+    def _look(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        lines: list[dict[str, Any]] = []
+        self._looking = True
+        try:
+            self._flops = count_flops(lambda: lines.append(step()))
+        except Unsupported:
+            if not lines:
+                raise
+            self._flops = None  # an op ran that nobody said how to count
+        finally:
+            self._looking = False
+        return lines[0]

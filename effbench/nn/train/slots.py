@@ -1,0 +1,86 @@
+"""What stands in the slots of the train plan; each class does what a fit does where its slot is empty.
+
+A method that claims a slot inherits from the class of it and overrides what it does otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from effbench.core.run import Run
+
+
+class Precision:
+    """In which numbers one forward pass computes, and what that asks of its gradients (`train.precision`)."""
+
+    def forward(self, run: Run) -> AbstractContextManager[Any]:
+        """The context of one forward pass. It is entered anew for each: autocast keeps its 16-bit copies of weights
+        until the outermost context ends, so that a model wrapped for a whole fit would never see its own updates."""
+        return contextlib.nullcontext()
+
+    def scale(self, loss: Tensor, run: Run) -> Tensor:
+        """What is differentiated in place of the loss."""
+        return loss
+
+    def unscale(self, parameters: Sequence[nn.Parameter], run: Run) -> bool:
+        """Bring gradients back to those of the loss, before they are clipped; False: this step is to be skipped."""
+        return True
+
+
+class Rounded(Precision):
+    """Sixteen bits for what is computed with; gradients and masters are float32."""
+
+    def forward(self, run: Run) -> AbstractContextManager[Any]:
+        return torch.autocast(run.device.type, torch.bfloat16)
+
+
+class Activations:
+    """What a forward pass saves for the backward pass (`train.activations`)."""
+
+    def saving(self, run: Run) -> AbstractContextManager[Any]:
+        """A context round the steps of the fit."""
+        return contextlib.nullcontext()
+
+
+class Parallel:
+    """How several processes train one model together (`train.parallel`); here there is one."""
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes that see different examples."""
+        return 1
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this one among them. Those that share it draw the same random numbers."""
+        return 0
+
+    def wrap(self, run: Run) -> AbstractContextManager[Any]:
+        """A context round the fit, entered before parameters are grouped: shard on entry, gather on exit."""
+        return contextlib.nullcontext()
+
+    def shard(self, places: Sequence[int]) -> list[int]:
+        """Those of a step's examples that this process sees; each is seen once, none is repeated to fill up."""
+        return list(places)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of each of these numbers [N] over all data ranks."""
+        return values
+
+    def merge(self, terms: dict[str, float]) -> dict[str, float]:
+        """The sum of each named number over all data ranks, of which some may lack the name."""
+        return terms
+
+    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients over all data ranks."""
+
+    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
+        """Shorten the gradients to a norm of at most `most`, over all tensors wherever they lie."""
+        nn.utils.clip_grad_norm_(parameters, most)

@@ -1,0 +1,142 @@
+"""A teacher's predictions of the learned tokens, in whole or its likeliest tokens, and kept on disk.
+
+What is kept belongs to what the teacher computes with, the tokens of an example as they were fed, and what is learned
+of them; so it serves every epoch, fit and cell that feeds the same. Of the likeliest tokens the rest counts as one
+event, whose mass does not follow from that at another temperature and is kept for each that is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from effbench.core.errors import Unsupported
+from effbench.nn.train.batches import IGNORED, Batch
+from effbench.nn.train.loss import learned, learned_logits
+
+if TYPE_CHECKING:
+    from effbench.core.run import Run
+
+BOUND = 2**32  # bytes of predictions on disk, at most
+
+
+class Targets(NamedTuple):
+    """What a teacher predicts for N learned tokens, at a temperature."""
+
+    logprobs: Tensor  # [N, K] of its likeliest tokens
+    tokens: Tensor  # [N, K]
+    rest: Tensor  # [N] logarithm of the probability of all others together
+
+
+def soften_top(run: Run, role: str, batch: Batch, temperature: float, top_k: int | None, keep: bool) -> Targets:
+    """The targets of the learned tokens of a batch, from disk where they are there and `keep` says to keep them."""
+    model = run.role(role)
+    if model.config.vocab_size != run.model.config.vocab_size:
+        raise Unsupported(f"{role} predicts {model.config.vocab_size} tokens, the model {run.model.config.vocab_size}")
+    folder = run.cache if keep else None
+    if folder is None:
+        with torch.no_grad():
+            return _cut(learned_logits(run.outputs(role).logits, batch), temperature, top_k)
+    keys = _name_examples(batch, run.share(("teacher", role), lambda: digest_model(model)), temperature, top_k)
+    found = {place: _load(folder, key) for place, key in keys.items()}
+    if any(targets is None for targets in found.values()):
+        with torch.no_grad():
+            made = _cut(learned_logits(run.outputs(role).logits, batch), temperature, top_k)
+        owner = batch["example"][:, 1:][learned(batch)]
+        for place, key in keys.items():
+            if found[place] is None:
+                found[place] = targets = Targets(*(tensor[owner == place] for tensor in made))
+                _store(folder, key, targets)
+        shrink(folder, BOUND)
+    owner = batch["example"][:, 1:][learned(batch)]
+    order = torch.cat([(owner == place).nonzero()[:, 0] for place in keys]).argsort()
+    parts = zip(*(targets for targets in found.values() if targets is not None), strict=True)
+    return Targets(*(torch.cat(part)[order.cpu()].to(owner.device) for part in parts))
+
+
+def bucketed_kl(student: Tensor, targets: Targets, temperature: float) -> Tensor:
+    """KL of the teacher from the student over the teacher's likeliest tokens and all others as one, in nats [N].
+
+    student  logits [N, V]
+    """
+    log_q = (student / temperature).log_softmax(-1)
+    chosen = log_q.gather(1, targets.tokens)
+    divergence = (targets.logprobs.exp() * (targets.logprobs - chosen)).sum(-1)
+    if targets.tokens.shape[1] == student.shape[1]:
+        return divergence
+    others = log_q.scatter(1, targets.tokens, float("-inf")).logsumexp(-1)
+    mass = targets.rest.exp()
+    return divergence + torch.where(mass > 0, mass * (targets.rest - others), 0.0)
+
+
+def _cut(logits: Tensor, temperature: float, top_k: int | None) -> Targets:
+    """The `top_k` likeliest tokens, or all, of logits [N, V]."""
+    logprobs = (logits / temperature).log_softmax(-1)
+    number = min(top_k or logits.shape[1], logits.shape[1])
+    top, tokens = logprobs.topk(number, -1)
+    others = logprobs.scatter(1, tokens, float("-inf")).logsumexp(-1)
+    return Targets(top, tokens, others)
+
+
+def _name_examples(batch: Batch, teacher: str, temperature: float, top_k: int | None) -> dict[int, str]:
+    """A name for the targets of each example in a batch, by its place there."""
+    names = {}
+    for place in batch["example"].unique().tolist():
+        if place >= 0:
+            here = batch["example"] == place
+            fed = [batch["input_ids"][here].tolist(), (batch["labels"][here] != IGNORED).tolist()]
+            names[place] = hashlib.sha256(f"{teacher} {fed} {temperature} {top_k}".encode()).hexdigest()
+    return names
+
+
+def digest_model(model: nn.Module) -> str:
+    """SHA-256 of what a model computes with: tensors, and the classes, numbers and flags of its modules, by which an
+    adapter is chosen or a product scaled."""
+    digest = hashlib.sha256()
+    for path, module in model.named_modules():
+        told = sorted((key, value) for key, value in vars(module).items() if isinstance(value, (bool, int, float)))
+        digest.update(f"{path} {type(module).__qualname__} {told}".encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(folder: Path, key: str) -> Targets | None:
+    path = folder / f"{key}.safetensors"
+    try:
+        tensors: dict[str, Any] = load_file(path)
+        os.utime(path)  # used just now
+        return Targets(**tensors)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _store(folder: Path, key: str, targets: Targets) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / f"{key}.{os.getpid()}.new"
+    save_file({name: tensor.cpu().contiguous() for name, tensor in targets._asdict().items()}, new)
+    new.rename(folder / f"{key}.safetensors")
+
+
+def shrink(folder: Path, bound: int) -> None:
+    """Remove the files that were not used for longest until the rest takes no more than `bound` bytes."""
+    there = []
+    for path in folder.glob("*.safetensors"):
+        try:
+            state = path.stat()
+        except FileNotFoundError:  # another process was faster
+            continue
+        there.append((state.st_mtime_ns, state.st_size, path))
+    total = sum(size for _, size, _ in there)
+    for _, size, path in sorted(there):
+        if total <= bound:
+            break
+        path.unlink(missing_ok=True)
+        total -= size

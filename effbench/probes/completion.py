@@ -1,0 +1,59 @@
+"""How well the model completes prompts of the task that it was trained on: loss, and answers that are all right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from effbench.core.views import Example
+from effbench.nn.infer.engine import Engine, open_engine
+from effbench.probes import Reading
+from effbench.probes.inputs import require_quality
+from effbench.stats import intervals
+
+if TYPE_CHECKING:
+    from effbench.nn.run import ModelRun
+
+ITEMS = 100  # where the settings do not say
+ROWS = 32  # prompts at a time
+
+QUALITY = True
+TASK = True
+
+
+def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
+    """`completion_nll` and `completion_exact` over held-out examples with prompts; nothing where the data have none."""
+    require_quality(run)
+    reading = Reading()
+    examples = [example for example in run.data.unseen if example.prompt][: settings.get("limit") or ITEMS]
+    if not examples:
+        return reading
+    engine = open_engine(run)
+    pairs = [(_shorten(run, example), list(example.ids[example.prompt :])) for example in examples]
+    how = f"{len(examples)} held-out examples of {run.data.name}, prompts and answers tokenised apart"
+    losses = [scored.nll for scored in engine.score(pairs)]
+    nll = intervals.mean(losses)
+    reading.add("completion_nll", nll, f"{how}; mean over examples of nats a token of the answer, its end included")
+    right = find_exact(engine, pairs)
+    exact = intervals.fraction(right)
+    reading.add("completion_exact", exact, f"{how}; greedy answers that are the same token for token, up to the end")
+    reading.samples |= {"completion_nll": losses, "completion_exact": right}
+    return reading
+
+
+def _shorten(run: ModelRun, example: Example) -> list[int]:
+    """Its prompt as the recipe has it read."""
+    if example.segments is None or not run.infer.chain("prompt"):
+        return list(example.ids[: example.prompt])
+    return run.data.encode_prompt(run.rewrite(example.segments).text())
+
+
+def find_exact(engine: Engine, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """1 for each prompt whose greedy continuation is its answer to the last token, which is where it has to stop."""
+    right: list[float] = []
+    for start in range(0, len(pairs), ROWS):
+        part = pairs[start : start + ROWS]
+        longest = max(len(answer) for _, answer in part)
+        answers = engine.generate([prompt for prompt, _ in part], longest, set())
+        right += [float(made[: len(wanted)] == wanted) for made, (_, wanted) in zip(answers, part, strict=True)]
+    return right

@@ -1,0 +1,73 @@
+"""What the last fit of the recipe cost, and what tuning has tried: read from the log that the run kept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from effbench.probes import Reading
+from effbench.stats.best import expect_least
+
+if TYPE_CHECKING:
+    from effbench.core.run import TuningPoint
+    from effbench.nn.run import ModelRun
+
+
+def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
+    """`fit_tokens`, `fit_seconds`, `fit_tok_per_s`, `fit_step_ms`, bytes and operations, and
+    `tuned_*`; nothing where nothing fits."""
+    reading = Reading()
+    if run.log.tuning:
+        _add_tuning(reading, run.log.tuning)
+    if not run.log.fits:
+        return reading
+    report = run.log.fits[-1]
+    cost = report["cost"]
+    last = "the last fit of the recipe"
+    reading.add("fit_tokens", report["tokens"], f"{last}; tokens that were learned")
+    reading.add("fit_seconds", cost["seconds"], f"{last}; wall clock, beside other cells")
+    for part in ("parameter", "gradient", "optimizer"):
+        size = float(cost[f"{part}_bytes"])  # type: ignore[literal-required]
+        reading.add(f"fit_{part}_bytes", size, f"{last}; sum over tensors, of one process")
+    if "activation_bytes" in cost:
+        how = "by torch's allocator" if run.device.type == "cuda" else "by hooks on saved tensors, each storage once"
+        reading.add("fit_activation_bytes", cost["activation_bytes"], f"{last}; saved by one forward pass, {how}")
+    if "step_ms" in cost:
+        timed = f"{last}; with the machine to itself"
+        reading.add("fit_step_ms", cost["step_ms"], f"{timed}, median of {len(cost['timed_ms'])} steps")
+        per_step = report["tokens"] / report["steps"]
+        reading.add("fit_tok_per_s", 1000 * per_step / cost["step_ms"], f"{timed}; learned tokens of a mean step")
+        reading.samples["fit_step_ms"] = list(cost["timed_ms"])
+    if "flops_per_token" in cost:
+        counter = "torch FlopCounterMode, a multiply-add is 2, with what is computed again"
+        reading.add(
+            "fit_flops_per_token",
+            cost["flops_per_token"],
+            f"{last}; {counter}, of one step over the tokens that it reads",
+        )
+        moved = sum(group["parameters"] for group in report["groups"])
+        whole = moved >= run.original.parameters // 2
+        reading.add("fit_flops_rule", (6 if whole else 4) * run.original.parameters, RULE)
+    if "joules" in cost:
+        reading.add("fit_energy_j", cost["joules"], f"{last}; NVML total energy, idle included")
+    return reading
+
+
+def _add_tuning(reading: Reading, points: Sequence[TuningPoint]) -> None:
+    """What was tried: the first point is the row's own setting. One that diverged counts as the worst that did not."""
+    worst = max(point["loss"] for point in points if point["loss"] is not None)
+    losses = [worst if point["loss"] is None else point["loss"] for point in points]
+    how = f"mean over the tokens of the validation part; {len(points)} settings"
+    if points[0]["loss"] is not None:
+        reading.add("tuned_own_nll", losses[0], how)
+    reading.add("tuned_nll", min(losses), how)
+    drawn = f"{how}, drawn with replacement; one that diverged counts as the worst that did not"
+    for draws in itertools.takewhile(lambda draws: draws < len(points), (2**i for i in itertools.count())):
+        reading.add(f"tuned_best_of_{draws}_nll", expect_least(losses, draws), drawn)
+    reading.add("tuned_points", len(points), "the row's own setting and those that its methods name")
+    reading.add("tuned_seconds", sum(point["seconds"] for point in points), "wall clock, beside other cells")
+    reading.add("tuned_tokens", sum(point["tokens"] for point in points), "learned tokens of all fits")
+
+
+RULE = "6 operations a parameter and token where most parameters are trained, 4 where they are frozen"

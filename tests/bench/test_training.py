@@ -1,0 +1,77 @@
+"""What a step of training costs beside a loop written by hand, and what layouts of batches save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from effbench import sources
+from effbench.nn.files.load import open_run
+from effbench.nn.run import ModelRun
+from effbench.nn.train.fit import fit
+from effbench.nn.train.samplers import Shuffled
+from effbench.nn.train.settings import FitSettings
+
+pytestmark = pytest.mark.slow
+
+STEPS = 20
+SETTINGS = FitSettings(steps=STEPS, lr=1e-4, batch_size=8, schedule="constant", warmup=0.0)
+
+
+def opened() -> ModelRun:
+    """The embedded model with the default pool."""
+    run = open_run(sources.model("tiny", None), sources.data("tiny"), "cpu", "float32", 0)
+    run.data.extend(STEPS * 8 * 512)
+    return run
+
+
+def by_hand(run: ModelRun) -> None:
+    """The same steps as a person would write them."""
+    examples, model = run.data.train, run.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    sampler = Shuffled(len(examples), 0)
+    for step in range(STEPS):
+        rows = [torch.tensor(examples[place].ids) for place in sampler.draw(step, 8)]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        mask = (labels >= 0).long()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def seconds(work: Callable[[ModelRun], Any]) -> float:
+    run = opened()
+    begin = time.process_time()
+    work(run)
+    return time.process_time() - begin
+
+
+def test_a_step_costs_what_a_loop_by_hand_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
+    ratios = []
+    for _ in range(3):  # in turns, so that both see the same machine
+        plain = seconds(by_hand)
+        ratios.append(seconds(lambda run: fit(run, SETTINGS)) / plain)
+    with capsys.disabled():
+        print(f"\n{STEPS} steps of fit: {sorted(ratios)[1]:.3f} of a loop by hand (target at most 1.05)")
+
+
+def test_layouts_of_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    torch.set_num_threads(1)
+    plain = seconds(lambda run: fit(run, SETTINGS))
+    for layout in ("by_length", "packed"):
+        settings = dataclasses.replace(SETTINGS, layout=layout)  # type: ignore[arg-type]
+        gain = plain / seconds(lambda run, settings=settings: fit(run, settings))  # type: ignore[misc]
+        with capsys.disabled():
+            print(f"\nbatches {layout}: {gain:.2f} times as fast as padded ones")

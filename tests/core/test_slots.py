@@ -1,0 +1,91 @@
+"""Every slot and chain of a plan is read by the machinery, and those of training are used by methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from toys_training import fit
+
+from effbench.checks import PROMPT, toy_run
+from effbench.core import registry
+from effbench.core.kinds import Cache
+from effbench.core.run import HOOKS, InferPlan, Plan, TrainPlan
+from effbench.nn.infer.engine import open_engine
+from effbench.nn.run import ModelRun
+
+Read = set[tuple[str, str]]  # plans and their entries
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Read:
+    """What is read of plans."""
+    seen: Read = set()
+    for name in ("slot", "chain"):
+        original = getattr(Plan, name)
+
+        def watched(plan: Plan, entry: str, *rest: Any, original: Any = original) -> Any:
+            seen.add((plan.name, entry))
+            return original(plan, entry, *rest)
+
+        monkeypatch.setattr(Plan, name, watched)
+    return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(Cache):
+    """Keeps the last half of the cached tokens, in half of their bits."""
+
+    def keep(self, layer: Any) -> torch.Tensor:
+        kept = layer.keys.shape[2] // 2
+        return torch.arange(layer.keys.shape[2] - kept, layer.keys.shape[2]).expand(*layer.keys.shape[:2], kept)
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        return keys.half(), values.half()
+
+    def decode(self, stored: Any) -> Any:
+        return tuple(tensor.float() for tensor in stored)
+
+
+def unread(plan: type[Plan], seen: Read) -> set[str]:
+    return {*plan.slots, *plan.chains} - {entry for name, entry in seen if name == plan.name}
+
+
+def infer(run: ModelRun) -> None:
+    engine = open_engine(run)
+    engine.generate([list(range(1, 25))], 4, set())
+    run.rewrite(PROMPT)
+
+
+def test_a_fit_reads_all_of_its_plan(read: Read) -> None:
+    run = toy_run()
+    fit(run)
+    assert not unread(TrainPlan, read)
+
+
+def test_inference_reads_all_of_its_plan(read: Read) -> None:
+    run = toy_run()
+    run.apply(Halves())
+    infer(run)
+    assert not unread(InferPlan, read)
+
+
+def test_an_entry_that_nobody_reads_is_found(read: Read) -> None:
+    class Grown(TrainPlan):
+        slots = (*TrainPlan.slots, "forgotten")
+        chains = (*TrainPlan.chains, "lost")
+
+    run = toy_run()
+    run.train = Grown()
+    fit(run)
+    assert unread(Grown, read) == {"forgotten", "lost"}
+
+
+def test_what_training_offers_is_used() -> None:
+    methods = [registry.load(key) for key in registry.catalog()]
+    written = {slot for method in methods for slot in method().slots()}
+    hooked = {hook for hook in HOOKS for method in methods if method().overrides(hook)}
+    unused = {slot for slot in TrainPlan.slots if f"train.{slot}" not in written} | {*TrainPlan.chains} - hooked
+    assert unused <= {"optimizer", "batch"}  # which tests of the loop drive
