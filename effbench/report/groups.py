@@ -1,6 +1,7 @@
 """Records sorted into rows and tables: what may be compared stands in one table.
 
-That is equal suite version, tier, model, data, settings and host. Everything else gets a table of its own. A row
+That is equal suite version, tier, model, data, settings and host; what a row was tuned over is its own. Everything else
+gets a table of its own. A row
 that is not `ok` on every seed says so, and has a number only where every seed has it: never a mean over the rest.
 """
 
@@ -23,6 +24,7 @@ from effbench.stats.paired import Estimate, over_seeds
 
 OF_A_ROW = ("method", "methods", "files")  # digests that differ between the rows of a table
 OF_A_HOST = ("memory", "speed", "energy", "cost", None)  # kinds of metrics that say nothing of another host
+OF_ROWS = ("host", "tune")  # settings in which the rows of a table may differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,18 +204,24 @@ def _take_newest(records: Sequence[Record]) -> Table:
 def _make_key(record: Record) -> str:
     """What the seeds of one row share, within a table."""
     cell = record.cell
-    return json.dumps([cell.steps, cell.resolved, cell.digests], sort_keys=True, default=str)
+    return json.dumps([cell.steps, cell.resolved, cell.digests, _list_points(cell)], sort_keys=True, default=str)
 
 
 def _list_labels(record: Record) -> tuple[tuple[str, str], tuple[str, str]]:
-    return ("name", record.cell.recipe), ("steps", record.cell.steps)
+    cell = record.cell
+    return ("name", cell.recipe), ("steps", "; ".join([cell.steps, *_list_points(cell)]))
+
+
+def _list_points(cell: Cell) -> list[str]:
+    """The settings that a row is the best of; none where it is not tuned."""
+    return list(cell.settings.get("tune") or ())
 
 
 def find_place(record: Record) -> tuple[Any, ...]:
     """Where a record belongs as far as a reader sees it, but for the host; sorts as tables are shown."""
     cell = record.cell
     # None is the default of a setting.
-    chosen = {name: value for name, value in cell.settings.items() if value is not None and name != "host"}
+    chosen = {name: value for name, value in cell.settings.items() if value is not None and name not in OF_ROWS}
     settings = json.dumps(chosen, sort_keys=True, default=str)
     return (
         cell.suite, -cell.suite_version, cell.tier != "full", cell.tier, cell.model != "tiny", cell.model,
@@ -243,5 +251,5 @@ def get_host(record: Record) -> str:
 def find_differing_settings(tables: Sequence[Table]) -> list[str]:
     """Names of the settings in which the tables differ."""
     settings: list[Mapping[str, Any]] = [table.cell.settings for table in tables]
-    names = sorted({name for one in settings for name in one})
+    names = sorted({name for one in settings for name in one} - {"tune"})
     return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]

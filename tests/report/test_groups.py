@@ -133,3 +133,16 @@ def test_digests_of_a_row_do_not_split_a_table(digest):
     records = [make(), make("rtn()", digests={**make("rtn()").cell.digests, digest: "1"}), make("nf4()")]
     (table,) = group_records(records)
     assert len(table.rows) == 3
+
+
+def test_a_tuned_row_stands_beside_the_one_that_is_not():
+    """Even of the same steps; each row keeps its own records, and a caption says nothing of one row's grid."""
+    settings = {"threads": 1, "dtype": "float32"}
+    tuned = [
+        make("fit-tuned", seed, steps="fit()", settings=settings | {"tune": ["fit()", "fit(lr=0.1)"]})
+        for seed in (0, 1)
+    ]
+    (table,) = group_records([make(), *tuned, make("fit()")])
+    assert [(row.recipe, len(row.records)) for row in table.rows] == [("baseline", 1), ("fit()", 1), ("fit-tuned", 2)]
+    (other,) = group_records([make(tier="full"), make("fit()", tier="full")])
+    assert all("tune" not in sheet.caption for sheet in make_sheets([table, other]))
