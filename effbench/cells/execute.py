@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import random
 import time
@@ -56,7 +57,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         log.tuning = tuning
         run.folder, run.cache = job.scratch, job.cache
         if not job.rank:
-            run.alone = gate.alone
+            run.alone = functools.partial(_wait_alone, gate, findings)
         try:
             _apply(recipe.trained_part if job.rank else recipe, run, findings)
             if not job.rank:
@@ -160,12 +161,22 @@ def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:
 
     for step in recipe.steps:
         findings.enter(step.label)
-        begin = time.perf_counter()
+        begin, waited = time.perf_counter(), findings.seconds.get("wait", 0.0)
         with PeakMemory(run.device) as peak:
             run.apply(step)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin - (findings.seconds.get("wait", 0.0) - waited)
         run.log.steps.append({"step": step.label, "seconds": seconds, "peaks": peak.bytes})
     findings.enter("finish")
+
+
+@contextlib.contextmanager
+def _wait_alone(gate: Gate, findings: Findings) -> Iterator[None]:
+    """The machine to itself inside; the time that a step waits for it is not the step's own."""
+    phase = findings.phase
+    findings.enter("wait")
+    with gate.alone():
+        findings.enter(phase)
+        yield
 
 
 def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Findings) -> None:

@@ -36,7 +36,7 @@ class Findings:
         self.over = False  # whether nothing more can be computed in this process
         self._tell = tell
         self._device = device
-        self._phase = ""
+        self.phase = ""  # what goes on
         self._since = self._told = time.monotonic()
         self._reasons: dict[tuple[OutcomeName, str], list[str]] = {}  # (outcome, reason): phases
         self._tracebacks: list[str] = []
@@ -44,9 +44,9 @@ class Findings:
     def enter(self, phase: str) -> None:
         """Close the phase before and open another; an empty name opens none."""
         now = time.monotonic()
-        if self._phase:
-            self.seconds[self._phase] = round(self.seconds.get(self._phase, 0.0) + now - self._since, 3)
-        self._phase, self._since = phase, now
+        if self.phase:
+            self.seconds[self.phase] = round(self.seconds.get(self.phase, 0.0) + now - self._since, 3)
+        self.phase, self._since = phase, now
         if phase:
             self._tell(phase=phase)
 
@@ -73,10 +73,10 @@ class Findings:
 
     def fail(self, failure: Failure) -> None:
         """Note a failure of the current phase."""
-        self._reasons.setdefault((failure.outcome, failure.reason), []).append(self._phase)
+        self._reasons.setdefault((failure.outcome, failure.reason), []).append(self.phase)
         self._tracebacks += [failure.traceback] if failure.traceback else []
         if failure.outcome == "oom" and not self.shortfall:
-            self.shortfall = {"phase": self._phase, **failure.shortfall}
+            self.shortfall = {"phase": self.phase, **failure.shortfall}
 
     def add(self, reading: Reading) -> None:
         """Take in a reading and its failures; a number that is not finite is a failure instead."""

@@ -244,7 +244,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         "The tokens of calibration text that statistics were taken from.",
     ),
     Definition("fit_tokens", "cost", "tokens", "lower", "The tokens that the last fit learned, in all its epochs."),
-    Definition("fit_seconds", "cost", "s", "lower", "Time of the last fit, with other cells at work beside it."),
+    Definition("fit_seconds", "cost", "s", "lower", "Time of the last fit, beside other cells but not waiting."),
     Definition("fit_step_ms", "cost", "ms", "lower", "Time of one step of training, with the machine to itself."),
     Definition("fit_tok_per_s", "cost", "tokens/s", "higher", "Tokens learned per second, with the machine to itself."),
     Definition("fit_parameter_bytes", "cost", "bytes", "lower", "The bytes of all parameters while they are trained."),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -452,3 +455,17 @@ def test_operations_per_token_read_are_their_closed_form(prompt: int) -> None:
     run.data.pool = [Example(str(i), row[: 32 if i % 2 else 16], prompt // 2) for i, row in enumerate(rows)]
     padded = fit(run, steps=7, batch_size=4)["cost"]
     assert padded["flops_per_token"] == pytest.approx(cost["flops_per_token"] * 4 / 3, rel=0.02)
+
+
+def test_waiting_for_the_machine_is_not_time_of_the_fit() -> None:
+    run = toy_run()
+
+    @contextlib.contextmanager
+    def wait() -> Iterator[None]:
+        time.sleep(1.0)
+        yield
+
+    run.alone = wait
+    begin = time.monotonic()
+    cost = fit(run, steps=7)["cost"]
+    assert cost["seconds"] < time.monotonic() - begin - 1.0
