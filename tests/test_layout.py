@@ -72,5 +72,6 @@ def imported_modules():
 def test_what_is_declared_as_a_dependency_is_imported():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     names = {re.match(r"[\w.-]+", requirement)[0] for requirement in declared}
-    unused = {name for name in names if IMPORTED_AS.get(name, name.lower()) not in imported_modules()}
+    imported = imported_modules()
+    unused = {name for name in names if IMPORTED_AS.get(name, name.lower()) not in imported}
     assert unused == FOR_OTHERS

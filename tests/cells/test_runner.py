@@ -519,6 +519,7 @@ def ok_cells(folder):
     return sorted(record.cell.recipe for record in records if record.outcome == "ok")
 
 
+@pytest.mark.slow
 def test_killed_ten_times(tmp_path):
     """Runners and workers die at random moments; what follows ends with what an undisturbed run has."""
     rng = random.Random(7)

@@ -439,7 +439,8 @@ def test_a_crash_names_file_line_and_record(here):
     assert "in compress" in json.loads((here / path).read_text())["traceback"]
 
 
-def test_a_method_inside_is_one_file(here):
+@pytest.fixture
+def tree(here):
     """A copy of the source tree with one file more."""
     tree = here / "tree"
     left_out = shutil.ignore_patterns("__pycache__", ".*", "results", "tests", "docs")
@@ -447,7 +448,10 @@ def test_a_method_inside_is_one_file(here):
     before = {path for path in tree.rglob("*") if path.is_file()}
     write(tree / "methods" / "quant" / "halves.py", TOY.format(name="Halves"))
     assert {path for path in tree.rglob("*") if path.is_file()} - before == {tree / "methods" / "quant" / "halves.py"}
+    return tree
 
+
+def test_a_method_inside_is_one_file(here, tree):
     def ask(*arguments):
         command = [sys.executable, "-P", "-m", "effbench", *arguments]
         environment = os.environ | {"PYTHONPATH": str(tree)}
@@ -459,6 +463,10 @@ def test_a_method_inside_is_one_file(here):
     assert re.search(r"factor +0\.5 +float +of every weight", ask("show", "halves"))
     ask("docs", "to=pages")
     assert "[halves](" in (here / "pages" / "methods.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_method_inside_is_measured(here, tree):
     done, records = run_cells(here, "recipe=halves(factor=0.25)", PYTHONPATH=str(tree))
     assert done.returncode == 0 and records["halves(factor=0.25)"].outcome == "ok"
 

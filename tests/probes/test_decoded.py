@@ -20,7 +20,7 @@ from effbench.nn.model.decoded import Decoded, decoded
 ROTATED = ("quip_sharp",)  # their rotations round in another order
 STEPS = [
     "rtn(group_size=32)", "rtn(bits=3, granularity='channel')", "gptq(group_size=32, act_order=True)", "nf4()",
-    "nf4(double_quant=True)", "squeezellm()", "fp8_weight(activations=False)", "quip_sharp(bits=2)",
+    "nf4(double_quant=True)", "squeezellm()", "fp8_weight(activations=False)", "quip_sharp(bits=2, tune_iters=0)",
     "magnitude(sparsity=0.5)", "magnitude(sparsity=0.97)", "magnitude(pattern='2:4')",
     "magnitude(sparsity=0.5, pattern='block:16x16')", "sparsegpt(pattern='2:4', bits=4)",
 ]  # fmt: skip

@@ -137,7 +137,9 @@ def execute(small, make_job):
     return run
 
 
-@pytest.mark.parametrize("steps", ["gptq()", "awq()", "squeezellm()", "quip_sharp(bits=2)", "sparsegpt(pattern='2:4')"])
+@pytest.mark.parametrize(
+    "steps", ["gptq()", "awq()", "squeezellm()", "quip_sharp(bits=2, tune_iters=0)", "sparsegpt(pattern='2:4')"]
+)
 def test_calibrating_methods_pack_for_real_with_two_sequences(small, steps):
     run = opened(None, calibration_sequences=128)
     run.apply(parse_step(steps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,11 +28,12 @@ def numbered(run: ModelRun) -> list[int]:
 
 def test_random_selection_is_uniform_and_belongs_to_the_seed() -> None:
     counts = torch.zeros(64)
+    examples = toy_run().data.pool
     for seed in range(300):
-        run = toy_run(seed=seed)
-        run.apply(RandomSelection(keep=0.25))
-        assert len(set(numbered(run))) == 16
-        counts[numbered(run)] += 1
+        run: Any = SimpleNamespace(seed=seed)
+        best = RandomSelection().score(examples, run).argsort(descending=True)[:16]
+        assert len(set(best.tolist())) == 16
+        counts[best] += 1
     # Each example is in with probability 1/4: a count has mean 75 and deviation 7.5.
     assert counts.min() > 75 - 4.5 * 7.5 and counts.max() < 75 + 4.5 * 7.5
     again = toy_run(seed=7)
