@@ -155,13 +155,14 @@ class FitCost(TypedDict):
     """What a fit cost. Bytes are those of one process; what could not be measured is absent."""
 
     seconds: float
+    parameters: int  # weights of the model while it is trained, frozen and packed ones too
     parameter_bytes: int  # of the model as it is trained
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: NotRequired[int]  # that a forward pass saved for its backward pass
     step_ms: NotRequired[float]  # median, with the machine to itself
     timed_ms: NotRequired[list[float]]  # of each step that was timed
-    flops_per_token: NotRequired[float]  # of a step per token learned, with what is computed again
+    flops_per_token: NotRequired[float]  # of a step per token read, with what is computed again
     joules: NotRequired[float]
 
 

@@ -46,9 +46,8 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
             cost["flops_per_token"],
             f"{last}; {counter}, of one step over the tokens that it reads",
         )
-        moved = sum(group["parameters"] for group in report["groups"])
-        whole = moved >= run.original.parameters // 2
-        reading.add("fit_flops_rule", (6 if whole else 4) * run.original.parameters, RULE)
+        trained = sum(group["parameters"] for group in report["groups"])
+        reading.add("fit_flops_rule", 6 * trained + 4 * (cost["parameters"] - trained), RULE)
     if "joules" in cost:
         reading.add("fit_energy_j", cost["joules"], f"{last}; NVML total energy, idle included")
     return reading
@@ -70,4 +69,4 @@ def _add_tuning(reading: Reading, points: Sequence[TuningPoint]) -> None:
     reading.add("tuned_tokens", sum(point["tokens"] for point in points), "learned tokens of all fits")
 
 
-RULE = "6 operations a parameter and token where most parameters are trained, 4 where they are frozen"
+RULE = "6 operations a token for each parameter that is trained, 4 for each that is frozen"

@@ -260,7 +260,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition(
         "fit_flops_rule", "cost", "FLOP", "lower",
-        "Six operations for every parameter per token read, four where most parameters are frozen.",
+        "Six operations per token read for every parameter that is trained, four for every one that is frozen.",
     ),
     Definition("tuned_points", "cost", "", "neither", "How many settings were tried, the row's own among them."),
     Definition(

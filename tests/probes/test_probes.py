@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import functools
 import json
@@ -31,7 +32,7 @@ from transformers import (
 
 from effbench import probes
 from effbench.cells.findings import Findings
-from effbench.checks import toy_run
+from effbench.checks import FIT, toy, toy_run
 from effbench.core.errors import Diverged, Refused, Unsupported, Usage
 from effbench.core.recipe import parse
 from effbench.core.run import InferPlan, Run, RunLog
@@ -40,11 +41,13 @@ from effbench.machine import clock, environment, nvml, peak
 from effbench.machine.clock import Span
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import Engine, open_engine
+from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.flops import count_flops
 from effbench.nn.model.linear import MaskedLinear, replace, stored_bytes, top_linears
 from effbench.nn.model.sparsity import measure_sparsity
 from effbench.nn.run import Original
-from effbench.probes import distance, energy, flops, inputs, memory, perplexity, quality, speed
+from effbench.nn.train.fit import fit
+from effbench.probes import distance, energy, flops, inputs, memory, perplexity, quality, speed, training
 from effbench.sources import tasks as names
 from effbench.stats import intervals
 
@@ -845,3 +848,28 @@ def test_a_container_that_starts_anew_is_the_same_host(tmp_path, monkeypatch):
 )
 def test_machine_slugs(name, slug):
     assert environment.slug(name) == slug
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("steps", "trained", "frozen"),
+    [
+        ("", "all", 0),
+        ("nf4(), lora(rank=4)", "lora", "all"),  # its codes are no parameters
+        ("prompt_tuning(length=4)", "soft", "all"),
+        ("student(layers=1)", "all", 0),
+    ],
+)
+def test_the_rule_counts_what_is_trained_and_what_is_frozen(steps, trained, frozen):
+    run = toy_run()
+    for step in parse(steps).steps:
+        run.apply(step)
+    shapes = toy(layers=len(Blocks(run.model)))
+    whole = sum(parameter.numel() for parameter in shapes.parameters())
+    linears = [(module.in_features, module.out_features) for _, module in Blocks(shapes).linears()]
+    number = {"all": whole, "lora": sum(4 * sum(sides) for sides in linears), "soft": 4 * 128}[trained]
+    fit(run, dataclasses.replace(FIT, steps=7))
+    rule = training.take(run, {}).metrics["fit_flops_rule"].value
+    assert rule == 6 * number + 4 * (whole if frozen == "all" else 0)

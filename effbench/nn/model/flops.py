@@ -42,6 +42,10 @@ ATTENTION = {  # of processors, which the counter does not know
 }
 
 
+# Namespaces of ops that torch's counter knows, or that compute next to nothing: sums over ranks are such.
+FREE = ("aten", "prim", "prims", "profiler", "c10d")
+
+
 class _Foreign(TorchDispatchMode):
     """Collects ops that are not torch's own and have no FLOP formula: they would count as free.
 
@@ -56,7 +60,7 @@ class _Foreign(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func._overloadpacket
-        if func.namespace not in ("aten", "prim", "prims", "profiler") and packet not in self.counted:
+        if func.namespace not in FREE and packet not in self.counted:
             self.ops.add(str(packet))
         own = any(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in ("CPU", "CUDA"))
         with _disable_current_modes() if own and packet not in self.counted else contextlib.nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from effbench.core.errors import Unsupported
 from effbench.core.run import FitCost
 from effbench.machine import nvml
 from effbench.nn.model.flops import count_flops
+from effbench.nn.model.linear import Replaced, matrix_shape
 from effbench.nn.train.batches import Batch
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ class Meter:
         spent = self.spent()
         cost: FitCost = {
             "seconds": spent["seconds"],
+            "parameters": sum(parameter.numel() for parameter in model.parameters()) + count_packed(model),
             "parameter_bytes": sum(parameter.nbytes for parameter in model.parameters()),
             "gradient_bytes": trained,
             "optimizer_bytes": sum(state.nbytes for state in states),
@@ -133,3 +136,9 @@ class Meter:
         finally:
             self._looking = False
         return lines[0]
+
+
+def count_packed(model: nn.Module) -> int:
+    """Weights that lie in codes, which are no parameters."""
+    packed = (module for module in model.modules() if isinstance(module, Replaced) and module.decodes)
+    return sum(math.prod(matrix_shape(module)) for module in packed)
