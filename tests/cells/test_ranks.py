@@ -68,7 +68,7 @@ def test_a_line_for_every_step_lies_beside_the_record(trained: tuple[Path, dict[
 
 def test_a_killed_rank_ends_the_cell(tmp_path: Path) -> None:
     begin = time.monotonic()
-    code, found = run(tmp_path, f"ddp(), {KILLER}:RankKilled(), {FIT}", "probes=cost", "data=tiny:task")
+    code, found = run(tmp_path, f"ddp(), '{KILLER}:RankKilled'(), {FIT}", "probes=cost", "data=tiny:task")
     (record,) = (record for steps, record in found.items() if "ddp" in steps)
     assert record["outcome"] == "crashed" and code == 1
     assert record["reason"].startswith("rank 1: killed by signal 9") and "fit(" in record["reason"]
@@ -91,6 +91,7 @@ def test_more_ranks_than_cores_run_alone_and_are_not_timed(tmp_path: Path) -> No
     assert "speed" in other.cell.settings["probes"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 of everything in the middle of a fit."""
     recipe = str(parse("fit(steps=20, lr=1e-3, batch_size=8, max_length=64)"))

@@ -427,6 +427,7 @@ def test_a_method_outside_is_one_file(here, capsys, monkeypatch):
     assert re.findall(r"^run +(\S+)", planned.stdout, re.MULTILINE) == ["halves", "loose"]
 
 
+@pytest.mark.slow
 def test_a_crash_names_file_line_and_record(here):
     write(here / "toy.py", TOY.format(name="Toy").replace("layer.weight *", "layer.wait *"))
     done, records = run_cells(here, "recipe=./toy.py:Toy()")

@@ -66,7 +66,9 @@ def take_distance(model: Any) -> object:
         return distance.take(fake_run(model), {})
 
 
-@pytest.mark.parametrize("work", [score_row, score_blocks, take_nll, take_distance])
+@pytest.mark.parametrize(
+    "work", [score_row, *(pytest.param(one, marks=pytest.mark.slow) for one in (score_blocks, take_nll, take_distance))]
+)
 def test_memory_of_scoring_does_not_grow_with_the_vocabulary(large: Any, work: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(engines.SLICE_BYTES, "cpu", 2**22)  # far below the bound: an allocator keeps what it once had
     work(large)  # what is lazy

@@ -47,7 +47,9 @@ class Scaled(Weights):
         return linear
 
 
-@pytest.mark.parametrize("method", [AWQ(bits=2), AWQ(scale="duo"), Scaled()], ids=str)
+@pytest.mark.parametrize(
+    "method", [AWQ(bits=2), pytest.param(AWQ(scale="duo"), marks=pytest.mark.slow), Scaled()], ids=str
+)
 def test_moved_scales_change_nothing_in_any_architecture(method: Weights) -> None:
     check_folded_scales(method)
 
