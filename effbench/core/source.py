@@ -80,8 +80,8 @@ def _list_statements(tree: ast.Module) -> Iterator[ast.stmt]:
 def read_module(path: Path, name: str = "") -> Module:
     """Read a file as the module `name`. Raises `SyntaxError` that names it, also for what is no text or no file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        return Module(name, ast.parse(text, str(path)), text)
+        state = path.stat()
+        return _read_once(path, name, state.st_size, state.st_mtime_ns)
     except (RecursionError, MemoryError):
         reason = "nested too deeply"
     except UnicodeDecodeError as error:
@@ -91,6 +91,12 @@ def read_module(path: Path, name: str = "") -> Module:
     except ValueError as error:  # null bytes, in some versions of Python
         reason = str(error)
     raise SyntaxError(reason, (str(path), None, None, None))
+
+
+@functools.lru_cache(maxsize=256)
+def _read_once(path: Path, name: str, size: int, changed: int) -> Module:
+    text = path.read_text(encoding="utf-8")
+    return Module(name, ast.parse(text, str(path)), text)
 
 
 def read_fields(node: ast.ClassDef, module: Module) -> dict[str, Parameter]:
