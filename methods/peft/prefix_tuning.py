@@ -110,5 +110,5 @@ class PrefixTuning(Swap):
         assert isinstance(made, Reparametrized)
         final = made.final()
         final.active = made.active
-        module.add_module(name, final)
+        setattr(module, name, final)
         return module

@@ -15,7 +15,10 @@ from effbench import checks
 from effbench.core.kinds import Select, Swap, Train
 from effbench.core.method import Method
 from effbench.core.run import Run
+from effbench.methods.peft.prefix_tuning import Prefix, PrefixTuning
+from effbench.nn.model.attention import list_attention
 from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.feed import count_front
 from effbench.nn.model.linear import Around, Replaced, dense_weight, make_linear
 from effbench.nn.model.sites import find_sites
 
@@ -257,6 +260,21 @@ def test_what_stands_round_a_module_lets_paths_through(architecture: str) -> Non
 
         run.apply(parse_step(step))
     assert torch.isfinite(checks.probe(run)).all() and list(run.linears()) == linears
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_prefix_takes_part_in_attention_that_something_stands_round(first: bool) -> None:
+    run = checks.toy_run()
+    prefix = PrefixTuning(length=4, hidden=16)
+    for method in (prefix, Scaling()) if first else (Scaling(), prefix):
+        run.apply(method)
+    assert count_front(run.model) == 4
+    before = checks.probe(run)
+    checks.fit_two_steps(run)
+    run.finish()
+    after = checks.probe(run)
+    assert not torch.equal(after, before) and len(list_attention(run.model)) == 2
+    assert all(any(isinstance(child, Prefix) for child in module.children()) for module in list_attention(run.model))
 
 
 def test_no_two_sites_share_a_seed_and_none_depends_on_the_recipe() -> None:

@@ -20,6 +20,7 @@ from effbench.core.usage import SOME
 from effbench.nn.files.adapters import check_new, make_folder, place_part
 from effbench.nn.files.artifact import build_class
 from effbench.nn.model.adapters import add_part, choose_adapter, find_parts
+from effbench.nn.model.attention import list_attention
 from effbench.nn.model.blocks import Blocks, count_heads
 from effbench.nn.model.feed import SOFT, SoftPrompt
 from effbench.nn.model.linear import matrix_shape
@@ -64,7 +65,7 @@ def save_peft(model: Any, folder: Path, name: str) -> None:
         view = Blocks(model)
         heads, width = model.config.num_attention_heads, model.config.hidden_size
         if kind is not SoftPrompt:  # prefixes are as wide as keys
-            heads, each = count_heads(view.blocks[0].get_submodule(view.names.attention))
+            heads, each = count_heads(list_attention(model)[0])
             width = heads * each
         whole |= {
             "token_dim": width,
@@ -159,13 +160,14 @@ def _write_prefix(prefixes: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def _read_prefix(model: Any, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path, name: str) -> None:
-    view = Blocks(model)
     matrix = tensors[EMBEDDINGS]
-    attention = [block.get_submodule(view.names.attention) for block in view.blocks]
+    attention = list_attention(model)
     heads, width = count_heads(attention[0])
-    if matrix.shape[1] != 2 * len(view) * heads * width:
-        raise Unsupported(f"{folder.name}: {matrix.shape[1]} columns do not fit {len(view)} layers of {heads} heads")
-    parts = matrix.view(len(matrix), 2 * len(view), heads, width).permute(1, 2, 0, 3)
+    if matrix.shape[1] != 2 * len(attention) * heads * width:
+        raise Unsupported(
+            f"{folder.name}: {matrix.shape[1]} columns do not fit {len(attention)} layers of {heads} heads"
+        )
+    parts = matrix.view(len(matrix), 2 * len(attention), heads, width).permute(1, 2, 0, 3)
     for number, module in enumerate(attention):
         prefix: Any = build_class(PREFIX)(len(matrix), heads, width, name)
         _fill({prefix.keys: parts[2 * number], prefix.values: parts[2 * number + 1]}, EMBEDDINGS, folder)

@@ -79,14 +79,14 @@ class Engine:
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, T, V] float32 logits of tokens [B, T], `mask` True where real (padding on the right or the left)."""
         with self._run_plan():
-            out = feed(self.model, {"input_ids": ids.to(self.device), **self._describe_padding(mask)})
+            out = feed(self.model, {"input_ids": ids.to(self.device), **self._describe_padding(mask)}, plan=self.plan)
         logits: Tensor = out.logits.float()
         return logits
 
     def hidden(self, ids: Tensor, padding: dict[str, Tensor] | None = None) -> Tensor:
         """[B, T, H] last hidden states of tokens [B, T], of which the head makes logits."""
         with self._run_plan():
-            out = feed(self.model, {"input_ids": ids.to(self.device), **(padding or {})}, body=True)
+            out = feed(self.model, {"input_ids": ids.to(self.device), **(padding or {})}, body=True, plan=self.plan)
         states: Tensor = out.last_hidden_state
         return states
 
@@ -220,7 +220,7 @@ class Engine:
             slots.expect(real)
             keywords.pop("attention_mask", None)  # evicted slots have no column in it; `SlotCache.mask` knows them
         with self._run_plan(slots):
-            out = feed(self.model, {"input_ids": ids, **keywords}, cache, **options)
+            out = feed(self.model, {"input_ids": ids, **keywords}, cache, plan=self.plan, **options)
         if slots is not None:
             slots.settle()
             self.shrunk = bool(self.shrunk) or slots.shrunk
@@ -248,7 +248,6 @@ class Engine:
                 for chain, link in (("attend_mask", cache.mask), ("attend_observe", cache.observe)):
                     self.plan.chain(chain).insert(0, link)
                     stack.callback(self.plan.chain(chain).remove, link)
-            stack.enter_context(attention.own_attention(self.model, self.plan))
             yield
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from effbench.core.errors import Refused, Usage
 from effbench.core.usage import nearest
+from effbench.nn.model.linear import find_inner
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -34,7 +35,9 @@ def join_name(stem: str, adapter: str) -> str:
 
 
 def add_part(parent: nn.Module, stem: str, part: Any) -> None:
-    """Put a part of an adapter into a module. Raises `Refused` where one of that name is there."""
+    """Put a part of an adapter into a module, inside of what stands round it. Raises `Refused` where one of that name
+    is there."""
+    parent = find_inner(parent)
     name = join_name(stem, part.adapter)
     if name in dict(parent.named_children()):
         raise Refused(f"there is a {name} already: give another name with adapter=")
@@ -69,6 +72,6 @@ def choose_adapter(model: nn.Module, name: str | None) -> None:
     """Have the adapter of that name count alone; None: none of them. Raises `Usage` for one that is not there."""
     known = list_adapters(model)
     if name is not None and name not in known:
-        raise Usage(f"no adapter is called {name!r}{nearest(name, known)}; there is {', '.join(known) or 'none'}")
+        raise Usage(f"no adapter is called {name!r}{nearest(name, known)}")
     for _, part in find_parts(model):
         part.active = part.adapter == name

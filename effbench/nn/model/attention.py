@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from effbench.core.run import InferPlan
 from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.linear import Added
+from effbench.nn.model.linear import Added, find_inner
 
 NAME = "effbench"
 _PLAN = "_effbench_plan"
@@ -101,16 +101,22 @@ def find_extras(attention: nn.Module) -> list[AttentionExtra]:
     return [child for child in attention.children() if isinstance(child, AttentionExtra) and child.active]
 
 
+def list_attention(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of all blocks that have one, inside of what stands round them."""
+    view = Blocks(model)
+    found = [getattr(block, view.names.attention, None) for block in view.blocks]
+    return [find_inner(module) for module in found if module is not None]
+
+
 def count_prefix(model: nn.Module) -> int:
     """Positions that stand before the first token, in the attention of every block."""
-    view = Blocks(model)
-    return sum(extra.positions for extra in find_extras(view.blocks[0].get_submodule(view.names.attention)))
+    return sum(extra.positions for first in list_attention(model)[:1] for extra in find_extras(first))
 
 
 def changes_attention(model: nn.Module, plan: InferPlan) -> bool:
     """Whether attention is not the model's own, which it keeps otherwise."""
     chained = any(plan.chain(name) for name in ("attend_mask", "attend_observe")) or plan.slot("rope") is not None
-    return chained or any(isinstance(module, AttentionExtra) and module.active for module in model.modules())
+    return chained or any(map(find_extras, list_attention(model)))
 
 
 @contextlib.contextmanager
@@ -119,8 +125,7 @@ def own_attention(model: Any, plan: InferPlan) -> Iterator[None]:
     if not changes_attention(model, plan):
         yield
         return
-    view = Blocks(model)
-    modules = [block.get_submodule(view.names.attention) for block in view.blocks]
+    modules = list_attention(model)
     before = [vars(module).get(_PLAN) for module in modules]
     for module in modules:
         setattr(module, _PLAN, plan)

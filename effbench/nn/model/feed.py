@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effbench.nn.model.attention import attending, count_prefix
+from effbench.core.run import InferPlan
+from effbench.nn.model.attention import attending, count_prefix, own_attention
 from effbench.nn.model.linear import Added
 
 SOFT = "soft_prompt"  # name of the module in the model
@@ -48,11 +49,19 @@ def count_front(model: nn.Module) -> int:
     return count_soft(model) + count_prefix(model)
 
 
-def feed(model: Any, batch: dict[str, Tensor], cache: Any = None, body: bool = False, **options: Any) -> Any:
+def feed(
+    model: Any,
+    batch: dict[str, Tensor],
+    cache: Any = None,
+    body: bool = False,
+    plan: InferPlan | None = None,
+    **options: Any,
+) -> Any:
     """What the model gives for `input_ids` [B, T] of a batch, as transformers returns it; with `body` without its head.
 
     `attention_mask` is [B, T], 1 where a token is real, or bool [B, 1, T, T], and `position_ids` [B, T] if that is so.
-    With a cache the tokens extend what it holds, and a mask [B, T] is of all its tokens and the new ones.
+    With a cache the tokens extend what it holds, and a mask [B, T] is of all its tokens and the new ones. Attention
+    goes by `plan`; by default as it goes already.
     """
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     soft, seen = count_soft(model), 0 if cache is None else int(cache.get_seq_length())
@@ -61,7 +70,7 @@ def feed(model: Any, batch: dict[str, Tensor], cache: Any = None, body: bool = F
         if soft and not seen:
             inputs = _put_in_front(model, torch.cat([prompt.rows for prompt in find_soft(model)]), inputs)
     caching = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-    with attending(model):
+    with attending(model) if plan is None else own_attention(model, plan):
         out = (model.base_model if body else model)(**inputs, **caching, **options)
     if soft and not seen and "logits_to_keep" not in options:
         name = "last_hidden_state" if body else "logits"

@@ -182,6 +182,13 @@ class Around(nn.Module):
             super().__setattr__(name, value)
 
 
+def find_inner(module: nn.Module) -> nn.Module:
+    """The module itself, inside of what stands round it."""
+    while isinstance(module, Around):
+        module = module.inner
+    return module
+
+
 LINEARS = (nn.Linear, Conv1D, Replaced)
 
 
