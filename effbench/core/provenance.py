@@ -21,7 +21,7 @@ from pathlib import Path
 from effbench.core.errors import Usage
 from effbench.core.packages import AUTHORED, module_file
 from effbench.core.paths import PACKAGE
-from effbench.core.source import Module, read_module
+from effbench.core.source import READ, Module, read_module
 
 ROOT = PACKAGE.name  # its own module holds the version and is no part of a digest: a release changes no number
 LAZY = re.compile(rf"({ROOT}\.[\w.]+):\w+")  # how kernels name a function that is imported when it is called
@@ -148,13 +148,12 @@ class _Source:
 
 
 def _read(path: Path, name: str) -> _Source:
-    status = path.stat()
-    return _read_once(path, name.startswith(AUTHORED), status.st_size, status.st_mtime_ns)
+    return _look_into(read_module(path), name.startswith(AUTHORED))
 
 
-@functools.cache
-def _read_once(path: Path, authored: bool, size: int, changed: int) -> _Source:
-    return _Source(read_module(path), authored)
+@functools.lru_cache(maxsize=READ)
+def _look_into(module: Module, authored: bool) -> _Source:
+    return _Source(module, authored)
 
 
 def strip_prose(content: str, tree: ast.Module | None = None) -> str:

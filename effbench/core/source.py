@@ -33,7 +33,10 @@ class Parameter:
         return f"{self.name}: {self.type}" + (f" = {self.default}" if self.default is not None else "")
 
 
-@dataclass(frozen=True)
+READ = 1024  # modules that are kept, so that none is read twice before it changes
+
+
+@dataclass(frozen=True, eq=False)
 class Module:
     """A module that has been read and not imported."""
 
@@ -93,7 +96,7 @@ def read_module(path: Path, name: str = "") -> Module:
     raise SyntaxError(reason, (str(path), None, None, None))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=READ)
 def _read_once(path: Path, name: str, size: int, changed: int) -> Module:
     text = path.read_text(encoding="utf-8")
     return Module(name, ast.parse(text, str(path)), text)

@@ -69,8 +69,11 @@ class Beside(Replaced):
         return x
 
     def dense_weight(self) -> Tensor:
-        weight = dense_weight(self.base)
-        return weight + self._masked(self.delta()).detach() if self.active else weight
+        weight, mask = dense_weight(self.base), self._mask
+        if not self.active:
+            return weight
+        delta = self.delta().detach()
+        return weight + (delta if mask is None else delta * mask)
 
     def kept(self) -> Tensor | None:
         return kept(self.base) if self.masked or not self.active else None
@@ -93,14 +96,15 @@ class Beside(Replaced):
         y: Tensor = self.base(x)
         if self.active:
             read = self.read(x if x.dtype == torch.float64 else x.float())
-            mask = kept(self.base) if self.masked else None
+            mask = self._mask
             added = self.add(read) if mask is None else nn.functional.linear(read, self.delta() * mask)
             y = y + added.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _masked(self, delta: Tensor) -> Tensor:
-        mask = kept(self.base) if self.masked else None
-        return delta if mask is None else delta * mask
+    @property
+    def _mask(self) -> Tensor | None:
+        """What D is multiplied by."""
+        return kept(self.base) if self.masked else None
 
 
 def _walk_down(module: nn.Module) -> Iterator[Any]:

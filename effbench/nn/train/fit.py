@@ -12,14 +12,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from effbench.core.errors import Diverged, Unsupported
+from effbench.core.errors import Diverged
 from effbench.core.run import FitReport
 from effbench.core.views import Example
-from effbench.nn.data import count_learned
 from effbench.nn.train.checkpoint import agree, count_ranks, read_state, write_state
 from effbench.nn.train.loop import Loop
 from effbench.nn.train.settings import FitSettings
-from effbench.nn.train.windows import LEAST, cut_all, find_width, measure_loss, training_on, validation_windows
+from effbench.nn.train.windows import (
+    cut_all,
+    find_width,
+    measure_loss,
+    training_on,
+    validation_windows,
+    windows_to_choose_by,
+)
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -58,13 +64,7 @@ def fit(run: Run, settings: FitSettings, start: int = 0) -> FitReport:
 def choose_rate(run: Run, settings: FitSettings, start: int) -> Fitted:
     """Train with each learning rate and leave the run as the one with the least validation loss made it."""
     width = find_width(run, settings)
-    windows = validation_windows(run, width)
-    number = sum(map(count_learned, windows))
-    if number < LEAST:
-        raise Unsupported(
-            f"the validation part is too small to choose a learning rate by: it has {number} tokens to predict, "
-            f"{LEAST} are needed; give more text, or one lr"
-        )
+    windows, number = windows_to_choose_by(run, width, "a learning rate", "give more text, or one lr")
     losses: dict[str, float] = {}
     lines: list[dict[str, Any]] = []
     best: tuple[float, FitReport, Callable[[], None]] | None = None

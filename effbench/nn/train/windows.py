@@ -85,6 +85,19 @@ def validation_windows(run: Run, width: int) -> list[Example]:
     return windows
 
 
+def windows_to_choose_by(run: Run, width: int, what: str, mend: str) -> tuple[list[Example], int]:
+    """Windows of the validation part, and their learned tokens. Raises `Unsupported` where these are too few to choose
+    `what`, with the mend."""
+    windows = validation_windows(run, width)
+    number = sum(map(count_learned, windows))
+    if number < LEAST:
+        raise Unsupported(
+            f"the validation part is too small to choose {what} by: it has {number} tokens to predict, {LEAST} are "
+            f"needed; {mend}"
+        )
+    return windows, number
+
+
 @torch.no_grad()
 def measure_loss(run: Run, windows: Sequence[Example], batch_size: int) -> float:
     """Mean cross-entropy of the learned tokens, in nats, with every module in its mode for evaluation.
@@ -104,11 +117,8 @@ def measure_loss(run: Run, windows: Sequence[Example], batch_size: int) -> float
 
 def find_loss(run: Run) -> float:
     """The loss of the validation part under the model as it is. Raises `Unsupported` where that part is too small."""
-    windows = validation_windows(run, min(WIDTH, count_positions(run.model) - count_front(run.model)))
-    number = sum(map(count_learned, windows))
-    if number < LEAST:
-        raise Unsupported(f"the validation part is too small to choose by: {number} tokens, {LEAST} are needed")
-    return measure_loss(run, windows, 8)
+    width = min(WIDTH, count_positions(run.model) - count_front(run.model))
+    return measure_loss(run, windows_to_choose_by(run, width, "a setting", "give more text")[0], 8)
 
 
 @contextlib.contextmanager
