@@ -21,20 +21,22 @@ import inspect
 import itertools
 import json
 import pickle
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from effbench.core.errors import Unsupported
-from effbench.core.kinds import Cache, Prompt, Select, Swap, Train, Weights
+from effbench.core.errors import Outcome, Unsupported
+from effbench.core.kinds import Cache, Evict, Prompt, Select, Swap, Train, Weights
 from effbench.core.method import BUILDERS, HOOKS, Method
 from effbench.core.packages import method_line
 from effbench.core.recipe import parse, parse_step
@@ -70,6 +72,13 @@ TOYS: dict[str, dict[str, Any]] = {
 }
 
 
+PROMPT = Segments(
+    instruction="Read. ",
+    contexts=("One two three. Four five six. ", "What is next is far from it. "),
+    question="What comes next?",
+)
+
+
 def toy(
     architecture: str = "llama", seed: int = 0, layers: int = 2, activation: str | None = None, **changes: Any
 ) -> Any:
@@ -95,11 +104,21 @@ def toy(
     return model
 
 
+@functools.cache
+def toy_tokenizer() -> Any:
+    """A word is a token; there are as many as a toy model has, the first for padding and the end."""
+    words = dict.fromkeys(re.findall(r"\w+|[^\w\s]", PROMPT.text()))
+    names = ["<end>", *words, *(f"word{i}" for i in range(VOCABULARY))][:VOCABULARY]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>", pad_token="<end>")
+
+
 class ToyData(Data):
     """Random tokens that count as text."""
 
     def __init__(self) -> None:
-        super().__init__("toy", {}, None, made=True)
+        super().__init__("toy", {}, toy_tokenizer(), made=True)
         generator = torch.Generator().manual_seed(1)
         self._rows = torch.randint(1, VOCABULARY, (64, 32), generator=generator)
         self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(self._rows.tolist())]
@@ -122,7 +141,7 @@ def toy_run(
         Source(name="toy", kind="folder", path=None, tokenizer=None, digest="toy"),
         build(),
         build,
-        None,
+        toy_tokenizer(),
         ToyData(),
         device=torch.device("cpu"),
         storage=torch.bfloat16,
@@ -144,32 +163,39 @@ def probe_model(model: Any) -> Tensor:
     return Engine(model, InferPlan()).logits(IDS)
 
 
-PROMPT = Segments(
-    instruction="Read.", context="one two three four five six", question="What comes next?", separator=" "
-)
-
-
 class Behaviour(NamedTuple):
     """What a run does that a method may change."""
 
     logits: Tensor  # [2, 24, V]
-    continuation: list[list[int]]  # greedy, through the cache
+    scores: Tensor  # log-probabilities of continuations behind prompts of three lengths, token by token
+    continuations: list[list[int]]  # greedy, of the same prompts, through the cache
     prompt: Segments  # after the methods that rewrite prompts
     examples: tuple[str, ...]  # that the next fit sees, by id
 
     def same(self, other: Behaviour) -> bool:
-        """Whether two runs do exactly the same."""
-        return torch.equal(self.logits, other.logits) and self[1:] == other[1:]
+        """Whether two runs do the same: exactly, but that caches may add the same numbers in another order."""
+        close = torch.allclose(self.scores, other.scores, rtol=1e-4)
+        return torch.equal(self.logits, other.logits) and close and self[2:] == other[2:]
 
     def in_any_order(self) -> Behaviour:
         """The same with the examples sorted."""
         return self._replace(examples=tuple(sorted(self.examples)))
 
 
+PROMPTS = [list(range(1, 41)), list(range(30, 47)), [50, 60, 70, 80, 90]]
+
+
+def score(run: ModelRun, prompts: Sequence[list[int]] = PROMPTS) -> Tensor:
+    """[prompts x 4] log-probabilities of four tokens behind each prompt, read token by token."""
+    found = open_engine(run).score([(prompt, [9, 7, 5, 3]) for prompt in prompts], block=1)
+    return torch.tensor([value for scored in found for value in scored.token_logprobs])
+
+
 def behave(run: ModelRun) -> Behaviour:
     """Have a toy run do everything that a method may change."""
-    continuation = open_engine(run).generate([list(range(1, 25)), list(range(30, 40))], 8, set())
-    return Behaviour(probe(run), continuation, run.rewrite(PROMPT), tuple(example.id for example in run.data.train))
+    continuations = open_engine(run).generate(PROMPTS, 8, set())
+    examples = tuple(example.id for example in run.data.train)
+    return Behaviour(probe(run), score(run), continuations, run.rewrite(PROMPT), examples)
 
 
 def applied(method: Method, seed: int = 0, chance: int = 0, fitted: bool = True) -> ModelRun:
@@ -183,6 +209,7 @@ def applied(method: Method, seed: int = 0, chance: int = 0, fitted: bool = True)
     if fitted and needs_fit(method, run):
         fit_two_steps(run)
     run.finish(recipe_is_empty=True)
+    torch.manual_seed(chance)  # of what is drawn while it is scored
     return run
 
 
@@ -560,8 +587,6 @@ def check_undone_on_exit(method: Method) -> None:
 
 def check_architectures(method: Method) -> None:
     """Every architecture works or is refused with a reason; none crashes, and what PEFT freezes is frozen in each."""
-    from effbench.core.errors import Outcome
-
     layers = 1 if isinstance(method, (Weights, Swap)) else 2  # these work block by block
     for architecture in TOYS:
         run = toy_run(architecture, shape={"layers": layers})
@@ -580,6 +605,93 @@ def check_architectures(method: Method) -> None:
             assert str(outcome), architecture
         finally:
             run.close()
+
+
+def check_changes_what_is_read(method: Method) -> None:
+    """What changes inference changes what is scored; rows of a batch are read as if each were alone, in every
+    architecture that can be read at all."""
+    if not method.touches - {"prompt"} or method.is_identity:
+        return
+    plain = score(toy_run())
+    changed = "decoder" in method.touches
+    for architecture in TOYS:
+        run = toy_run(architecture)
+        try:
+            run.apply(method)
+        except Outcome as outcome:
+            assert str(outcome), architecture
+            continue
+        together = score(run)
+        alone = torch.cat([score(run, [prompt]) for prompt in PROMPTS])
+        error = float((together - alone).abs().max())
+        assert error < 1e-5 * float(alone.abs().max()), f"{architecture}: alone a row differs by {error:.2g}"
+        texts = open_engine(run).generate(PROMPTS, 8, set())
+        assert texts == [open_engine(run).generate([prompt], 8, set())[0] for prompt in PROMPTS], architecture
+        changed |= architecture == "llama" and not torch.allclose(together, plain, rtol=1e-4)
+        run.close()
+    assert changed, "what is scored is what is scored without it"
+
+
+def check_encodes(method: Method) -> None:
+    """What was encoded comes back about as it was: closer than zeros would be, in every unit."""
+    if not isinstance(method, Cache) or type(method).codecs is Cache.codecs:
+        return
+    generator = torch.Generator().manual_seed(0)
+    for codec, what in zip(method.codecs(), ("keys", "values"), strict=True):
+        if codec is None:
+            continue
+        units = torch.randn(3, 4, codec.unit, 32, generator=generator)
+        decoded = codec.decode(codec.encode(units), 32).float()
+        assert decoded.shape == units.shape, f"{what} of shape {tuple(units.shape)} come back as {tuple(decoded.shape)}"
+        error = float(((decoded - units).flatten(2).norm(dim=2) / units.flatten(2).norm(dim=2)).max())
+        assert error < 0.9, f"{what} come back with a relative error of {error:.2g}; zeros have 1"
+
+
+def check_holds_what_is_asked(method: Method) -> None:
+    """After the prompt each head holds as many slots as `budget` or `keep` say."""
+    if not isinstance(method, Evict):
+        return
+    run = toy_run()
+    run.apply(method)
+    state, _ = open_engine(run).read(PROMPTS[:1])
+    prompt = torch.tensor([len(PROMPTS[0]) - 1])
+    asked = min(int(Evict.capacity(method, prompt)), int(prompt)) + int(not method.evicts_later)
+    held = {int(layer.spread(layer.held())) for layer in state.cache.slot_layers}
+    assert held == {asked}, f"{asked} slots are asked for, and {held} are held"
+
+
+def check_writes_its_slots(method: Method) -> None:
+    """Every slot that it claims is written when it is applied."""
+    run = toy_run()
+    run.apply(method)
+    plans = {plan.name: plan for plan in (run.train, run.infer)}
+    for claim in method.slots() if not method.consumes else ():
+        plan, _, slot = claim.partition(".")
+        assert plans[plan].slot(slot) is not None, f"it claims {claim} and does not write it"
+
+
+def check_text_is_the_verifiers(method: Method) -> None:
+    """A decoder's greedy text is the one that its verifier makes alone."""
+    if "decoder" not in method.touches:
+        return
+    run = toy_run()
+    run.apply(parse_step("rtn(bits=2)"))
+    run.apply(method)
+    made = open_engine(run).generate(PROMPTS, 8, set())
+    assert made == run.infer.slot("decoder").verifier.generate(PROMPTS, 8, set()), "the text is not the verifier's"
+
+
+def check_shortens(method: Method) -> None:
+    """A prompt method leaves a prompt that is shorter, and no other prompt the second time."""
+    if not isinstance(method, Prompt) or method.is_identity:
+        return
+    run = toy_run()
+    run.apply(method)
+    short = run.rewrite(PROMPT)
+    before, after = (len(run.data.encode_prompt(segments.text())) for segments in (PROMPT, short))
+    assert after < before, f"the prompt has {before} tokens before and {after} after"
+    assert short.question, "the question is gone"
+    assert short == run.rewrite(PROMPT), "the same prompt is shortened in two ways"
 
 
 def check_odd_shapes(method: Method) -> None:

@@ -52,6 +52,12 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
             settings={"threads": 1, "dtype": None, "probes": [], **settings},
             digests={"model": recipe},
         )
-        return Job(cell, Source("tiny", "tiny"), DataSource("tiny", "tiny"), (Place("cpu", gate),))
+        return Job(
+            cell,
+            Source("tiny", "tiny"),
+            DataSource("tiny", "tiny"),
+            (Place("cpu", gate),),
+            probes=tuple(cell.settings["probes"]),
+        )
 
     return make

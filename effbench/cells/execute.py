@@ -63,7 +63,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
             if not job.rank:
                 run.finish(recipe_is_empty=not recipe.steps)
                 simulated = any(getattr(module, "simulated", False) for module in run.model.modules())
-                _measure(run, settings, gate, findings)
+                _measure(run, job, gate, findings)
         finally:
             run.close()
     findings.enter("")
@@ -119,7 +119,7 @@ def _tune(job: Job, findings: Findings) -> Iterator[TuningPoint]:
                 run.apply(step)
             run.finish()
             loss = find_loss(run)
-            for name in sorted(probes.TASK.intersection(job.cell.settings["probes"])):
+            for name in sorted(probes.TASK.intersection(job.probes)):
                 reading = probes.take(name, run, job.cell.settings)
                 metrics |= {key: metric.value for key, metric in reading.metrics.items()}
         except Diverged:
@@ -179,8 +179,8 @@ def _wait_alone(gate: Gate, findings: Findings) -> Iterator[None]:
         yield
 
 
-def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Findings) -> None:
-    """Take the probes, those that need an idle device last."""
+def _measure(run: ModelRun, job: Job, gate: Gate, findings: Findings) -> None:
+    """Take the probes of a job, those that need an idle device last."""
     from effbench import probes
 
     def take(names: list[str]) -> None:
@@ -189,10 +189,10 @@ def _measure(run: ModelRun, settings: dict[str, Any], gate: Gate, findings: Find
                 return
             findings.enter(name)
             with findings.guard():
-                findings.add(probes.take(name, run, settings))
+                findings.add(probes.take(name, run, job.cell.settings))
 
-    take([name for name in settings["probes"] if name not in probes.EXCLUSIVE])
-    timing = [name for name in settings["probes"] if name in probes.EXCLUSIVE]
+    take([name for name in job.probes if name not in probes.EXCLUSIVE])
+    timing = [name for name in job.probes if name in probes.EXCLUSIVE]
     if timing and not findings.over:
         findings.enter("wait")
         with gate.alone():

@@ -41,6 +41,7 @@ class Job:
     rank: int = 0  # of the process that works on it
     scratch: Path | None = None  # a folder that is its own until it is done, for checkpoints
     cache: Path | None = None  # a folder that all jobs share
+    probes: tuple[str, ...] = ()  # that are taken, of those in the settings
 
     def at(self, places: Sequence[Place]) -> Job:
         """This job with the places of its ranks decided."""

@@ -143,13 +143,18 @@ def _settings(options: RunOptions, changes: Mapping[str, Any]) -> dict[str, Any]
 def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -> Iterator[Job]:
     """Every cell of a tier with what it takes to run it: models, then recipes, then seeds."""
     kind = placement.devices[0].name.partition(":")[0]
-    settings = tier.settings | {
-        "device": kind,  # which of several that are alike does not matter
-        "machine": placement.machine,
-        "host": environment.host(),
-        "threads": placement.threads,
-        "dtype": options.dtype or ("float32" if kind == "cpu" else None),
-    }
+    by_token = {"score_block": 1} if any(map(changes_caches, tier.recipes)) else {}
+    settings = (
+        by_token
+        | tier.settings
+        | {
+            "device": kind,  # which of several that are alike does not matter
+            "machine": placement.machine,
+            "host": environment.host(),
+            "threads": placement.threads,
+            "dtype": options.dtype or ("float32" if kind == "cpu" else None),
+        }
+    )
     places = tuple(Place(device.name, gate_file(device), device.visible) for device in placement.devices)
     models = tier.models if options.model is None else (options.model,)
     seeds = options.seeds or tier.seeds
@@ -172,22 +177,38 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
                     model=source.name,
                     data=data.shown,
                     seed=seed,
-                    settings=_settle(settings, recipe, alone),
+                    settings=_settle(settings, recipe),
                     digests=digests(recipe, settings["probes"], source.digest, data.digest),
                 )
                 scratch = options.folder / "scratch" / cell.identity
                 yield Job(
-                    cell, source, data, places, ranks=recipe.ranks, scratch=scratch, cache=options.folder / "cache"
+                    cell,
+                    source,
+                    data,
+                    places,
+                    ranks=recipe.ranks,
+                    scratch=scratch,
+                    cache=options.folder / "cache",
+                    probes=choose_probes(settings["probes"], recipe, alone),
                 )
 
 
-def _settle(settings: dict[str, Any], recipe: Recipe, crowded: bool) -> dict[str, Any]:
-    """Settings of one row: with the points of its grid, and without probes that time where ranks share cores."""
-    if recipe.grid:
-        settings = settings | {"tune": [str(Recipe("", steps)) for steps in recipe.grid]}
-    if crowded:
-        settings = settings | {"probes": [name for name in settings["probes"] if name not in probes.EXCLUSIVE]}
-    return settings
+def _settle(settings: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Settings of one row: with the points of its grid."""
+    return settings | ({"tune": [str(Recipe("", steps)) for steps in recipe.grid]} if recipe.grid else {})
+
+
+def changes_caches(recipe: Recipe) -> bool:
+    """Whether it is scored token by token, as then all rows beside it are."""
+    return any("cache" in step.touches for step in recipe.steps)
+
+
+def choose_probes(wanted: Sequence[str], recipe: Recipe, crowded: bool) -> tuple[str, ...]:
+    """The probes that say something of a row: those that see all that it changes, unless none does, and then they say
+    so; without those that time where ranks share cores."""
+    touched = frozenset[str]().union(*(step.touches for step in recipe.steps))
+    seeing = [name for name in wanted if touched <= probes.sees(name)]
+    return tuple(name for name in seeing or wanted if not (crowded and name in probes.EXCLUSIVE))
 
 
 def _check_positions(settings: Mapping[str, Any], source: Source) -> None:

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -49,7 +49,10 @@ class Settings:
     window: Annotated[int, Meta(ge=2)] | None = None  # tokens per window of perplexity
     stride: Count | None = None  # tokens from one window to the next; each scores its last so many; by default a window
     text_tokens: Count | None = None  # tokens of held-out text
-    score_block: Count | None = None  # tokens per forward pass after the context; by default all
+    score_block: Count | None = (
+        None  # tokens per forward pass after the context; by default all, or 1 beside rows that change caches
+    )
+    evict_at: Literal["prompt", "context"] | None = None  # caches settle before a prompt's last token, or its question
     memory_batch: Count | None = None  # sequences at a time where memory is measured
     memory_context: Count | None = None  # tokens before generation where memory is measured
     memory_new_tokens: Count | None = None  # tokens to generate where memory is measured

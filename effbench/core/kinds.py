@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effbench.core.method import BUILDERS, HOOKS, Alternatives, Method, Need
+from effbench.core.method import BUILDERS, HOOKS, Alternatives, Method, Need, Part
 from effbench.core.usage import matches_any
 from effbench.core.views import SiteKind  # the hints of a method's class are read
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence, Set
 
     from effbench.core.run import Run
-    from effbench.core.views import Block, Example, Layer, Module, Segments, SharedInput, Site, Slots, Tensor
+    from effbench.core.views import Block, Codec, Example, Layer, Module, Segments, SharedInput, Site, Slots, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,29 +170,63 @@ class Train(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Cache(Method):
-    """Keeps fewer cached tokens (`keep`), or stores them in fewer bits (`encode`, `decode`), during inference."""
+    """Keeps fewer cached tokens, or stores them in fewer bits, during inference.
 
-    must_define: ClassVar[Alternatives] = (("keep",), ("encode", "decode"))
+    Override `score` and `capacity` to evict (`Evict` has the usual capacities), `codecs` to encode, or set `reach`.
+    Everything is per layer and key-value head, and goes by the tokens of a row without its padding. A cache settles
+    after every forward pass but those that feed a part of the prompt: then methods evict, in their order, then the
+    oldest tokens are encoded.
+    """
 
-    def keep(self, layer: Slots) -> Tensor:
-        """Indices of the slots that stay, [B, Hkv, kept]."""
+    must_define: ClassVar[Alternatives] = (("score", "capacity"), ("codecs",), ("reach",))
+    evicts_later: ClassVar[bool] = True  # False: only once, where the prompt ends
+    observes: ClassVar[bool] = False  # True: `score` reads `mass`, which costs the fused attention
+
+    def open(self, run: Run) -> Any:
+        """What the caches of this run's plan need to know: a seed, trained parts. Handed to `score` as `state`."""
+        return None
+
+    def score(self, slots: Slots, state: Any) -> Tensor:
+        """[B, Hkv, S]: slots with the largest are kept."""
         raise NotImplementedError
 
-    def encode(self, keys: Tensor, values: Tensor) -> Any:
-        """Store keys and values [B, Hkv, T, D] in fewer bytes."""
+    def capacity(self, prompt: Tensor) -> Tensor:
+        """[B] slots that each head keeps, of the tokens [B] of the prompt (without one, of those seen so far)."""
         raise NotImplementedError
 
-    def decode(self, stored: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, T, D] of what `encode` stored."""
+    def recents(self, capacity: Tensor) -> Tensor:
+        """[B] how many of them are the newest tokens, whatever their score."""
+        return capacity * 0
+
+    def codecs(self) -> tuple[Codec | None, Codec | None]:
+        """How keys and how values are stored; None: as they are."""
         raise NotImplementedError
+
+    @property
+    def observed(self) -> int:
+        """Last queries of the prompt whose attention `score` reads as `votes`."""
+        return 0
+
+    @property
+    def reach(self) -> int | None:
+        """Newest tokens that a query sees, itself among them; None: all that are held."""
+        return None
 
     @property
     def evicts(self) -> bool:
         """Whether it keeps fewer tokens."""
-        return type(self).keep is not Cache.keep
+        return type(self).score is not Cache.score
+
+    @property
+    def touches(self) -> frozenset[Part]:
+        return super().touches | {"cache"}
 
     def slots(self) -> tuple[str, ...]:
-        return super().slots() + (("infer.encoder",) if type(self).encode is not Cache.encode else ())
+        own = (
+            ("infer.encoder", type(self).codecs is not Cache.codecs),
+            ("infer.reach", type(self).reach is not Cache.reach),
+        )
+        return super().slots() + tuple(slot for slot, writes in own if writes)
 
     def apply(self, run: Run) -> None:
         run.serve(self)
@@ -200,21 +234,66 @@ class Cache(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class Evict(Cache):
+    """Keeps a number of tokens, or a share of the prompt that is fixed where the prompt ends."""
+
+    must_define: ClassVar[Alternatives] = (("score",),)
+    usual: ClassVar[float] = 0.25  # share of the prompt where neither is given
+
+    budget: int | None = None  # tokens that each head keeps, all in all
+    keep: float | None = None  # share of the prompt's tokens that it keeps, in (0, 1]; None: the budget, else the usual
+
+    def check(self) -> None:
+        self.require(self.budget is None or self.keep is None, "give budget or keep, not both")
+        self.require(self.budget is None or self.budget >= 1, "budget must be at least 1")
+        self.require(self.keep is None or 0 < self.keep <= 1, "keep is a share of the prompt, in (0, 1]")
+
+    def capacity(self, prompt: Tensor) -> Tensor:
+        if self.budget is not None:
+            return prompt * 0 + self.budget
+        return (prompt * (self.usual if self.keep is None else self.keep)).round().long().clamp(min=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt(Method):
     """Shortens prompts before they reach the model."""
 
     must_define: ClassVar[Alternatives] = (("rewrite",),)
+    asks: ClassVar[bool] = False  # True: it reads the question, so that prompts without one are `unsupported`
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
-        """Segments with the same roles and fewer tokens."""
+        """Segments with the same roles and fewer tokens; the last token of a prompt stays whatever is said here.
+
+        Raises `Refused` for a prompt that is too short for what is asked.
+        """
         raise NotImplementedError
+
+    @property
+    def touches(self) -> frozenset[Part]:
+        return super().touches | {"prompt"}
 
     def apply(self, run: Run) -> None:
         run.serve(self)
         super().apply(run)
 
 
+@dataclasses.dataclass(frozen=True)
+class Shorten(Prompt):
+    """Keeps a share of what it may shorten, or more where answers would change too much."""
+
+    must_define: ClassVar[Alternatives] = (("rewrite",),)
+
+    keep: float = 0.5  # share of the tokens of the contexts that stay, in (0, 1]
+    bound: float | None = None  # KL of the answer, in nats a token, up to which it goes: `keep` grows by 0.1 until then
+
+    def check(self) -> None:
+        self.require(0 < self.keep <= 1, "keep is a share of the contexts, in (0, 1]")
+        self.require(self.bound is None or self.bound >= 0, "bound is a divergence in nats, at least 0")
+
+
 KINDS: dict[str, type[Method]] = {kind.__name__: kind for kind in (Select, Weights, Swap, Train, Cache, Prompt)}
+
+BASES: dict[str, type[Method]] = KINDS | {base.__name__: base for base in (Evict, Shorten)}  # of methods, by name
 
 
 def kind_of(method: type[Method]) -> str:

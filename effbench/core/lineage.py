@@ -1,10 +1,10 @@
-"""What a class of methods inherits, read from source: the classes above it, and the kind of method they make it."""
+"""What a class of methods inherits, read from source: the classes above it, and the base of methods they end in."""
 
 from __future__ import annotations
 
 import ast
 
-from effbench.core.kinds import KINDS
+from effbench.core.kinds import BASES
 from effbench.core.packages import module_file
 from effbench.core.source import Module, read_module
 
@@ -14,9 +14,10 @@ Lineage = list[tuple[ast.ClassDef, Module]]  # classes from the top down, each w
 
 
 def trace(node: ast.ClassDef, module: Module) -> tuple[Lineage, str | None]:
-    """A class behind those that it inherits from within the code of methods, and its kind; None where it has none.
+    """A class behind those that it inherits from within the code of methods, and the base of methods that it has: the
+    name of one in `BASES`, or `apply` for `Method` itself; None where it has none.
 
-    The kind is that of the first base that has one; bases without one, such as settings that classes share, count too.
+    It is that of the first class that has one; bases without one, such as settings that classes share, count too.
 
     Bases are followed however they are written (`Weights`, `kinds.Weights`, `_common.Base`) and from file to file.
     Raises `SyntaxError` for a file on the way that cannot be read.
@@ -26,12 +27,12 @@ def trace(node: ast.ClassDef, module: Module) -> tuple[Lineage, str | None]:
 
 def _trace_class(node: ast.ClassDef, module: Module, seen: frozenset[str]) -> tuple[Lineage, str | None]:
     lineage: Lineage = []
-    kind = None
+    root = None
     for base in reversed(node.bases):  # what the first base says stands
         above, found = _trace_name(ast.unparse(base), module, node.lineno, seen)
         lineage += above
-        kind = found or kind
-    return [*lineage, (node, module)], kind
+        root = found or root
+    return [*lineage, (node, module)], root
 
 
 def _trace_name(name: str, module: Module, before: float, seen: frozenset[str]) -> tuple[Lineage, str | None]:
@@ -43,7 +44,7 @@ def _trace_name(name: str, module: Module, before: float, seen: frozenset[str]) 
     target = module.imports.get(first, first) + dot + rest
     owner, _, attribute = target.rpartition(".")
     if owner in CONTRACT:
-        return [], "apply" if attribute == "Method" else attribute if attribute in KINDS else None
+        return [], "apply" if attribute == "Method" else attribute if attribute in BASES else None
     file = module_file(owner)
     if file is None or target in seen:
         return [], None

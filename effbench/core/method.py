@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from effbench.core.errors import Unsupported, Usage
 from effbench.core.packages import class_file, method_key, shorten
-from effbench.core.usage import PLAIN, convert, is_plain
+from effbench.core.usage import PLAIN, convert, is_plain, nearest
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -25,6 +25,14 @@ Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
 HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # each a chain of the train plan
 BUILDERS = ("optimizer", "sampler")  # hooks that write the slot of their name
 Output = Literal["logits", "hidden", "attention"]
+Part = Literal["cache", "attention", "prompt", "decoder"]  # of inference
+TRAIN_SLOTS = ("precision", "activations", "parallel", "optimizer", "sampler", "loss")  # of the train plan
+SLOTS: dict[str, Part] = {  # of the inference plan, and the part that each changes
+    "encoder": "cache",
+    "reach": "cache",
+    "rope": "attention",
+    "decoder": "decoder",
+}
 Alternatives = tuple[tuple[str, ...], ...]
 
 
@@ -76,6 +84,10 @@ class Method:
             hint = next((f"; it has {close[0]!r}: did you mean {name!r}?" for name, close in slips if close), "")
             calls = " or ".join(" and ".join(_call(base, name) for name in names) for names in lacking)
             raise Usage(f"{where} does not define {calls}{hint}")
+        known = {*(f"train.{slot}" for slot in TRAIN_SLOTS), *(f"infer.{slot}" for slot in SLOTS)}
+        for claim in cls.claims:
+            if claim not in known:
+                raise Usage(f"{where} claims {claim!r}, which nothing reads{nearest(claim, known)}")
         try:
             hints = _hints(cls)  # type: ignore[arg-type]
         except Exception as error:  # whatever an annotation raises that is no type
@@ -190,6 +202,16 @@ class Method:
     def slots(self) -> tuple[str, ...]:
         """All slots this method writes: those it declares, and what it builds."""
         return self.claims + tuple(f"train.{hook}" for hook in BUILDERS if self.overrides(hook))
+
+    @property
+    def touches(self) -> frozenset[Part]:
+        """The parts of inference that it changes."""
+        return frozenset(SLOTS[slot.removeprefix("infer.")] for slot in self.slots() if slot.startswith("infer."))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether its settings are those that change nothing."""
+        return self.identity is not None and all(getattr(self, name) == value for name, value in self.identity.items())
 
     @property
     def acts_in_fit(self) -> bool:

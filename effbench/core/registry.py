@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from effbench.core.errors import Usage
-from effbench.core.kinds import KINDS
+from effbench.core.kinds import BASES, KINDS, kind_of
 from effbench.core.lineage import trace
 from effbench.core.method import Method
 from effbench.core.packages import SHIPPED, absolute, method_line, package
@@ -114,8 +114,8 @@ def _family_entry(path: Path, root: Path) -> Entry:
 
 def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module) -> Entry:
     """What the source of a class says of a method."""
-    lineage, kind = trace(node, source)
-    parameters = dict(_kind_fields(kind)) if kind in KINDS else {}
+    lineage, base = trace(node, source)
+    parameters = dict(_base_fields(base)) if base in BASES else {}
     facts: dict[str, Any] = {}
     for ancestor, module in lineage:
         parameters |= read_fields(ancestor, module)
@@ -130,7 +130,7 @@ def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module
     return Entry(
         key=key,
         family=family,
-        kind=kind or "apply",
+        kind=kind_of(BASES[base]) if base in BASES else "apply",
         paper=facts.pop("paper", ""),
         summary=(ast.get_docstring(source.tree) or "").partition("\n")[0],
         about=ast.get_docstring(node) or "",
@@ -143,9 +143,9 @@ def _entry(key: str, family: str, path: Path, node: ast.ClassDef, source: Module
 
 
 @functools.cache
-def _kind_fields(kind: str) -> dict[str, Parameter]:
-    """The fields that all methods of a kind have."""
-    return document_fields(KINDS[kind])
+def _base_fields(base: str) -> dict[str, Parameter]:
+    """The fields that all methods with a base have."""
+    return document_fields(BASES[base])
 
 
 def entry(key: str) -> Entry:

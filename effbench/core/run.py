@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar
 
 from effbench.core.errors import Conflict
-from effbench.core.method import HOOKS
+from effbench.core.method import HOOKS, SLOTS, TRAIN_SLOTS, Part
 from effbench.core.plain import plain
 
 if TYPE_CHECKING:
-    from effbench.core.kinds import Swap
+    from effbench.core.kinds import Cache, Swap
     from effbench.core.method import Method
     from effbench.core.views import Data, Device, Module, Segments, Tensor
 
@@ -48,6 +48,10 @@ class Plan:
     def slot(self, slot: str, default: Any = None) -> Any:
         """The value in a slot, or `default`."""
         return self._slots[slot][0] if slot in self._slots else default
+
+    def owner(self, slot: str) -> Method | None:
+        """The method that wrote a slot."""
+        return self._slots[slot][1] if slot in self._slots else None
 
     def chain(self, name: str) -> list[Any]:
         """An ordered chain; methods append to it."""
@@ -84,26 +88,55 @@ class TrainPlan(Plan):
     """
 
     name = "train"
-    slots = ("precision", "activations", "parallel", "optimizer", "sampler", "loss")
+    slots = TRAIN_SLOTS
     chains = HOOKS
 
 
 class InferPlan(Plan):
     """How scoring and generation go; lives until the probes are done.
 
-    Slots: `rope` rotates keys that were cached unrotated, `encoder` stores keys and values in fewer bytes. Chains:
-    `cache_keep` evicts, `prompt` rewrites prompts, `attend_*` see or change attention, as `effbench.nn.model.attention`
-    says.
+    Slots: `rope` says where cached keys are rotated to, `encoder` stores keys and values in fewer bytes, `reach` bounds
+    how far back queries see, `decoder` generates. Chains: `cache_keep` evicts, `prompt` rewrites prompts,
+    `attend_observe` sees attention weights, as `effbench.nn.model.attention` says.
     """
 
     name = "infer"
-    slots = ("rope", "encoder")
-    chains = ("cache_keep", "prompt", "attend_mask", "attend_observe")
+    slots = tuple(SLOTS)
+    chains = ("cache_keep", "prompt", "attend_observe")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._states: dict[int, Any] = {}
+        self.acted: set[int] = set()  # methods that have changed something since it was last emptied, by identity
+
+    def act(self, method: Any) -> None:
+        """Take note that a method has evicted, encoded, shortened or generated something."""
+        self.acted.add(id(method))
+
+    @property
+    def idle(self) -> list[Method]:
+        """Methods that have changed nothing since `acted` was emptied."""
+        return [method for method in self.methods if id(method) not in self.acted and hasattr(method, "touches")]
+
+    def open(self, method: Cache, run: Run) -> None:
+        """Have a method prepare what its caches need to know."""
+        self._states[id(method)] = method.open(run)
+
+    def state(self, method: Cache) -> Any:
+        """What `open` of a method returned."""
+        return self._states[id(method)]
 
     @property
     def streams(self) -> bool:
-        """Whether cached tokens are evicted or encoded, so that scoring has to go token by token."""
-        return bool(self.chain("cache_keep")) or self.slot("encoder") is not None
+        """Whether caches are not the model's own, so that scoring has to go token by token."""
+        return bool(self.chain("cache_keep")) or any(self.slot(name) is not None for name in ("encoder", "reach"))
+
+    @property
+    def touches(self) -> frozenset[Part]:
+        """The parts of inference that it changes."""
+        chains: dict[Part, bool] = {"cache": bool(self.chain("cache_keep")), "prompt": bool(self.chain("prompt"))}
+        written = {SLOTS[slot] for slot in self.slots if self.slot(slot) is not None}
+        return frozenset(written.union(part for part, is_changed in chains.items() if is_changed))
 
 
 def conflict(slot: str, first: str, second: str) -> str:
@@ -308,11 +341,10 @@ class Run(abc.ABC):
         value: T = self._shared[key]
         return value
 
+    @abc.abstractmethod
     def rewrite(self, segments: Segments) -> Segments:
-        """A prompt after the plan's prompt methods, in their order."""
-        for method in self.infer.chain("prompt"):
-            segments = method.rewrite(segments, self)
-        return segments
+        """A prompt after the plan's prompt methods, in their order. Raises `Unsupported` for one that they cannot take
+        because it is not divided."""
 
     # What kinds and fits ask for.
 

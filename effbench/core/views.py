@@ -52,23 +52,67 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """A prompt by its parts, so that compression knows what it may shorten."""
+    """A prompt by its parts, so that compression knows what it may shorten; joined as they are they are the prompt.
 
+    A part ends with the white space that stands behind it, and begins with words of the template that lead to it.
+    """
+
+    system: str = ""
     instruction: str = ""
-    context: str = ""
+    contexts: tuple[str, ...] = ()  # documents, or examples of the task with their answers
     question: str = ""
-    separator: str = ""
+    whole: bool = False  # the prompt could not be divided: all of it is the one context
 
     @classmethod
-    def of(cls, document: Mapping[str, Any], prompt: str) -> Segments:
-        """The parts of a task's prompt where its document names them; else all of it counts as context."""
-        parts = {role: str(document.get(role) or "") for role in ("instruction", "context", "question")}
-        named = cls(**parts, separator=" ")
-        return named if named.text() == prompt else cls(context=prompt)
+    def divide(cls, prompt: str, named: Mapping[str, Any], examples: Sequence[str] = ()) -> Segments:
+        """A prompt by its named parts, found in it in the order `system, instruction, contexts` or `context, question`.
+
+        `examples` stand in front of all but the system prompt and are contexts, too. What stands between two parts
+        belongs to the second, if it is more than white space, and what stands behind the question to it.
+        """
+        contexts = named.get("contexts") or named.get("context") or ()
+        contexts = [contexts] if isinstance(contexts, str) else list(contexts)
+        # behind examples an instruction leads to the context that follows it
+        own = [
+            ("instruction", None if examples else named.get("instruction")),
+            *(("contexts", text) for text in contexts),
+        ]
+        order = [("system", named.get("system")), *(("contexts", text) for text in examples), *own]
+        wanted = [(role, str(text or "").strip()) for role, text in (*order, ("question", named.get("question")))]
+        found: list[tuple[str, int]] = []  # role and where the part ends
+        place = 0
+        for role, text in wanted:
+            if not text:
+                continue
+            begin = prompt.find(text, place)
+            if begin < 0:
+                return cls(contexts=(prompt,), whole=True)
+            place = begin + len(text)
+            found.append((role, place))
+        if not found or (prompt[place:].strip() and found[-1][0] != "question"):
+            return cls(contexts=(prompt,), whole=True)
+        parts: dict[str, list[str]] = {}
+        start = 0
+        for i, (role, end) in enumerate(found):
+            while end < len(prompt) and prompt[end].isspace():
+                end += 1
+            parts.setdefault(role, []).append(prompt[start : end if i + 1 < len(found) else len(prompt)])
+            start = end
+        system, instruction, question = ("".join(parts.get(role, ())) for role in ("system", "instruction", "question"))
+        return cls(system, instruction, tuple(parts.get("contexts", ())), question)
 
     def text(self) -> str:
         """The prompt as the model reads it."""
-        return self.separator.join(part for part in (self.instruction, self.context, self.question) if part)
+        return "".join((self.system, self.instruction, *self.contexts, self.question))
+
+    def with_contexts(self, contexts: Sequence[str]) -> Segments:
+        """The same with other contexts, one for each; each keeps the white space that stood behind the old one.
+
+        An empty one goes, with its white space.
+        """
+        pairs = zip(self.contexts, contexts, strict=True)
+        kept = tuple(new.strip() + old[len(old.rstrip()) :] for old, new in pairs if new.strip())
+        return dataclasses.replace(self, contexts=kept)
 
 
 class Data(Protocol):
@@ -193,28 +237,34 @@ class Block(Protocol):
         """The linears named by `shared` that may be compressed."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How keys, or values, are stored in fewer bytes. Its functions look at units, each by itself: [N, K, unit, D].
+
+    A row's tokens are encoded in their order, `flush` at a time, when there are more than `retain` of them in front.
+    """
+
+    encode: Callable[[Tensor], tuple[Tensor, ...]]  # units to tensors [N, K, ...], of which all are counted
+    decode: Callable[[tuple[Tensor, ...], int], Tensor]  # and back, to entries of that width D
+    unit: int = 1  # tokens that are encoded together
+    flush: int = 1  # tokens that are encoded at a time, a multiple of `unit`
+    retain: int = 0  # newest tokens that stay as they are
+
+
 @dataclasses.dataclass
 class Slots:
-    """What one layer's cache holds. Tensors are [B, Hkv, T, D] for keys and values, [B, Hkv, T] for the rest."""
+    """What one layer's cache holds, as a method that evicts sees it; a slot is a token of a head of keys and values.
+
+    Tensors are [B, Hkv, S] and float32 unless said otherwise; rows may hold unlike numbers of slots, and slots that
+    are not `valid` mean nothing.
+    """
 
     layer: int
-    keys: Tensor
-    values: Tensor
-    position: Tensor  # where the token stood
-    valid: Tensor  # False for padding
-    mass: Tensor  # attention received so far, float32
-    seen: int  # tokens ever offered
-    prefill: bool  # True at the first settling
-
-    def gather(self, indices: Tensor) -> Slots:
-        """The slots at `indices` [B, Hkv, kept], in ascending order."""
-        indices = indices.sort(-1).values
-        wide = indices.unsqueeze(-1).expand(*indices.shape, self.keys.shape[-1])
-        return dataclasses.replace(
-            self,
-            keys=self.keys.gather(2, wide),
-            values=self.values.gather(2, wide),
-            position=self.position.gather(2, indices),
-            valid=self.valid.gather(2, indices),
-            mass=self.mass.gather(2, indices),
-        )
+    position: Tensor  # where the token stands among those of its row, int
+    valid: Tensor  # bool
+    seen: Tensor  # [B] tokens ever offered, padding not counted, int
+    prompt: Tensor  # [B] those of the prompt; where there is none, those seen
+    capacity: Tensor  # [B] slots that are to be left, int
+    first: bool  # whether the prompt has just ended
+    mass: Tensor | None = None  # attention received so far, where the method `observes` it
+    votes: Tensor | None = None  # [B, Hkv, W, S] attention that the last W queries of the prompt pay, oldest first

@@ -260,7 +260,7 @@ class Data:
         ids = (*prompt, *self._encode(document.text[cut_at:]), *([] if end is None else [end]))
         name, learned_from = document.name or str(number), 0 if document.prompt is None else len(prompt)
         meta = document.meta or {}
-        segments = None if document.prompt is None else Segments.of(meta, document.text[:cut_at])
+        segments = None if document.prompt is None else Segments.divide(document.text[:cut_at], meta)
         return Example(name, ids, learned_from, document.text, meta, segments=segments)
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -411,7 +411,8 @@ def _open(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
         data = Data("tiny", _make(_write, TINY), tokenizer, width=width, made=True)
         data.tasks, data.task_paths = ("tiny",), source.task_folders
         if source.name != "tiny":
-            data.learn_from(Data(source.name, _make(_ask, TASK), tokenizer, width=width, made=True))
+            write = _question if source.name == "tiny:questions" else _ask
+            data.learn_from(Data(source.name, _make(write, TASK), tokenizer, width=width, made=True))
         return data
     if source.kind == "hub":
         return _open_hub(source, option, tokenizer, width)
@@ -439,6 +440,16 @@ def _ask(part: str, number: int) -> list[Document]:
     """Examples of the new task in it."""
     asked = enumerate(tiny.ask(part, number))
     return [Document(prompt + answer, f"{part}/{i}", len(prompt)) for i, (prompt, answer) in asked]
+
+
+def _question(part: str, number: int) -> list[Document]:
+    """Questions over several contexts, in the form of the tasks."""
+    documents = []
+    for i, asked in enumerate(tiny.ask_about(part, number)):
+        prompt = " ".join([asked.instruction, *asked.contexts, asked.question])
+        meta = {"instruction": asked.instruction, "contexts": asked.contexts, "question": asked.question}
+        documents.append(Document(f"{prompt} {asked.answer}.", f"{part}/{i}", len(prompt), meta))
+    return documents
 
 
 def _open_hub(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:

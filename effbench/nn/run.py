@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from effbench.core.kinds import Swap
     from effbench.core.method import Method
+    from effbench.core.views import Segments
     from effbench.nn.train.outputs import Roles
     from effbench.sources import Source
 
@@ -186,6 +187,14 @@ class ModelRun(Run):
         choose_adapter(self.model, name)
         self._shared.clear()
 
+    def rewrite(self, segments: Segments) -> Segments:
+        for method in self.infer.chain("prompt"):
+            short = importlib.import_module(service(kind_of(type(method)))).rewrite(self, method, segments)
+            if short != segments:
+                self.infer.act(method)
+            segments = short
+        return segments
+
     def snapshot(self, name: str) -> None:
         if name in ("reference", "model"):
             raise Usage(f"a snapshot cannot be called {name!r}: that role is taken")
@@ -232,7 +241,8 @@ class ModelRun(Run):
             if isinstance(module, Replaced):
                 replace(self.model, path, module.pack(self.storage))
         narrow(self.model, self.storage)
-        changed = not self.infer.empty or self.log.selected or take_fingerprint(self.model) != self._before
+        planned = not all(method.is_identity for method in self.infer.methods)
+        changed = planned or self.log.selected or take_fingerprint(self.model) != self._before
         if not (changed or recipe_is_empty):
             raise Refused("the recipe changed nothing: the model is bit for bit what it was")
 

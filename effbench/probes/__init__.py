@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from effbench.core.errors import Usage
+from effbench.core.errors import Refused, Usage
 from effbench.core.usage import nearest
 from effbench.records.metric import Finding, Metric
 
@@ -60,11 +60,22 @@ def take(name: str, run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         raise Usage(f"unknown probe {name!r}{nearest(name, names())}")
     from effbench.nn.model.decoded import decoded  # here, as it imports torch
 
+    run.infer.acted.clear()
+    unseen = sorted(run.infer.touches - sees(name))
+    if unseen:
+        raise Refused(f"{name} does not see what the recipe changes: {', '.join(unseen)}")
     with decoded(run.model) if name in QUALITY else contextlib.nullcontext(False) as any_decoded:
         if any_decoded:
             run.log.decoded.append(name)
         reading: Reading = importlib.import_module(f"{__name__}.{name}").take(run, settings)
     return reading
+
+
+@functools.cache
+def sees(name: str) -> frozenset[str]:
+    """What of a run the numbers of a probe depend on; of a recipe that changes something else it says nothing."""
+    line = next(line for line in _declared()[name] if line.startswith("SEES = "))
+    return frozenset(ast.literal_eval(line.removeprefix("SEES = ")))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from effbench.core.views import Example
 from effbench.nn.infer.engine import Engine, open_engine
 from effbench.probes import Reading
-from effbench.probes.inputs import require_quality
+from effbench.probes.inputs import require_effect, require_quality
 from effbench.stats import intervals
 
 if TYPE_CHECKING:
@@ -19,10 +19,14 @@ ROWS = 32  # prompts at a time
 
 QUALITY = True
 TASK = True
+SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """`completion_nll` and `completion_exact` over held-out examples with prompts; nothing where the data have none."""
+    """`completion_nll` and `completion_exact` over held-out examples with prompts; nothing where the data have none.
+
+    Raises `Refused` for a step that changed nothing of them.
+    """
     require_quality(run)
     reading = Reading()
     examples = [example for example in run.data.unseen if example.prompt][: settings.get("limit") or ITEMS]
@@ -35,6 +39,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     nll = intervals.mean(losses)
     reading.add("completion_nll", nll, f"{how}; mean over examples of nats a token of the answer, its end included")
     right = find_exact(engine, pairs)
+    require_effect(run, run.infer.touches)
     exact = intervals.fraction(right)
     reading.add("completion_exact", exact, f"{how}; greedy answers that are the same token for token, up to the end")
     reading.samples |= {"completion_nll": losses, "completion_exact": right}

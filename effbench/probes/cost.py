@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 
+SEES = {"weights", "cache", "attention", "prompt", "decoder"}
+
+
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`apply_seconds`, `apply_peak_<kind>_bytes` for every kind of peak that was seen, `calibration_tokens`."""
     steps = run.log.steps

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from effbench.core.errors import Diverged, Refused
+from effbench.core.errors import Diverged
+from effbench.nn.infer.answers import divergence
 from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
-from effbench.probes.inputs import predict, predictions, windows
+from effbench.probes.inputs import predict, predictions, score_block, windows
 from effbench.records.metric import Metric
 from effbench.stats import intervals
 
@@ -25,18 +26,18 @@ if TYPE_CHECKING:
 
 QUALITY = True
 WINDOWED = True
+SEES = {"weights", "cache", "attention"}
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`kl_nats_per_token` (reference || model), `top1_agreement` and `flips` as fractions of tokens."""
-    if run.infer.streams:
-        raise Refused("KL is taken in one block, in which a cache that evicts or encodes is never read")
     text = windows(run, settings)
+    block, spelled = score_block(run, settings)
     kl: list[list[float]] = [[] for _ in text.ids]
     changed: list[list[bool]] = [[] for _ in text.ids]
     with torch.inference_mode():
-        references = predict(open_engine(run, run.reference), text)
-        for ours, theirs in zip(predictions(run, text), references, strict=True):
+        references = predict(open_engine(run, run.reference), text, block)
+        for ours, theirs in zip(predictions(run, text, block), references, strict=True):
             apart, flips = compare(theirs.logits, ours.logits)
             kl[ours.window] += apart.tolist()
             changed[ours.window] += flips.tolist()
@@ -45,7 +46,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     if lost:
         raise Diverged(f"the KL divergence is not finite in {lost} of {len(divergence)} windows")
     reading = Reading(samples={"kl_nats_per_token": divergence, "flips": flipped})
-    how = "oneblock.float32-softmax"
+    how = f"{spelled}.float32-softmax"
     kl_mean, flips_mean = intervals.mean(divergence), _within(intervals.mean(flipped))
     agreement = Metric(
         1 - flips_mean.value,
@@ -61,10 +62,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 def compare(reference: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
     """From logits [N, V]: KL(reference || model) in nats [N], whether the most likely token changed [N]."""
-    p, q = reference.float().log_softmax(-1), model.float().log_softmax(-1)
-    # where p is 0 the term is 0, even against q = 0
-    terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
-    return terms.sum(-1).double(), p.argmax(-1) != q.argmax(-1)
+    return divergence(reference, model), reference.argmax(-1) != model.argmax(-1)
 
 
 def _within(share: Metric) -> Metric:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 EXCLUSIVE = True
+SEES = {"weights", "cache", "attention"}
 POINTED = True
 
 SECONDS = 5.0  # the counter moves about every 100 ms

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 
+SEES = {"weights", "cache", "attention"}
+
 CONTEXT = 128  # where the settings do not say
 
 
@@ -27,11 +29,12 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     context = min(settings.get("flops_context") or CONTEXT, engine.max_length - 1)
     ids = random_ids(run, 1, context)
     with torch.inference_mode():
-        scoring = count_flops(lambda: engine.logits(ids))
         state = engine.prefill(ids)
         decoding = count_flops(lambda: engine.decode(state))
     counter = "torch FlopCounterMode, a multiply-add is 2, attention counted as if unmasked"
-    reading.add(f"score_flops_per_token_c{context}", scoring / context, f"{counter}; {context} tokens at once")
+    if not run.infer.streams:  # at once no cache is read
+        scoring = count_flops(lambda: engine.logits(ids))
+        reading.add(f"score_flops_per_token_c{context}", scoring / context, f"{counter}; {context} tokens at once")
     reading.add(f"decode_flops_per_token_c{context}", decoding, f"{counter}; one token after {context}")
     weights = sum(elements(module) for _, module in top_linears(run.model))
     reading.add("flops_2d", 2 * weights, "2 x entries of all linears with the head, as if dense, per token")

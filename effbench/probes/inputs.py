@@ -16,6 +16,7 @@ from effbench.nn.infer.engine import Engine, open_engine, score_targets
 from effbench.sources.protocols import TEXT_TOKENS, WINDOW
 
 if TYPE_CHECKING:
+    from effbench.core.method import Part
     from effbench.nn.run import ModelRun
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in one forward pass
@@ -42,6 +43,19 @@ def require_quality(run: ModelRun) -> None:
         raise Unsupported("the model comes without a tokenizer: give tokenizer=")
 
 
+def require_effect(run: ModelRun, parts: frozenset[Part]) -> None:
+    """Raise `Refused` for a step of the recipe that has changed nothing, of those that change these parts of inference.
+
+    The plan's notes are emptied before a probe begins.
+    """
+    idle = [method.label for method in run.infer.idle if method.touches & parts]
+    if idle:
+        raise Refused(
+            f"{', '.join(idle)} changed nothing of what was measured: prompts are shorter than what it keeps, "
+            "or nothing was generated"
+        )
+
+
 def slow(run: ModelRun) -> bool:
     """A real shape on a processor: billions of weights, seconds per call."""
     return run.source.kind == "shape" and run.device.type == "cpu"
@@ -51,14 +65,15 @@ def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
     """Cut the held-out text: settings `window`, `stride`, `text_tokens` and `limit` (windows).
 
     Windows that overlap score their last `stride` tokens each, so that every token has at least the rest of the window
-    for context; disjoint ones score all but the first. Data that follow a paper bring their own window and are measured
-    whole, where the settings do not say.
+    for context; disjoint ones score all but the first, or where scoring goes by blocks the second half, so that caches
+    have settled when it is scored. Data that follow a paper bring their own window and
+    are measured whole, where the settings do not say.
     """
     require_quality(run)
-    positions = open_engine(run).max_length
-    width = settings.get("window") or min(run.data.window or WINDOW, positions)
-    if not 2 <= width <= positions:
-        raise Unsupported(f"the window is {width} tokens, the model takes 2 to {positions}")
+    engine = open_engine(run)
+    width = settings.get("window") or min(run.data.window or WINDOW, engine.max_length)
+    if width < 2 or (engine.room is not None and width > engine.room):
+        raise Unsupported(f"the window is {width} tokens, the model takes 2 to {engine.room or 'any number'}")
     stride = settings.get("stride") or width
     if stride > width:
         raise Unsupported(
@@ -73,9 +88,13 @@ def windows(run: ModelRun, settings: Mapping[str, Any]) -> Windows:
             f"the held-out text has {len(ids)} tokens, the window {width}: more text, or a smaller window"
         )
     cut = ids.unfold(0, width, stride)[: settings.get("limit")]
-    scored = "first-of-window-unscored" if stride == width else f"last{stride}-of-window-scored"
+    first = 1 if stride == width else width - stride
+    if stride == width and score_block(run, settings)[0] is not None:
+        first = width // 2
+    whole = stride == width and first == 1
+    scored = "first-of-window-unscored" if whole else f"last{width - first}-of-window-scored"
     name = f"token.window{width}.stride{stride}.windows{len(cut)}.{scored}"
-    return Windows(cut, 1 if stride == width else width - stride, name, run.data.protocol)
+    return Windows(cut, first, name, run.data.protocol)
 
 
 class Slice(NamedTuple):
@@ -91,8 +110,19 @@ class Slice(NamedTuple):
         return score_targets(self.logits, self.targets, rows)[0].tolist()
 
 
-def predict(engine: Engine, text: Windows) -> Iterator[Slice]:
-    """Predictions of all that is scored, window by window in one block each, a slice at a time."""
+def predict(engine: Engine, text: Windows, block: int | None = None) -> Iterator[Slice]:
+    """Predictions of all that is scored, window by window in one block each, a slice at a time.
+
+    With a `block` of so many tokens, what stands before the first that is scored is a prompt, and the rest follows it.
+    """
+    if block is not None:
+        pairs = [(ids[: text.first], ids[text.first :]) for ids in text.ids.tolist()]
+        for window, states in engine.stream(pairs, block, BATCH_TOKENS[engine.device.type]):
+            targets = torch.tensor(pairs[window][1], device=engine.device)
+            for logits in engine.slice_logits(states):
+                yield Slice(window, targets[: len(logits)], logits)
+                targets = targets[len(logits) :]
+        return
     size = max(1, BATCH_TOKENS[engine.device.type] // text.ids.shape[1])
     hidden = itertools.chain.from_iterable(map(engine.hidden, text.ids.split(size)))
     for window, (ids, states) in enumerate(zip(text.ids.to(engine.device), hidden, strict=True)):
@@ -102,19 +132,25 @@ def predict(engine: Engine, text: Windows) -> Iterator[Slice]:
             targets = targets[len(logits) :]
 
 
-def predictions(run: ModelRun, text: Windows) -> Iterator[Slice]:
+def predictions(run: ModelRun, text: Windows, block: int | None) -> Iterator[Slice]:
     """What the model of the run predicts; when all was taken, its likelihoods are shared with `nll`."""
     scored: list[tuple[int, list[float]]] = []
-    for part in predict(open_engine(run), text):
+    for part in predict(open_engine(run), text, block):
         scored.append((part.window, part.logprobs()))
         yield part
-    run.share(("nll", text.cut, text.text), lambda: _average(scored))
+    require_effect(run, frozenset({"cache", "attention"}))
+    run.share(("nll", text.cut, text.text, block), lambda: _average(scored))
 
 
-def nll(run: ModelRun, text: Windows) -> list[float]:
-    """Mean negative log-likelihood of every window in one block, in nats per token."""
-    scored = ((part.window, part.logprobs()) for part in predict(open_engine(run), text))
-    return run.share(("nll", text.cut, text.text), lambda: _average(scored))
+def nll(run: ModelRun, text: Windows, block: int | None) -> list[float]:
+    """Mean negative log-likelihood of every window, in nats per token."""
+
+    def compute() -> list[float]:
+        values = _average((part.window, part.logprobs()) for part in predict(open_engine(run), text, block))
+        require_effect(run, frozenset({"cache", "attention"}))
+        return values
+
+    return run.share(("nll", text.cut, text.text, block), compute)
 
 
 def _average(scored: Iterable[tuple[int, list[float]]]) -> list[float]:

@@ -13,12 +13,14 @@ from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.linear import Replaced, Storage, stored_as, stored_bytes, top_linears
 from effbench.nn.model.sparsity import measure_sparsity
 from effbench.probes import Reading
-from effbench.probes.inputs import random_ids, slow
+from effbench.probes.inputs import random_ids, score_block, slow
 from effbench.records.metric import Finding
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
+
+SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 
 BATCH, CONTEXT, NEW_TOKENS = 4, 256, 16  # where the settings do not say
 
@@ -93,15 +95,19 @@ def _peaks(run: ModelRun, settings: Mapping[str, Any], reading: Reading) -> None
     new = min(settings.get("memory_new_tokens") or (2 if slow(run) else NEW_TOKENS), engine.max_length // 2)
     context = min(settings.get("memory_context") or CONTEXT, engine.max_length - new)
     prompts = random_ids(run, batch, context).tolist()
+    block, spelled = score_block(run, settings)
+    first = 1 if block is None else context // 2
     with torch.inference_mode():
-        engine.score([(prompts[0][:1], prompts[0][1:])])  # pages in what is mapped and compiles what is lazy
+        engine.score(
+            [(prompts[0][:1], prompts[0][1:])], block=block
+        )  # pages in what is mapped and compiles what is lazy
         with PeakMemory(run.device) as scoring:
-            engine.score([(prompt[:1], prompt[1:]) for prompt in prompts], batch_tokens=batch * context)
+            engine.score([(prompt[:first], prompt[first:]) for prompt in prompts], block, batch * context)
         with PeakMemory(run.device) as generating:
             engine.generate(prompts, new, set())
     shape = f"batch {batch}, context {context}, random tokens; high-water mark minus start, models resident"
     for verb, peak, what in (
-        ("score", scoring, f"one batch scored, {shape}"),
+        ("score", scoring, f"one batch scored, {spelled} after {first}, {shape}"),
         ("generate", generating, f"{new} tokens generated, {shape}"),
     ):
         for kind, value in peak.bytes.items():

@@ -5,15 +5,12 @@ lm-eval's response cache is never used: its key does not name the model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import logging
 import math
+import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval import evaluator
@@ -21,15 +18,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from effbench.core.errors import Diverged, Refused, Unsupported, first_line
-from effbench.core.usage import nearest
-from effbench.core.views import Segments
+from effbench.core.errors import Diverged, Refused, Unsupported
+from effbench.core.method import Part
 from effbench.nn.files.checkpoint import stop_ids
-from effbench.nn.infer.engine import open_engine
+from effbench.nn.infer.engine import Use, open_engine
 from effbench.probes import Reading
-from effbench.probes.inputs import require_quality, score_block
-from effbench.records.metric import Metric
-from effbench.sources.tasks import index_tasks
+from effbench.probes.inputs import require_effect, require_quality, score_block
+from effbench.probes.lm_tasks import load, quiet
+from effbench.probes.prompts import Ask, Asker, EvictAt
+from effbench.records.metric import Finding, Metric
 from effbench.stats import intervals
 
 if TYPE_CHECKING:
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 
-FEWSHOT_SEED = 1234  # lm-eval's own default
 GENERATED = 16  # prompts in one batch
 PERPLEXITIES = {  # metric of lm-eval: our name, what its mean becomes
     "word_perplexity": ("word_ppl", lambda mean: intervals.exp(-mean)),
@@ -51,6 +47,7 @@ HEADLINE = ("acc", "exact_match")  # what counts as a task's accuracy, first fou
 
 QUALITY = True
 TASK = True
+SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
@@ -58,62 +55,93 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
     The setting `limit` takes the first items of every task, so that recipes stay comparable item by item; the
     samples hold the results in the order of the items. A task whose data cannot be had is a failure of the reading, and
-    costs its own numbers and `tasks_acc`.
+    costs its own numbers and `tasks_acc`. So is a task in which nothing that was scored met what the plan changes; it
+    keeps its numbers, is marked, and counts for no mean. Where that is so of all, raises `Refused`.
     """
     require_quality(run)
     wanted = list(settings.get("tasks") or run.data.tasks)
     reading = Reading()
     if not wanted:
         return reading
-    engine = open_engine(run)
-    lm = EngineLM(engine, run.tokenizer, *score_block(run, settings))
-    lm.rewrite = run.rewrite if run.infer.chain("prompt") else None
-    lm.chats = bool(settings.get("chat_template"))
-    if lm.chats and run.tokenizer.chat_template is None:
-        raise Unsupported("chat_template: the model's tokenizer has none")
+    lm = EngineLM(run, settings)
     with quiet():
         tasks, reading.failures = load(wanted, run.data.task_paths)
         if not tasks["tasks"]:
             return reading
+        lm.tasks = tasks["tasks"]
         limit = settings.get("limit")
         evaluated = evaluator.evaluate(
             lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=lm.chats
         )
-    engine.verify()
     width = str(next(run.model.parameters()).dtype).removeprefix("torch.")
-    findings = {"cut_contexts": lm.truncated} if lm.truncated else {}  # of all tasks together
+    require_effect(run, run.infer.touches)
+    exercised = [name for name in sorted(tasks["tasks"]) if lm.met[name].exercised(run.infer.touches)]
     for name, task in sorted(tasks["tasks"].items()):
         how = f"lm-eval {metadata.version('lm_eval')}, {width}, {lm.protocol(task)}"
-        _report(reading, name, task, evaluated["samples"][name], evaluated["results"][name], how, findings)
+        items, met = evaluated["samples"][name], lm.met[name]
+        findings: dict[str, Finding] = {"cut_contexts": len(met.cut)} if met.cut else {}
+        if name not in exercised:
+            findings["not_exercised"] = True
+        _report(reading, name, task, items, evaluated["results"][name], how, findings, lm.suffix)
+        _report_met(reading, name, met, how, through_cache=lm.block is not None)
+        if met.cut:
+            documents = list(dict.fromkeys(int(item["doc_id"]) for item in items))
+            reading.samples[f"{name}_cut"] = [int(number in met.cut) for number in sorted(documents)]
+    for part in ("cache_kept", "cache_bytes_per_token"):
+        values = [reading.metrics[key].value for name in exercised if (key := f"{name}_{part}") in reading.metrics]
+        if values:
+            reading.add(part, statistics.fmean(values), f"mean over the tasks {', '.join(exercised)}, each alike")
     if not reading.failures:
-        _mean(reading, sorted(tasks["tasks"]))
-    if lm.rewrites:
-        before, after = (
-            sum(len(lm.tok_encode(text)) for text in part) for part in zip(*lm.rewrites.items(), strict=True)
-        )
-        reading.add(
-            "prompt_kept",
-            Metric(after / before, n=len(lm.rewrites)),
-            "tokens of all prompts after over before",
-        )
+        _mean(reading, exercised, lm.suffix, unmet=len(exercised) < len(tasks["tasks"]))
     return reading
 
 
-class EngineLM(TemplateLM):  # type: ignore[misc]
-    """lm-eval's view of an engine. Tokens are cut as lm-eval's own Hugging Face model cuts them."""
+@dataclasses.dataclass
+class Met:
+    """What the items of one task met of a plan."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, block: int | None, spelled: str) -> None:
+    asks: dict[int, Ask] = dataclasses.field(default_factory=dict)  # prompts by document
+    uses: list[Use] = dataclasses.field(default_factory=list)  # what scored and generated tokens were read from
+    cut: set[int] = dataclasses.field(default_factory=set)  # documents whose prompt lost its beginning
+    generated: bool = False
+
+    def exercised(self, touched: frozenset[Part]) -> bool:
+        """Whether anything that was scored or generated met one of the parts that a plan touches, if it touches any."""
+        met = {
+            "cache": any(use.changed for use in self.uses),
+            "prompt": any(ask.shortened for ask in self.asks.values()),
+            "decoder": self.generated,
+        }
+        met["attention"] = met["cache"]  # where keys are rotated to shows once some of them are gone
+        return not touched or any(met[part] for part in touched)
+
+
+class EngineLM(TemplateLM):  # type: ignore[misc]
+    """lm-eval's view of the engine of a run. Tokens are cut as lm-eval's own Hugging Face model cuts them."""
+
+    def __init__(self, run: ModelRun, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.block, self.spelled = block, spelled
-        self.truncated = 0  # contexts that lost their beginning
+        self.engine: Engine = open_engine(run)
+        self.tokenizer = run.tokenizer
+        self.block, self.spelled = score_block(run, settings)
+        self.evict_at: EvictAt = settings.get("evict_at") or "prompt"
+        self.tasks: Mapping[str, Any] = {}  # of lm-eval, by name
+        self.met: dict[str, Met] = defaultdict(Met)
         self.generation: dict[str, str] = {}  # task: resolved settings of its generations
-        self.chats = False  # whether prompts are put as a user's turn, by the model's own template
-        self.rewrite: Callable[[Segments], Segments] | None = None
-        self.rewrites: dict[str, str] = {}  # prompt: what prompt methods made of it
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        self.chats = bool(
+            settings.get("chat_template")
+        )  # prompts are put as a user's turn, by the model's own template
+        if self.chats and self.tokenizer.chat_template is None:
+            raise Unsupported("chat_template: the model's tokenizer has none")
+        if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             raise Unsupported("the tokenizer has neither a BOS nor an EOS token to begin a text with")
+        rewrite = run.rewrite if run.infer.chain("prompt") else None
+        self.asker = Asker(self.tok_encode, rewrite, self.evict_at)
+
+    @property
+    def suffix(self) -> str:
+        """What ends the names of metrics of another protocol than the usual one."""
+        return "" if self.evict_at == "prompt" else f"_evict_at_{self.evict_at}"
 
     @property
     def eot_token_id(self) -> int:
@@ -137,6 +165,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             words.append(self.generation[config.task])
         else:
             words.append(self.spelled)
+        if self.evict_at != "prompt":
+            words.append(f"caches settle before the question (evict_at={self.evict_at})")
+        if config.task in self.asker.whole:
+            words.append("segments=whole")
         if config.output_type == "loglikelihood_rolling":
             words.append(f"windows of {self.engine.max_length}, one token of context, each text apart")
             words.append("every token of the text scored once, the prefix token never")
@@ -167,32 +199,55 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        scores: list[tuple[float, bool]] = super().loglikelihood(list(map(self._rewritten, requests)), True)
-        return scores
+        """Scores of continuations, whose tokens are those behind the unchanged prompt."""
+        asks: list[Ask] = []
+        continuations: list[list[int]] = []
+        for request in requests:
+            prompt, continuation = request.args
+            if prompt:
+                asks.append(self._ask(request, prompt.rstrip()))  # white space goes to the continuation
+                continuations.append(self._encode_pair(prompt, continuation)[1])
+            else:
+                first, *rest = self.tok_encode(continuation, add_special_tokens=False)
+                begins = first == self.prefix_token_id
+                asks.append(Ask([self.prefix_token_id], [self.prefix_token_id]))
+                continuations.append(rest if begins else [first, *rest])
+        longest: dict[tuple[str, int], int] = defaultdict(int)  # all choices of an item are cut alike
+        owners = [(str(request.task_name), int(request.doc_id or 0)) for request in requests]
+        for owner, ids in zip(owners, continuations, strict=True):
+            longest[owner] = max(longest[owner], len(ids))
+        pairs: list[tuple[list[int], list[int]]] = []
+        for owner, ask, ids in zip(owners, asks, continuations, strict=True):
+            if not ids:
+                raise Unsupported(f"{owner[0]}: a continuation of no tokens cannot be scored")
+            pairs.append((self._cut(ask, longest[owner] - 1, *owner), ids))
+        hold = [min(ask.hold, len(context)) for ask, (context, _) in zip(asks, pairs, strict=True)]
+        scores = self.engine.score(pairs, block=self.block, hold=hold)
+        for (name, _), use in zip(owners, self.engine.uses, strict=False):
+            self.met[name].uses.append(use)
+        return [(scored.logprob, scored.greedy) for scored in scores]
 
-    def _rewritten(self, request: Any) -> Any:
-        """The request with its prompt shortened by the plan's prompt methods."""
-        if self.rewrite is None:
-            return request
-        prompt, *rest = request.args
-        if prompt not in self.rewrites:
-            self.rewrites[prompt] = self.rewrite(Segments.of(request.doc, prompt)).text()
-        return dataclasses.replace(request, arguments=(self.rewrites[prompt], *rest))
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **options: Any) -> Any:
+        """Never asked: `loglikelihood` is overridden."""
+        raise NotImplementedError
 
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, **options: Any
-    ) -> list[tuple[float, bool]]:
-        pairs = []
-        for texts, context, continuation in requests:
-            room = self.engine.max_length + 1 - len(continuation)
-            if room < 1 or not continuation:
-                raise Unsupported(
-                    f"a continuation of {len(continuation)} tokens in {self.engine.max_length} "
-                    f"positions cannot be scored: {texts!r:.80}"
-                )
-            self.truncated += len(context) > room
-            pairs.append((context[-room:], continuation))
-        return [(scored.logprob, scored.greedy) for scored in self.engine.score(pairs, block=self.block)]
+    def _ask(self, request: Any, prompt: str) -> Ask:
+        """The prompt of a request as it is fed."""
+        name = str(request.task_name)
+        ask = self.asker.ask(name, self.tasks.get(name), request.doc, prompt)
+        self.met[name].asks[int(request.doc_id or 0)] = ask
+        return ask
+
+    def _cut(self, ask: Ask, more: int, name: str, document: int) -> list[int]:
+        """The last tokens of a prompt for which there are positions before `more` tokens."""
+        if self.engine.room is None:
+            return ask.ids
+        room = self.engine.room - more
+        if room < 1:
+            raise Unsupported(f"{name}: {more + 1} tokens behind a prompt, the model has {self.engine.room} positions")
+        if len(ask.ids) > room:
+            self.met[name].cut.add(document)
+        return ask.ids[-room:]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Every token once, from windows of the model's full length; each text by itself.
@@ -213,34 +268,37 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         totals = [0.0] * len(requests)
         for index, scored in zip(owner, self.engine.score(pairs, block=self.block), strict=True):
             totals[index] += scored.logprob
+        for index, use in zip(owner, self.engine.uses, strict=False):
+            self.met[requests[index].task_name].uses.append(use)
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuation up to the first stop string."""
         texts = [""] * len(requests)
-        groups: dict[tuple[int, tuple[str, ...]], list[tuple[int, list[int]]]] = defaultdict(list)
-        for index, request in enumerate(map(self._rewritten, requests)):
-            context, options = request.args
+        groups: dict[tuple[int, tuple[str, ...]], list[tuple[int, list[int], int]]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            prompt, options = request.args
             options = normalize_gen_kwargs(options)
             if options["do_sample"]:
                 raise Refused(f"task {request.task_name} samples its answers; only greedy decoding is repeatable")
             stops, longest = tuple(options["until"]), int(options["max_gen_toks"])
-            room = self.engine.max_length - longest
-            if room < 1:
-                raise Unsupported(f"{longest} tokens to generate, the model has {self.engine.max_length} positions")
-            ids = self.tok_encode(context)
-            self.truncated += len(ids) > room
-            groups[longest, stops].append((index, ids[-room:]))
+            ask = self._ask(request, prompt)
+            ids = self._cut(ask, longest, request.task_name, int(request.doc_id or 0))
+            groups[longest, stops].append((index, ids, min(ask.hold, len(ids))))
             how = f"greedy, at most {longest} tokens, until {list(stops)} or EOS{self._left_out}"
             self.generation[request.task_name] = how
+            self.met[request.task_name].generated = True
         for (longest, stops), members in groups.items():
             members.sort(key=lambda member: len(member[1]))
             for start in range(0, len(members), GENERATED):
                 part = members[start : start + GENERATED]
-                made = self.engine.generate([ids for _, ids in part], longest, self._stop_ids(stops))
-                for (index, _), ids in zip(part, made, strict=True):
+                hold = [held for _, _, held in part]
+                made = self.engine.generate([ids for _, ids, _ in part], longest, self._stop_ids(stops), hold)
+                for (index, _, _), ids in zip(part, made, strict=True):
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
                     texts[index] = postprocess_generated_text(text, list(stops), None)
+                for (index, _, _), use in zip(part, self.engine.uses, strict=False):
+                    self.met[requests[index].task_name].uses.append(use)
         return texts
 
     @property
@@ -260,44 +318,6 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return ids
 
 
-def load(wanted: list[str], folders: Sequence[Path]) -> tuple[dict[str, Any], list[Exception]]:
-    """Tasks by name, as lm-eval takes them, and why others cannot be had. Raises `Unsupported` for unknown names."""
-    manager = index_tasks(wanted, folders)
-    for name in wanted:
-        if name not in manager.all_tasks:
-            raise Unsupported(f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)}")
-    tasks: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    failures: list[Exception] = []
-    for name in wanted:
-        try:
-            loaded = manager.load([name])
-        except (OSError, ImportError) as error:
-            failure = Unsupported(f"task {name} cannot be loaded: {first_line(error)}")
-            failure.__cause__ = error  # says whether it is to be tried again
-            failures.append(failure)
-        else:
-            for kind, entries in loaded.items():
-                tasks[kind] |= entries
-    for task in tasks["tasks"].values():
-        if task.config.num_fewshot is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return tasks, failures
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep lm-eval's progress bars and messages off the terminal."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _report(
     reading: Reading,
     name: str,
@@ -305,7 +325,8 @@ def _report(
     items: list[dict[str, Any]],
     results: dict[str, Any],
     how: str,
-    findings: Mapping[str, int],
+    findings: Mapping[str, Finding],
+    suffix: str,
 ) -> None:
     """Add every metric of a task, with its results per item, from what lm-eval says of the items and of the task."""
     filters = list(dict.fromkeys(item["filter"] for item in items))
@@ -314,7 +335,7 @@ def _report(
         for metric in kept[0]["metrics"]:
             values = [item[metric] for item in kept]
             ours, scale = PERPLEXITIES.get(metric, (metric if metric in OWN else f"lm_eval_{metric}", None))
-            key = f"{name}_{ours}" + ("" if chosen == filters[0] else f"_{chosen}")
+            key = f"{name}_{ours}" + ("" if chosen == filters[0] else f"_{chosen}") + suffix
             protocol = f"{how}, {len(kept)} of {len(task.eval_docs)} items, {metric}, filter {chosen}"
             plain = all(isinstance(value, (int, float)) for value in values)
             if scale is not None:
@@ -341,12 +362,28 @@ def _finite(key: str, values: Sequence[float]) -> None:
         raise Diverged(f"{key} is not finite on {lost} of {len(values)} items")
 
 
-def _mean(reading: Reading, tasks: Sequence[str]) -> None:
-    """The plain mean of the tasks' accuracies, its variance from the items of each."""
+def _report_met(reading: Reading, name: str, met: Met, how: str, through_cache: bool) -> None:
+    """Add what the items of a task met: how much of prompts and caches was left."""
+    asks = list(met.asks.values())
+    if any(ask.shortened for ask in asks):
+        kept = sum(len(ask.ids) for ask in asks) / sum(len(ask.given) for ask in asks)
+        reading.add(f"{name}_prompt_kept", Metric(kept, n=len(asks)), f"tokens of the prompts after over before; {how}")
+    if met.uses and through_cache:
+        what = f"where the last token was read, mean over what was scored; {how}"
+        seen = sum(use.seen for use in met.uses)
+        kept = sum(use.kept for use in met.uses) / len(met.uses)
+        reading.add(f"{name}_cache_kept", Metric(kept, n=len(met.uses)), what)
+        if seen:
+            each = sum(use.nbytes for use in met.uses) / seen
+            reading.add(f"{name}_cache_bytes_per_token", Metric(each, n=len(met.uses)), what)
+
+
+def _mean(reading: Reading, tasks: Sequence[str], suffix: str, unmet: bool) -> None:
+    """The plain mean of the tasks' accuracies, its variance from the items of each; `unmet` others are left out."""
     keys = [
-        next(key for metric in HEADLINE if (key := f"{task}_{metric}") in reading.samples)
+        next(key for metric in HEADLINE if (key := f"{task}_{metric}{suffix}") in reading.samples)
         for task in tasks
-        if any(f"{task}_{metric}" in reading.samples for metric in HEADLINE)
+        if any(f"{task}_{metric}{suffix}" in reading.samples for metric in HEADLINE)
     ]
     if not keys:
         return
@@ -356,4 +393,9 @@ def _mean(reading: Reading, tasks: Sequence[str]) -> None:
     reach = intervals.Z * math.sqrt(variance)
     items = sum(metric.n or 0 for metric in values)
     mean = Metric(middle, max(0.0, middle - reach), min(1.0, middle + reach), items)
-    reading.add("tasks_acc", mean, f"mean, each task alike, of {', '.join(keys)}; normal interval over items")
+    reading.add(
+        f"tasks_acc{suffix}",
+        mean,
+        f"mean, each task alike, of {', '.join(keys)}; normal interval over items",
+        {"not_exercised": True} if unmet else {},
+    )

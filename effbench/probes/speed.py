@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 EXCLUSIVE = True
 POINTED = True
+SEES = {"weights", "cache", "attention"}
 
 NEW_TOKENS, NEW_TOKENS_SLOW = 32, 2
 SECONDS = {"cpu": 2.0, "cuda": 10.0}  # per point, shared by its two phases

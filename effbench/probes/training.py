@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 
+SEES = {"weights", "cache", "attention", "prompt", "decoder"}
+
+
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`fit_tokens`, `fit_seconds`, `fit_tok_per_s`, `fit_step_ms`, bytes and operations, and
     `tuned_*`; nothing where nothing fits."""

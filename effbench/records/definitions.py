@@ -1,7 +1,7 @@
 """What every metric means: the one place that tables, listings and pages take units and definitions from.
 
-Metrics of points, tasks and kinds of memory are named by patterns: `{batch}`, `{context}` and `{draws}` are numbers,
-`{task}` is a task of lm-eval, `{peak}` a way to count memory.
+Metrics of points, tasks and kinds of memory are named by patterns: `{batch}`, `{context}`, `{draws}` and `{place}`
+are numbers, `{task}` is a task of lm-eval, `{peak}` a way to count memory.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FIELDS = {
     "batch": r"\d+",
     "context": r"\d+",
     "draws": r"\d+",
+    "place": r"\d+",
     "task": r"\w[\w.:+-]*",
     "filter": r"[\w.+-]+",
     "metric": r"[\w./-]+",
@@ -77,12 +78,54 @@ DEFINITIONS: tuple[Definition, ...] = (
         "The mean of the accuracies of all tasks, each task with the same weight.",
     ),
     Definition(
+        "tasks_acc_evict_at_context", "accuracy", "fraction", "higher",
+        "The mean of the accuracies of all tasks where caches settle before the question.",
+    ),
+    Definition(
+        "cache_kept", "memory", "fraction", "neither",
+        "The share of the tokens offered that the cache of keys and values holds when answers of tasks are read.",
+    ),
+    Definition(
+        "cache_bytes_per_token", "memory", "bytes", "lower",
+        "The bytes that the cache of keys and values holds when answers of tasks are read, per token offered.",
+    ),
+    Definition(
+        "answer_kl_nats_per_token", "distance", "nats", "lower",
+        "The mean KL divergence, at the tokens of the unchanged model's answer, of what the model would say there.",
+    ),
+    Definition(
         "prompt_kept", "quality", "fraction", "neither",
-        "The tokens of all prompts after prompt compression over those before.",
+        "The tokens of prompts with a context after prompt compression over those before.",
+    ),
+    Definition(
+        "compressor_ms_per_prompt", "cost", "ms", "lower",
+        "Time in which prompt compression shortens one prompt, with the machine to itself.",
+    ),
+    Definition(
+        "{task}_prompt_kept", "quality", "fraction", "neither",
+        "The tokens of a task's prompts after prompt compression over those before.",
+    ),
+    Definition(
+        "{task}_cache_kept", "memory", "fraction", "neither",
+        "The share of the tokens offered that the cache of keys and values holds when a task's answer is read.",
+    ),
+    Definition(
+        "{task}_cache_bytes_per_token", "memory", "bytes", "lower",
+        "The bytes that the cache of keys and values holds when a task's answer is read, per token offered.",
     ),
     Definition(
         "{task}_acc", "accuracy", "fraction", "higher",
         "The share of items for which the right choice has the highest log-likelihood.",
+    ),
+    *(
+        Definition(
+            f"{{task}}_{metric}_evict_at_context", "accuracy", "fraction", "higher",
+            f"The share of items for which {what}, where caches settle before the question.",
+        )
+        for metric, what in (
+            ("acc", "the right choice has the highest log-likelihood"),
+            ("exact_match", "the generated answer is the reference answer"),
+        )
     ),
     Definition(
         "{task}_acc_norm", "quality", "fraction", "higher",
@@ -215,6 +258,22 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("memory_read_bytes_per_s", "speed", "bytes/s", "neither", "Bytes read per second of summing."),
     Definition("matmul_flop_per_s", "speed", "FLOP/s", "neither", "Operations per second of a large dense product."),
     Definition("graph_node_us", "speed", "µs", "neither", "Time of one almost empty kernel within a CUDA graph."),
+    Definition(
+        "drafted_tok_per_s", "speed", "tokens/s", "higher",
+        "Tokens of a text per second where a draft proposes them and the model checks them, its prompt included.",
+    ),
+    Definition(
+        "drafted_speedup", "speed", "ratio", "higher",
+        "How many times faster a text is made with drafts than by the model that checks them alone.",
+    ),
+    Definition(
+        "accepted_per_pass", "speed", "tokens", "higher",
+        "Drafted tokens that the model takes in each of its passes.",
+    ),
+    Definition(
+        "accepted_at_{place}", "speed", "fraction", "higher",
+        "The share of drafts whose token at this place is taken, of those that were taken up to there.",
+    ),
     # Operations and energy
     Definition(
         "score_flops_per_token_c{context}", "compute", "FLOP", "lower",

@@ -35,6 +35,7 @@ Show = Callable[[Row, Tests], str]
 DETAILS = {
     "summary": "Size and quality",
     "quality": "Quality in detail",
+    "inference": "Inference: what was left of prompts and caches, and what of drafts was taken",
     "speed": "Speed, as a ratio to the baseline of the same run",
     "memory": "Memory; peaks are above what was resident before",
     "compute": "Operations and energy",
@@ -45,6 +46,7 @@ DETAILS = {
     "chosen": "Chosen columns",
 }
 MOST = 8  # columns of a summary
+UNMET = "∅"  # behind a number of a task that met nothing of what the recipe changes
 UNITS = {  # sentences for units that are not said by their own name
     "": "Without a unit.",
     "fraction": "In percent.",
@@ -60,6 +62,10 @@ UNITS = {  # sentences for units that are not said by their own name
 }
 ANSWERS = ("completion_nll", "completion_exact")  # what tables of a learned task are about
 STEP = "fit_step_ms"
+PHASES = ("decode", "prefill")
+CACHE = "cache_bytes_per_token"
+# What tables of inference are about, beside quality and speed, in the order of their importance.
+SERVED = (CACHE, "prompt_kept", "drafted_speedup", "compressor_ms_per_prompt", "accepted_per_pass")
 COSTS = ("fit_tok_per_s", "fit_tokens", "fit_seconds", "fit_flops_per_token", "fit_flops_rule", "fit_energy_j")
 ABSOLUTE = {"tok_per_s": "tok/s", "ms_per_token": "ms"}  # what stands in brackets beside a ratio of speeds
 
@@ -101,7 +107,8 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
     `placed` says whether it is known on what machine: without one, times and rates mean nothing.
     """
     ppls = select_perplexities(measured)
-    speeds = sorted(select(measured, "speed", "ratio"), key=lambda name: name.startswith("prefill"))
+    ratios = [name for name in select(measured, "speed", "ratio") if name.startswith(PHASES)]
+    speeds = sorted(ratios, key=lambda name: name.startswith("prefill"))
     operations = [*select(measured, "compute"), *select(measured, "energy", "J")]
     peaks = [name for name in measured if re.fullmatch("(score|generate)_peak_.*_bytes", name)]
     bits = Column("bits", _show_value("bits_per_weight", "{:.2f}".format), ("bits_per_weight",))
@@ -113,11 +120,18 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         *map(measure, (*answers, *ppls[:1], "kl_nats_per_token", *([] if answers else [TASKS]))),
         Column("stored", _show_stored, ("stored_bytes", "compression")),
     ]
-    for phase in ("decode", "prefill"):
+    served = [name for name in SERVED if name in measured]
+    if served:
+        quality = (*ppls[:1], "kl_nats_per_token", "answer_kl_nats_per_token")
+        summary = [*map(measure, (*quality, *(name for name in measured if name.startswith(TASKS))))]
+        summary += [_measure_cache() if name == CACHE else measure(name) for name in served]
+    for phase in PHASES:
         of_phase = [name for name in speeds if name.startswith(phase)]
         summary += [_time(phase, name, measured, placed) for name in of_phase[:1]]
     beside = MOST - 1  # the recipe
-    if answers:
+    if served:
+        summary = [column for column in summary if {*column.metrics} & {*measured}][:beside]
+    elif answers:
         summary = [*([zeros] if asked else []), *summary, bits][:beside]
     elif asked:
         summary[:0] = [zeros, bits] if len(summary) + 2 <= beside else [zeros]
@@ -126,6 +140,11 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
     return {
         "summary": summary,
         "quality": [*map(measure, (*ppls[1:], "top1_agreement", *select_tasks(measured)))],
+        "inference": [
+            *map(measure, [name for name in measured if re.fullmatch(r"(.*_)?(cache|prompt)_kept|accepted_.*", name)]),
+            *map(measure, [name for name in measured if re.fullmatch(r".*cache_bytes_per_token|drafted_.*", name)]),
+            *map(measure, [name for name in measured if name == "compressor_ms_per_prompt"]),
+        ],
         "speed": [_time(get_title(name), name, measured, placed) for name in speeds],
         "memory": [
             bits,
@@ -163,7 +182,8 @@ def measure(metric: str) -> Column:
     def show(row: Row, tests: Tests) -> str:
         test = tests.get((row.recipe, metric))
         arrow = "" if test is None or test.p > LEVEL else " ↑" if test.value > 0 else " ↓"
-        return with_interval(row.estimate(metric), scale, digits, limits) + arrow
+        mark = f" {UNMET}" if row.found(metric, "not_exercised") else ""
+        return with_interval(row.estimate(metric), scale, digits, limits) + arrow + mark
 
     return Column(get_title(metric), show, (metric,))
 
@@ -202,6 +222,16 @@ def _show_value(metric: str, text: Callable[[float], str]) -> Show:
 def _show_stored(row: Row, tests: Tests) -> str:
     size, ratio = row.estimate("stored_bytes"), row.estimate("compression")
     return DASH if size is None else bytes_text(size.value) + (f" ({ratio.value:.2f}×)" if ratio else "")
+
+
+def _measure_cache() -> Column:
+    """Bytes that the cache holds per token offered, and in brackets the share of the tokens that it holds."""
+
+    def show(row: Row, tests: Tests) -> str:
+        each, kept = row.estimate(CACHE), row.estimate("cache_kept")
+        return DASH if each is None else rounded(each.value) + (f" ({100 * kept.value:.0f})" if kept else "")
+
+    return Column("cache, B/token (kept, %)", show, (CACHE, "cache_kept"))
 
 
 def _show_sparsity(row: Row, tests: Tests) -> str:
@@ -246,9 +276,10 @@ def list_columns() -> dict[str, list[Column]]:
 
     names = sorted({name for one in DEFINITIONS for name in _give_examples(one)}, key=natural_key)
     shapes = [
-        make_columns([name for name in names if name not in {*sparsity, *answers}])
+        make_columns([name for name in names if name not in {*sparsity, *answers, *served}])
         for sparsity in (("sparsity_asked",), ())
         for answers in (ANSWERS, ())
+        for served in (SERVED, ())
     ]
     listed = {
         detail: list({column.header: column for shape in shapes for column in shape[detail]}.values())

@@ -17,7 +17,7 @@ from effbench.records.definitions import DEFINITIONS
 from effbench.records.record import Record
 from effbench.report import metrics
 from effbench.report.groups import Row, Table
-from effbench.report.metrics import TASKS, get_family, select_tasks
+from effbench.report.metrics import TASKS, get_family, get_task, select_tasks
 from effbench.stats import paired
 from effbench.stats.paired import Estimate, Floats, holm, mcnemar, mean_interval
 
@@ -79,7 +79,17 @@ class Side:
 
     @functools.cached_property
     def tasks(self) -> list[str]:
-        return select_tasks(self.records[0].metrics)
+        """The accuracies that the mean over tasks is of."""
+        metrics = self.records[0].metrics
+        return [name for name in select_tasks(metrics) if not metrics[name].findings.get("not_exercised")]
+
+    def list_cut(self, metric: str) -> Floats | None:
+        """1 for each item of a task whose prompt was cut in any of the records; None where none was."""
+        task = get_task(metric)
+        cut = [record.samples.get(f"{task}_cut") for record in self.records] if task else []
+        found = [np.asarray(one, dtype=np.float64) for one in cut if one is not None]
+        alike = {one.shape for one in found}
+        return np.max(np.stack(found), axis=0) if len(alike) == 1 else None
 
     def average(self, metric: str) -> Floats | None:
         """`average_items` of the records."""
@@ -112,8 +122,9 @@ class Pairs:
 
     def find(self, metric: str) -> list[Pair]:
         """The pairs of a metric, for the mean over tasks one per task. Empty where items cannot be paired."""
-        parts = self.after.tasks if metric == TASKS else [metric]
-        if metric == TASKS and parts != self.before.tasks:
+        whole = metric.startswith(TASKS)
+        parts = self.after.tasks if whole else [metric]
+        if whole and parts != self.before.tasks:
             return []
         pairs = []
         for part in parts:
@@ -130,6 +141,12 @@ class Pairs:
             return None
         if self.before.records[0].protocols.get(metric) != self.after.records[0].protocols.get(metric):
             return None
+        cuts = [cut for side in (self.before, self.after) if (cut := side.list_cut(metric)) is not None]
+        if cuts and all(cut.shape == left.shape for cut in cuts):
+            whole = np.max(np.stack(cuts), axis=0) == 0
+            left, right = left[whole], right[whole]
+            if not left.size:
+                return None
         answers = (
             get_family(metric) == "accuracy" and self.before.has_answers(metric) and self.after.has_answers(metric)
         )

@@ -78,6 +78,11 @@ class Row:
         values = [one.value for record in self.records if (one := record.metrics.get(metric))]
         return over_seeds(values) if len(values) == len(self.records) else None
 
+    def found(self, metric: str, finding: str) -> bool:
+        """Whether the metric turned out so for any seed."""
+        metrics = [record.metrics.get(metric) for record in self.records]
+        return any(one is not None and bool(one.findings.get(finding)) for one in metrics)
+
     @property
     def learning_rates(self) -> list[float]:
         """The peaks of its fits: those that were chosen, where a fit tried several."""

@@ -69,7 +69,7 @@ def label(case: Mapping[str, Any]) -> str:
     """A case in short: its sizes, then its other fields, those that are switched on by name alone."""
     fields = dict(case)
     parts = []
-    if "in_features" in fields:
+    if {"batch", "in_features"} <= fields.keys():
         parts.append(f"{fields.pop('batch')}×{fields.pop('in_features')}")
         parts[0] += f"→{fields.pop('out_features')}" if "out_features" in fields else ""
     parts += [key if value is True else f"{key} {value}" for key, value in fields.items() if value is not False]

@@ -20,6 +20,13 @@ TITLES = {
     "kl_nats_per_token": "KL, nats",
     "top1_agreement": "top-1, %",
     TASKS: "tasks, %",
+    f"{TASKS}_evict_at_context": "tasks (evict at context), %",
+    "answer_kl_nats_per_token": "answer KL, nats",
+    "prompt_kept": "prompt kept, %",
+    "compressor_ms_per_prompt": "compressor, ms",
+    "cache_kept": "cache kept, %",
+    "drafted_speedup": "drafted, ×",
+    "accepted_per_pass": "accepted",
     "completion_nll": "answers, nats",
     "completion_exact": "answers right, %",
     "fit_step_ms": "step, ms",
@@ -82,7 +89,8 @@ def select_quality(names: Iterable[str]) -> list[str]:
     """Those that say how good a model is: perplexities, distances from the unchanged model, tasks and their mean."""
     names = set(names)
     distances = [name for name in DISTANCES if name in names]
-    return [*select_perplexities(names), *distances, *([TASKS] if TASKS in names else []), *select_tasks(names)]
+    means = [name for name in (TASKS, f"{TASKS}_evict_at_context") if name in names]
+    return [*select_perplexities(names), *distances, *means, *select_tasks(names)]
 
 
 def get_limits(metric: str) -> tuple[float, float]:
@@ -102,15 +110,22 @@ def get_title(metric: str) -> str:
     fields = _read_fields(metric) or {}
     if metric in TITLES:
         return TITLES[metric]
-    if get_family(metric) == "speed" and get_unit(metric) == "ratio":
+    if get_family(metric) == "speed" and get_unit(metric) == "ratio" and "phase" in fields:
         return f"{fields['phase']} b{fields['batch']} c{fields['context']}"
     if match := re.fullmatch(r"tuned_best_of_(\d+)_nll", metric):
         return f"expected best of {match[1]}, nats"
     if match := re.fullmatch("(.*)_peak_(.*)_bytes", metric):
         return f"{match[1]} peak ({match[2]})"
     if get_family(metric) == "accuracy" and fields:
+        if metric.endswith("_evict_at_context"):
+            return f"{metric.removesuffix('_evict_at_context')} (evict at context), %".replace("_", " ")
         return f"{fields['task']}, %".replace("_", " ")
     return metric.replace("_", " ")
+
+
+def get_task(metric: str) -> str | None:
+    """The task that a metric is of, if it is of one."""
+    return (_read_fields(metric) or {}).get("task")
 
 
 def get_unit(metric: str) -> str | None:

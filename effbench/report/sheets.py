@@ -11,7 +11,7 @@ from typing import Any
 
 from effbench.records.record import OUTCOMES, Record
 from effbench.report.choice import ALL, Choice
-from effbench.report.columns import DETAILS, Tests, make_columns
+from effbench.report.columns import DETAILS, PHASES, UNMET, Tests, make_columns
 from effbench.report.differences import Kept, compute_tests
 from effbench.report.groups import Row, Table, find_differing_settings, get_machine
 from effbench.report.metrics import get_title, select, select_perplexities
@@ -255,7 +255,7 @@ def _write_legend(table: Table, rows: Sequence[Row], tested: bool) -> str:
     parts = [MARKS]
     if tested:
         parts.append(ARROWS)
-    if speeds := select(table.measured, "speed", "ratio"):
+    if speeds := [name for name in select(table.measured, "speed", "ratio") if name.startswith(PHASES)]:
         first = get_title(speeds[0]).partition(" ")[2]
         beside = "; in brackets what was timed on this machine" if any(map(get_machine, table.records)) else ""
         noise = "what the baseline's own row is off by is noise"
@@ -264,6 +264,8 @@ def _write_legend(table: Table, rows: Sequence[Row], tested: bool) -> str:
         )
     if "sparsity_asked" in table.measured:
         parts.append("Zeros: of the linears but the head, in brackets what was asked for; rounding makes some too.")
+    if any(row.found(metric, "not_exercised") for row in rows for metric in table.measured):
+        parts.append(f"{UNMET}: what was scored did not meet what the recipe changes; a mean is without such tasks.")
     if any(row.simulated for row in rows):
         parts.append("Simulated: computes like the compressed form without being stored as it, so it has no speed.")
     if any(row.densified for row in rows):

@@ -27,6 +27,7 @@ from effbench.sources.text import READERS, read_speeches
 T = TypeVar("T")
 
 TINY = PACKAGE / "tiny"
+WORLD = ("tiny", "tiny:task", "tiny:questions")  # what the generated world has to learn from
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -256,7 +257,7 @@ def data(name: str | None, learned: str | None = None) -> DataSource:
 
 def _data(option: str, name: str) -> DataSource:
     kind, _, rest = name.partition(":")
-    if name in ("tiny", "tiny:task"):
+    if name in WORLD:
         return DataSource(name, "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
     if name == "speeches":
         return DataSource("speeches", "speeches", None, read_speeches().digest)
@@ -272,7 +273,7 @@ def _data(option: str, name: str) -> DataSource:
     if kind == "hub" and rest:
         place, columns = _read_columns(f"{option}={name}", rest)
         return DataSource(f"hub:{place}", "hub", columns=columns)
-    raise Usage(f"{option}={name}: must be tiny, tiny:task, speeches, text:FOLDER, jsonl:FILE or hub:NAME")
+    raise Usage(f"{option}={name}: must be {', '.join(WORLD)}, speeches, text:FOLDER, jsonl:FILE or hub:NAME")
 
 
 def _read_columns(asked: str, rest: str) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -15,6 +15,7 @@ TASKS = Path(__file__).parent / "tasks"
 
 Split = Literal["train", "validation", "target", "calibration", "heldout", "long"]
 WINDOW = 256  # tokens that a document fits in
+CONTEXTS, CONTEXT = 5, 50  # contexts that a question has, and tokens in each, about
 
 
 def documents(split: Split, n: int, seed: int = 0) -> list[str]:
@@ -40,6 +41,19 @@ def write(part: str, n: int, seed: int = 0) -> list[tuple[str, str]]:
 def ask(part: str, n: int, seed: int = 0) -> list[tuple[str, str]]:
     """``n`` examples of the new task: prompt and answer. No part says what another does."""
     return [world.extraction(rng, part) for rng in draw(f"task {part}:{seed}", n)]
+
+
+def ask_about(part: str, n: int, seed: int = 0) -> list[world.Question]:
+    """``n`` questions of the form of ``tiny_contexts``: the same for the same seed, and a prefix of every longer list.
+
+    The context that matters is at each of the five places in turn. No part notes a code that another part or a task
+    notes; the parts are those of ``world.NOTED``.
+    """
+    asked: list[world.Question] = []
+    for i, rng in enumerate(draw(f"question {part}:{seed}", n)):
+        codes = world.draw_codes(rng, CONTEXTS, part)
+        asked.append(world.ask_code(rng, codes, list(codes)[i % CONTEXTS], CONTEXT))
+    return asked
 
 
 def draw(what: str, n: int) -> list[Random]:

@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import count, product
+from itertools import accumulate, count, product
 from random import Random
+from typing import NamedTuple
 
 
 def words(text: str) -> list[str]:
@@ -347,6 +348,16 @@ def prose_sentence(rng: Random) -> str:
     return f"The {rng.choice(OBJECTS)} of the {adjective} {job} fell in the {rng.choice(ROOMS)}."
 
 
+def prose(rng: Random, budget: int) -> list[str]:
+    """Sentences of prose, of about ``budget`` tokens in all."""
+    sentences: list[str] = []
+    used = 0
+    while used < budget - 14:
+        sentences.append(prose_sentence(rng))
+        used += length(sentences[-1])
+    return sentences
+
+
 def prose_text(rng: Random, budget: int, held_out: bool) -> str:
     """Plain prose."""
     return fill(lambda: prose_sentence(rng), "Prose:", budget)
@@ -409,14 +420,10 @@ def needle_parts(rng: Random, budget: int, needles: int) -> tuple[str, dict[str,
     """Prose of about ``budget`` tokens with notes of codes at random places, and the codes."""
     codes = dict(zip(rng.sample(KEYS, needles), rng.sample(VALUES, needles), strict=True))
     notes = [NOTE.format(k=key, v=value) for key, value in codes.items()]
-    prose: list[str] = []
-    used = 2 + sum(map(length, notes))
-    while used < budget - 14:
-        prose.append(prose_sentence(rng))
-        used += length(prose[-1])
+    sentences = prose(rng, budget - 2 - sum(map(length, notes)))
     for note in notes:
-        prose.insert(rng.randint(0, len(prose)), note)
-    return " ".join(["Notes:", *prose]), codes
+        sentences.insert(rng.randint(0, len(sentences)), note)
+    return " ".join(["Notes:", *sentences]), codes
 
 
 def notes_text(rng: Random, budget: int, held_out: bool) -> str:
@@ -425,6 +432,57 @@ def notes_text(rng: Random, budget: int, held_out: bool) -> str:
     text, codes = needle_parts(rng, budget - needles * length(NOTE), needles)
     asked = rng.sample(sorted(codes), needles)
     return " ".join([text, *(NOTE.format(k=key, v=codes[key]) for key in asked)])
+
+
+#: of eight shares of all pairs of a key and a value, those that the tasks note, and each part of the questions
+NOTED = {"train": range(3), "validation": range(3, 4), "target": range(4, 5), "calibration": range(5, 6)}
+NOTED |= {"heldout": range(6, 7), "tasks": range(7, 8)}
+
+
+def share(key: str, value: str) -> int:
+    """Which of eight shares a pair of a key and a value is in. Every key has at least five values in each."""
+    return (31 * KEYS.index(key) + 17 * VALUES.index(value)) % 67 % 8
+
+
+def draw_codes(rng: Random, n: int, part: str) -> dict[str, str]:
+    """Different values of ``n`` different keys, at most five, all of them pairs of one part."""
+    codes: dict[str, str] = {}
+    for key in rng.sample(KEYS, n):
+        free = [value for value in VALUES if value not in codes.values()]
+        codes[key] = rng.choice([value for value in free if share(key, value) in NOTED[part]])
+    return codes
+
+
+class Question(NamedTuple):
+    """The parts of a prompt and the answer; all joined by spaces are text of the world up to its last full stop."""
+
+    instruction: str
+    contexts: list[str]
+    question: str
+    answer: str
+
+
+def ask_code(rng: Random, codes: dict[str, str], asked: str, budget: int) -> Question:
+    """A question about one code, where every context is prose of about ``budget`` tokens with a note of one."""
+    contexts = []
+    for key, value in codes.items():
+        note = NOTE.format(k=key, v=value)
+        sentences = prose(rng, budget - length(note))
+        sentences.insert(rng.randint(0, len(sentences)), note)
+        contexts.append(" ".join(sentences))
+    return Question("Notes:", contexts, NOTE.partition(" {v}")[0].format(k=asked), codes[asked])
+
+
+def insert_early(sentences: list[str], note: str, depth: float) -> tuple[list[str], float]:
+    """Sentences with a note as near to a depth as it can be and end before the middle; and the depth where it is.
+
+    The depth is the share of all tokens that stand before the note.
+    """
+    starts = [0, *accumulate(map(length, sentences))]
+    total = starts[-1] + length(note)
+    places = [place for place, start in enumerate(starts) if 2 * (start + length(note)) <= total]
+    place = min(places, key=lambda place: abs(starts[place] / total - depth))
+    return [*sentences[:place], note, *sentences[place:]], starts[place] / total
 
 
 #: of eight shares of all that an example of the new task can say, those that each part has

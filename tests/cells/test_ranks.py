@@ -86,9 +86,9 @@ def test_more_ranks_than_cores_run_alone_and_are_not_timed(tmp_path: Path) -> No
     cores = len(os.sched_getaffinity(0))
     batch = plan(RunOptions(recipe=f"ddp(ranks={cores + 1}), fit()", results=str(tmp_path), device="cpu"))
     crowded = next(cell.job for cell in batch.cells if cell.job.ranks > 1)
-    assert crowded.ranks == cores + 1 and "speed" not in crowded.cell.settings["probes"]
+    assert crowded.ranks == cores + 1 and "speed" not in crowded.probes
     other = next(cell.job for cell in batch.cells if cell.job.ranks == 1)
-    assert "speed" in other.cell.settings["probes"]
+    assert "speed" in other.probes
 
 
 @pytest.mark.slow

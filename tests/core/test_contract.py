@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +14,7 @@ from effbench.core.errors import Conflict, Refused, Unsupported, Usage
 from effbench.core.kinds import Cache, Prompt, Select, Swap, Train, Weights
 from effbench.core.recipe import Recipe, parse, parse_step
 from effbench.core.run import FitReport
-from effbench.core.views import Segments
+from effbench.core.views import Codec, Segments
 from effbench.nn.files import artifact
 from effbench.nn.infer.cache import SlotCache
 from effbench.nn.infer.engine import open_engine
@@ -25,6 +24,7 @@ from effbench.nn.model.linear import MaskedLinear, Replaced, dense_weight, kept,
 from effbench.nn.train.fit import fit
 from effbench.nn.train.settings import FitSettings
 from effbench.nn.train.slots import Precision as PrecisionSlot
+from effbench.probes.inputs import Windows, nll, predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,35 +111,38 @@ class Extra(Train):
 class Recent(Cache):
     """Keeps the most recent tokens and those with the most attention mass."""
 
+    observes: ClassVar = True
+
     budget: int = 8
 
-    def keep(self, layer):
-        score = layer.mass.clone()
-        score[..., -(self.budget // 2) :] = math.inf
-        score[~layer.valid] = -1
-        return score.topk(min(self.budget, score.shape[-1]), -1).indices
+    def capacity(self, prompt):
+        return prompt * 0 + self.budget
+
+    def recents(self, capacity):
+        return capacity // 2
+
+    def score(self, slots, state):
+        return slots.mass
 
 
 @dataclasses.dataclass(frozen=True)
 class Half(Cache):
     """Stores keys and values in half precision."""
 
-    def encode(self, keys, values):
-        return keys.half(), values.half()
-
-    def decode(self, stored):
-        return stored[0].float(), stored[1].float()
+    def codecs(self):
+        codec = Codec(lambda units: (units.half(),), lambda stored, width: stored[0].float())
+        return codec, codec
 
 
 @dataclasses.dataclass(frozen=True)
 class DropWords(Prompt):
-    """Keeps the first words of the context."""
+    """Keeps the first words of each context."""
 
     keep: float = 0.5
 
     def rewrite(self, segments, run):
-        words = segments.context.split()
-        return dataclasses.replace(segments, context=" ".join(words[: round(len(words) * self.keep)]))
+        words = [context.split() for context in segments.contexts]
+        return segments.with_contexts([" ".join(part[: round(len(part) * self.keep)]) for part in words])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,10 +340,11 @@ def test_eviction_and_encoding_compose_and_bytes_are_those_held():
     engine = open_engine(run)
     state = engine.prefill(torch.tensor(PROMPTS[:1]))
     cache: SlotCache = state.cache
-    assert cache.shrunk and cache.slot_layers[0].held == 8
-    assert cache.held_bytes == 2 * 2 * 4 * 8 * 32 * 2  # layers, k and v, heads, slots, width, half precision
+    assert cache.changed().all() and cache.slot_layers[0].held() == 8
+    # layers, heads, slots; k and v of so many channels in half precision, where a token stands and its mass
+    assert cache.nbytes().tolist() == [2 * 4 * 8 * (2 * 32 * 2 + 4 + 4)]
     state = engine.decode(state)
-    assert cache.slot_layers[0].get_seq_length() == 24 and cache.slot_layers[0].held == 8
+    assert cache.slot_layers[0].get_seq_length() == 24 and cache.slot_layers[0].held() == 8
 
 
 def test_an_evicting_cache_does_not_look_at_padding():
@@ -364,8 +368,9 @@ def test_heavy_hitters_follow_an_explicit_attention_matrix():
     masses = []
     run.infer.chain("attend_observe").append(lambda module, w: masses.append(w.sum((2,))))
     cache = open_engine(run).prefill(torch.tensor(PROMPTS[:1])).cache
-    held = cache.slot_layers[0].slots.mass
-    assert torch.allclose(held, masses[0], atol=1e-5)
+    # Of each layer: the pass over the prompt but for its last token, and the pass over that.
+    for layer, before, after in zip(cache.slot_layers, masses[:2], masses[2:], strict=True):
+        assert torch.allclose(layer.mass, nn.functional.pad(before, (0, 1))[0] + after[0], atol=1e-5)
 
 
 def test_rejected_drafts_can_be_forgotten():
@@ -374,7 +379,7 @@ def test_rejected_drafts_can_be_forgotten():
     state = open_engine(run).prefill(torch.tensor([PROMPTS[0]]))
     layer = state.cache.slot_layers[0]
     layer.crop(-5)
-    assert layer.get_seq_length() == layer.held == len(PROMPTS[0]) - 5
+    assert layer.get_seq_length() == layer.held() == len(PROMPTS[0]) - 5
 
 
 # 6. The scoring protocol is part of the metric
@@ -383,17 +388,21 @@ def test_rejected_drafts_can_be_forgotten():
 def test_an_evicting_cache_changes_scores_and_one_that_cannot_evict_is_refused():
     run = toy_run()
     pairs = [(list(range(1, 40)), [9, 8, 7, 6])]
-    plain = open_engine(run).score(pairs)[0].logprob
+    scored = open_engine(run).score(pairs)[0]
+    plain, first = scored.logprob, scored.token_logprobs[0]
     run.apply(Recent(budget=4))
     engine = open_engine(run)
     assert engine.score(pairs)[0].logprob != pytest.approx(plain, abs=1e-6)
-    engine.verify()
+    assert engine.score([(pairs[0][0], [9])])[0].logprob != pytest.approx(first, abs=1e-6)
+    text = Windows(torch.arange(1, 41)[None], 36, "", "")
+    assert sum(len(part.targets) for part in predict(engine, text, block=1)) == 4
     run = toy_run()
     run.apply(Recent(budget=100))
     engine = open_engine(run)
     engine.score(pairs)
-    with pytest.raises(Refused, match="never did"):
-        engine.verify()
+    assert not any(use.changed for use in engine.uses)
+    with pytest.raises(Refused, match="changed nothing of what was measured"):
+        nll(run, text, 1)
 
 
 # 7. Roles
@@ -652,8 +661,8 @@ def test_equal_settings_have_one_identity():
 def test_a_prompt_method_sees_segments_and_shortens_only_what_it_may():
     run = toy_run()
     run.apply(DropWords(keep=0.5))
-    prompt = Segments(instruction="Read.", context="one two three four", question="What?", separator=" ")
-    assert run.rewrite(prompt).text() == "Read. one two What?"
+    prompt = Segments(instruction="Read. ", contexts=("one two three four\n", "five six "), question="What?")
+    assert run.rewrite(prompt).text() == "Read. one two\nfive What?"
 
 
 # 16. Identity

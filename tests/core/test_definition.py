@@ -12,7 +12,7 @@ import pytest
 
 from effbench.core import registry
 from effbench.core.errors import Usage
-from effbench.core.kinds import KINDS, Cache, Prompt, Select, Swap, Train, Weights
+from effbench.core.kinds import KINDS, Cache, Evict, Prompt, Select, Swap, Train, Weights
 from effbench.core.method import Method
 from effbench.core.source import document_fields
 
@@ -35,9 +35,11 @@ def give(self, *_):
         (Swap, ("settle",), r"replace\(module, site\)"),
         (Select, (), r"score\(examples, run\) or order\(examples, run\)"),
         (Train, ("slots",), r"batch\(batch, run\) or .* or slot_values\(\) or claims"),
-        (Cache, (), r"keep\(layer\) or encode\(keys, values\) and decode\(stored\)"),
-        (Cache, ("encode",), r"does not define decode\(stored\)$"),
-        (Cache, ("keep", "decode"), r"does not define encode\(keys, values\)$"),
+        (Cache, (), r"score\(slots, state\) and capacity\(prompt\) or codecs\(\) or reach"),
+        (Cache, ("score",), r"does not define capacity\(prompt\)$"),
+        (Cache, ("capacity", "codecs"), r"does not define score\(slots, state\)$"),
+        (Cache, ("scores",), r"reach; it has 'scores': did you mean 'score'\?"),
+        (Evict, ("capacity",), r"does not define score\(slots, state\)$"),
         (Prompt, ("rewrites",), r"rewrite\(segments, run\); it has 'rewrites': did you mean 'rewrite'\?"),
         (Method, ("check",), r"apply\(run\) or batch\(batch, run\)"),
     ],
@@ -57,9 +59,11 @@ def test_a_missing_override_is_named(base, names, missing):
         (Select, ("order",)),
         (Train, ("on_step",)),
         (Train, ("slot_values",)),
-        (Cache, ("keep",)),
-        (Cache, ("encode", "decode")),
-        (Cache, ("keep", "encode", "decode")),
+        (Cache, ("score", "capacity")),
+        (Cache, ("codecs",)),
+        (Cache, ("reach",)),
+        (Cache, ("score", "capacity", "codecs", "reach")),
+        (Evict, ("score",)),
         (Prompt, ("rewrite",)),
         (Method, ("apply",)),
         (Method, ("loss",)),

@@ -13,6 +13,7 @@ from effbench.checks import PROMPT, toy_run
 from effbench.core import registry
 from effbench.core.kinds import Cache
 from effbench.core.run import HOOKS, InferPlan, Plan, TrainPlan
+from effbench.core.views import Codec, Slots
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.run import ModelRun
 
@@ -38,15 +39,15 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Read:
 class Halves(Cache):
     """Keeps the last half of the cached tokens, in half of their bits."""
 
-    def keep(self, layer: Any) -> torch.Tensor:
-        kept = layer.keys.shape[2] // 2
-        return torch.arange(layer.keys.shape[2] - kept, layer.keys.shape[2]).expand(*layer.keys.shape[:2], kept)
+    def capacity(self, prompt: torch.Tensor) -> torch.Tensor:
+        return prompt // 2
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> Any:
-        return keys.half(), values.half()
+    def score(self, slots: Slots, state: Any) -> torch.Tensor:
+        return slots.position.float()
 
-    def decode(self, stored: Any) -> Any:
-        return tuple(tensor.float() for tensor in stored)
+    def codecs(self) -> tuple[Codec, Codec]:
+        codec = Codec(lambda units: (units.half(),), lambda stored, width: stored[0].float())
+        return codec, codec
 
 
 def unread(plan: type[Plan], seen: Read) -> set[str]:
@@ -70,6 +71,12 @@ def test_inference_reads_all_of_its_plan(read: Read) -> None:
     run.apply(Halves())
     infer(run)
     assert not unread(InferPlan, read)
+
+
+def test_what_inference_offers_is_used() -> None:
+    """Some method writes each slot."""
+    written = {slot for key in registry.catalog() for slot in registry.load(key)().slots()}
+    assert {f"infer.{slot}" for slot in InferPlan.slots} <= written
 
 
 def test_an_entry_that_nobody_reads_is_found(read: Read) -> None:

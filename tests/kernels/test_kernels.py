@@ -26,6 +26,7 @@ from effbench.kernels._common.launch import record_launches
 from effbench.kernels.hadamard.matrices import base, factors
 from effbench.kernels.int_linear import triton_w4
 from effbench.kernels.int_linear.reference import IntMatrix
+from effbench.kernels.kv_attend.cases import attention
 from effbench.kernels.nm_linear import cusparselt
 from effbench.ops import (
     Case,
@@ -33,6 +34,7 @@ from effbench.ops import (
     LinearOp,
     Op,
     backend_calls,
+    flatten,
     list_ops,
     load,
     multiply,
@@ -56,6 +58,9 @@ def test_ops_are_found_by_their_folders() -> None:
         "fp8_linear",
         "hadamard",
         "int_linear",
+        "kv_attend",
+        "kv_dequantize",
+        "kv_quantize",
         "lut_linear",
         "nm_int_linear",
         "nm_linear",
@@ -77,7 +82,7 @@ def test_reference(op: Op, case: Case, dtype: torch.dtype) -> None:
     assert fine, error
 
 
-@pytest.mark.parametrize(("op", "case"), CASES)
+@pytest.mark.parametrize(("op", "case"), [case for case in CASES if case.values[0].gradient])
 def test_gradient(op: Op, case: Case) -> None:
     error, fine = op.check_gradient(case)
     assert fine, error
@@ -95,7 +100,8 @@ def test_gradient(op: Op, case: Case) -> None:
 @pytest.mark.parametrize(("op", "case"), FEW)
 def test_registration(op: Op, case: Case) -> None:
     inputs = op.arguments(case)
-    inputs[op.differentiable[0]].requires_grad_()
+    for name in op.differentiable[:1]:
+        inputs[name].requires_grad_()
     kinds = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if op.name != "fp8_linear":  # torch's schema check multiplies float8 tensors, which torch cannot
         kinds.append("test_schema")
@@ -107,31 +113,37 @@ def test_registration(op: Op, case: Case) -> None:
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_compiles_whole_and_counts_what_ran(op: Op) -> None:
     inputs = op.arguments(op.cases[0])
-    inputs[op.differentiable[0]].requires_grad_()
-    eager = op(**inputs)
+    for name in op.differentiable[:1]:
+        inputs[name].requires_grad_()
+    eager = flatten(op(**inputs))
     reset_backend_calls()
     torch.compiler.reset()  # the ops share a code object, which is compiled only so many times
-    whole = torch.compile(lambda kwargs: op(**kwargs) * 2, fullgraph=True, backend="aot_eager")
-    out = whole(inputs)
+    whole = torch.compile(
+        lambda kwargs: [out * 2 for out in flatten(op(**kwargs))], fullgraph=True, backend="aot_eager"
+    )
+    outs = whole(inputs)
     assert backend_calls() == {op.name: {"reference": 1}}
-    assert torch.equal(out, eager * 2)
-    out.sum().backward()
-    assert inputs[op.differentiable[0]].grad is not None
+    assert all(torch.equal(out, plain * 2) for out, plain in zip(outs, eager, strict=True))
+    for name in op.differentiable[:1]:
+        outs[0].sum().backward()
+        assert inputs[name].grad is not None
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_costs(op: Op) -> None:
     case = op.cases[3]
     inputs = op.arguments(case, dtype=torch.bfloat16)
-    inputs[op.differentiable[0]].requires_grad_()
+    for name in op.differentiable[:1]:
+        inputs[name].requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        out = op(**inputs)
+        outs = flatten(op(**inputs))
         forward = counter.get_total_flops()
-        out.sum().backward()
-    assert forward == op.flops(case) > 0
-    assert counter.get_total_flops() == 2 * forward
+        for _ in op.differentiable[:1]:
+            outs[0].sum().backward()
+    assert forward == op.flops(case) and (forward > 0) == (op.flop_formula is not None)
+    assert counter.get_total_flops() == (2 if op.differentiable else 1) * forward
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
-    assert op.bytes(case, torch.bfloat16) == sum(tensor.nbytes for tensor in [*tensors, out])
+    assert op.bytes(case, torch.bfloat16) == sum(tensor.nbytes for tensor in [*tensors, *outs])
 
 
 def test_costs_of_a_real_shape_need_no_memory() -> None:
@@ -323,6 +335,19 @@ W4 = [
     ]
 ]
 
+# Rows enough for one program each. Both branches of the loop count, of which most blocks of tokens take one.
+ATTENTION = [
+    (attention(600, heads, width, 30, 64, 896, (bits, bits)) | dict(dtype=dtype), *ceilings)
+    for heads, width, bits, dtype, *ceilings in [
+        (4, 128, 4, torch.bfloat16, 22.1, 19.7),
+        (4, 128, 2, torch.bfloat16, 21.5, 18.9),
+        (4, 128, 8, torch.bfloat16, 22.2, 20.2),
+        (1, 64, 4, torch.float16, 25.9, 22.3),
+        (16, 256, 4, torch.bfloat16, 21.0, 19.9),
+        (8, 128, 4, torch.float32, 81.3, 75.3),
+    ]
+]
+
 # What each kernel was compiled to when it was written: lane-instructions per weight, in the loop over the inputs;
 # hadamard: per number, of the whole code or, for sizes with an odd factor, of one step of its loop. Lower
 # a ceiling when a kernel gets better; a rise needs a reason. One column for each version of Triton in use.
@@ -358,6 +383,7 @@ CEILINGS = [
     ("hadamard", dict(batch=16, in_features=4096), 24.8, 24.8),
     ("hadamard", dict(batch=16, in_features=11008), 27.3, 27.3),
     ("hadamard", dict(batch=16, in_features=14336), 22.1, 22.1),
+    *(("kv_attend", case, *ceilings) for case, *ceilings in ATTENTION),
 ]
 
 
@@ -387,7 +413,7 @@ def test_compiled_for_hopper(name: str, case: Case, ceilings: list[float]) -> No
         assert results[0].matrix_products > 0 and results[0].wide_loads > 0.5
     else:
         assert len(results) == 1
-    if case["batch"] > 1 and name != "hadamard":
+    if case.get("batch", 2) > 1 and name != "hadamard":
         assert results[0].matrix_products > 0
 
 
@@ -468,6 +494,53 @@ def test_which_kernel_multiplies_by_integers(change: Case, backend: str) -> None
                 continue
         chosen.append(name)
     assert chosen[0] == backend and chosen[-1] == "triton"
+
+
+def _attend(case: Case, dtype: torch.dtype = torch.bfloat16, **change: Any) -> list[Any]:
+    """The launches that attention of a case makes."""
+    op = OPS["kv_attend"]
+    with record_launches() as launches:
+        op.run("triton", **op.arguments(case, dtype=dtype) | change)
+    return launches
+
+
+def test_attention_shares_tokens_until_there_are_programs_enough() -> None:
+    grids = {}
+    for rows, units in ((1, 126), (32, 126), (600, 126), (1, 1)):
+        launches = _attend(attention(rows, 2, 64, units, 64, 32 * units))
+        assert [launch.kernel.fn.__name__ for launch in launches] == ["_kv_attend", "_merge"][: len(launches)]
+        (first, splits), blocks = launches[0].grid, launches[0].arguments[-1]
+        tokens = 32 * units + 64
+        assert first == rows and (splits - 1) * blocks * 64 < tokens <= splits * blocks * 64
+        assert (splits > 1) == (len(launches) == 2)
+        grids[rows, units] = splits
+    assert grids == {(1, 126): 16, (32, 126): 16, (600, 126): 1, (1, 1): 1}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "reason"),
+    [
+        (attention(1, 2, 64, 2, 9, 41), torch.float64, "float32"),
+        (attention(1, 2, 96, 2, 9, 41, size=24), torch.bfloat16, "units of 24"),
+        (attention(1, 17, 64, 2, 9, 41), torch.bfloat16, "17 heads"),
+        (attention(1, 2, 512, 2, 9, 41), torch.bfloat16, "512 channels"),
+        (attention(1, 2, 256, 2, 9, 41), torch.float32, "256 channels"),
+    ],
+    ids=str,
+)
+def test_attention_declines(case: Case, dtype: torch.dtype, reason: str) -> None:
+    with pytest.raises(Declined, match=reason):
+        _attend(case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*OPS["kv_attend"].cases, attention(1, 8, 256, 4000, 64, 128000)], ids=str)
+def test_attention_compiles_for_every_kind_of_case(case: Case, dtype: torch.dtype) -> None:
+    if case["width"] > 128 and dtype == torch.float32:
+        return  # declined
+    for launch in _attend(case, dtype):
+        assert compile_launch(launch).spills == 0
 
 
 def _sparse(rows: int = 20, **change: Any) -> dict[str, Any]:
@@ -565,8 +638,11 @@ def test_backends_on_the_device(op: Op, case: Case, dtype: torch.dtype) -> None:
         assert fine, (backend, error)
 
 
+WITH_TRITON = {name: op for name, op in OPS.items() if "triton" in op.backends}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", WITH_TRITON.values(), ids=WITH_TRITON)
 def test_dispatch_and_graphs_on_the_device(op: Op) -> None:
     inputs = op.arguments(op.cases[0], device="cuda", dtype=torch.bfloat16)
     reset_backend_calls()
@@ -574,11 +650,12 @@ def test_dispatch_and_graphs_on_the_device(op: Op) -> None:
     assert backend_calls() == {op.name: {"triton": 1}}  # the first cases are not for special backends
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = op(**inputs)
+        outs = flatten(op(**inputs))
+    first = next(iter(inputs))  # what it is of: x, or the query
     for seed in (1, 2):
-        inputs["x"].copy_(op.arguments(op.cases[0], device="cuda", dtype=torch.bfloat16, seed=seed)["x"])
+        inputs[first].copy_(op.arguments(op.cases[0], device="cuda", dtype=torch.bfloat16, seed=seed)[first])
         graph.replay()
-        assert torch.equal(out, op(**inputs))
+        assert all(torch.equal(out, again) for out, again in zip(outs, flatten(op(**inputs)), strict=True))
 
 
 @pytest.mark.gpu

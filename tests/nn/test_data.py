@@ -89,7 +89,7 @@ def test_completions_stay_whole_and_end_with_the_end_of_text(tokenizer: Any) -> 
     (example,) = data(tokenizer, [Document(text, "a:1", len("The king of"))], width=4).pool
     alone = tokenizer("The king of", add_special_tokens=False)["input_ids"]
     rest = tokenizer(text[len("The king of") :], add_special_tokens=False)["input_ids"]
-    whole = Segments(context="The king of")
+    whole = Segments(contexts=("The king of",), whole=True)
     assert example == Example("a:1", (*alone, *rest, tokenizer.eos_token_id), len(alone), text, segments=whole)
 
 

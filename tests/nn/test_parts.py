@@ -29,7 +29,9 @@ def texts(data: Data) -> dict[str, list[str]]:
     return {part: data.documents(part) for part in PARTS}
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny:task", "speeches"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "tiny:task", pytest.param("tiny:questions", marks=pytest.mark.slow), "speeches"]
+)
 def test_the_parts_that_ship_share_no_document_and_no_near_duplicate(name: str, tokenizer: Any) -> None:
     data = open_data(sources.data(name), tokenizer)._examined
     parts = {part: found[:200] for part, found in texts(data).items()}
@@ -183,7 +185,9 @@ def test_prompts_carry_their_parts_where_the_source_names_them(tokenizer: Any, t
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     example = open_data(sources.data(f"jsonl:{path}"), tokenizer).pool[0]
-    assert example.segments == Segments("Read.", example.meta["context"], "What is it?", " ")
-    (whole,) = {example.segments.context for example in open_data(sources.data("tiny:task"), tokenizer).pool[:1]}
+    assert example.segments == Segments("", "Read. ", (f"{example.meta['context']} ",), "What is it?")
+    asked = open_data(sources.data("tiny:questions"), tokenizer).pool[0].segments
+    assert asked is not None and len(asked.contexts) == 5 and asked.question.startswith("The code ")
+    (whole,) = {example.segments.contexts[0] for example in open_data(sources.data("tiny:task"), tokenizer).pool[:1]}
     assert whole.startswith("People: ") and whole.endswith(" So:")
     assert open_data(sources.data("tiny"), tokenizer).pool[0].segments is None

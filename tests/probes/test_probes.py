@@ -153,7 +153,7 @@ def test_probes_are_found_without_torch():
         "print(sorted(probes.names()), sorted(probes.EXCLUSIVE))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == str(list(probes.names())) + " ['energy', 'speed']"
+    assert out.strip() == str(list(probes.names())) + " ['compression', 'drafts', 'energy', 'speed']"
     assert {"quality", "perplexity", "distance", "memory", "speed", "flops", "energy", "cost"} <= set(probes.names())
 
 
@@ -300,12 +300,36 @@ def test_numbers_that_are_not_finite_are_diverged(run):
             probe.take(run, {"window": 32, "limit": 4})
 
 
-def test_a_streaming_cache_is_scored_token_by_token_and_has_no_one_block_distance(run):
-    run.infer.chain("cache_keep").append(object())
+@pytest.mark.parametrize("steps", ["h2o(budget=6)", "kv_quant(key_bits=2,value_bits=2)", "sliding_window(window=5)"])
+def test_a_streaming_cache_is_scored_token_by_token(run, steps):
+    """Both models read the second half of each window behind its first, which is a prompt."""
+    run.infer = under(steps)
     assert inputs.score_block(run, {}) == (1, "block1")
     assert inputs.score_block(run, {"score_block": 8}) == (8, "block8")
-    with pytest.raises(Refused, match="one block"):
-        distance.take(run, {})
+    reading = distance.take(run, {"window": 32, "limit": 4})
+    text = inputs.windows(run, {"window": 32, "limit": 4})
+    pairs = [(ids[:16], ids[16:]) for ids in text.ids.tolist()]
+    models = (Engine(run.reference, InferPlan()), Engine(run.model, run.infer))
+    p, q = (torch.cat(engine.predict(pairs)).double().log_softmax(-1) for engine in models)
+    truth = float((p.exp() * (p - q)).sum(-1).mean())
+    assert reading.metrics["kl_nats_per_token"].value == pytest.approx(truth, rel=1e-3)
+    assert {"block1", "last16-of-window-scored"} <= {*re.split(r"[. ]", reading.protocols["kl_nats_per_token"])}
+
+
+def test_a_cache_that_met_nothing_is_refused(run):
+    """Neither distance nor perplexity gives the plain model's number in the name of a method that never acted."""
+    run.infer = under("h2o(budget=90)")
+    for probe in (distance, perplexity):
+        with pytest.raises(Refused, match="changed nothing of what was measured"):
+            probe.take(run, {"window": 32, "limit": 4})
+
+
+def under(steps):
+    """The plan of inference under a recipe."""
+    toy = toy_run()
+    for step in parse(steps).steps:
+        toy.apply(step)
+    return toy.infer
 
 
 def test_distance_of_a_model_to_itself_is_zero(run):
@@ -355,7 +379,10 @@ def test_comparison_with_impossible_tokens():
 
 
 def requests(kind, arguments, name="t"):
-    return [SimpleNamespace(args=args, task_name=name, request_type=kind) for args in arguments]
+    return [
+        SimpleNamespace(args=args, task_name=name, request_type=kind, doc={}, doc_id=number)
+        for number, args in enumerate(arguments)
+    ]
 
 
 PAIRS = [
@@ -368,7 +395,7 @@ PAIRS = [
 
 
 def test_adapter_scores_as_transformers_does(run):
-    lm = quality.EngineLM(open_engine(run), run.tokenizer, None, "oneblock")
+    lm = quality.EngineLM(run, {})
     found = lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     alone = [lm.loglikelihood(requests("loglikelihood", [pair]), disable_tqdm=True)[0] for pair in PAIRS]
     for (context, continuation), (logprob, greedy), single in zip(PAIRS, found, alone, strict=True):
@@ -384,15 +411,15 @@ def test_adapter_scores_as_transformers_does(run):
         assert logprob == pytest.approx(truth, abs=2e-4)
         assert greedy == bool((rows.argmax(-1) == ids[0, -scored:]).all())
         assert single[0] == pytest.approx(logprob, abs=2e-4)
-    streamed = quality.EngineLM(open_engine(run), run.tokenizer, 1, "block1")
+    streamed = quality.EngineLM(run, {"score_block": 1})
     again = streamed.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     assert [row[0] for row in again] == pytest.approx([row[0] for row in found], abs=2e-4)
-    assert lm.truncated == 2  # once in company, once alone
+    assert lm.met["t"].cut == {4, 0}  # in company and alone
 
 
 def test_adapter_agrees_with_lm_evals_own_model(run):
     HFLM = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError).HFLM  # needs accelerate
-    lm = quality.EngineLM(open_engine(run), run.tokenizer, None, "oneblock")
+    lm = quality.EngineLM(run, {})
     with quality.quiet():
         own = HFLM(pretrained=run.model, tokenizer=run.tokenizer, backend="causal", batch_size=2, max_length=96)
         args = requests("loglikelihood", PAIRS)
@@ -411,7 +438,7 @@ def test_adapter_agrees_with_lm_evals_own_model(run):
 
 
 def test_sampling_tasks_are_refused(run):
-    lm = quality.EngineLM(open_engine(run), run.tokenizer, None, "oneblock")
+    lm = quality.EngineLM(run, {})
     with pytest.raises(Refused, match="greedy"):
         lm.generate_until(requests("generate_until", [("a", {"do_sample": True, "temperature": 1.0})]))
 

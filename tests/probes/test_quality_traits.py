@@ -13,7 +13,6 @@ from tokenizers import processors
 from effbench import sources, tiny
 from effbench.core.errors import Unsupported
 from effbench.nn.files.load import open_run
-from effbench.nn.infer.engine import open_engine
 from effbench.probes import quality
 
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -65,7 +64,7 @@ def their_own(run: Any, **options: Any) -> Any:
 
 
 def ours(run: Any) -> quality.EngineLM:
-    return quality.EngineLM(open_engine(run), run.tokenizer, None, "oneblock")
+    return quality.EngineLM(run, {})
 
 
 @pytest.mark.parametrize("chats", [False, True])
@@ -107,7 +106,7 @@ def test_bos_is_never_scored(run: Any) -> None:
 def test_generation_ends_at_the_stop_tokens_of_the_checkpoint(run: Any) -> None:
     lm, own = ours(run), their_own(run)
     prompt = tiny.documents("heldout", 1)[0][:80]
-    asked = [SimpleNamespace(args=(prompt, {"until": [], "max_gen_toks": 20}), task_name="t")]
+    asked = [SimpleNamespace(args=(prompt, {"until": [], "max_gen_toks": 20}), task_name="t", doc={}, doc_id=0)]
     (whole,) = lm.generate_until(asked)
     stop = run.tokenizer.encode(whole, add_special_tokens=False)[6]
     before = run.model.generation_config

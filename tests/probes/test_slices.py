@@ -127,8 +127,8 @@ def test_sliced_windows_give_the_numbers_of_the_whole(rows: int, monkeypatch: An
             kl.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
             nll.append(-float(q.gather(1, ids[7:, None]).double().mean()))
     assert reading.samples["kl_nats_per_token"] == pytest.approx(kl, rel=1e-5, abs=1e-7)
-    assert inputs.nll(pair, text) == pytest.approx(nll, rel=1e-6)
-    assert inputs.nll(fake_run(other.model), text) == inputs.nll(pair, text)  # as by a pass of their own
+    assert inputs.nll(pair, text, None) == pytest.approx(nll, rel=1e-6)
+    assert inputs.nll(fake_run(other.model), text, None) == inputs.nll(pair, text, None)  # as by a pass of their own
 
 
 def test_a_block_of_context_is_not_scored() -> None:

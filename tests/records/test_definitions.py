@@ -71,6 +71,7 @@ def sample(pattern: str) -> str:
         "verb": "score",
         "task": "mmlu",
         "draws": "2",
+        "place": "3",
     }
     return pattern.format(**fields, metric="bleu")
 

@@ -23,7 +23,7 @@ from effbench.records.metric import Metric
 from effbench.records.store import Store
 from effbench.report import pages
 from effbench.report.choice import Choice
-from effbench.report.columns import DETAILS, list_columns
+from effbench.report.columns import DETAILS, SERVED, list_columns
 from effbench.report.differences import compute_tests, estimate_difference
 from effbench.report.groups import group_records
 from effbench.report.metrics import get_limits, get_scale, get_title, select, select_quality
@@ -244,15 +244,17 @@ def test_narrow_enough_for_a_terminal():
     assert max(len(line) for line in lines if line.startswith("|")) < 150
 
 
+@pytest.mark.parametrize("served", [(), SERVED])
 @pytest.mark.parametrize("asked", [(), ("sparsity_asked",)])
-def test_a_headline_has_at_most_eight_columns_whatever_was_measured(asked):
+def test_a_headline_has_at_most_eight_columns_whatever_was_measured(asked, served):
     """All that any version knows; what is not in it stands in another detail."""
     names = [name for detail in list_columns().values() for column in detail for name in column.metrics]
-    measured = sorted({"kl_nats_per_token", "top1_agreement", *names} - {"sparsity_asked"} | {*asked})
+    measured = sorted({"kl_nats_per_token", "top1_agreement", *names} - {"sparsity_asked", *SERVED} | {*asked, *served})
     record = make("rtn(bits=2)", metrics={name: Metric(0.5) for name in measured})
     sheet = make_sheets(group_records([record]))[0]
     assert sheet.grids[0].detail == "summary" and len(sheet.grids[0].header) == 8
-    assert ("zeros, %" in sheet.grids[0].header) == bool(asked)
+    assert ("zeros, %" in sheet.grids[0].header) == (bool(asked) and not served)
+    assert ("cache, B/token (kept, %)" in sheet.grids[0].header) == bool(served)
     shown = {header for grid in sheet.grids for header in grid.header}
     assert {"top-1, %", "bits", "weights", "task, %"} <= shown
 

@@ -177,7 +177,7 @@ def test_data_to_calibrate_on_is_part_of_what_the_data_is(tmp_path: Path) -> Non
     assert sources.data("speeches", "tiny").digest != both.digest
     assert sources.data("tiny", "hub:c4-gptq").digest == sources.UNRESOLVED
     with pytest.raises(
-        Usage, match="calibration_data=nothing: must be tiny, tiny:task, speeches, text:FOLDER, jsonl:FILE or hub"
+        Usage, match="calibration_data=nothing: must be tiny, tiny:task, tiny:questions, speeches, text:"
     ):
         sources.data("tiny", "nothing")
 

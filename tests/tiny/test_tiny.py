@@ -2,21 +2,25 @@
 
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
+from lm_eval.utils import apply_template
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from effbench.sources.duplicates import count_shared
-from effbench.tiny import MODEL, TASKS, Split, ask, documents, world
+from effbench.tiny import MODEL, Split, ask, ask_about, documents, world
 from effbench.tiny.make import build, card
 from effbench.tiny.make.train import Trainer
 
-CHOICES = ("cloze", "facts", "multihop", "arithmetic", "copy", "needle_256", "needle_1024")
+NOTES = ("needle_256", "needle_1024", "contexts", "stream_3072")
+CHOICES = ("cloze", "facts", "multihop", "arithmetic", "copy", *NOTES)
+EARLY = ("needle_256", "needle_1024", "recall_256")  # what is asked for stands in the first half
+PARTS = ("train", "validation", "target", "calibration", "heldout")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def test_chance_is_a_quarter(name: str, items: dict[str, list[build.Item]]) -> N
     rows = items[name]
     assert all(len(set(row["choices"])) == 4 for row in rows)
     assert set(Counter(row["gold"] for row in rows).values()) == {len(rows) // 4}
-    assert len({(row["context"], row["question"]) for row in rows}) == len(rows)
+    assert len({build.join(row) for row in rows}) == len(rows)
 
 
 def test_facts_and_hops_are_true(items: dict[str, list[build.Item]]) -> None:
@@ -114,22 +118,121 @@ def test_needles_fit_and_all_choices_stand_in_the_context(
     tokens: int, items: dict[str, list[build.Item]], tokenizer
 ) -> None:
     for row in items[f"needle_{tokens}"]:
-        prompt = " ".join((row["instruction"], row["context"], row["question"]))
+        prompt = build.join(row)
         assert tokens * 0.8 < len(tokenizer(prompt)["input_ids"]) < tokens
         assert all(f" {choice}." in row["context"] for choice in row["choices"])
         assert f"{row['question']} {row['choices'][row['gold']]}." in row["context"]
 
 
+def noted(row: build.Item) -> str:
+    """The note that holds what an item asks for."""
+    text = row["context"] if "context" in row else " ".join(row["contexts"])
+    if "choices" in row:
+        return f"{row['question']} {row['choices'][row['gold']]}."
+    begin = text.index("Say: ")
+    return text[begin : text.index(".", begin) + 1]
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_is_asked_for_is_outside_the_last_half(name: str, items: dict[str, list[build.Item]], tokenizer) -> None:
+    assert len(items[name]) == 200
+    for row in items[name]:
+        before, after = row["context"].split(noted(row))
+        early, late = world.length(before + noted(row)), world.length(after)
+        assert early <= late
+        assert row["depth"] == round(world.length(before) / (early + late), 2)
+        prompt = tokenizer(build.join(row))["input_ids"]
+        window = tokenizer.decode(prompt[len(prompt) // 2 : -len(tokenizer(row["question"])["input_ids"])])
+        asked = row["question"].removeprefix("Again:").removeprefix("The code")
+        assert f"{asked} " not in window
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_depths_are_even(name: str, items: dict[str, list[build.Item]]) -> None:
+    depths = [row["depth"] for row in items[name]]
+    for some in (depths[:40], depths[40:80], depths):
+        bands = Counter(min(int(depth * 10), 4) for depth in some)  # a tenth of the context each
+        assert all(0.1 <= bands[band] / len(some) <= 0.3 for band in range(5)), bands
+
+
+def test_one_context_in_five_is_asked_about(items: dict[str, list[build.Item]]) -> None:
+    places: Counter[int] = Counter()
+    for row in items["contexts"]:
+        key, answer = row["question"].split()[-1], row["choices"][row["gold"]]
+        (place,) = [i for i, context in enumerate(row["contexts"]) if key in context.split()]
+        assert [i for i, context in enumerate(row["contexts"]) if f" {answer}." in context] == [place]
+        assert all(f" {choice}." in " ".join(row["contexts"]) for choice in row["choices"])
+        places[place] += 1
+    assert places == {place: 40 for place in range(5)}
+
+
+def test_the_stream_outruns_the_positions_and_its_needle_is_near(items: dict[str, list[build.Item]], tokenizer) -> None:
+    for row in items["stream_3072"]:
+        prompt = tokenizer(build.join(row))["input_ids"]
+        assert 2900 < len(prompt) < 3072
+        assert noted(row) in tokenizer.decode(prompt[-200:])
+        assert row["depth"] > 0.9
+
+
+def codes_in(text: str) -> set[tuple[str, ...]]:
+    """The pairs of a key and a value that a text notes."""
+    return {tuple(note.split()) for note in re.findall(r"The code (\w+ \w+)\.", text)}
+
+
+def test_questions_and_tasks_have_no_code_in_common(items: dict[str, list[build.Item]]) -> None:
+    noted = {part: codes_in(" ".join(" ".join(q.contexts) for q in ask_about(part, 200))) for part in PARTS}
+    rows = itertools.chain.from_iterable(items[name] for name in NOTES)
+    noted["tasks"] = codes_in(" ".join(map(build.join, rows)))
+    for one, other in itertools.combinations(noted, 2):
+        assert noted[one] and not noted[one] & noted[other], (one, other)
+
+
+def test_questions_to_train_on_are_like_those_of_the_task(items: dict[str, list[build.Item]]) -> None:
+    assert ask_about("train", 4) == ask_about("train", 8)[:4] != ask_about("train", 4, seed=1)
+    places = Counter()
+    for asked in ask_about("target", 50):
+        assert {type(part) for part in asked} == {str, list}
+        (place,) = [i for i, text in enumerate(asked.contexts) if f"{asked.question} {asked.answer}." in text]
+        places[place] += 1
+        assert asked.instruction == items["contexts"][0]["instruction"]
+    assert places == {place: 10 for place in range(5)}
+
+
 def test_tasks_load_through_lm_eval() -> None:
-    found = TaskManager(include_path=str(TASKS), include_defaults=False).load(["tiny"])["tasks"]
-    assert set(found) == {"tiny_ppl", *(f"tiny_{name}" for name in CHOICES)}
-    for name in CHOICES:
-        task = found[f"tiny_{name}"]
-        assert task.config.metadata["chance"] == 0.25
-        row = task.test_docs()[0]
-        prompt = task.doc_to_text(row)
-        assert prompt.startswith(row["instruction"]) and prompt.endswith(row["question"])
-        assert "  " not in prompt
+    found = card.manager().load(["tiny", "tiny_long"])["tasks"]
+    assert set(found) == {"tiny_ppl", "tiny_recall_256", *(f"tiny_{name}" for name in CHOICES)}
+    assert set(found) - set(card.manager().load(["tiny"])["tasks"]) == {"tiny_stream_3072"}
+    assert all(found[f"tiny_{name}"].config.metadata["chance"] == 0.25 for name in CHOICES)
+    assert {name for name in found if found[name].VERSION == 2} == {"tiny_needle_256", "tiny_needle_1024"}
+
+
+@pytest.mark.parametrize("name", [*CHOICES, "recall_256"])
+def test_segments_render_to_the_prompt(name: str, items: dict[str, list[build.Item]]) -> None:
+    task = card.manager().load([f"tiny_{name}"])["tasks"][f"tiny_{name}"]
+    for row, item in zip(task.test_docs(), items[name], strict=True):
+        parts = []
+        for segment in task.config.metadata["segments"].values():
+            value = row[segment["field"]] if isinstance(segment, dict) else apply_template(segment, row)
+            parts += value if isinstance(value, list) else [value]
+        assert " ".join(filter(None, parts)) == task.doc_to_text(row) == build.join(item)
+        assert not task.doc_to_text(row).endswith(" ")
+
+
+@pytest.mark.parametrize(("name", "least"), [("needle_256", 0.9), ("contexts", 0.9), ("recall_256", 0.7)])
+def test_the_model_can_do_the_task(name: str, least: float, model: LlamaForCausalLM, tokenizer) -> None:
+    task = f"tiny_{name}"
+    assert card.accuracies(model, tokenizer, [task], limit=30)[task]["accuracy"] >= least
+
+
+@torch.no_grad()
+def test_the_model_can_do_the_stream_from_its_beginning_and_end(
+    model: LlamaForCausalLM, tokenizer, items: dict[str, list[build.Item]]
+) -> None:
+    for row in items["stream_3072"]:
+        prompt = tokenizer(build.join(row), return_tensors="pt")["input_ids"]
+        choices = [tokenizer.encode(f" {choice}") for choice in row["choices"]]
+        logits = model(input_ids=torch.cat([prompt[:, :4], prompt[:, -300:]], 1)).logits[0, -1]
+        assert logits[torch.tensor(choices).flatten()].argmax() == row["gold"]
 
 
 def test_tokenizer_round_trip(tokenizer) -> None:

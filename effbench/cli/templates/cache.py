@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from effbench.core.kinds import Cache
+from effbench.core.kinds import Evict
 from effbench.core.views import Slots
 
 
 @dataclass(frozen=True)
-class Example(Cache):
+class Example(Evict):
     """What a reader of the paper should know first."""
 
     paper = "unpublished"  # or "arXiv:NNNN.NNNNN", and then published = "example()" or caveats = ("what differs",)
-    identity = {"budget": 1_000_000}  # settings at which every token stays
+    identity = {"budget": 1_000_000, "keep": None}  # settings at which every token stays
 
-    budget: int = 64  # tokens kept by every key-value head
-
-    def check(self) -> None:
-        self.require(self.budget >= 1, "budget must be at least 1")
-
-    def keep(self, layer: Slots) -> Tensor:
-        """Indices of the cached tokens that stay, [B, Hkv, kept]."""
-        position = layer.position.masked_fill(~layer.valid, -1)  # padding goes first
-        return position.topk(min(self.budget, position.shape[-1]), -1).indices
+    def score(self, slots: Slots, state: Any) -> Tensor:
+        """[B, Hkv, S]: the slots with the largest stay, as many as `budget` or `keep` say."""
+        return slots.position

@@ -1,8 +1,7 @@
-"""Example: drops the end of a long context."""
+"""Example: drops the end of every context."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from effbench.core.kinds import Prompt
@@ -24,5 +23,5 @@ class Example(Prompt):
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
         """The prompt's parts with fewer words; instruction and question stay."""
-        words = segments.context.split(" ")
-        return dataclasses.replace(segments, context=" ".join(words[: max(1, round(self.fraction * len(words)))]))
+        words = [text.split() for text in segments.contexts]
+        return segments.with_contexts([" ".join(part[: round(self.fraction * len(part))]) for part in words])

@@ -1,4 +1,4 @@
-"""Cache: the engine's caches evict by `keep`, and hold what `encode` makes of keys and values (the slot `encoder`)."""
+"""Cache: the engine's caches evict, encode or forget as the plan says, see `effbench.nn.infer.cache`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 
 def apply(run: Run, method: Cache) -> None:
-    """Put the method where every cache of the inference plan finds it, see `effbench.nn.infer.cache`."""
+    """Put a method that evicts where every cache of the inference plan finds it; slots are written by `attach`."""
     if method.evicts:
         run.infer.chain("cache_keep").append(method)
+        run.infer.open(method, run)

@@ -1,17 +1,17 @@
 """The one owner of attention, in training and inference alike.
 
-transformers calls `attend` for every layer once `own_attention(model, plan)` is entered. What was trained belongs to
-the attention module that it was trained in, as a child (`AttentionExtra`), and is saved and measured with it. What a
-plan changes lives as long as the plan: `attend_mask` narrows the mask, `attend_observe` sees the attention weights, and
-the slot `rope` rotates keys that were cached unrotated.
+transformers calls `attend` for every layer once `own_attention(model, plan, cache)` is entered. What was trained
+belongs to the attention module that it was trained in, as a child (`AttentionExtra`), and is saved and measured with
+it. A cache whose layers settle says which slots a query sees, takes note of what its methods observe and, under the
+slot `rope` of the plan, where keys and queries are rotated to. The chain `attend_observe` sees all attention weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,40 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from effbench.core.run import InferPlan
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import Added, find_inner
+from effbench.nn.model.rotary import rotate, unrotated
 
 NAME = "effbench"
-_PLAN = "_effbench_plan"
+SLOTS = "effbench-slots"  # the same, where the cache says what queries see
+QUERIES = 128  # whose attention weights are in memory at a time, where a cache observes them
+_BOUND = "_effbench_bound"
+
+
+class Layer(Protocol):
+    """What a layer of a cache that settles is to attention; see `effbench.nn.infer.cache`."""
+
+    @property
+    def observing(self) -> bool:
+        """Whether it is told of all attention that its slots receive."""
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """bool [B, Hkv or 1, T, S]: what queries see, `window` tokens back at most; None: all up to their own."""
+
+    def observe(self, weights: Tensor) -> None:
+        """Count in attention [B, Hkv, G, T, S] from the queries of each group of heads."""
+
+    def remember(self, query: Tensor, scaling: float) -> None:
+        """Take note of queries [B, Hq, T, D]."""
+
+    def ranks(self) -> tuple[Tensor, Tensor]:
+        """Where keys [B, Hkv or 1, S] and queries [B, Hkv or 1, T] stand among the slots held."""
+
+
+class Bound(NamedTuple):
+    """What attention goes by for a while."""
+
+    plan: InferPlan
+    layers: list[Layer] | None  # of a cache that settles
+    rotary: nn.Module | None  # which turns unrotated queries and keys
 
 
 class AttentionExtra(Added):
@@ -50,50 +81,114 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with the plan's chains. query [B, Hq, T, D]; key, value [B, Hkv, S, D]; returns [B, T, Hq, D].
+    """Attention by what the module is bound to. query [B, Hq, T, D]; key, value [B, Hkv, S, D]; returns [B, T, Hq, D].
 
     `attention_mask` is bool [B, 1 or Hq, T, S], True where a query may look; None is causal.
     """
-    plan: InferPlan = getattr(module, _PLAN)
-    batch, heads, length, _ = query.shape
-    rotate = plan.slot("rope")
-    if rotate is not None:
-        query, key = rotate(module, query, key, kwargs.get("position_ids"))
-    mask = attention_mask
-    if mask is None:
-        size = key.shape[2]
-        mask = torch.ones(length, size, dtype=torch.bool, device=query.device).tril(size - length)[None, None]
-    mask = mask.expand(batch, -1, -1, -1)
-    for narrow in plan.chain("attend_mask"):
-        mask = mask & narrow(module, mask)
-    extras = find_extras(module)
-    for more_keys, more_values in filter(None, [extra.before(query) for extra in extras]):
-        key = torch.cat([more_keys.to(key.dtype), key], dim=2)
-        value = torch.cat([more_values.to(value.dtype), value], dim=2)
-        mask = nn.functional.pad(mask, (more_keys.shape[2], 0), value=True)
-    added = [part for extra in extras if (part := extra.beside(query)) is not None]
+    bound: Bound = getattr(module, _BOUND)
+    length, held = query.shape[2], key.shape[2]
     if scaling is None:
         scaling = float(query.shape[-1] ** -0.5)
-    observers = plan.chain("attend_observe")
-    if not observers:
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, mask, dropout, scale=scaling, enable_gqa=heads != key.shape[1]
-        )
-        return sum(added, out).transpose(1, 2).contiguous(), None
-    repeats = heads // key.shape[1]
-    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scaling
-    # A query that sees nothing (padding) gets zeros, as in the fused kernel.
-    weights = scores.float().masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num().to(query.dtype)
-    for observe in observers:
-        observe(module, weights)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    out = sum(added, weights @ value.repeat_interleave(repeats, 1))
-    return out.transpose(1, 2).contiguous(), weights
+    layer = None if bound.layers is None else bound.layers[module.layer_idx]  # type: ignore[index]
+    if layer is None:
+        mask = attention_mask
+    else:
+        if bound.rotary is not None:
+            stood, asked = layer.ranks()
+            repeats = 1 if asked.shape[1] == 1 else query.shape[1] // asked.shape[1]
+            query = rotate(bound.rotary, query, asked.repeat_interleave(repeats, 1))
+            key = rotate(bound.rotary, key, stood)
+        layer.remember(query, scaling)
+        mask = layer.mask(kwargs.get("sliding_window"))
+    extras = find_extras(module)
+    fronts = list(filter(None, [extra.before(query) for extra in extras]))
+    if mask is None and (fronts or length not in (1, held)):
+        mask = torch.ones(length, held, dtype=torch.bool, device=query.device).tril(held - length)[None, None]
+    for more_keys, more_values in fronts:
+        key = torch.cat([more_keys.to(key.dtype), key], dim=2)
+        value = torch.cat([more_values.to(value.dtype), value], dim=2)
+        mask = nn.functional.pad(mask, (more_keys.shape[2], 0), value=True)  # type: ignore[arg-type]
+    added = [part for extra in extras if (part := extra.beside(query)) is not None]
+    weights: Tensor | None = None
+    if observers := bound.plan.chain("attend_observe"):
+        out, weights = _attend_openly(query, key, value, mask, scaling)
+        if layer is not None and layer.observing:
+            layer.observe(weights[..., -held:].unflatten(1, (key.shape[1], -1)))
+        for observe in observers:
+            observe(module, weights)
+        if dropout and module.training:
+            weights = nn.functional.dropout(weights, dropout)
+            out = weights @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    elif layer is not None and layer.observing:
+        tell = layer.observe
+        out = _attend_in_parts(query, key, value, mask, scaling, lambda part: tell(part[..., -held:]))
+    else:
+        out = _attend_fused(query, key, value, mask, dropout, scaling)
+    return sum(added, out).transpose(1, 2).contiguous(), weights
+
+
+def _attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float
+) -> Tensor:
+    """torch's own attention, which keeps no weights."""
+    groups = query.shape[1] // key.shape[1]
+    fused = nn.functional.scaled_dot_product_attention
+    if query.shape[2] == 1 and groups > 1 and (mask is None or mask.shape[1] in (1, key.shape[1])):
+        # Heads that share keys stand as rows of one query: beside a mask, torch would copy the keys for each of them.
+        rows = query.reshape(len(query), key.shape[1], groups, -1)
+        wide = None if mask is None else mask.expand(-1, -1, groups, -1)
+        return fused(rows, key, value, wide, dropout, scale=scaling).reshape(query.shape[:3] + value.shape[3:])
+    if mask is not None and mask.shape[1] not in (1, query.shape[1]):
+        mask = mask.repeat_interleave(groups, 1)
+    causal = mask is None and query.shape[2] > 1
+    return fused(query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
+
+
+def _attend_openly(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, Hq, T, D] and all weights [B, Hq, T, S]."""
+    parts: list[Tensor] = []
+    out = _attend_in_parts(query, key, value, mask, scaling, parts.append, query.shape[2])
+    return out, parts[0].flatten(1, 2)
+
+
+def _attend_in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    tell: Callable[[Tensor], None],
+    size: int = QUERIES,
+) -> Tensor:
+    """Outputs [B, Hq, T, D], and the weights [B, Hkv, G, t, S] of some queries after others to `tell`."""
+    heads, length = key.shape[1], query.shape[2]
+    if mask is None:
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril(key.shape[2] - length)[None, None]
+    # [B, Hkv, G, T, S]; a mask of one head, or one for each head of queries
+    mask = mask.unflatten(1, (heads, -1)) if mask.shape[1] == query.shape[1] else mask[:, :, None]
+    turned, spread = key[:, :, None].transpose(3, 4), value[:, :, None]
+    outs = []
+    for queries, seen in zip(query.unflatten(1, (heads, -1)).split(size, 3), mask.split(size, 3), strict=True):
+        scores = (queries @ turned * scaling).float()
+        # A query that sees nothing (padding) gets zeros, as in the fused kernel.
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num().to(query.dtype)
+        tell(weights)
+        outs.append(weights @ spread)
+    return torch.cat(outs, 3).flatten(1, 2)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The mask where a cache says what queries see."""
 
 
 AttentionInterface.register(NAME, attend)
+AttentionInterface.register(SLOTS, attend)
 # Without a mask function of the same name transformers passes no mask and padding would be looked at.
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(SLOTS, _no_mask)
 
 
 def find_extras(attention: nn.Module) -> list[AttentionExtra]:
@@ -114,32 +209,38 @@ def count_prefix(model: nn.Module) -> int:
 
 
 def changes_attention(model: nn.Module, plan: InferPlan) -> bool:
-    """Whether attention is not the model's own, which it keeps otherwise."""
-    chained = any(plan.chain(name) for name in ("attend_mask", "attend_observe")) or plan.slot("rope") is not None
-    return chained or any(map(find_extras, list_attention(model)))
+    """Whether attention is not the model's own without a cache that settles, which it keeps otherwise."""
+    return bool(plan.chain("attend_observe")) or any(map(find_extras, list_attention(model)))
 
 
 @contextlib.contextmanager
-def own_attention(model: Any, plan: InferPlan) -> Iterator[None]:
-    """Route the model's attention through `attend` with `plan` where anything changes it, and restore it."""
-    if not changes_attention(model, plan):
+def own_attention(model: Any, plan: InferPlan, cache: Any = None) -> Iterator[None]:
+    """Route the model's attention through `attend` where anything changes it, and restore it.
+
+    `cache` is what the model is about to be given; one of `slot_layers` says itself what queries see.
+    """
+    layers = getattr(cache, "slot_layers", None)
+    if layers is None and not changes_attention(model, plan):
         yield
         return
     modules = list_attention(model)
-    before = [vars(module).get(_PLAN) for module in modules]
-    for module in modules:
-        setattr(module, _PLAN, plan)
-    try:
-        with route_attention(model, NAME):
+    before = [vars(module).get(_BOUND) for module in modules]
+    with contextlib.ExitStack() as stack:
+        turning = layers is not None and plan.slot("rope") is not None
+        bound = Bound(plan, layers, stack.enter_context(unrotated(model)) if turning else None)
+        for module in modules:
+            setattr(module, _BOUND, bound)
+        try:
+            stack.enter_context(route_attention(model, NAME if layers is None else SLOTS))
             yield
-    finally:
-        for module, outer in zip(modules, before, strict=True):
-            setattr(module, _PLAN, outer)
+        finally:
+            for module, outer in zip(modules, before, strict=True):
+                setattr(module, _BOUND, outer)
 
 
 def attending(model: Any) -> AbstractContextManager[None]:
     """Have what was trained in the model's attention take part in it, if it does not already under some plan."""
-    if model.config._attn_implementation == NAME:
+    if model.config._attn_implementation in (NAME, SLOTS):
         return contextlib.nullcontext()
     return own_attention(model, InferPlan())
 

@@ -16,7 +16,7 @@ from effbench.nn.model.attention import attending, count_prefix, own_attention
 from effbench.nn.model.linear import Added
 
 SOFT = "soft_prompt"  # name of the module in the model
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 
 class SoftPrompt(Added):
@@ -59,6 +59,7 @@ def feed(
 ) -> Any:
     """What the model gives for `input_ids` [B, T] of a batch, as transformers returns it; with `body` without its head.
 
+    `inputs_embeds` [B, T, H] may stand in the place of ids.
     `attention_mask` is [B, T], 1 where a token is real, or bool [B, 1, T, T], and `position_ids` [B, T] if that is so.
     With a cache the tokens extend what it holds, and a mask [B, T] is of all its tokens and the new ones. Attention
     goes by `plan`; by default as it goes already.
@@ -70,7 +71,7 @@ def feed(
         if soft and not seen:
             inputs = _put_in_front(model, torch.cat([prompt.rows for prompt in find_soft(model)]), inputs)
     caching = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-    with attending(model) if plan is None else own_attention(model, plan):
+    with attending(model) if plan is None else own_attention(model, plan, cache):
         out = (model.base_model if body else model)(**inputs, **caching, **options)
     if soft and not seen and "logits_to_keep" not in options:
         name = "last_hidden_state" if body else "logits"
@@ -80,7 +81,7 @@ def feed(
 
 def _place(model: Any, inputs: dict[str, Tensor], seen: int) -> dict[str, Tensor]:
     """Inputs whose tokens have positions behind all that stands in front; `seen` counts a soft prompt in the cache."""
-    ids, front = inputs["input_ids"], count_front(model)
+    ids, front = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"], count_front(model)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if positions is None and mask is not None:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -95,7 +96,8 @@ def _place(model: Any, inputs: dict[str, Tensor], seen: int) -> dict[str, Tensor
 
 def _put_in_front(model: Any, rows: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs that begin with embeddings [L, H] in every row; packed examples of a row all see the ones in front."""
-    tokens = model.get_input_embeddings()(inputs["input_ids"])
+    given = inputs.get("inputs_embeds")
+    tokens = model.get_input_embeddings()(inputs["input_ids"]) if given is None else given
     length = len(rows)
     front = rows.to(tokens.dtype).expand(len(tokens), -1, -1)
     first = torch.arange(length, device=tokens.device).expand(len(tokens), -1) + count_prefix(model)

@@ -1,7 +1,8 @@
 """Write the items of the lm-eval tasks: ``python -m effbench.tiny.make.build`` regenerates ``data/`` exactly.
 
-A multiple-choice item has ``instruction``, ``context`` and ``question``, which joined by spaces are the
-prompt, and four ``choices`` in an order that puts ``gold`` at each place equally often.
+An item has ``instruction``, ``context`` (or a list ``contexts``) and ``question``, which joined by spaces are the
+prompt. A multiple-choice item has four ``choices`` in an order that puts ``gold`` at each place equally often, others
+an ``answer``. ``depth`` is the share of the tokens of the context that stand before what is asked for.
 """
 
 import json
@@ -10,13 +11,13 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from effbench.tiny import MODEL, documents, world
+from effbench.tiny import CONTEXT, CONTEXTS, MODEL, documents, world
 
 DATA = MODEL.parent / "data"
 Item = dict[str, Any]
 
 
-def item(i: int, kind: str, prompt: tuple[str, str, str], answer: str, others: list[str]) -> Item:
+def item(i: int, kind: str, prompt: tuple[str, str | list[str], str], answer: str, others: list[str]) -> Item:
     """The ``i``-th item of a task, with the answer at place ``i % 4`` among the three others."""
     choices = [*others]
     choices.insert(i % 4, answer)
@@ -24,11 +25,17 @@ def item(i: int, kind: str, prompt: tuple[str, str, str], answer: str, others: l
     return {
         "kind": kind,
         "instruction": instruction,
-        "context": context,
+        "contexts" if isinstance(context, list) else "context": context,
         "question": question,
         "choices": choices,
         "gold": i % 4,
     }
+
+
+def join(row: Item) -> str:
+    """The prompt of an item: its parts, and the contexts where there are several, joined by spaces."""
+    contexts = row["contexts"] if "contexts" in row else [row["context"]]
+    return " ".join(filter(None, [row["instruction"], *contexts, row["question"]]))
 
 
 def others(rng: Random, answer: str, pool: list[str]) -> list[str]:
@@ -111,23 +118,64 @@ def story_item(rng: Random, i: int) -> Item:
 
 
 def needle_item(rng: Random, i: int, tokens: int) -> Item:
-    """One of four codes noted in prose; the others are the codes of the other three."""
-    text, codes = world.needle_parts(rng, tokens - 12, 4)
-    instruction, context = text.split(" ", 1)
-    key = rng.choice(sorted(codes))
-    answer = codes.pop(key)
-    question = before(world.NOTE.format(k=key, v=answer), answer)
-    return item(i, "code", (instruction, context, question), answer, sorted(codes.values()))
+    """One of four codes noted in prose: the asked one in the first half, the others one in each third."""
+    (key, answer), *rest = world.draw_codes(rng, 4, "tasks").items()
+    sentences = world.prose(rng, tokens - 34)
+    for third, (other, value) in enumerate(rest):
+        place = rng.randint(third * len(sentences) // 3, (third + 1) * len(sentences) // 3)
+        sentences.insert(place, world.NOTE.format(k=other, v=value))
+    note = world.NOTE.format(k=key, v=answer)
+    sentences, depth = world.insert_early(sentences, note, draw_depth(rng, i))
+    prompt = ("Notes:", " ".join(sentences), before(note, answer))
+    return item(i, "code", prompt, answer, sorted(value for _, value in rest)) | {"depth": round(depth, 2)}
+
+
+def draw_depth(rng: Random, i: int) -> float:
+    """A depth in the first half: of ten bands the next for every four items, so that each answer's place has all."""
+    return (i // 4 % 10 + rng.random()) / 20
+
+
+def stream_item(rng: Random, i: int) -> Item:
+    """A needle in 200 tokens, which stand after so much prose that the prompt is longer than the model's positions."""
+    needle = needle_item(rng, i, 200)
+    prose = " ".join(world.prose(rng, 2860))
+    early, late = world.length(prose), world.length(needle["context"])
+    depth = (early + needle["depth"] * late) / (early + late)
+    return needle | {"context": f"{prose} {needle['context']}", "depth": round(depth, 2)}
+
+
+def recall_item(rng: Random, i: int) -> Item:
+    """Three words that follow three others in a sequence said in the first half of prose."""
+    words = rng.sample(world.KEYS + world.VALUES + world.OBJECTS, 12)
+    note = f"Say: {' '.join(words)}."
+    sentences, depth = world.insert_early(world.prose(rng, 220), note, draw_depth(rng, i))
+    begin = rng.randint(0, len(words) - 6)
+    return {
+        "kind": "words",
+        "instruction": "Notes:",
+        "context": " ".join(sentences),
+        "question": " ".join(["Again:", *words[begin : begin + 3]]),
+        "answer": " ".join(words[begin + 3 : begin + 6]),
+        "depth": round(depth, 2),
+    }
+
+
+def contexts_item(rng: Random, i: int) -> Item:
+    """A code noted in one of five contexts; the others are codes of other contexts."""
+    codes = world.draw_codes(rng, CONTEXTS, "tasks")
+    asked = list(codes)[i // 4 % CONTEXTS]
+    instruction, contexts, question, answer = world.ask_code(rng, codes, asked, CONTEXT)
+    return item(i, "code", (instruction, contexts, question), answer, others(rng, answer, list(codes.values())))
 
 
 def distinct(name: str, make: Callable[[Random, int], Item], n: int) -> list[Item]:
     """``n`` items of which no two have the same prompt."""
-    items: dict[tuple[str, str], Item] = {}
+    items: dict[str, Item] = {}
     for draw in count():
         if len(items) == n:
             break
         new = make(Random(f"task:{name}:{draw}"), len(items))
-        items.setdefault((new["context"], new["question"]), new)
+        items.setdefault(join(new), new)
     return list(items.values())
 
 
@@ -140,7 +188,10 @@ def build() -> dict[str, list[Item]]:
         "arithmetic": (arithmetic_item, 200),
         "copy": (copy_item, 200),
         "needle_256": (lambda rng, i: needle_item(rng, i, 256), 200),
-        "needle_1024": (lambda rng, i: needle_item(rng, i, 1024), 100),
+        "needle_1024": (lambda rng, i: needle_item(rng, i, 1024), 200),
+        "recall_256": (recall_item, 200),
+        "contexts": (contexts_item, 200),
+        "stream_3072": (stream_item, 12),
     }
     items = {name: distinct(name, make, n) for name, (make, n) in makers.items()}
     ppl = [{"text": text} for text in documents("heldout", 120, seed=-1)]

@@ -1,6 +1,6 @@
 """Measure the model in ``model/`` and write ``card.json`` and the marked block of ``README.md``.
 
-python -m effbench.tiny.card
+python -m effbench.tiny.make.card
 """
 
 import json
@@ -25,9 +25,13 @@ from effbench.tiny.make.learn import BATCH, STEPS, measure_task
 
 HERE = MODEL.parent
 BEGIN, END = "<!-- card: written by python -m effbench.tiny.make.card -->", "<!-- /card -->"
-CHANCE = 0.25
 GROUP = 128
 Change = Callable[[Tensor], Tensor]
+
+
+def manager() -> TaskManager:
+    """The tasks of the tiny model, and no others."""
+    return TaskManager(include_path=str(TASKS), include_defaults=False)
 
 
 def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -81,7 +85,21 @@ class Scorer(LM):  # type: ignore[misc]
         return [score for score, _ in self._score([(start, self.tokenizer.encode(*r.args)) for r in requests])]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("no task of the tiny model generates")
+        return [self._generate(*request.args) for request in requests]
+
+    def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
+        """The likeliest text after a prompt, up to the first of the marks that end it."""
+        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        out = self.model.generate(  # type: ignore[misc]
+            ids,
+            max_new_tokens=settings["max_gen_toks"],
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        text = str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        for end in settings["until"]:
+            text = text.partition(end)[0]
+        return text
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
@@ -109,15 +127,14 @@ def changed(model: LlamaForCausalLM, change: Change) -> LlamaForCausalLM:
 
 
 def accuracies(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tasks: list[str]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tasks: list[str], limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy of each task by lm-eval, with its standard error, number of items, and by kind of item."""
-    evaluated = simple_evaluate(
-        Scorer(model, tokenizer),
-        tasks=tasks,
-        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-        bootstrap_iters=0,
-    )
+    """Accuracy of each task by lm-eval, with its standard error, number of items, and by kind of item.
+
+    Of each task the first ``limit`` items count, or all.
+    """
+    lm = Scorer(model, tokenizer)
+    evaluated = simple_evaluate(lm, tasks=tasks, task_manager=manager(), limit=limit, bootstrap_iters=0)
     scores: dict[str, dict[str, Any]] = {}
     for task in tasks:
         if task == "tiny_ppl":
@@ -126,14 +143,14 @@ def accuracies(
             continue
         kinds = defaultdict(list)
         for sample in evaluated["samples"][task]:
-            kinds[sample["doc"]["kind"]].append(sample["acc"])
+            kinds[sample["doc"]["kind"]].append(sample[sample["metrics"][0]])
         hits = [hit for kind in kinds.values() for hit in kind]
         mean, n = sum(hits) / len(hits), len(hits)
         scores[task] = {
             "accuracy": mean,
             "standard_error": math.sqrt(mean * (1 - mean) / (n - 1)),
             "n": n,
-            "chance": CHANCE,
+            "chance": evaluated["configs"][task]["metadata"]["chance"],
             "kinds": {name: sum(kind) / len(kind) for name, kind in sorted(kinds.items())},
         }
     return scores
@@ -143,7 +160,7 @@ def measure() -> dict[str, Any]:
     """Everything the card says."""
     model, tokenizer = load()
     texts = documents("heldout", 200)
-    tasks = accuracies(model, tokenizer, sorted(path.stem for path in TASKS.glob("tiny_*.yaml")))
+    tasks = accuracies(model, tokenizer, sorted(manager().load(["tiny"])["tasks"]))
     variants: dict[str, Any] = {}
     changes: dict[str, Change] = {
         "as trained": lambda weight: weight,

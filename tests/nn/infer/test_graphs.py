@@ -20,6 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from effbench.checks import toy_run
+from effbench.core.recipe import parse_step
 from effbench.core.run import InferPlan
 from effbench.machine import capture
 from effbench.nn.infer import graphs
@@ -175,11 +177,15 @@ def test_what_cannot_be_captured_is_eager_and_says_why(recorded, monkeypatch):
         assert found == list(engines)
         return kind
 
-    evicting, masking = InferPlan(), InferPlan()
+    evicting, observing = InferPlan(), InferPlan()
     evicting.chain("cache_keep").append(object())
-    masking.chain("attend_mask").append(object())
+    observing.chain("attend_observe").append(lambda module, weights: None)
     assert how(engine_of(CONFIGS["llama"], plan=evicting), plain) == "eager (the cache evicts or encodes)"
-    assert how(plain, engine_of(CONFIGS["llama"], plan=masking)) == "eager (attention is changed)"
+    for step in ("kivi()", "sliding_window()", "streaming_llm()"):
+        run = toy_run()
+        run.apply(parse_step(step))
+        assert how(plain, engine_of(CONFIGS["llama"], plan=run.infer)) == "eager (the cache evicts or encodes)"
+    assert how(plain, engine_of(CONFIGS["llama"], plan=observing)) == "eager (attention is changed)"
     narrow = MistralConfig(**GATED, sliding_window=12, max_position_embeddings=64)
     assert how(engine_of(narrow)) == "eager (attention slides over 12 tokens)"
 
