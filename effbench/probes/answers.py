@@ -18,7 +18,7 @@ from effbench.stats import intervals
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-ITEMS = 32  # of a task, where the settings do not say
+ITEMS = 16  # of a task, at most
 ROWS = 16  # prompts at a time
 
 QUALITY = True
@@ -33,7 +33,8 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     if not run.infer.touches & {"cache", "prompt"}:
         return reading
     plain, changed = open_engine(run, run.reference), open_engine(run)
-    asks = list(itertools.chain.from_iterable(ask_tasks(run, settings, ITEMS)))
+    fewer = {**settings, "limit": min(settings.get("limit") or ITEMS, ITEMS)}
+    asks = list(itertools.chain.from_iterable(ask_tasks(run, fewer, ITEMS)))
     every = len(asks)
     asks = [ask for ask in asks if len(ask.given) + ANSWER <= plain.max_length]  # the plain model has to answer, too
     end = run.tokenizer.eos_token_id
