@@ -263,8 +263,6 @@ class Slots:
     position: Tensor  # where the token stands among those of its row, int
     valid: Tensor  # bool
     seen: Tensor  # [B] tokens ever offered, padding not counted, int
-    prompt: Tensor  # [B] those of the prompt; where there is none, those seen
     capacity: Tensor  # [B] slots that are to be left, int
-    first: bool  # whether the prompt has just ended
     mass: Tensor | None = None  # attention received so far, where the method `observes` it
     votes: Tensor | None = None  # [B, Hkv, W, S] attention that the last W queries of the prompt pay, oldest first

@@ -85,8 +85,8 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         _report(reading, name, task, items, evaluated["results"][name], how, findings, lm.suffix)
         _report_met(reading, name, met, how, through_cache=lm.block is not None)
         if met.cut:
-            documents = list(dict.fromkeys(int(item["doc_id"]) for item in items))
-            reading.samples[f"{name}_cut"] = [int(number in met.cut) for number in sorted(documents)]
+            documents = sorted({int(item["doc_id"]) for item in items})
+            reading.samples[f"{name}_cut"] = [int(number in met.cut) for number in documents]
     for part in ("cache_kept", "cache_bytes_per_token"):
         values = [reading.metrics[key].value for name in exercised if (key := f"{name}_{part}") in reading.metrics]
         if values:
@@ -128,9 +128,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self.tasks: Mapping[str, Any] = {}  # of lm-eval, by name
         self.met: dict[str, Met] = defaultdict(Met)
         self.generation: dict[str, str] = {}  # task: resolved settings of its generations
-        self.chats = bool(
-            settings.get("chat_template")
-        )  # prompts are put as a user's turn, by the model's own template
+        self.chats = bool(settings.get("chat_template"))  # prompts are a user's turn, by the model's own template
         if self.chats and self.tokenizer.chat_template is None:
             raise Unsupported("chat_template: the model's tokenizer has none")
         if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:

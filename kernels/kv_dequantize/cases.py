@@ -8,6 +8,7 @@ import torch
 
 from effbench.kernels._common.packing import pack
 from effbench.kernels.kv_dequantize.reference import kv_dequantize
+from effbench.kernels.kv_quantize.cases import OP as QUANTIZE
 from effbench.ops import Case, Op
 
 
@@ -37,8 +38,6 @@ OP = Op(
     reference=kv_dequantize,
     inputs=draw,
     flop_formula=count_flops,
-    cases=[
-        dict(groups=groups, size=size, bits=bits) for groups, size in ((1, 32), (7, 5), (16, 64)) for bits in (2, 4, 8)
-    ],
-    timed=[dict(groups=groups, size=32, bits=bits) for groups in (64, 2**20) for bits in (2, 4, 8)],
+    cases=QUANTIZE.cases,
+    timed=QUANTIZE.timed,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from effbench.core.method import Method
 from effbench.core.run import Run
 from effbench.nn.infer.engine import open_engine
+from effbench.nn.infer.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Speculation:
         prompts: Sequence[Any],
         most: int,
         stops: set[int],
-        sampling: Any = None,
+        sampling: Sampling | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Continuations of the prompts, each of at most so many tokens, that end before a stop token.
@@ -69,8 +70,9 @@ class Speculation:
         `numbers` are names of the prompts, by which they are sampled; by default 0, 1, ...
         """
         made = []
-        for number, prompt in zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True):
-            chance = torch.Generator() if sampling is None else sampling.chances([number])[0]
+        sampling = sampling or Sampling(temperature=0.0)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        for prompt, chance in zip(prompts, sampling.chances(numbers), strict=True):
             text = self.start(draft, prompt, sampling, chance)
             while len(text.tokens) < most and not stops.intersection(text.tokens):
                 self.go_on(draft, text, min(self.k, most - len(text.tokens) - 1), sampling, chance)
@@ -78,13 +80,13 @@ class Speculation:
             made.append(text.tokens[: min(cut, most)])
         return made
 
-    def start(self, draft: Any, prompt: Any, sampling: Any, chance: torch.Generator) -> Drafting:
+    def start(self, draft: Any, prompt: Any, sampling: Sampling, chance: torch.Generator) -> Drafting:
         """Both read the prompt; the first token is the verifier's."""
         (ours, _), (theirs, last) = draft.read([prompt], croppable=True), self.verifier.read([prompt], croppable=True)
-        p = warp(self.verifier.head(last)[0], sampling)
+        p = sampling.warp(self.verifier.head(last)[0]).cpu()
         return Drafting([draw(p, chance)], [ours, theirs], [0, 0])
 
-    def go_on(self, draft: Any, text: Drafting, k: int, sampling: Any, chance: torch.Generator) -> None:
+    def go_on(self, draft: Any, text: Drafting, k: int, sampling: Sampling, chance: torch.Generator) -> None:
         """One pass of the verifier over `k` drafted tokens: at least one token more (algorithm 1 of the paper).
 
         Fewer than the method's are drafted where the text ends before, as there may be no positions for more.
@@ -95,12 +97,12 @@ class Speculation:
         unread = text.tokens[text.read[0] :]
         for _ in range(k):  # x_i ~ q_i
             hidden = draft.extend(ours, torch.tensor([unread], device=draft.device)).last_hidden_state
-            q.append(warp(draft.head(hidden[:, -1])[0], sampling))
+            q.append(sampling.warp(draft.head(hidden[:, -1])[0]).cpu())
             unread = [draw(q[-1], chance)]
             drafted += unread
         unread = [*text.tokens[text.read[1] :], *drafted]
         hidden = self.verifier.extend(theirs, torch.tensor([unread], device=self.verifier.device)).last_hidden_state
-        p = [warp(logits, sampling) for logits in self.verifier.head(hidden[0, -k - 1 :])]
+        p = sampling.warp(self.verifier.head(hidden[0, -k - 1 :])).cpu()
         # n = min {i : r_i > p_i(x_i) / q_i(x_i)}, the first that is turned down
         odds = [float(p[i][x] / q[i][x]) for i, x in enumerate(drafted)]
         luck = torch.rand(k, generator=chance).tolist()
@@ -115,14 +117,6 @@ class Speculation:
             engine.crop(state, fed - min(n, fed))
             engine.settle(state)
             text.read[place] = len(text.tokens) - 1 - n + min(n, fed)
-
-
-def warp(logits: Tensor, sampling: Any) -> Tensor:
-    """Probabilities [V] that tokens are drawn by; greedy without a sampling."""
-    if sampling is None:
-        return torch.nn.functional.one_hot(logits.argmax(-1), len(logits)).float().cpu()
-    probabilities: Tensor = sampling.warp(logits).cpu()
-    return probabilities
 
 
 def draw(probabilities: Tensor, chance: torch.Generator) -> int:

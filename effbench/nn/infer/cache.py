@@ -231,7 +231,7 @@ class SlotLayer(Layer):
         valid = torch.ones_like(places, dtype=torch.bool) if valid is None else valid.expand(batch, heads, -1)
         mass = None if self.mass is None else self.mass.unflatten(0, (batch, heads))
         votes = self._count_votes(places, valid, method.observed) if first and method.observed else None
-        view = Slots(self.index, places, valid, seen, prompt, capacity, first, mass, votes)
+        view = Slots(self.index, places, valid, seen, capacity, mass, votes)
         score = method.score(view, self.plan.state(method))
         if first and (score.shape != places.shape or bool(score[valid].isnan().any())):
             raise ValueError(f"{method}: scores are numbers of the shape {tuple(places.shape)}, not {score!r:.200}")

@@ -16,7 +16,7 @@ from effbench.methods.cache.random_eviction import RandomEviction
 def judge(seed: int, layer: int, places: torch.Tensor) -> torch.Tensor:
     """Luck of tokens at places [B, Hkv, S]."""
     count = torch.full((len(places),), int(places.max()) + 1)
-    view = Slots(layer, places, torch.ones_like(places, dtype=torch.bool), count, count, count, True)
+    view = Slots(layer, places, torch.ones_like(places, dtype=torch.bool), count, count)
     return RandomEviction().score(view, seed)
 
 
