@@ -236,6 +236,7 @@ class RunLog:
     fits: list[FitReport] = dataclasses.field(default_factory=list)
     tuning: list[TuningPoint] = dataclasses.field(default_factory=list)  # settings tried, of which this is the best
     sparsity_asked: float | None = None  # the largest that a step was asked for; None: no step prunes weights
+    merge_lost: dict[str, float] = dataclasses.field(default_factory=dict)  # share of a product, by step
     densified: list[str] = dataclasses.field(default_factory=list)  # linears whose held zeros were given up
     decoded: list[str] = dataclasses.field(default_factory=list)  # probes for which packed linears were decoded once
     energy: str | None = None  # why energy was not measured

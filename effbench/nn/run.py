@@ -23,6 +23,7 @@ from effbench.core.usage import matches_any
 from effbench.nn.data import LONGEST, SEQUENCES, Data
 from effbench.nn.model.adapters import choose_adapter
 from effbench.nn.model.attention import own_attention
+from effbench.nn.model.beside import Beside, Merged, measure_merge
 from effbench.nn.model.blocks import Blocks, count_positions
 from effbench.nn.model.linear import (
     Replaced,
@@ -169,6 +170,7 @@ class ModelRun(Run):
 
     def settle(self) -> None:
         trained = [entry for entry in self._swapped if entry.trained]
+        lost: dict[str, list[Merged]] = {}
         if trained:
             paths = {module: path for path, module in self.model.named_modules()}
         for entry in trained:
@@ -178,8 +180,15 @@ class ModelRun(Run):
                 if entry.held and final is not entry.module and kept(final) is None:
                     self.log.densified.append(path)
                 dtype: torch.dtype = self.model.dtype
-                replace(self.model, path, final.to(dtype))
+                final = final.to(dtype)
+                if isinstance(entry.module, Beside) and final is not entry.module:
+                    narrow(stored := copy.deepcopy(final), self.storage)
+                    lost.setdefault(entry.method.label, []).append(measure_merge(entry.module, stored))
+                replace(self.model, path, final)
             self._swapped.remove(entry)
+        for label, parts in lost.items():
+            product = sum(part.product for part in parts)
+            self.log.merge_lost[label] = (sum(part.lost for part in parts) / product) ** 0.5 if product else 0.0
         if trained:
             note_untied(self.model)
 

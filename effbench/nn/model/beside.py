@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,21 @@ class Beside(Replaced):
     def _mask(self) -> Tensor | None:
         """What D is multiplied by."""
         return kept(self.base) if self.masked else None
+
+
+class Merged(NamedTuple):
+    """Squared norms of what a merge was to put into a weight, and of what rounding took away."""
+
+    product: float
+    lost: float
+
+
+@torch.no_grad()
+def measure_merge(module: Beside, stored: nn.Module) -> Merged:
+    """What became of the product of `module` in the linear that took its place, as that is stored."""
+    exact = module.dense_weight()
+    lost = dense_weight(stored) - exact
+    return Merged(float((exact - dense_weight(module.base)).square().sum()), float(lost.square().sum()))
 
 
 def _walk_down(module: nn.Module) -> Iterator[Any]:

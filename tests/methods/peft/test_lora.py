@@ -131,6 +131,28 @@ def test_a_masked_merge_keeps_zeros_and_function(pruner: str) -> None:
     assert not run.log.densified
 
 
+@pytest.mark.parametrize(("steps", "size"), [("", 1e-3), ("", 1e-1), ("nf4(), ", 1e-1), ("wanda(), ", 1e-3)])
+def test_the_record_says_what_a_merge_lost(steps: str, size: float) -> None:
+    """By hand in float64: weights and products of 16 bits, or codes, against their exact sums."""
+    run = ready(f"{steps}lora(rank=4)")
+    run.storage = torch.bfloat16
+    torch.manual_seed(0)
+    sums, products = [], []
+    for module in adapters(run):
+        module.base.to(torch.float32)
+        module.b.data.normal_(std=size)
+        product = module.scaling * (module.b.double() @ module.a.double())
+        product = product if kept(module) is None else product * kept(module)
+        products.append(product)
+        sums.append(dense_weight(module.base).double() + product)
+    settled(run)
+    run.finish()
+    lost = [(dense_weight(m).double() - s).square().sum() for m, s in zip(linears(run), sums, strict=True)]
+    share = float((sum(lost) / sum(p.square().sum() for p in products)).detach().sqrt())
+    assert run.log.merge_lost == {"lora(rank=4)": pytest.approx(share, rel=1e-4)}
+    assert share > {1e-3: 0.01, 1e-1: 0.001}[size]
+
+
 def test_a_dense_merge_says_that_it_densified() -> None:
     run = stirred(ready("wanda(sparsity=0.6), lora(rank=4, merge='dense')"))
     before = probe(run)
