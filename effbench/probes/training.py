@@ -18,8 +18,8 @@ SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """`fit_tokens`, `fit_seconds`, `fit_tok_per_s`, `fit_step_ms`, bytes and operations, and
-    `tuned_*`; nothing where nothing fits."""
+    """`fit_trained_*`, `fit_tokens`, `fit_seconds`, `fit_tok_per_s`, `fit_step_ms`, bytes and operations, `merge_lost`
+    and `tuned_*`; nothing where nothing fits."""
     reading = Reading()
     if run.log.tuning:
         _add_tuning(reading, run.log.tuning)
@@ -28,6 +28,12 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     report = run.log.fits[-1]
     cost = report["cost"]
     last = "the last fit of the recipe"
+    trained = sum(group["parameters"] for group in report["groups"])
+    reading.add("fit_trained_parameters", trained, f"{last}; numbers in the tensors of its optimizer")
+    reading.add("fit_trained_share", trained / run.original.parameters, "over all parameters of the original model")
+    if run.log.merge_lost:
+        how = "norm of what rounding took over that of the product, worst step of the recipe"
+        reading.add("merge_lost", max(run.log.merge_lost.values()), how)
     reading.add("fit_tokens", report["tokens"], f"{last}; tokens that were learned")
     reading.add("fit_seconds", cost["seconds"], f"{last}; wall clock, beside other cells")
     for part in ("parameter", "gradient", "optimizer"):
@@ -49,7 +55,6 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
             cost["flops_per_token"],
             f"{last}; {counter}, of one step over the tokens that it reads",
         )
-        trained = sum(group["parameters"] for group in report["groups"])
         reading.add("fit_flops_rule", 6 * trained + 4 * (cost["parameters"] - trained), RULE)
     if "joules" in cost:
         reading.add("fit_energy_j", cost["joules"], f"{last}; NVML total energy, idle included")

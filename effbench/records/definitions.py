@@ -306,6 +306,15 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("fit_seconds", "cost", "s", "lower", "Time of the last fit, beside other cells but not waiting."),
     Definition("fit_step_ms", "cost", "ms", "lower", "Time of one step of training, with the machine to itself."),
     Definition("fit_tok_per_s", "cost", "tokens/s", "higher", "Tokens learned per second, with the machine to itself."),
+    Definition("fit_trained_parameters", "cost", "", "lower", "How many numbers the last fit trained."),
+    Definition(
+        "fit_trained_share", "cost", "fraction", "lower",
+        "How many numbers the last fit trained, over the parameters of the original model.",
+    ),
+    Definition(
+        "merge_lost", "cost", "fraction", "lower",
+        "The share of a trained product, by norms, that rounding took where it was merged into stored weights.",
+    ),
     Definition("fit_parameter_bytes", "cost", "bytes", "lower", "The bytes of all parameters while they are trained."),
     Definition("fit_gradient_bytes", "cost", "bytes", "lower", "The bytes of the gradients of what is trained."),
     Definition("fit_optimizer_bytes", "cost", "bytes", "lower", "The bytes of the optimizer's states."),

@@ -66,7 +66,10 @@ PHASES = ("decode", "prefill")
 CACHE = "cache_bytes_per_token"
 # What tables of inference are about, beside quality and speed, in the order of their importance.
 SERVED = (CACHE, "prompt_kept", "drafted_speedup", "compressor_ms_per_prompt", "accepted_per_pass")
-COSTS = ("fit_tok_per_s", "fit_tokens", "fit_seconds", "fit_flops_per_token", "fit_flops_rule", "fit_energy_j")
+COSTS = (
+    *("fit_trained_parameters", "fit_trained_share", "fit_tok_per_s", "fit_tokens", "fit_seconds"),
+    *("fit_flops_per_token", "fit_flops_rule", "fit_energy_j", "merge_lost"),
+)
 ABSOLUTE = {"tok_per_s": "tok/s", "ms_per_token": "ms"}  # what stands in brackets beside a ratio of speeds
 
 

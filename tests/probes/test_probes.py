@@ -898,5 +898,7 @@ def test_the_rule_counts_what_is_trained_and_what_is_frozen(steps, trained, froz
     linears = [(module.in_features, module.out_features) for _, module in Blocks(shapes).linears()]
     number = {"all": whole, "lora": sum(4 * sum(sides) for sides in linears), "soft": 4 * 128}[trained]
     fit(run, dataclasses.replace(FIT, steps=7))
-    rule = training.take(run, {}).metrics["fit_flops_rule"].value
-    assert rule == 6 * number + 4 * (whole if frozen == "all" else 0)
+    found = {name: metric.value for name, metric in training.take(run, {}).metrics.items()}
+    assert found["fit_trained_parameters"] == number
+    assert found["fit_trained_share"] == pytest.approx(number / sum(p.numel() for p in toy().parameters()))
+    assert found["fit_flops_rule"] == 6 * number + 4 * (whole if frozen == "all" else 0)
