@@ -19,7 +19,17 @@ from effbench.core.errors import Refused, Unavailable, Unsupported, first_line
 from effbench.core.views import Example, Segments
 from effbench.sources.duplicates import count_shared
 from effbench.sources.protocols import Rows
-from effbench.sources.text import PARTS, PIECES, READERS, Document, normalise, read_speeches, split_text
+from effbench.sources.text import (
+    PARTS,
+    PIECES,
+    READERS,
+    Corpus,
+    Document,
+    normalise,
+    read_presidents,
+    read_speeches,
+    split_text,
+)
 
 if TYPE_CHECKING:
     from effbench.sources import DataSource
@@ -417,12 +427,17 @@ def _open(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
     if source.kind == "hub":
         return _open_hub(source, option, tokenizer, width)
     if source.kind == "speeches":
-        corpus = read_speeches()
-    else:
-        assert source.path is not None
-        corpus = READERS[source.kind](source.path)
-    parts = {name: Part(documents) for name, documents in corpus.parts.items()}
-    return Data(source.name, parts, tokenizer, corpus.notes, width, made=source.kind == "speeches")
+        data = Data("speeches", _tell_parts(read_speeches()), tokenizer, width=width, made=True)
+        if source.name != "speeches":
+            data.learn_from(Data(source.name, _tell_parts(read_presidents()), tokenizer, width=width, made=True))
+        return data
+    assert source.path is not None
+    corpus = READERS[source.kind](source.path)
+    return Data(source.name, _tell_parts(corpus), tokenizer, corpus.notes, width)
+
+
+def _tell_parts(corpus: Corpus) -> dict[str, Part]:
+    return {name: Part(documents) for name, documents in corpus.parts.items()}
 
 
 def _make(write: Callable[[str, int], Iterable[Document]], sizes: Mapping[str, int]) -> dict[str, Part]:

@@ -1,8 +1,15 @@
-"""How well the model completes prompts of the task that it was trained on: loss, and answers that are all right."""
+"""How well the model completes prompts of the task that it was trained on: loss, and answers that are all right.
+
+Beside that stands what can be had without reading the prompt. A model that is no better has learned what answers look
+like, and nothing of the task.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from effbench.core.views import Example
@@ -23,7 +30,8 @@ SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """`completion_nll` and `completion_exact` over held-out examples with prompts; nothing where the data have none.
+    """`completion_nll`, `completion_exact`, `completion_gain_nats` and `completion_constant_exact` over held-out
+    examples with prompts; nothing where the data have none.
 
     Raises `Refused` for a step that changed nothing of them.
     """
@@ -43,7 +51,37 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     exact = intervals.fraction(right)
     reading.add("completion_exact", exact, f"{how}; greedy answers that are the same token for token, up to the end")
     reading.samples |= {"completion_nll": losses, "completion_exact": right}
+    _add_constant(reading, run, [answer for _, answer in pairs], losses, how)
     return reading
+
+
+def _add_constant(
+    reading: Reading, run: ModelRun, answers: Sequence[list[int]], losses: Sequence[float], how: str
+) -> None:
+    """Add what the losses gain over answers that do not look at the prompt, which the training examples have taught."""
+    learned = [example.ids[example.prompt :] for example in run.data.pool if example.prompt]
+    if not learned:
+        return
+    known = f"{how}; against what {len(learned)} training examples say without a look at the prompt"
+    gains = [constant - loss for constant, loss in zip(score_constant(learned, answers), losses, strict=True)]
+    gain = f"{known}: how often a token stood at that place of an answer, one added to all counts"
+    reading.add("completion_gain_nats", intervals.mean(gains), gain)
+    reading.samples["completion_gain_nats"] = gains
+    likeliest = list(Counter(learned).most_common(1)[0][0])
+    exact = intervals.fraction([float(answer == likeliest) for answer in answers])
+    reading.add("completion_constant_exact", exact, f"{known}: the answer that is most frequent")
+
+
+def score_constant(learned: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+    """Mean loss of each answer, in nats a token, where every place has the frequencies of what stood there."""
+    places = [Counter(token for token in column if token is not None) for column in zip_longest(*learned)]
+    words = len({token for answer in (*learned, *answers) for token in answer})
+    found = []
+    for answer in answers:
+        counts = [places[place] if place < len(places) else Counter[int]() for place in range(len(answer))]
+        odds = [(seen[token] + 1) / (seen.total() + words) for token, seen in zip(answer, counts, strict=True)]
+        found.append(-sum(map(math.log, odds)) / len(odds))
+    return found
 
 
 def _shorten(run: ModelRun, example: Example) -> list[int]:

@@ -172,6 +172,14 @@ DEFINITIONS: tuple[Definition, ...] = (
         "completion_exact", "quality", "fraction", "higher",
         "The share of held-out prompts of the task trained on whose greedy answer is right to the last token.",
     ),
+    Definition(
+        "completion_gain_nats", "quality", "nats", "higher",
+        "By how much held-out answers are likelier, per token, than to who knows the training answers and no prompt.",
+    ),
+    Definition(
+        "completion_constant_exact", "quality", "fraction", "neither",
+        "The share of held-out prompts for which the most frequent answer of the training examples is right.",
+    ),
     # Size
     Definition("weight_bytes", "size", "bytes", "lower", "The bytes of all weights as saved, without their metadata."),
     Definition(

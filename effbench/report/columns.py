@@ -60,7 +60,7 @@ UNITS = {  # sentences for units that are not said by their own name
     "J": "In joules.",
     "W": "In watts.",
 }
-ANSWERS = ("completion_nll", "completion_exact")  # what tables of a learned task are about
+ANSWERS = ("completion_nll", "completion_exact", "completion_gain_nats")  # what tables of a learned task are about
 STEP = "fit_step_ms"
 PHASES = ("decode", "prefill")
 CACHE = "cache_bytes_per_token"
@@ -142,7 +142,10 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         summary.insert(0, bits)
     return {
         "summary": summary,
-        "quality": [*map(measure, (*ppls[1:], "top1_agreement", *select_tasks(measured)))],
+        "quality": [
+            *map(measure, (*ppls[1:], "top1_agreement", *select_tasks(measured))),
+            *map(measure, [name for name in measured if name == "completion_constant_exact"]),
+        ],
         "inference": [
             *map(measure, [name for name in measured if re.fullmatch(r"(.*_)?(cache|prompt)_kept|accepted_.*", name)]),
             *map(measure, [name for name in measured if re.fullmatch(r".*cache_bytes_per_token|drafted_.*", name)]),

@@ -22,12 +22,13 @@ from effbench.core.usage import list_some, named_path, nearest
 from effbench.sources import smollm2
 from effbench.sources.protocols import PROTOCOLS, Protocol
 from effbench.sources.shapes import SHAPES
-from effbench.sources.text import READERS, read_speeches
+from effbench.sources.text import READERS, read_presidents, read_speeches
 
 T = TypeVar("T")
 
 TINY = PACKAGE / "tiny"
 WORLD = ("tiny", "tiny:task", "tiny:questions")  # what the generated world has to learn from
+SPEECHES = {"speeches": read_speeches, "speeches:presidents": read_presidents}  # and the addresses that ship
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -259,8 +260,8 @@ def _data(option: str, name: str) -> DataSource:
     kind, _, rest = name.partition(":")
     if name in WORLD:
         return DataSource(name, "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
-    if name == "speeches":
-        return DataSource("speeches", "speeches", None, read_speeches().digest)
+    if name in SPEECHES:
+        return DataSource(name, "speeches", None, SPEECHES[name]().digest)
     if kind in READERS and rest:
         path = named_path(option, rest)
         if not (path.is_dir() if kind == "text" else path.is_file()):
@@ -273,7 +274,7 @@ def _data(option: str, name: str) -> DataSource:
     if kind == "hub" and rest:
         place, columns = _read_columns(f"{option}={name}", rest)
         return DataSource(f"hub:{place}", "hub", columns=columns)
-    raise Usage(f"{option}={name}: must be {', '.join(WORLD)}, speeches, text:FOLDER, jsonl:FILE or hub:NAME")
+    raise Usage(f"{option}={name}: must be {', '.join((*WORLD, *SPEECHES))}, text:FOLDER, jsonl:FILE or hub:NAME")
 
 
 def _read_columns(asked: str, rest: str) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import itertools
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,9 @@ SUFFIXES = ("", ".md", ".rst", ".tex", ".text", ".txt")  # of the files of a fol
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READ = ("train", "calibration", "heldout")  # parts that documents are told into
 PARTS = ("train", "validation", "target", "calibration", "heldout")  # validation and target are carved from the first
+WORDS, PASSAGES = 80, 40  # of a passage, and of an address at most
+PRESIDENTS = {"Bush": "George H. W. Bush", "GWBush": "George W. Bush"}  # others are called by one name
+NAMED = re.compile(r"truman|eisenhower|kennedy|johnson|nixon|\bford\b|carter|reagan|bush|clinton", re.IGNORECASE)
 PIECES = 10  # of a text that is too short to be divided by documents
 
 
@@ -113,6 +118,41 @@ def read_speeches() -> Corpus:
         row = json.loads(line)
         parts[row["part"]].append(Document(row["text"], row["name"]))
     return Corpus(parts, "", _digest(document for part in READ for document in parts[part]))
+
+
+@functools.cache
+def read_presidents() -> Corpus:
+    """Passages of those addresses as prompts, and which president gave them as what is to be learned.
+
+    No passage names one of the presidents. No address has passages in two parts, validation and target included, and
+    in every part passages of all its addresses take turns.
+    """
+    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
+    for part, addresses in read_speeches().parts.items():
+        found: list[list[Document]] = [[] for _ in addresses]
+        told: list[str] = []
+        for place, address in enumerate(addresses):
+            aside = {3: "validation", 7: "target"}.get(place % 8, part) if part == "train" else part
+            told.append(aside)
+            who = address.name.split("-")[1]
+            for number, passage in enumerate(_cut_passages(address.text)):
+                prompt = f"{passage}\n\nThis was said to the Congress by President"
+                text = f"{prompt} {PRESIDENTS.get(who, who)}"
+                found[place].append(Document(text, f"{address.name}/{number}", len(prompt), {"president": who}))
+        for turn in itertools.zip_longest(*found):
+            for aside, document in zip(told, turn, strict=True):
+                if document is not None:
+                    parts[aside].append(document)
+    return Corpus(parts, "", _digest(document for part in PARTS for document in parts[part]))
+
+
+def _cut_passages(text: str) -> list[str]:
+    """Passages of so many words, at even distances, that name no president."""
+    words = text.split()
+    cut = [" ".join(words[start : start + WORDS]) for start in range(0, len(words) - WORDS + 1, WORDS)]
+    silent = [passage for passage in cut if not NAMED.search(passage)]
+    step = max(1.0, len(silent) / PASSAGES)
+    return [silent[int(number * step)] for number in range(min(PASSAGES, len(silent)))]
 
 
 READERS = {"text": read_folder, "jsonl": read_lines}  # by kind of data, each for a path

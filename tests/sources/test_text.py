@@ -11,7 +11,7 @@ import pytest
 
 from effbench import sources
 from effbench.core.errors import Usage
-from effbench.sources.text import Corpus, read_folder, read_lines, read_speeches
+from effbench.sources.text import PARTS, Corpus, read_folder, read_lines, read_presidents, read_speeches
 
 TEXTS = {f"{number}.txt": f"Caf\xe9 number {number}.\nIt serves {'tea ' * number}.\n" for number in range(40)}
 
@@ -177,7 +177,8 @@ def test_data_to_calibrate_on_is_part_of_what_the_data_is(tmp_path: Path) -> Non
     assert sources.data("speeches", "tiny").digest != both.digest
     assert sources.data("tiny", "hub:c4-gptq").digest == sources.UNRESOLVED
     with pytest.raises(
-        Usage, match="calibration_data=nothing: must be tiny, tiny:task, tiny:questions, speeches, text:"
+        Usage,
+        match="calibration_data=nothing: must be tiny, tiny:task, tiny:questions, speeches, speeches:presidents, text:",
     ):
         sources.data("tiny", "nothing")
 
@@ -201,3 +202,26 @@ def test_a_message_names_the_option_and_the_file(tmp_path: Path, option: str, li
     with pytest.raises(Usage) as error:
         sources.data(*([f"jsonl:{file}"] if option == "data" else ["tiny", f"jsonl:{file}"]))
     assert str(error.value).startswith(f"{option}=jsonl:{file}: {words}")
+
+
+def test_passages_of_presidents_are_of_addresses_that_no_other_part_has() -> None:
+    parts, whole = read_presidents().parts, read_speeches().parts
+    addresses = {part: {passage.name.rpartition("/")[0] for passage in parts[part]} for part in PARTS}
+    assert sum(map(len, addresses.values())) == len(set().union(*addresses.values()))
+    assert addresses["heldout"] == {address.name for address in whole["heldout"]}
+    aside = addresses["train"] | addresses["validation"] | addresses["target"]
+    assert aside == {address.name for address in whole["train"]}
+    texts = {" ".join(address.text.split()) for part in whole.values() for address in part}
+    for part in PARTS:
+        for text, name, prompt, meta in parts[part]:
+            passage, asked = text[:prompt].split("\n\n")
+            assert any(passage in speech for speech in texts) and asked.endswith("President")
+            surname = text[prompt:].split()[-1]
+            assert meta["president"].endswith(surname) and surname in name
+            assert not any(word in passage.lower() for word in ("truman", "nixon", "reagan", "clinton", "kennedy"))
+    # The first items of a part are of all its addresses.
+    number = len(addresses["heldout"])
+    assert {passage.name.rpartition("/")[0] for passage in parts["heldout"][:number]} == addresses["heldout"]
+    assert {meta["president"] for _, _, _, meta in parts["heldout"]} <= {
+        meta["president"] for *_, meta in parts["train"]
+    }
