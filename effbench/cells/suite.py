@@ -32,6 +32,7 @@ NAME = re.compile(r"\w[\w.-]{0,63}")  # of a suite: records lie in a folder of t
 
 Pair = Annotated[list[Count], Meta(min_length=2, max_length=2)]
 Tasks = Annotated[list[str], Meta(min_length=1)]
+Tune = list[str] | dict[str, list[Any]]
 Points = Annotated[list[Pair], Meta(min_length=1)]
 
 
@@ -70,7 +71,7 @@ class Template:
     name: str  # of the row, such as rtn-{bits}b
     steps: str  # its recipe, such as rtn(bits={bits})
     sweep: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # KEY: list of values; all combinations
-    tune: list[str] = dataclasses.field(default_factory=list)  # parameters such as fit.lr, chosen by validation loss
+    tune: Tune = dataclasses.field(default_factory=list)  # parameters such as fit.lr, or {fit.lr: [values to try]}
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ import ast
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from effbench.core import registry
@@ -79,32 +79,42 @@ class Recipe:
             provided |= step.provides
         return self
 
-    def tuned(self, names: Sequence[str]) -> Recipe:
-        """The recipe with a grid over parameters, named such as `fit.lr`, whose methods say what is worth trying.
+    def tuned(self, names: Sequence[str] | Mapping[str, Sequence[Any]]) -> Recipe:
+        """The recipe with a grid over parameters, named such as `fit.lr`, with the values to try or, without any, those
+        that the method says are worth it. The parameter is that of the last step of its name.
 
-        Raises `Usage` for one that no step has, or that its method names no values for.
+        Raises `Usage` for one that no step has, that cannot have such a value, or that its method names no values for.
         """
         if not names:
             return self
         if len(set(names)) < len(names):
             raise Usage("tune: a parameter is named twice")
-        axes: list[tuple[str, str, tuple[Any, ...]]] = []
+        axes: list[tuple[int, str, tuple[Any, ...]]] = []
         for name in names:
             key, _, parameter = name.partition(".")
-            step = next((step for step in self.steps if step.key == key), None)
-            if step is None:
+            place = max((i for i, step in enumerate(self.steps) if step.key == key), default=None)
+            if place is None:
                 raise Usage(f"tune: {name}: no step is called {key!r}{nearest(key, [step.key for step in self.steps])}")
+            step = self.steps[place]
+            if isinstance(names, Mapping):
+                fields = [field.name for field in dataclasses.fields(step)]
+                if parameter not in fields:
+                    raise Usage(f"tune: {name}: {key} has no parameter {parameter!r}{nearest(parameter, fields)}")
+                if not names[name]:
+                    raise Usage(f"tune: {name}: is empty; name the values to try")
+                axes.append((place, parameter, tuple(names[name])))
+                continue
             if parameter not in step.tuned:
                 known = ", ".join(f"{key}.{other}" for other in step.tuned) or "nothing"
-                raise Usage(f"tune: {name}: {key} names values for {known}")
-            axes.append((key, parameter, step.tuned[parameter]))
+                raise Usage(f"tune: {name}: {key} names values for {known}; others stand behind it, {name}: [VALUE]")
+            axes.append((place, parameter, step.tuned[parameter]))
         points = [self.steps]  # the setting that the row has by itself
         for values in itertools.product(*(axis for _, _, axis in axes)):
-            steps = self.steps
-            for (key, parameter, _), value in zip(axes, values, strict=True):
-                steps = tuple(dataclasses.replace(s, **{parameter: value}) if s.key == key else s for s in steps)
-            if steps not in points:
-                points.append(steps)
+            steps = list(self.steps)
+            for (place, parameter, _), value in zip(axes, values, strict=True):
+                steps[place] = dataclasses.replace(steps[place], **{parameter: value})
+            if tuple(steps) not in points:
+                points.append(tuple(steps))
         return dataclasses.replace(self, grid=tuple(points))
 
     @property

@@ -304,3 +304,36 @@ def test_every_key_and_setting_is_documented(capsys):
     for kind, mark in ((suite.Settings, "="), (suite.SuiteFile, ":"), (suite.Template, ":"), (suite.Stage, ":")):
         for field in dataclasses.fields(kind):
             assert texts[field.name + mark].strip()
+
+
+def test_a_row_is_tuned_over_what_its_methods_name_or_the_suite():
+    row = parse("fit(steps=9, lr=0.5), student(), kd(), fit(steps=8)")
+    grid = row.tuned(["kd.alpha", "kd.temperature"]).grid
+    assert [(steps[2].alpha, steps[2].temperature) for steps in grid] == [
+        (0.5, 2.0), (0.5, 1.0), (0.9, 1.0), (0.9, 2.0)
+    ]  # its own first  # fmt: skip
+    named = row.tuned({"fit.lr": [0.1, 0.2], "kd.alpha": [0.5]}).grid
+    assert [(steps[0].lr, steps[3].lr, steps[2].alpha) for steps in named] == [
+        (0.5, 1e-4, 0.5), (0.5, 0.1, 0.5), (0.5, 0.2, 0.5)
+    ]  # of two fits the last  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ("[fit.schedule]", "tune: fit.schedule: fit names values for fit.lr; others stand behind it"),
+        ("[fti.lr]", "no step is called 'fti'; did you mean 'fit'"),
+        ("[fit.lr, fit.lr]", "named twice"),
+        ("{fit.lrr: [1]}", "fit has no parameter 'lrr'; did you mean 'lr'"),
+        ("{fit.lr: []}", "fit.lr: is empty"),
+        ("{fit.lr: [high]}", "fit.lr='high': must be"),
+        ("{fit.lr: 0.1}", "fit.lr"),
+        ("3", "tune"),
+    ],
+)
+def test_slips_in_what_a_row_is_tuned_over(tmp_path, tune, message):
+    body = f"name: mine\nversion: 1\ndescription: d\nrecipes: [{{name: a, steps: 'fit(steps=2)', tune: {tune}}}]\n"
+    (tmp_path / "mine.yaml").write_text(f"{body}tiers: {{quick: {{}}}}\n")
+    with pytest.raises(Usage, match="recipes") as error:
+        suite.load(str(tmp_path / "mine.yaml"))
+    assert message in str(error.value)
