@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from effbench.core.errors import Refused, Unsupported
+from effbench.nn.model.blocks import Blocks
 
 if TYPE_CHECKING:
     from effbench.core.run import GroupReport, Run
@@ -56,6 +57,28 @@ def find_undecayed(model: nn.Module) -> set[nn.Parameter]:
             if vector or isinstance(module, nn.Embedding) or name in named:
                 found.add(parameter)
     return found
+
+
+@contextlib.contextmanager
+def limit_to(model: nn.Module, part: str) -> Iterator[None]:
+    """Have nothing trained inside but what lies in a part of the model, `all` or `last:N` blocks.
+
+    Raises `Unsupported` for more blocks than there are.
+    """
+    inside = set(model.parameters())
+    if part != "all":
+        view, number = Blocks(model), int(part.removeprefix("last:"))
+        if number > len(view):
+            raise Unsupported(f"train={part!r}: the model has {len(view)} blocks")
+        inside = {parameter for block in view.blocks[-number:] for parameter in block.parameters()}
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in inside]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ from effbench.nn.data import count_learned
 from effbench.nn.model.attention import own_attention
 from effbench.nn.model.linear import MaskedLinear
 from effbench.nn.train.batches import Batch, collate, pack
-from effbench.nn.train.groups import describe_group, group_parameters, widen
+from effbench.nn.train.groups import describe_group, group_parameters, limit_to, widen
 from effbench.nn.train.loss import learned as is_learned
 from effbench.nn.train.loss import mean_cross_entropy, sum_by_example, sum_weights
 from effbench.nn.train.meter import Meter
@@ -91,6 +91,7 @@ class Loop:
             stack.enter_context(torch.random.fork_rng(devices))
             self._seed("start")  # alike on all ranks: what is made now is there on each
             stack.callback(self._step_out)
+            stack.enter_context(limit_to(run.model, self.settings.train))
             run.model.train()
             stack.callback(run.model.eval)
             stack.enter_context(self.parallel.wrap(run))

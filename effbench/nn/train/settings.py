@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 
@@ -21,6 +22,7 @@ class FitSettings:
     clip: float | None = 1.0  # largest gradient norm
     weight_decay: float = 0.0  # of AdamW, on matrices; vectors, embeddings and what a module excepts have none
     max_length: int = 512  # tokens of a window of the train set, at most as many as the model has positions
+    train: str = "all"  # what of the trainable model is trained: all of it, or last:N blocks
     validate: int | None = None  # steps between measurements of the validation loss, for the log of the fit
 
     @property
@@ -41,6 +43,7 @@ class FitSettings:
             "accumulate must not be more than batch_size": self.accumulate > self.batch_size,
             "warmup is a fraction of the steps, in [0, 1)": not 0 <= self.warmup < 1,
             "clip must be above 0, or None": self.clip is not None and self.clip <= 0,
+            "train must be all, or last:N for the last N blocks": not re.fullmatch(r"all|last:[1-9]\d*", self.train),
             "weight_decay must not be negative": self.weight_decay < 0,
         }
         return next((fault for fault, holds in faults.items() if holds), "")

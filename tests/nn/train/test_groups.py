@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from toys_training import fit, linears, seen, watch_groups
 
 from effbench.checks import TOYS, toy_run
-from effbench.core.errors import Refused
+from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.kinds import Train
 from effbench.core.recipe import parse_step
+from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear, replace
 from effbench.nn.run import ModelRun
 from effbench.nn.train.groups import find_undecayed, group_parameters
@@ -238,3 +239,25 @@ def test_masked_linears_stay_masked_in_sixteen_bits() -> None:
     replace(run.model, path, MaskedLinear.of(module.weight.detach(), keep))
     fit(run)
     assert not run.model.get_parameter(f"{path}.weight")[~keep].any()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_a_fit_of_the_last_blocks_moves_nothing_else(architecture: str) -> None:
+    run = toy_run(architecture)
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    report = fit(run, train="last:1")
+    inside = {id(parameter) for parameter in Blocks(run.model).blocks[-1].parameters()}
+    moved = {id(p) for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and moved <= inside
+    assert sum(group["parameters"] for group in report["groups"]) == sum(
+        p.numel() for p in Blocks(run.model).blocks[-1].parameters()
+    )
+    assert all(parameter.requires_grad for parameter in run.model.parameters())
+
+
+def test_blocks_that_are_not_there_and_slips_in_their_number() -> None:
+    with pytest.raises(Unsupported, match="train='last:9': the model has 2 blocks"):
+        fit(toy_run(), train="last:9")
+    for slip in ("last", "last:0", "first:2", "last:2.5", ""):
+        with pytest.raises(Usage, match="train must be all, or last:N"):
+            parse_step(f"fit(train={slip!r})")
