@@ -10,26 +10,11 @@ from torch import Tensor
 from effbench.formats.packed import Packed
 from effbench.formats.packing import pack, word_count
 from effbench.kernels._common.csr import positions
+from effbench.kernels._common.dynamic_map import SIGNED
 from effbench.kernels.lut_linear.cases import OP
 from effbench.kernels.lut_linear.reference import LutMatrix
 
 ABSMAX_BLOCK = 256  # factors that share a second-level factor
-
-
-def _dynamic_map() -> Tensor:
-    """The signed 8-bit dynamic map (Dettmers, arXiv:1511.04561), float32 [256], ascending.
-
-    Seven decades from 1e-6 to 1, the next decade with twice the levels, and 0 and 1.
-    """
-    magnitudes = []
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
-        magnitudes.append((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6))
-    positive = torch.cat(magnitudes)
-    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values.float()
-
-
-DYNAMIC_MAP = _dynamic_map()
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
@@ -205,6 +190,6 @@ def quantize_factors(absmax: Tensor) -> dict[str, Tensor]:
     centred = absmax - mean
     scale = block_absmax(centred, ABSMAX_BLOCK)
     spread_scale = scale.repeat_interleave(ABSMAX_BLOCK)[: len(absmax)]
-    levels = DYNAMIC_MAP.to(absmax.device)
+    levels = SIGNED.to(absmax.device)
     codes = nearest(torch.where(spread_scale == 0, 0, centred / spread_scale), levels)
     return {"absmax_code": codes, "absmax_map": levels, "absmax_scale": scale, "absmax_mean": mean}

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from effbench.formats import codebook, lattice
-from effbench.formats.codebook import DYNAMIC_MAP, LutLinear, block_absmax
+from effbench.formats.codebook import LutLinear, block_absmax
 from effbench.formats.float8 import FP8Linear
 from effbench.formats.integer import IntLinear
 from effbench.formats.lattice import E8PLinear
 from effbench.formats.packed import Packed
 from effbench.formats.packing import pack, unpack, word_count
+from effbench.kernels._common.dynamic_map import SIGNED
 from effbench.kernels.e8p_linear.codebook import ONE_BIT, PATTERNS, decode
 from effbench.methods.quant.nf4 import LEVELS as NF4
 from effbench.nn.model.linear import dense_weight, kept, rebuilt, stored_bytes
@@ -280,10 +281,10 @@ def test_nf4_levels() -> None:
 
 
 def test_dynamic_map() -> None:
-    assert len(DYNAMIC_MAP.unique()) == 256
-    assert DYNAMIC_MAP[-1] == 1 and DYNAMIC_MAP.abs().min() == 0
-    assert DYNAMIC_MAP[-2] == pytest.approx(1 - 0.9 / 128) and -DYNAMIC_MAP[0] == DYNAMIC_MAP[-2]
-    assert DYNAMIC_MAP[DYNAMIC_MAP > 0].min() == pytest.approx(0.55e-6)
+    assert len(SIGNED.unique()) == 256
+    assert SIGNED[-1] == 1 and SIGNED.abs().min() == 0
+    assert SIGNED[-2] == pytest.approx(1 - 0.9 / 128) and -SIGNED[0] == SIGNED[-2]
+    assert SIGNED[SIGNED > 0].min() == pytest.approx(0.55e-6)
 
 
 @pytest.mark.parametrize(("double_quant", "error"), [(False, 0.008451), (True, 0.008457)])
