@@ -129,7 +129,7 @@ def test_costs(op: Op) -> None:
             outs[0].sum().backward()
     assert forward == op.flops(case) and (forward > 0) == (op.flop_formula is not None)
     assert counter.get_total_flops() == (2 if op.differentiable else 1) * forward
-    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    tensors = flatten([*inputs.values(), *(inputs[name] for name in op.mutates)])
     assert op.bytes(case, torch.bfloat16) == sum(tensor.nbytes for tensor in [*tensors, *outs])
 
 
