@@ -3,6 +3,9 @@
 Parsing is strict: calls with literal keyword arguments and nothing else, never evaluated as code. A method that is
 in no registry is written as its file and class, `./mine.py:Mine(x=1)`, with quotes around a path of spaces:
 `'./my methods/mine.py:Mine'(x=1)`.
+
+A preset is the name of several steps and is written like one: `qlora(rank=16)`. A parameter goes to the one step of the
+preset that has a parameter of its name. Where several have it none of them is meant: the steps are to be written out.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ast
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +22,7 @@ from effbench.core import registry
 from effbench.core.errors import Conflict, Usage
 from effbench.core.method import Method
 from effbench.core.run import conflict
+from effbench.core.source import Parameter
 from effbench.core.usage import nearest
 
 # A quoted string, left as it is, or FILE.py:CLASS before its bracket.
@@ -139,9 +144,7 @@ def parse(text: str, name: str | None = None) -> Recipe:
     for call in _calls(text):
         preset = registry.presets().get(_name(call, text))
         if preset is not None:
-            if call.args or call.keywords:
-                raise Usage(f"{_name(call, text)} is a preset and takes no arguments: write out {preset!r}")
-            steps.extend(parse(preset).steps)
+            steps.extend(_fill(parse(preset).steps, call, preset))
         else:
             steps.append(_step(call, text))
     return Recipe(name if name is not None else (text.strip() or "baseline"), tuple(steps)).check()
@@ -153,6 +156,16 @@ def parse_step(text: str) -> Method:
     if len(calls) != 1:
         raise Usage(f"{text!r}: expected one step, found {len(calls)}")
     return _step(calls[0], text)
+
+
+def preset_parameters(name: str) -> list[tuple[str, Parameter]]:
+    """The parameters that a preset takes, each behind the key of the step it goes to; defaults are the preset's own.
+
+    No method is imported. Raises `Usage` for a preset that cannot be read.
+    """
+    found = _list_parameters(registry.presets()[name])
+    times = Counter(parameter.name for _, parameter in found)
+    return [(step, parameter) for step, parameter in found if times[parameter.name] == 1]
 
 
 def unique(recipes: Iterable[Recipe]) -> list[Recipe]:
@@ -213,26 +226,62 @@ def _name(call: ast.Call, text: str) -> str:
     return call.func.id
 
 
+def _list_parameters(text: str) -> list[tuple[str, Parameter]]:
+    """The parameters of all steps with the keys of these; defaults are what the text gives."""
+    found: list[tuple[str, Parameter]] = []
+    for call in _calls(text):
+        key = _name(call, text)
+        if key in registry.presets():
+            own = _list_parameters(registry.presets()[key])
+        else:
+            own = [(key, parameter) for parameter in registry.entry(key).parameters.values()]
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        found += [(step, dataclasses.replace(p, default=given.get(p.name, p.default))) for step, p in own]
+    return found
+
+
 def _step(call: ast.Call, text: str) -> Method:
     key = _name(call, text)
     cls = registry.load(key)
+    given = _read_arguments(call, [field.name for field in dataclasses.fields(cls)])
+    with registry.blame_method(key):
+        method = cls(**given)
+        method.slots()  # asked for again when the recipe is checked
+    return method
+
+
+def _fill(steps: Sequence[Method], call: ast.Call, preset: str) -> list[Method]:
+    """The steps of a preset with the arguments of its call."""
+    fields = [{field.name for field in dataclasses.fields(step)} for step in steps]
+    changes: list[dict[str, Any]] = [{} for _ in steps]
+    for name, value in _read_arguments(call, sorted(set().union(*fields))).items():
+        places = [place for place, own in enumerate(fields) if name in own]
+        if len(places) > 1:
+            several = " and ".join(f"{steps[place].key}.{name}" for place in places)
+            raise Usage(f"{ast.unparse(call)}: {name} may be {several}: write the steps out, {preset}")
+        changes[places[0]][name] = value
+    filled = []
+    for step, change in zip(steps, changes, strict=True):
+        with registry.blame_method(step.key):
+            filled.append(dataclasses.replace(step, **change))
+    return filled
+
+
+def _read_arguments(call: ast.Call, names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a call, which have to be literals with these names. Raises `Usage`."""
     shown = ast.unparse(call)
-    fields = [field.name for field in dataclasses.fields(cls)]
     if call.args:
-        raise Usage(f"{shown}: arguments must be named; the parameters are {', '.join(fields) or 'none'}")
+        raise Usage(f"{shown}: arguments must be named; the parameters are {', '.join(names) or 'none'}")
     given: dict[str, Any] = {}
     for keyword in call.keywords:
         if keyword.arg is None:
             raise Usage(f"{shown}: ** is not allowed")
         if keyword.arg in given:
             raise Usage(f"{shown}: {keyword.arg} is given twice")
-        if keyword.arg not in fields:
-            raise Usage(f"{shown}: no parameter {keyword.arg!r}{nearest(keyword.arg, fields)}")
+        if keyword.arg not in names:
+            raise Usage(f"{shown}: no parameter {keyword.arg!r}{nearest(keyword.arg, names)}")
         try:
             given[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise Usage(f"{shown}: {keyword.arg}={ast.unparse(keyword.value)} is not a literal") from None
-    with registry.blame_method(key):
-        method = cls(**given)
-        method.slots()  # asked for again when the recipe is checked
-    return method
+    return given

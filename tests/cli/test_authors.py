@@ -288,9 +288,27 @@ def test_presets_are_listed(capsys, monkeypatch):
     monkeypatch.setattr(registry, "presets", dict)
     assert cli.main(["list", "presets"]) == 0
     assert capsys.readouterr().err == "effbench: there are no presets\n"
-    monkeypatch.setattr(registry, "presets", lambda: {"small": "rtn(bits=2)"})
+    monkeypatch.setattr(registry, "presets", lambda: {"small": "bf16(), kd(alpha=0.9)"})
     assert cli.main(["list", "presets"]) == 0
-    assert capsys.readouterr().out.split() == ["name", "steps", "small", "rtn(bits=2)"]
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "steps", "takes"]
+    assert row.startswith("small  bf16(), kd(alpha=0.9)  temperature, alpha, teacher,")
+
+
+def test_a_preset_is_shown_with_what_it_takes(capsys, monkeypatch):
+    monkeypatch.setattr(registry, "presets", lambda: {"small": "rtn(bits=2), kd(alpha=0.9)", "bare": "bf16()"})
+    assert cli.main(["show", "small"]) == 0
+    first, _, head, *rows = capsys.readouterr().out.splitlines()
+    assert first == "small: rtn(bits=2), kd(alpha=0.9)" and head == "parameters, each of the step that has it"
+    assert any(re.match(r"  bits +2 +int +rtn: ", row) for row in rows)
+    assert any(re.match(r"  alpha +0.9 +float +kd: ", row) for row in rows)
+    assert cli.main(["show", "small", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["preset"] == "small" and shown["steps"] == "rtn(bits=2), kd(alpha=0.9)"
+    alpha = shown["parameters"]["alpha"]
+    assert (alpha["step"], alpha["type"], alpha["default"]) == ("kd", "float", "0.9") and alpha["comment"]
+    assert cli.main(["show", "bare"]) == 0
+    assert capsys.readouterr().out == "bare: bf16()\n\nno parameters\n"
 
 
 def test_the_index_is_written_where_it_is_wanted(here, capsys):

@@ -35,7 +35,7 @@ def _list(arguments: argparse.Namespace) -> int:
     of_package: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "methods": lambda: [describe(entry) for entry in registry.catalog().values()],
         "suites": _suites,
-        "presets": lambda: [{"name": name, "steps": steps} for name, steps in registry.presets().items()],
+        "presets": _presets,
         "models": _models,
         "ops": _ops,
         "tasks": _tasks,
@@ -112,6 +112,15 @@ def _suite(name: str) -> dict[str, Any]:
 
     header = suite.header(name)
     return {key: header.get(key) for key in ("name", "version", "description")}
+
+
+def _presets() -> list[dict[str, Any]]:
+    from effbench.core.recipe import preset_parameters
+
+    return [
+        {"name": name, "steps": steps, "takes": ", ".join(parameter.name for _, parameter in preset_parameters(name))}
+        for name, steps in registry.presets().items()
+    ]
 
 
 def _models() -> list[dict[str, Any]]:

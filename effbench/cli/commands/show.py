@@ -48,8 +48,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if name in suite.names():
         return _show_suite(name, arguments.json)
     if name in presets:
-        print(json.dumps({"preset": name, "steps": presets[name]}) if arguments.json else f"{name}: {presets[name]}")
-        return 0
+        return _show_preset(name, presets[name], arguments.json)
     try:
         definition = describe(name)
     except Undefined:
@@ -89,6 +88,27 @@ def _show_method(entry: registry.Entry, results: Path, as_json: bool) -> int:
     print(f"\nmeasured{more}; metrics are means over seeds")
     header = dict(zip(newest[0], newest[0], strict=True))
     print_columns(["", *map(str, row.values())] for row in (header, *newest))
+    return 0
+
+
+def _show_preset(name: str, steps: str, as_json: bool) -> int:
+    from effbench.core.recipe import preset_parameters
+
+    takes = preset_parameters(name)
+    if as_json:
+        parameters = {
+            parameter.name: {"step": step, "type": parameter.type, "default": parameter.default}
+            | {"comment": parameter.comment}
+            for step, parameter in takes
+        }
+        print(json.dumps({"preset": name, "steps": steps, "parameters": parameters}, indent=1))
+        return 0
+    print(f"{name}: {steps}")
+    print("\nparameters, each of the step that has it" if takes else "\nno parameters")
+    print_columns(
+        [f"  {parameter.name}", parameter.default or "to be given", parameter.type, f"{step}: {parameter.comment}"]
+        for step, parameter in takes
+    )
     return 0
 
 
