@@ -322,8 +322,16 @@ class Run(abc.ABC):
         """Have the adapter of that name count, and no other; None: none. Raises `Usage` for one that is not there."""
 
     @abc.abstractmethod
+    def tokenizer_of(self, name: str) -> Any:
+        """The tokenizer that the model of a role belongs to; None where it comes without one. Raises as `role`."""
+
+    @abc.abstractmethod
     def snapshot(self, name: str) -> None:
         """Put a frozen copy of the model on the shelf under `name`."""
+
+    @abc.abstractmethod
+    def shelve(self, name: str, model: Any, tokenizer: Any) -> None:
+        """Put another model, which is frozen, and its tokenizer on the shelf under `name`."""
 
     def state(self, method: Method) -> dict[str, Any]:
         """What this step of the recipe keeps between its hooks and uses; gone with the run.

@@ -93,7 +93,7 @@ class ModelRun(Run):
         self.storage = storage
         self.seed = seed
         self._reference = reference
-        self._shelf: dict[str, Any] = {}
+        self._shelf: dict[str, tuple[Any, Any]] = {}  # models with their tokenizers
         self._roles: Roles | None = None  # of the fit that goes on
         self._swapped: list[Swapped] = []
         self._calibration = (sequences, length or min(LONGEST, count_positions(self.model)))
@@ -205,9 +205,12 @@ class ModelRun(Run):
         return segments
 
     def snapshot(self, name: str) -> None:
+        self.shelve(name, copy.deepcopy(self.model), self.tokenizer)
+
+    def shelve(self, name: str, model: Any, tokenizer: Any) -> None:
         if name in ("reference", "model"):
             raise Usage(f"a snapshot cannot be called {name!r}: that role is taken")
-        self._shelf[name] = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self._shelf[name] = model.eval().requires_grad_(False), tokenizer
 
     @contextlib.contextmanager
     def reading(self, roles: Roles) -> Iterator[None]:
@@ -222,8 +225,12 @@ class ModelRun(Run):
         return self._roles.read(role)
 
     def role(self, name: str) -> Any:
-        if name in ("reference", "model"):
-            return getattr(self, name)
+        return getattr(self, name) if name in ("reference", "model") else self._find(name)[0]
+
+    def tokenizer_of(self, name: str) -> Any:
+        return self.tokenizer if name in ("reference", "model") else self._find(name)[1]
+
+    def _find(self, name: str) -> tuple[Any, Any]:
         if name not in self._shelf:
             raise Usage(f"no model is called {name!r}: there is {', '.join(['reference', 'model', *self._shelf])}")
         return self._shelf[name]

@@ -61,6 +61,13 @@ class Source:
         return hub[1] if hub is not None else self.name
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The local files that it is read from."""
+        if self.path is None:
+            return ()
+        return tuple(sorted(_model_files(self.path))) if self.path.is_dir() else (self.path,)
+
+    @property
     def positions(self) -> int | None:
         """The most tokens that the model can see; None where that is only known once it is open."""
         if self.kind == "shape":

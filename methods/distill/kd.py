@@ -13,7 +13,7 @@ from effbench.core.kinds import Train
 from effbench.core.method import Output
 from effbench.core.run import Run
 from effbench.nn.train.loss import learned_logits, mean_cross_entropy, mean_learned
-from effbench.nn.train.teacher import bucketed_kl, soften_top
+from effbench.nn.train.teacher import bucketed_kl, count_shared, soften_top
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,13 @@ class KD(Train):
 
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
         tau = self.temperature
-        student = learned_logits(out.logits, batch)  # [N, V]
+        shared = count_shared(run, self.teacher)
+        student = learned_logits(out.logits[..., :shared], batch)  # [N, V]
         if self.cache or self.top_k is not None:
             targets = soften_top(run, self.teacher, batch, tau, self.top_k, self.cache)
             divergence = bucketed_kl(student, targets, tau)
         else:
-            teacher = learned_logits(run.outputs(self.teacher).logits, batch)
+            teacher = learned_logits(run.outputs(self.teacher).logits[..., :shared], batch)
             divergence = ops.load("soft_kl")(student, teacher, tau)  # [N]
         hard = mean_cross_entropy(out.logits, batch)
         return {"hard": (1 - self.alpha) * hard, "soft": self.alpha * tau**2 * mean_learned(divergence, batch)}

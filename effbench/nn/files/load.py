@@ -120,6 +120,13 @@ def check_model(source: Source, reads_text: bool) -> None:
             _load(folder, _name(folder), torch.float32, device_map="meta", **_in_safetensors(folder))
 
 
+def open_beside(source: Source, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model of a source and its tokenizer, for a run on another model. Raises as `open_run`."""
+    config, tokenizer = _config(source), _tokenizer(source)
+    _check_vocabulary(tokenizer, config)
+    return open_model(source, config, device, dtype), tokenizer
+
+
 @functools.cache
 def linear_shapes(source: Source) -> dict[str, tuple[int, int]]:
     """[out, in] of the linears of all blocks by path, as the configuration has them. Raises `Unsupported`."""

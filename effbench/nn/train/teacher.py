@@ -34,20 +34,53 @@ class Targets(NamedTuple):
     rest: Tensor  # [N] logarithm of the probability of all others together
 
 
+def count_shared(run: Run, role: str) -> int:
+    """The number of token ids, from 0 on, that the model and that of a role both predict: those of the tokenizer.
+
+    Rows that only pad a vocabulary are left out. Raises `Unsupported` for a vocabulary of other tokens.
+    """
+    return run.share(("shared tokens", role), lambda: _count_shared(run, role))
+
+
+def _count_shared(run: Run, role: str) -> int:
+    mine, theirs = run.tokenizer, run.tokenizer_of(role)
+    rows, their_rows = run.model.config.vocab_size, run.role(role).config.vocab_size
+    if mine is None or theirs is None:
+        if rows != their_rows:
+            raise Unsupported(
+                f"{role} predicts {their_rows} tokens, the model {rows}: no tokenizer says which are alike"
+            )
+        return int(rows)
+    own = mine.get_vocab()
+    other = own if mine is theirs else theirs.get_vocab()
+    if own != other:
+        tokens, their_tokens = ({place: token for token, place in names.items()} for names in (own, other))
+        places = tokens.keys() | their_tokens.keys()
+        first = min(place for place in places if tokens.get(place) != their_tokens.get(place))
+        raise Unsupported(
+            f"{role} has another vocabulary, {len(other)} tokens, the model {len(own)}: token {first} is "
+            f"{their_tokens.get(first)!r} there and {tokens.get(first)!r} here"
+        )
+    shared = 1 + max(own.values())
+    if shared > min(rows, their_rows):
+        raise Unsupported(f"the tokenizer has {shared} tokens, {role} predicts {their_rows} and the model {rows}")
+    return int(shared)
+
+
 def soften_top(run: Run, role: str, batch: Batch, temperature: float, top_k: int | None, keep: bool) -> Targets:
-    """The targets of the learned tokens of a batch, from disk where they are there and `keep` says to keep them."""
-    model = run.role(role)
-    if model.config.vocab_size != run.model.config.vocab_size:
-        raise Unsupported(f"{role} predicts {model.config.vocab_size} tokens, the model {run.model.config.vocab_size}")
+    """The targets of the learned tokens of a batch, from disk where they are there and `keep` says to keep them.
+
+    Of the tokens that `count_shared` counts.
+    """
+    model, shared = run.role(role), count_shared(run, role)
     folder = run.cache if keep else None
     if folder is None:
-        with torch.no_grad():
-            return _cut(learned_logits(run.outputs(role).logits, batch), temperature, top_k)
-    keys = _name_examples(batch, run.share(("teacher", role), lambda: digest_model(model)), temperature, top_k)
+        return _predict(run, role, batch, shared, temperature, top_k)
+    teacher = run.share(("teacher", role), lambda: f"{digest_model(model)} {shared}")
+    keys = _name_examples(batch, teacher, temperature, top_k)
     found = {place: _load(folder, key) for place, key in keys.items()}
     if any(targets is None for targets in found.values()):
-        with torch.no_grad():
-            made = _cut(learned_logits(run.outputs(role).logits, batch), temperature, top_k)
+        made = _predict(run, role, batch, shared, temperature, top_k)
         owner = batch["example"][:, 1:][learned(batch)]
         for place, key in keys.items():
             if found[place] is None:
@@ -73,6 +106,12 @@ def bucketed_kl(student: Tensor, targets: Targets, temperature: float) -> Tensor
     others = log_q.scatter(1, targets.tokens, float("-inf")).logsumexp(-1)
     mass = targets.rest.exp()
     return divergence + torch.where(mass > 0, mass * (targets.rest - others), 0.0)
+
+
+@torch.no_grad()
+def _predict(run: Run, role: str, batch: Batch, shared: int, temperature: float, top_k: int | None) -> Targets:
+    """The targets of the learned tokens of a batch, of the model itself."""
+    return _cut(learned_logits(run.outputs(role).logits[..., :shared], batch), temperature, top_k)
 
 
 def _cut(logits: Tensor, temperature: float, top_k: int | None) -> Targets:
