@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Need = Literal["norm", "hessian", "raw", "grad", "grad_abs", "grad2"]
 HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # each a chain of the train plan
 BUILDERS = ("optimizer", "sampler")  # hooks that write the slot of their name
-Output = Literal["logits", "hidden", "attention"]
+Output = Literal["logits", "hidden", "attention", "scores"]
 Part = Literal["cache", "attention", "prompt", "decoder"]  # of inference
 TRAIN_SLOTS = ("precision", "activations", "parallel", "optimizer", "sampler", "loss")  # of the train plan
 SLOTS: dict[str, Part] = {  # of the inference plan, and the part that each changes
@@ -242,7 +242,8 @@ class Method:
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
         """Named, weighted loss terms, means over the learned tokens of the batch.
 
-        They are added to the cross-entropy, unless the method claims the slot `train.loss`.
+        They are added to the cross-entropy, unless the method claims the slot `train.loss`. Means that are put into
+        `run.watched` are logged beside them and not learned.
         """
         raise NotImplementedError
 

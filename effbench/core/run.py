@@ -97,12 +97,12 @@ class InferPlan(Plan):
 
     Slots: `rope` says where cached keys are rotated to, `encoder` stores keys and values in fewer bytes, `reach` bounds
     how far back queries see, `decoder` generates. Chains: `cache_keep` evicts, `prompt` rewrites prompts,
-    `attend_observe` sees attention weights, as `effbench.nn.model.attention` says.
+    `attend_observe` sees attention weights and `attend_scores` their scores, as `effbench.nn.model.attention` says.
     """
 
     name = "infer"
     slots = tuple(SLOTS)
-    chains = ("cache_keep", "prompt", "attend_observe")
+    chains = ("cache_keep", "prompt", "attend_observe", "attend_scores")
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,6 +271,8 @@ class Run(abc.ABC):
         self.infer = InferPlan()  # the plan of scoring and generation
         self.log = RunLog()  # what happened, for the record
         self.step: Step | None = None  # of the fit that goes on
+        self.watched: dict[str, Tensor] = {}  # what `loss` of a method has put here for the log, not to be learned:
+        # means over the learned tokens of the batch, by name
         self.folder: Path | None = None  # of this run's own, for checkpoints; gone once its record is written
         self.cache: Path | None = None  # for what other runs may use, too, such as predictions of a teacher
         self.alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # the machine to oneself

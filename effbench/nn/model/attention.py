@@ -3,7 +3,8 @@
 transformers calls `attend` for every layer once `own_attention(model, plan, cache)` is entered. What was trained
 belongs to the attention module that it was trained in, as a child (`AttentionExtra`), and is saved and measured with
 it. A cache whose layers settle says which slots a query sees, takes note of what its methods observe and, under the
-slot `rope` of the plan, where keys and queries are rotated to. The chain `attend_observe` sees all attention weights.
+slot `rope` of the plan, where keys and queries are rotated to. The chain `attend_observe` sees all attention weights,
+`attend_scores` what they are the softmax of.
 """
 
 from __future__ import annotations
@@ -110,18 +111,21 @@ def attend(
         mask = nn.functional.pad(mask, (more_keys.shape[2], 0), value=True)  # type: ignore[arg-type]
     added = [part for extra in extras if (part := extra.beside(query)) is not None]
     weights: Tensor | None = None
-    if observers := bound.plan.chain("attend_observe"):
-        out, weights = _attend_openly(query, key, value, mask, scaling)
+    observers, readers = bound.plan.chain("attend_observe"), bound.plan.chain("attend_scores")
+    if observers or readers:
+        out, weights, scores = _attend_openly(query, key, value, mask, scaling)
         if layer is not None and layer.observing:
             layer.observe(weights[..., -held:].unflatten(1, (key.shape[1], -1)))
         for observe in observers:
             observe(module, weights)
+        for read in readers:
+            read(module, scores)
         if dropout and module.training:
             weights = nn.functional.dropout(weights, dropout)
             out = weights @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)
     elif layer is not None and layer.observing:
         tell = layer.observe
-        out = _attend_in_parts(query, key, value, mask, scaling, lambda part: tell(part[..., -held:]))
+        out = _attend_in_parts(query, key, value, mask, scaling, lambda part, _: tell(part[..., -held:]))
     else:
         out = _attend_fused(query, key, value, mask, dropout, scaling)
     return sum(added, out).transpose(1, 2).contiguous(), weights
@@ -146,11 +150,11 @@ def _attend_fused(
 
 def _attend_openly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Outputs [B, Hq, T, D] and all weights [B, Hq, T, S]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [B, Hq, T, D], all weights and their scores [B, Hq, T, S]; -inf where a query does not look."""
     parts: list[Tensor] = []
-    out = _attend_in_parts(query, key, value, mask, scaling, parts.append, query.shape[2])
-    return out, parts[0].flatten(1, 2)
+    out = _attend_in_parts(query, key, value, mask, scaling, lambda *told: parts.extend(told), query.shape[2])
+    return out, parts[0].flatten(1, 2), parts[1].flatten(1, 2)
 
 
 def _attend_in_parts(
@@ -159,10 +163,10 @@ def _attend_in_parts(
     value: Tensor,
     mask: Tensor | None,
     scaling: float,
-    tell: Callable[[Tensor], None],
+    tell: Callable[[Tensor, Tensor], None],
     size: int = QUERIES,
 ) -> Tensor:
-    """Outputs [B, Hq, T, D], and the weights [B, Hkv, G, t, S] of some queries after others to `tell`."""
+    """Outputs [B, Hq, T, D], and the weights and scores [B, Hkv, G, t, S] of some queries after others to `tell`."""
     heads, length = key.shape[1], query.shape[2]
     if mask is None:
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
@@ -172,10 +176,11 @@ def _attend_in_parts(
     turned, spread = key[:, :, None].transpose(3, 4), value[:, :, None]
     outs = []
     for queries, seen in zip(query.unflatten(1, (heads, -1)).split(size, 3), mask.split(size, 3), strict=True):
-        scores = (queries @ turned * scaling).float()
+        scores = queries @ turned * scaling
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, float("-inf"))
         # A query that sees nothing (padding) gets zeros, as in the fused kernel.
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num().to(query.dtype)
-        tell(weights)
+        weights = scores.softmax(-1).nan_to_num().to(query.dtype)
+        tell(weights, scores)
         outs.append(weights @ spread)
     return torch.cat(outs, 3).flatten(1, 2)
 
@@ -210,7 +215,8 @@ def count_prefix(model: nn.Module) -> int:
 
 def changes_attention(model: nn.Module, plan: InferPlan) -> bool:
     """Whether attention is not the model's own without a cache that settles, which it keeps otherwise."""
-    return bool(plan.chain("attend_observe")) or any(map(find_extras, list_attention(model)))
+    openly = plan.chain("attend_observe") or plan.chain("attend_scores")
+    return bool(openly) or any(map(find_extras, list_attention(model)))
 
 
 @contextlib.contextmanager

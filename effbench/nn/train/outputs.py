@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effbench.core.errors import Unsupported
 from effbench.core.run import InferPlan
 from effbench.nn.model.attention import own_attention
-from effbench.nn.model.blocks import Blocks
-from effbench.nn.model.feed import count_soft, feed
+from effbench.nn.model.blocks import Blocks, count_positions
+from effbench.nn.model.feed import count_front, count_soft, feed
 from effbench.nn.train.batches import Batch
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Outputs(NamedTuple):
     logits: Tensor  # [B, T, V]
     hidden: tuple[Tensor, ...]  # [B, T, H] after each block
     attention: tuple[Tensor, ...]  # [B, Hq, T, T] of each block
+    scores: tuple[Tensor, ...]  # [B, Hq, T, T] that attention is the softmax of, -inf where a query does not look
 
 
 class Taps:
@@ -42,6 +44,7 @@ class Taps:
         self._recording = False
         self._hidden: list[Tensor] = []
         self._attention: list[Tensor] = []
+        self._scores: list[Tensor] = []
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -50,21 +53,34 @@ class Taps:
             if "hidden" in self._wanted:
                 for block in Blocks(self._model).blocks:
                     stack.callback(block.register_forward_hook(self._keep_hidden).remove)
-            if "attention" in self._wanted:
-                chain = self._plan.chain("attend_observe")
-                chain.append(self._keep_attention)
-                stack.callback(chain.remove, self._keep_attention)
+            chains = {
+                "attention": ("attend_observe", self._keep_attention),
+                "scores": ("attend_scores", self._keep_scores),
+            }
+            for name, keep in (chains[output] for output in sorted(self._wanted & chains.keys())):
+                self._plan.chain(name).append(keep)
+                stack.callback(self._plan.chain(name).remove, keep)
+            if self._wanted & chains.keys():
                 stack.enter_context(own_attention(self._model, self._plan))
             yield
 
+    def check(self, role: str, batch: Batch) -> None:
+        """Raise `Unsupported` for rows that the model of a role has no positions for, or would see in part only."""
+        width, positions = count_front(self._model) + batch["input_ids"].shape[1], count_positions(self._model)
+        if width > positions:
+            raise Unsupported(f"{role} has {positions} positions, a row takes {width}: give a smaller max_length")
+        window = getattr(self._model.config, "sliding_window", None)
+        if batch["attention_mask"].ndim == 4 and window is not None and window < width:
+            raise Unsupported(f"{role} attends {window} tokens back, packed rows have {width}: give layout='padded'")
+
     def record(self, batch: Batch) -> Outputs:
         """One forward pass, and what it gave."""
-        self._hidden, self._attention, self._recording = [], [], True
+        self._hidden, self._attention, self._scores, self._recording = [], [], [], True
         try:
             logits = feed(self._model, batch).logits
         finally:
             self._recording = False
-        return Outputs(logits, tuple(self._hidden), tuple(self._attention))
+        return Outputs(logits, tuple(self._hidden), tuple(self._attention), tuple(self._scores))
 
     def _keep_hidden(self, block: nn.Module, inputs: Any, output: Any) -> None:
         if self._recording:
@@ -73,9 +89,16 @@ class Taps:
 
     def _keep_attention(self, module: nn.Module, weights: Tensor) -> None:
         if self._recording:
-            front = count_soft(self._model)
-            length = weights.shape[2] - front
-            self._attention.append(weights[:, :, front:, -length:])
+            self._attention.append(self._cut(weights))
+
+    def _keep_scores(self, module: nn.Module, scores: Tensor) -> None:
+        if self._recording:
+            self._scores.append(self._cut(scores))
+
+    def _cut(self, pairs: Tensor) -> Tensor:
+        """Of [B, Hq, T, S] those of tokens with tokens."""
+        front = count_soft(self._model)
+        return pairs[:, :, front:, -(pairs.shape[2] - front) :]
 
 
 class Roles:
@@ -108,8 +131,12 @@ class Roles:
         return self._found["model"]
 
     def read(self, role: str) -> Outputs:
-        """The outputs of a role for the batch that was fed last. Raises `KeyError` for one that no method declared."""
+        """The outputs of a role for the batch that was fed last, without gradients.
+
+        Raises `KeyError` for one that no method declared, `Unsupported` for a model that cannot be fed it.
+        """
         if role not in self._found:
             with torch.no_grad():
+                self._taps[role].check(role, self._batch)
                 self._found[role] = self._taps[role].record(self._batch)
         return self._found[role]
