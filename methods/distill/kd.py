@@ -13,7 +13,7 @@ from effbench.core.kinds import Train
 from effbench.core.method import Output
 from effbench.core.run import Run
 from effbench.nn.train.loss import learned_logits, mean_cross_entropy, mean_learned
-from effbench.nn.train.teacher import bucketed_kl, count_shared, soften_top
+from effbench.nn.train.teacher import bucketed_kl, count_shared, soften_top, watch_agreement
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,12 @@ class KD(Train):
         student = learned_logits(out.logits[..., :shared], batch)  # [N, V]
         if self.cache or self.top_k is not None:
             targets = soften_top(run, self.teacher, batch, tau, self.top_k, self.cache)
-            divergence = bucketed_kl(student, targets, tau)
+            divergence, likeliest = bucketed_kl(student, targets, tau), targets.tokens[:, 0]
         else:
             teacher = learned_logits(run.outputs(self.teacher).logits[..., :shared], batch)
             divergence = ops.load("soft_kl")(student, teacher, tau)  # [N]
-        hard = mean_cross_entropy(out.logits, batch)
-        return {"hard": (1 - self.alpha) * hard, "soft": self.alpha * tau**2 * mean_learned(divergence, batch)}
+            likeliest = teacher.argmax(-1)
+        watch_agreement(run, batch, student, likeliest)
+        hard, soft = mean_cross_entropy(out.logits, batch), mean_learned(divergence, batch)
+        run.watched |= {"cross_entropy": hard, "divergence": soft}
+        return {"hard": (1 - self.alpha) * hard, "soft": self.alpha * tau**2 * soft}

@@ -200,11 +200,14 @@ class Loop:
             raise Unsupported(f"all labels of step {now.index + 1} are masked: there is nothing to learn")
         losses = torch.zeros(2, len(places), dtype=torch.float64) if hasattr(self.sampler, "seen") else None
         terms: dict[str, float] = {}
+        watched: dict[str, float] = {}
         for batch, count in zip(parts, counts, strict=True):
             if count:
-                for name, value in self._backward(batch, count / learned, losses).items():
-                    terms[name] = terms.get(name, 0.0) + value
+                for into, found in zip((terms, watched), self._backward(batch, count / learned, losses), strict=True):
+                    for name, value in found.items():
+                        into[name] = into.get(name, 0.0) + value
         terms = self.parallel.merge(terms)
+        watched = self.parallel.merge(watched) if self.names else watched
         loss = sum(terms.values())
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {now.index + 1} of {now.total}")
@@ -223,7 +226,7 @@ class Loop:
             "terms": terms,
             "lr": self.peaks[0] * factor,
             "tokens": int(tokens),
-        }
+        } | ({"watched": watched} if watched else {})
 
     def _read(self, mine: Sequence[int], places: Sequence[int]) -> Iterator[Batch]:
         """The examples of a step at `mine`, in parts, as tensors; `example` numbers those of the whole step."""
@@ -241,15 +244,22 @@ class Loop:
             number = torch.tensor([*part, -1], device=run.device)  # the last for padding, which is at -1
             yield batch | {"example": number[batch["example"]]}
 
-    def _backward(self, batch: Batch, share: float, losses: Tensor | None) -> dict[str, float]:
-        """Add the gradients of a part that holds this share of the learned tokens; gives its terms times the share."""
+    def _backward(self, batch: Batch, share: float, losses: Tensor | None) -> tuple[dict[str, float], dict[str, float]]:
+        """Add the gradients of a part that holds this share of the learned tokens.
+
+        Gives its terms, and what is watched beside them, times the share.
+        """
         run = self.run
         terms: dict[str, Tensor] = {}
+        watched: dict[str, Tensor] = {}
         with self.meter.forward(self.known):
             with self.precision.forward(run):
                 out = self.roles.feed(batch)
             for name, method in self.names.items():
+                run.watched = {}
                 terms |= {f"{name}.{term}": value for term, value in method.loss(batch, out, run).items()}
+                watched |= {f"{name}.{what}": value.detach() for what, value in run.watched.items()}
+            run.watched = {}
             if run.train.slot("loss") is None:
                 terms["cross_entropy"] = mean_cross_entropy(out.logits, batch)
         if losses is not None:
@@ -257,7 +267,8 @@ class Loop:
             losses += torch.stack([sums, numbers]).to(losses.device)
         loss = share * sum(terms.values(), start=torch.zeros((), device=run.device))
         self.precision.scale(loss, run).backward()
-        return {name: float(value.detach()) * share for name, value in terms.items()}
+        told, seen = ({name: float(v.detach()) * share for name, v in values.items()} for values in (terms, watched))
+        return told, seen
 
     def _update(self) -> None:
         """The optimizer's step on the gradients that there are, or none where the precision says so."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
 from effbench.nn.train.batches import IGNORED, Batch
-from effbench.nn.train.loss import learned, learned_logits
+from effbench.nn.train.loss import learned, learned_logits, mean_learned
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -65,6 +65,15 @@ def _count_shared(run: Run, role: str) -> int:
     if shared > min(rows, their_rows):
         raise Unsupported(f"the tokenizer has {shared} tokens, {role} predicts {their_rows} and the model {rows}")
     return int(shared)
+
+
+@torch.no_grad()
+def watch_agreement(run: Run, batch: Batch, student: Tensor, likeliest: Tensor) -> None:
+    """Have the log say what share of the learned tokens N the student's likeliest token is the teacher's [N].
+
+    student  logits [N, V]
+    """
+    run.watched["agreement"] = mean_learned((student.argmax(-1) == likeliest).float(), batch)
 
 
 def soften_top(run: Run, role: str, batch: Batch, temperature: float, top_k: int | None, keep: bool) -> Targets:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from toys_training import fit
 
 from effbench import ops
-from effbench.checks import probe, probe_model, toy_run
-from effbench.core.errors import Usage
+from effbench.checks import probe, probe_model, toy, toy_run
+from effbench.core.errors import Unsupported, Usage
 from effbench.core.kinds import Train
 from effbench.core.recipe import parse, parse_step
 from effbench.core.run import Run
@@ -77,6 +77,23 @@ def test_the_gradient_has_the_prefactor_of_the_exact_derivative() -> None:
         (gradient,) = torch.autograd.grad(ops.load("soft_kl")(z, v, tau).sum(), z)
         expected = ((z / tau).softmax(-1) - (v / tau).softmax(-1)) / tau
         assert torch.allclose(gradient, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("top_k", [None, 9])
+def test_the_log_tells_how_far_the_student_is_from_the_teacher(top_k: int | None) -> None:
+    run = student_run()
+    batch = collate(run.data.pool[:3], 0, run.device)
+    terms = losses(run, KD(temperature=2.0, alpha=0.25, top_k=top_k), batch)
+    z, v = (run.role(role)(batch["input_ids"]).logits[:, :-1] for role in ("model", "reference"))
+    told = {name: float(value.detach()) for name, value in run.watched.items()}
+    hard = nn.functional.cross_entropy(z.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert told == pytest.approx(
+        {
+            "agreement": float((z.argmax(-1) == v.argmax(-1)).double().mean()),
+            "cross_entropy": float(hard.detach()),
+            "divergence": float(terms["soft"].detach()) / (0.25 * 4),
+        }
+    )
 
 
 # The teacher's likeliest tokens
@@ -243,6 +260,42 @@ def test_hidden_states_are_those_of_blocks_that_were_put_in_place() -> None:
         out = roles.feed(batch)
     normed = run.model.model.norm(out.hidden[1])
     assert torch.allclose(run.model.lm_head(normed), out.logits, atol=1e-5)
+
+
+def test_teachers_are_asked_without_dropout_and_all_modes_stay() -> None:
+    """GPT-2 and OPT have dropout, which the student that learns does not lose."""
+    seen: list[bool] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Looking(Train):
+        @property
+        def reads(self) -> Any:
+            return {"reference": {"logits", "hidden", "scores"}, "mine": {"logits", "attention"}}
+
+        def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
+            for role in self.reads:
+                logits = run.outputs(role).logits
+                plain = run.role(role)(batch["input_ids"]).logits
+                seen.append(torch.allclose(logits, plain, atol=1e-5) and not logits.requires_grad)
+            again = run.model(batch["input_ids"]).logits
+            assert not torch.allclose(out.logits, again, atol=1e-3)
+            return {"zero": 0.0 * out.logits.sum()}
+
+    run = toy_run("gpt2")
+    run.snapshot("mine")
+    run.apply(Looking())
+    modes = [module.training for role in ("reference", "mine") for module in run.role(role).modules()]
+    fit(run, steps=2)
+    assert seen == [True] * 4 and not any(modes)
+    assert modes == [module.training for role in ("reference", "mine") for module in run.role(role).modules()]
+
+
+def test_a_teacher_of_fewer_positions_is_told() -> None:
+    run = toy_run()
+    run.shelve("small", toy("gpt2", n_positions=16, max_position_embeddings=16), run.tokenizer)
+    run.apply(KD(teacher="small"))
+    with pytest.raises(Unsupported, match="small has 16 positions, a row takes 32: give a smaller max_length"):
+        fit(run, steps=1)
 
 
 # Students, snapshots, and recipes that cannot work
