@@ -167,14 +167,17 @@ class LutLinear(Packed):
         return LutMatrix(self.weight, self.lut, self.factors(), *sparse, self.bits, self.block).dense(self.in_features)
 
     def rebuilt(self, weight: Tensor) -> LutLinear:
-        """The same tables, factors and outlier positions; outliers take up what their codes leave over."""
+        """The same tables and outlier positions. Factors are those of the new matrix, so that none of it is cut off;
+        where there are outliers they stay, and outliers take up what their codes leave over."""
         weight = self.mask_weight(weight)
-        absmax = self.factors()
-        scaled = weight
+        absmax, scaled, tensors = self.factors(), weight, self.like()
         if absmax is not None:
+            if self.crow is None:
+                absmax = block_absmax(weight, self.block)
+                tensors |= quantize_factors(absmax) if self.double_quant else {"absmax": absmax}
             factor = spread(absmax, self.block, (self.out_features, self.in_features))
             scaled = torch.where(factor == 0, 0, weight / factor)
-        tensors = self.like() | {"weight": pack(nearest(scaled, self.lut.float()), self.bits)}
+        tensors |= {"weight": pack(nearest(scaled, self.lut.float()), self.bits)}
         module = LutLinear(**self.config()).to(self.weight.device)
         if self.crow is None or self.col is None:
             return module.fill(self.bias, **tensors)
