@@ -95,11 +95,22 @@ class Beside(Replaced):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         if self.active:
-            read = self.read(x if x.dtype == torch.float64 else x.float())
-            mask = self._mask
-            added = self.add(read) if mask is None else nn.functional.linear(read, self.delta() * mask)
-            y = y + added.to(y.dtype)
+            y = self.changed(x, y).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def changed(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (W + D)^T where y = x W^T, before it is rounded."""
+        return y + self.added(self.read(self.widen(x)))
+
+    def added(self, read: Tensor) -> Tensor:
+        """What D, masked, makes of what it is applied to."""
+        mask = self._mask
+        return self.add(read) if mask is None else nn.functional.linear(read, self.delta() * mask)
+
+    @staticmethod
+    def widen(x: Tensor) -> Tensor:
+        """In float32 at least."""
+        return x if x.dtype == torch.float64 else x.float()
 
     @property
     def _mask(self) -> Tensor | None:
