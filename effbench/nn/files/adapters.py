@@ -1,6 +1,7 @@
 """Files of what was trained alone: adapters by name, to be put on the model that they were trained on.
 
-An adapter is a folder with the tensors of its modules and how to build these; it holds nothing of the model.
+An adapter is a folder with the tensors of its modules and how to build these; of the model it holds only what it is
+called and how it is quantized.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported, Usage, first_line
 from effbench.nn.files.artifact import Replacement, build_class, buildable, name_class
+from effbench.nn.files.base import Base, check_base, describe_base
 from effbench.nn.model.adapters import NAMED, add_part, choose_adapter, find_parts, is_name, list_adapters
 from effbench.nn.model.beside import Beside
-from effbench.nn.model.linear import matrix_shape, replace
+from effbench.nn.model.linear import matrix_shape, replace, stored_tensors
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """What `adapter.json` holds: the modules of an adapter by path."""
+    """What `adapter.json` holds: the modules of an adapter by path, and the model that they were trained on."""
 
     parts: dict[str, Replacement]
+    base: Base | None = None  # None: written before it was told
 
 
 def save_adapter(model: nn.Module, folder: Path, name: str) -> int:
@@ -44,7 +47,8 @@ def save_adapter(model: nn.Module, folder: Path, name: str) -> int:
     make_folder(folder)
     tensors = {f"{path}.{own}": tensor for path, part in parts.items() for own, tensor in _own_tensors(part).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps({"parts": described}, indent=1, sort_keys=True) + "\n")
+    told = {"parts": described, "base": msgspec.to_builtins(describe_base(model))}
+    (folder / CONFIG).write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -52,8 +56,8 @@ def save_adapter(model: nn.Module, folder: Path, name: str) -> int:
 def load_adapter(model: nn.Module, folder: Path, name: str) -> None:
     """Put the adapter of a folder on the model under a name, frozen, and choose it.
 
-    Raises `Unsupported` where it does not fit the model or its files are not what `save_adapter` writes, `Usage` for a
-    name that another has.
+    Raises `Unsupported` where it does not fit the model or its files are not what `save_adapter` writes, `Refused`
+    where it was trained on another model or on one quantized otherwise, `Usage` for a name that another has.
     """
     check_new(model, name)
     try:
@@ -61,6 +65,7 @@ def load_adapter(model: nn.Module, folder: Path, name: str) -> None:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, msgspec.DecodeError, ValueError) as error:
         raise Unsupported(f"{folder.name}: is no adapter ({first_line(error)})") from None
+    check_base(model, manifest.base, folder.name)
     for path, entry in sorted(manifest.parts.items()):
         if entry.kind not in buildable():
             raise Unsupported(f"{folder.name}: {entry.kind!r} is no class of effbench's formats, models or methods")
@@ -112,9 +117,12 @@ def place_part(model: nn.Module, path: str, kind: Any, config: dict[str, Any], n
 
 def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
     """Tensors of a module of an adapter that are not those of what it stands beside, by name."""
-    own: dict[str, Tensor] = dict(part.named_parameters(recurse=not isinstance(part, Beside)))
-    own |= dict(part.named_buffers(recurse=not isinstance(part, Beside)))
-    return {name: tensor.detach() for name, tensor in own.items() if not (isinstance(part, Beside) and name == "bias")}
+    alone = isinstance(part, Beside)  # whose bias is that of the linear
+    return {
+        name: tensor.detach()
+        for name, tensor in stored_tensors(part)
+        if not (alone and ("." in name or name == "bias"))
+    }
 
 
 def make_folder(folder: Path) -> None:

@@ -36,6 +36,7 @@ WEIGHTS = "model.safetensors"
 MASKS = "masks.safetensors"
 HOMES = ("formats", "nn", "methods")  # folders of the package with classes that an artifact may name
 LINEAR = f"{nn.Linear.__module__}:Linear"
+MOVED = {"effbench.methods.peft.lora:LoRALinear": "effbench.methods.peft._lowrank:LoRALinear"}  # names of earlier files
 PLAIN = (bool, int, float)  # attributes of modules that are compared, by type
 
 Described = dict[str, dict[str, Any]]
@@ -216,7 +217,7 @@ def buildable() -> frozenset[str]:
         for path in (PACKAGE / home).rglob("*.py"):
             module = ".".join(("effbench", *path.relative_to(PACKAGE).with_suffix("").parts))
             names |= {f"{module}:{name}" for name in re.findall(r"^class (\w+)", path.read_text("utf-8"), re.MULTILINE)}
-    return frozenset(names)
+    return frozenset(names | MOVED.keys())
 
 
 def _build(config: Any, manifest: Manifest, folder: Path, dtype: torch.dtype) -> Any:
@@ -346,7 +347,7 @@ def name_class(module: nn.Module) -> str:
 
 def build_class(name: str) -> Any:
     """The class that a checked manifest names. Raises `Unsupported` for one that is no module."""
-    module, _, attribute = name.partition(":")
+    module, _, attribute = MOVED.get(name, name).partition(":")
     kind = getattr(importlib.import_module(module), attribute)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise Unsupported(f"{name} is no module of a model")
