@@ -1,4 +1,4 @@
-"""What peft writes and computes: adapters of three kinds on small random models, as files, and logits with them."""
+"""What peft writes and computes: adapters of the kinds read here, on small random models, as files and logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from golden import write
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,6 +30,12 @@ def configurations(architecture: str) -> dict[str, Any]:
     linears = LINEARS[architecture]
     return {
         "lora": LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=linears),
+        "rslora": LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=linears, use_rslora=True),
+        "dora": LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=linears, use_dora=True),
+        "vera": VeraConfig(task_type="CAUSAL_LM", r=5, target_modules=linears, projection_prng_key=11),
+        "adalora": AdaLoraConfig(
+            task_type="CAUSAL_LM", init_r=3, target_r=2, lora_alpha=5, target_modules=linears, total_step=4, tfinal=2
+        ),
         "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
         "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     }
@@ -51,6 +57,11 @@ def tensors(architecture: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.normal_(std=0.3)
+        if kind == "adalora":
+            for step in (1, 2):  # the second is the last at which ranks move
+                for parameter in model.parameters():
+                    parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+                model.base_model.update_and_allocate(step)
         with torch.no_grad():
             logits = model(input_ids=IDS, attention_mask=mask).logits
         found[f"{kind}.logits"] = logits[:, -IDS.shape[1] :].clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,25 @@ from toys_training import fit
 
 from effbench.checks import TOYS, probe, toy_run
 from effbench.core.errors import Refused, Unsupported, Usage
-from effbench.core.recipe import parse_step
+from effbench.core.recipe import parse, parse_step
+from effbench.methods.peft.adalora import SVDLinear
 from effbench.nn.files import artifact
 from effbench.nn.files.adapters import load_adapter, save_adapter
 from effbench.nn.files.peft import load_peft, save_peft
-from effbench.nn.model.adapters import list_adapters
+from effbench.nn.model.adapters import find_parts, list_adapters
+from effbench.nn.model.linear import matrix_shape
 from effbench.nn.run import ModelRun
 
 KINDS = [
     "lora(adapter='{}')",
     "prefix_tuning(length=4, hidden=16, adapter='{}')",
     "prompt_tuning(length=4, adapter='{}')",
+]
+LINEAR = [
+    "rslora(rank=4, adapter='{}')",
+    "dora(rank=4, adapter='{}')",
+    "vera(rank=16, adapter='{}')",
+    "adalora(rank=2, initial_rank=4, adapter='{}')",
 ]
 
 
@@ -36,7 +45,7 @@ def trained(kinds: list[str], names: list[str], architecture: str = "llama") -> 
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *LINEAR])
 def test_choosing_twice_gives_the_same_bits(kind: str) -> None:
     run = trained([kind, kind], ["a", "b"])
     base = probe(toy_run())
@@ -86,7 +95,7 @@ def test_two_before_one_fit_are_both_trained(kind: str, second: str) -> None:
     assert sum(group["parameters"] for group in report["groups"]) == new
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *LINEAR])
 def test_a_name_is_taken_once(kind: str, tmp_path: Path) -> None:
     run = trained([kind], ["a"])
     logits = probe(run)
@@ -139,6 +148,96 @@ def test_a_file_holds_the_adapter_alone_and_puts_it_on_again(kind: str, architec
         save_adapter(run.model, tmp_path / "b", "b")
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", LINEAR)
+def test_what_stands_beside_linears_is_put_on_again(kind: str, architecture: str, tmp_path: Path) -> None:
+    run = trained([kind], ["a"], architecture)
+    written = save_adapter(run.model, tmp_path / "a", "a")
+    other = toy_run(architecture)
+    load_adapter(other.model, tmp_path / "a", "again")
+    assert torch.allclose(probe(other), probe(run), atol=1e-6)
+    assert not torch.equal(probe(other), probe(toy_run(architecture)))
+    if kind.startswith("vera"):  # the pair is drawn again
+        assert written == 4 * sum(sum(matrix_shape(m)[:1]) + 16 for m in toy_run(architecture).linears().values())
+
+
+def test_unlike_kinds_stand_on_one_another_and_each_counts_alone() -> None:
+    kinds = [KINDS[0], *LINEAR]
+    run = trained(kinds, list("abcde"))
+    alone = {}
+    for kind, name in zip(kinds, "abcde", strict=True):
+        run.adapter(name)
+        alone[name] = probe(run)
+        single = toy_run()
+        single.apply(parse_step(kind.format(name)))
+        parts = dict(find_parts(single.model))
+        for path, part in find_parts(run.model, name):
+            twin = parts[path.replace(".base", "")]
+            if isinstance(part, SVDLinear):
+                twin.p, twin.singular, twin.q = part.p, part.singular, part.q
+            else:
+                own = {key: value for key, value in part.state_dict().items() if "base" not in key}
+                twin.load_state_dict(own, strict=False)
+        assert torch.allclose(probe(single), alone[name], atol=1e-5), kind
+    for name in ("c", "a", "e"):
+        run.adapter(name)
+        assert torch.equal(probe(run), alone[name])
+    run.adapter(None)
+    assert torch.equal(probe(run), probe(toy_run()))
+
+
+@pytest.mark.parametrize(("save", "load"), [(save_adapter, load_adapter), (save_peft, load_peft)])
+def test_a_file_names_the_model_that_it_is_for(save: Any, load: Any, tmp_path: Path) -> None:
+    def ready(steps: str, name: str = "org/one") -> ModelRun:
+        run = toy_run()
+        run.model.config.name_or_path = name
+        for step in parse(steps).steps:
+            run.apply(step)
+        return run
+
+    dense, packed = ready("lora(adapter='a')"), ready("nf4(), lora(adapter='a')")
+    double = "nf4(double_quant=True)"
+    for run, folder in ((dense, "d"), (packed, "p")):
+        for part in (part for _, part in find_parts(run.model)):
+            part.b.data.normal_(std=0.1)
+        save(run.model, tmp_path / folder, "a")
+    for folder, steps, name in (
+        ("d", "", "org/one"),
+        ("p", "nf4()", "org/one"),
+        ("d", "", "/models/two"),
+        ("d", "", ""),
+    ):
+        other = ready(steps, name)
+        load(other.model, tmp_path / folder, "x")
+        assert torch.equal(probe(other), probe(dense if folder == "d" else packed))
+    refused = [
+        ("d", "", "org/two", "d: was trained on org/one, and this is org/two: put it on"),
+        ("p", "", "org/one", r"p: was trained beside LutLinear\(.*block=64.*\), and here are dense linears: quantize"),
+        ("d", "nf4()", "org/one", r"d: was trained beside dense linears, and here are LutLinear\("),
+        ("p", double, "org/one", r"double_quant=False.*and here are .*double_quant=True"),
+    ]
+    for folder, steps, name, message in refused:
+        other = ready(steps, name)
+        before = [key for key, _ in other.model.named_modules()]
+        with pytest.raises(Refused, match=message):
+            load(other.model, tmp_path / folder, "x")
+        assert [key for key, _ in other.model.named_modules()] == before
+
+
+def test_a_file_that_says_nothing_of_its_model_is_read(tmp_path: Path) -> None:
+    run = trained(KINDS[:1], ["a"])
+    save_adapter(run.model, tmp_path / "a", "a")
+    file = tmp_path / "a" / "adapter.json"
+    told = json.loads(file.read_text())
+    del told["base"]
+    for part in told["parts"].values():  # as they were called before rsLoRA and DoRA shared the class
+        part["class"] = part["class"].replace("_lowrank:", "lora:")
+    file.write_text(json.dumps(told))
+    other = toy_run()
+    load_adapter(other.model, tmp_path / "a", "x")
+    assert torch.allclose(probe(other), probe(run), atol=1e-6)
+
+
 def test_an_adapter_of_another_model_is_unsupported(tmp_path: Path) -> None:
     run = trained(KINDS[:1], ["a"])
     save_adapter(run.model, tmp_path / "a", "a")
@@ -151,7 +250,7 @@ def test_an_adapter_of_another_model_is_unsupported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *LINEAR])
 def test_pefts_files_go_out_and_in(kind: str, architecture: str, tmp_path: Path) -> None:
     run = trained([kind], ["a"], architecture)
     save_peft(run.model, tmp_path / "a", "a")

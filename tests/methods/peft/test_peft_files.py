@@ -23,7 +23,9 @@ with safe_open(Path(__file__).parent.parent.parent / "golden" / "peft.safetensor
     GOLDEN = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     FACTS = file.metadata()
 
-KINDS = ["lora", "prompt", "prefix"]
+KINDS = ["lora", "rslora", "dora", "vera", "adalora", "prompt", "prefix"]
+# What a file says of the training behind it, where it came from, and where AdaLoRA's ranks lay, is not kept.
+FORGOTTEN = {"target_modules", "rank_pattern", "total_step", "tinit", "tfinal"}
 
 
 def below(name: str) -> dict[str, torch.Tensor]:
@@ -54,17 +56,20 @@ def test_what_peft_has_written_computes_the_same_and_goes_back(architecture: str
     real = mask.bool()
     expected = GOLDEN[f"{architecture}.{kind}.logits"]
     assert torch.allclose(logits[real], expected[real], atol=2e-5)
-    assert not torch.allclose(plain[real], expected[real], atol=0.1)
+    assert not torch.allclose(plain[real], expected[real], atol=5e-3)
     save_peft(model, ours, "a")
     tensors = load_file(ours / "adapter_model.safetensors")
     assert tensors.keys() == written.keys()
     assert all(torch.equal(tensors[name], written[name]) for name in written)
     mine = json.loads((ours / "adapter_config.json").read_text())
     their = json.loads(FACTS[f"{architecture}.{kind}"])
-    for key in mine.keys() - {"target_modules"}:  # whole paths here, endings there
+    for key in mine.keys() - FORGOTTEN:
         assert mine[key] == their[key], key
-    if kind == "lora":
+    if "target_modules" in mine:  # whole paths here, endings there
         assert {path.rpartition(".")[2] for path in mine["target_modules"]} == set(their["target_modules"])
+    if kind == "adalora":
+        ranks = [{path: sum(places) for path, places in told["rank_pattern"].items()} for told in (mine, their)]
+        assert ranks[0] == ranks[1] and sum(ranks[0].values()) == 2 * len(ranks[0])
 
 
 def written(folder: Path, config: dict[str, Any], **tensors: torch.Tensor) -> Path:
@@ -81,7 +86,7 @@ def written(folder: Path, config: dict[str, Any], **tensors: torch.Tensor) -> Pa
         ({"trainable_token_indices": [1, 2]}, "embed_tokens.token_adapter.trainable_tokens_delta"),
         ({}, "embed_tokens.lora_embedding_A"),
         ({"lora_bias": True}, "layers.0.self_attn.q_proj.lora_B.bias"),
-        ({"use_dora": True}, "layers.0.self_attn.q_proj.lora_magnitude_vector"),
+        ({}, "layers.0.self_attn.q_proj.lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
         ({"rank_pattern": {"q_proj": 2}}, ""),
         ({"layer_replication": [[0, 1]]}, ""),
