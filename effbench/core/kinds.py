@@ -136,6 +136,11 @@ class Swap(Method):
         """Names or patterns of the modules that are replaced; a method may have a field of this name."""
         return "all"
 
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of the sites that it takes, see `Site`; empty: all."""
+        return frozenset()
+
     def wants(self, path: str) -> bool:
         """Whether the module at `path` is to be replaced, by its name."""
         name = path.rpartition(".")[2]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     __all__ = ["DType", "Device", "Module", "Tensor"]
 
 
-SiteKind = Literal["linear", "attention", "mlp", "embedding"]
+SiteKind = Literal["linear", "attention", "mlp", "embedding", "norm"]
 
 
 @dataclasses.dataclass(frozen=True)

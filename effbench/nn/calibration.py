@@ -20,7 +20,7 @@ from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.views import Layer, SharedInput
 from effbench.nn.model.blocks import Blocks, dense_linears
 from effbench.nn.model.feed import feed
-from effbench.nn.model.linear import dense_weight, kept
+from effbench.nn.model.linear import dense_bias, dense_weight, kept
 from effbench.nn.train.loss import cross_entropy
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def view_layer(name: str, module: nn.Module, inputs: Inputs, seed: int, prepared
     weight = dense_weight(module).detach().clone()
     if not torch.isfinite(weight).all():
         raise Refused(f"{name}: the weights hold NaN or infinity")
-    return Layer(name, module, inputs, seed, weight, getattr(module, "bias", None), kept(module), prepared)
+    return Layer(name, module, inputs, seed, weight, dense_bias(module), kept(module), prepared)
 
 
 class _Reached(Exception):

@@ -7,6 +7,7 @@ called and how it is quantized.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from effbench.nn.files.artifact import Replacement, build_class, buildable, name
 from effbench.nn.files.base import Base, check_base, describe_base
 from effbench.nn.model.adapters import NAMED, add_part, choose_adapter, find_parts, is_name, list_adapters
 from effbench.nn.model.beside import Beside
-from effbench.nn.model.linear import matrix_shape, replace, stored_tensors
+from effbench.nn.model.linear import Around, matrix_shape, replace, stored_tensors
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -96,14 +97,19 @@ def place_part(model: nn.Module, path: str, kind: Any, config: dict[str, Any], n
 
     `config` and `path` are of the adapter as it was called when it was saved.
     """
+    path = plain_path(path)
     parent, _, child = path.rpartition(".")
     config, called = config | {"adapter": name}, config.get("adapter", "")
     try:
+        if issubclass(kind, Around):
+            part = kind(model.get_submodule(path), **config)
+            replace(model, path, part)
+            return part
         if not issubclass(kind, Beside):
             part = kind(**config)
             add_part(model.get_submodule(parent), child.removesuffix(f"_{called}"), part)
             return part
-        base = model.get_submodule(path.replace(".base", ""))
+        base = model.get_submodule(path)
     except AttributeError:
         raise Unsupported(f"{folder.name}: the model has no {path}") from None
     wanted = (config.pop("out_features"), config.pop("in_features"))
@@ -111,18 +117,24 @@ def place_part(model: nn.Module, path: str, kind: Any, config: dict[str, Any], n
     if matrix_shape(base) != wanted:
         raise Unsupported(f"{folder.name}: {path} is {list(matrix_shape(base))}, the adapter is for {list(wanted)}")
     part = kind.of(base, **config)
-    replace(model, path.replace(".base", ""), part)
+    replace(model, path, part)
     return part
+
+
+def plain_path(path: str) -> str:
+    """The path in the model as it was before anything stood round or in front of its modules."""
+    return re.sub(r"\.(base|inner)(?=\.|$)", "", path)
 
 
 def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
     """Tensors of a module of an adapter that are not those of what it stands beside, by name."""
-    alone = isinstance(part, Beside)  # whose bias is that of the linear
-    return {
-        name: tensor.detach()
-        for name, tensor in stored_tensors(part)
-        if not (alone and ("." in name or name == "bias"))
-    }
+    beside, around = isinstance(part, Beside), isinstance(part, Around)
+    theirs = [
+        name
+        for name, _ in stored_tensors(part)
+        if (beside and ("." in name or name == "bias")) or (around and name.startswith("inner."))
+    ]
+    return {name: tensor.detach() for name, tensor in stored_tensors(part) if name not in theirs}
 
 
 def make_folder(folder: Path) -> None:

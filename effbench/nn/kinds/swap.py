@@ -28,7 +28,9 @@ def apply(run: Run, method: Swap) -> None:
 
 def _replace_all(run: Run, method: Swap) -> None:
     sites = find_sites(run, method.sites)
-    chosen = [site for site in sites if method.wants(site.path)]
+    chosen = [site for site in sites if method.wants(site.path) and site.role in (method.roles or {site.role})]
+    if not sites:
+        raise Unsupported(f"the blocks have no module of the kind {' or '.join(method.sites)} to stand at")
     if not chosen:
         names = sorted({site.path.rpartition(".")[2] for site in sites})
         raise Unsupported(f"none of the modules is a target; they are called {', '.join(names)}")

@@ -15,7 +15,7 @@ from torch import nn
 
 from effbench.core.errors import Refused, Usage
 from effbench.core.usage import nearest
-from effbench.nn.model.linear import find_inner
+from effbench.nn.model.linear import Around, find_inner
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -42,6 +42,14 @@ def add_part(parent: nn.Module, stem: str, part: Any) -> None:
     if name in dict(parent.named_children()):
         raise Refused(f"there is a {name} already: give another name with adapter=")
     parent.add_module(name, part)
+
+
+def check_once(module: nn.Module, kind: type[Around], adapter: str) -> None:
+    """Raise `Refused` where one of the kind that belongs to an adapter of that name stands round the module already."""
+    while isinstance(module, Around):
+        if adapter and type(module) is kind and module.adapter == adapter:
+            raise Refused(f"there is a {kind.__name__} of adapter {adapter!r} already: give another name with adapter=")
+        module = module.inner
 
 
 @contextlib.contextmanager

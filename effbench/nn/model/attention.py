@@ -67,8 +67,8 @@ class AttentionExtra(Added):
         """Keys and values [B, Hkv, L, D] in front of all others, which every query [B, Hq, T, D] sees."""
         return None
 
-    def beside(self, query: Tensor) -> Tensor | None:
-        """What is added to the attention's output, [B, Hq, T, D]."""
+    def beside(self, query: Tensor, attention: nn.Module) -> Tensor | None:
+        """What is added to the output of the module that it is a child of, before that projects it: [B, Hq, T, D]."""
         return None
 
 
@@ -109,7 +109,7 @@ def attend(
         key = torch.cat([more_keys.to(key.dtype), key], dim=2)
         value = torch.cat([more_values.to(value.dtype), value], dim=2)
         mask = nn.functional.pad(mask, (more_keys.shape[2], 0), value=True)  # type: ignore[arg-type]
-    added = [part for extra in extras if (part := extra.beside(query)) is not None]
+    added = [part for extra in extras if (part := extra.beside(query, module)) is not None]
     weights: Tensor | None = None
     observers, readers = bound.plan.chain("attend_observe"), bound.plan.chain("attend_scores")
     if observers or readers:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Refused
-from effbench.nn.model.linear import Replaced, dense_weight, kept, make_linear, rebuilt
+from effbench.nn.model.linear import Replaced, dense_bias, dense_weight, kept, make_linear, rebuilt
 
 Merge = Literal["masked", "dense", "separate"]
 
@@ -21,6 +21,8 @@ class Beside(Replaced):
     `masked`: where the base holds a weight at zero, so does the sum; D is masked while it is trained, too. A module
     with the name of an `adapter` counts only while that is the adapter chosen, see `effbench.nn.model.adapters`.
     """
+
+    leaves_bias: ClassVar[bool] = False  # True: what is trained acts on the bias too, which stays in `base`
 
     def __init__(
         self,
@@ -53,7 +55,8 @@ class Beside(Replaced):
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(needed[name])
         module = cls(base.in_features, base.out_features, base=base, **settings)  # type: ignore[arg-type]
-        module.bias, base.bias = base.bias, None  # type: ignore[assignment]
+        if not (cls.leaves_bias or (isinstance(base, Beside) and base.leaves_bias)):
+            module.bias, base.bias = base.bias, None  # type: ignore[assignment]
         return module.train(base.training).to(next((p.device for p in base.parameters()), torch.device("cpu")))
 
     def delta(self) -> Tensor:
@@ -75,19 +78,26 @@ class Beside(Replaced):
         delta = self.delta().detach()
         return weight + (delta if mask is None else delta * mask)
 
+    def dense_bias(self) -> Tensor | None:
+        """Its own bias and, where that did not move here, the one of `base`."""
+        parts = [part for part in (self.bias, dense_bias(self.base)) if part is not None]
+        return parts[0] if len(parts) == 1 else sum(parts) if parts else None  # type: ignore[return-value]
+
     def kept(self) -> Tensor | None:
         return kept(self.base) if self.masked or not self.active else None
 
     def rebuilt(self, weight: Tensor) -> nn.Module:
-        module = rebuilt(self.base, weight)
-        module.bias = self.bias  # type: ignore[assignment]
+        module, bias = rebuilt(self.base, weight), self.dense_bias()
+        made = bias is not None and bias is not self.bias
+        module.bias = nn.Parameter(bias.detach()) if made else self.bias  # type: ignore[assignment, union-attr]
         return module
 
     def settle(self, merge: Merge) -> nn.Module:
         """The final form: in what stood there, as one dense linear, or beside it as it is."""
         if merge == "separate" or self.adapter:
             return self
-        return make_linear(self.dense_weight(), self.bias) if merge == "dense" else self.rebuilt(self.dense_weight())
+        weight = self.dense_weight()
+        return make_linear(weight, self.dense_bias()) if merge == "dense" else self.rebuilt(weight)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"masked": self.masked, "adapter": self.adapter}
@@ -95,7 +105,8 @@ class Beside(Replaced):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         if self.active:
-            y = self.changed(x, y).to(y.dtype)
+            inside = dense_bias(self.base)  # which did not move here
+            y = (self.changed(x, y) if inside is None else self.changed(x, y - inside) + inside).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def changed(self, x: Tensor, y: Tensor) -> Tensor:

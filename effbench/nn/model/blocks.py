@@ -201,6 +201,23 @@ def count_heads(attention: nn.Module) -> tuple[int, int]:
     return int(found.num_heads if hasattr(found, "num_heads") else found.config.num_attention_heads), width
 
 
+def project_keys(attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [heads, L, width] that an attention module makes of states [L, H], before it turns keys.
+
+    Its linears are not called but asked: hooks on them see what the model reads.
+    """
+    heads, width = count_heads(attention)
+    module: Any = attention
+    if hasattr(attention, "k_proj"):
+        keys, values = (proj.forward(hidden).view(-1, heads, width) for proj in (module.k_proj, module.v_proj))
+        keys = module.k_norm(keys) if hasattr(attention, "k_norm") else keys
+    elif hasattr(attention, "c_attn"):
+        _, keys, values = module.c_attn.forward(hidden).view(-1, 3, heads, width).unbind(1)
+    else:
+        _, keys, values = module.query_key_value.forward(hidden).view(-1, heads, 3, width).unbind(2)
+    return keys.transpose(0, 1), values.transpose(0, 1)
+
+
 def dense_linears(run: Run) -> dict[str, nn.Module]:
     """The targeted linears by path. Raises `Unsupported` where one has no dense weights that could take a gradient."""
     linears = run.linears()

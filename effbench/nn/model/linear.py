@@ -1,12 +1,13 @@
-"""The four questions that every linear answers, replaced or not.
+"""The questions that every linear answers, replaced or not.
 
 `dense_weight(m)`   the matrix it multiplies by, [out, in]
+`dense_bias(m)`     what it adds, [out], or None
 `stored_bytes(m)`   what it occupies in a saved artifact, weights and metadata apart
 `kept(m)`           which weights may differ from zero, bool [out, in], or None when all may
 `rebuilt(m, w)`     the same container holding another matrix
 
 A method that replaces a linear returns a `Replaced`; everything else (merging, training, saving, counting) goes
-through these four and never asks which method it was.
+through these and never asks which method it was.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ class Replaced(nn.Module):
     def dense_weight(self) -> Tensor:
         """The matrix this module multiplies by, float32 [out, in]."""
         raise NotImplementedError
+
+    def dense_bias(self) -> Tensor | None:
+        """What this module adds to x W^T, [out]; None: nothing."""
+        return self.bias
 
     def kept(self) -> Tensor | None:
         """Bool [out, in], False where the weight is held at zero; None when no weight is."""
@@ -156,8 +161,12 @@ class Around(nn.Module):
     """Stands where a module of any kind stood and holds it as `inner`: an adapter behind an MLP, a gate on attention.
 
     What is inside keeps its paths: `mlp.up_proj` is found and replaced through whatever stands at `mlp`. `config()`
-    gives plain values that build an instance anew, `cls(inner, **config)`.
+    gives plain values that build an instance anew, `cls(inner, **config)`. One that belongs to an adapter counts only
+    while that is chosen, see `effbench.nn.model.adapters`.
     """
+
+    adapter: str = ""
+    active: bool = True
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -171,12 +180,13 @@ class Around(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+            inner: Any = super().__getattr__("inner")
+            return getattr(find_inner(inner), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = self.__dict__.get("_modules", {}).get("inner")
-        target = inner if inner is not None and name in dict(inner.named_children()) else None
-        if target is not None:
+        target = None if inner is None else find_inner(inner)  # what others round it hold is their own
+        if target is not None and name in dict(target.named_children()):
             setattr(target, name, value)
         else:
             super().__setattr__(name, value)
@@ -206,6 +216,12 @@ def dense_weight(module: nn.Module) -> Tensor:
         return module.dense_weight()
     weight: Tensor = module.get_parameter("weight").detach()
     return (weight.T if isinstance(module, Conv1D) else weight).float()
+
+
+def dense_bias(module: nn.Module) -> Tensor | None:
+    """What `module` adds to x W^T, [out]; None: nothing."""
+    bias: Tensor | None = module.dense_bias() if isinstance(module, Replaced) else getattr(module, "bias", None)
+    return bias
 
 
 def stored_bytes(module: nn.Module, storage: torch.dtype | Storage) -> Bytes:
@@ -285,7 +301,7 @@ def top_linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
         if isinstance(child, LINEARS):
             yield path, child
         elif isinstance(child, Around):
-            yield from top_linears(child.inner, path)
+            yield from top_linears(find_inner(child), path)
         elif not isinstance(child, Added):
             yield from top_linears(child, path)
 
