@@ -36,7 +36,10 @@ WEIGHTS = "model.safetensors"
 MASKS = "masks.safetensors"
 HOMES = ("formats", "nn", "methods")  # folders of the package with classes that an artifact may name
 LINEAR = f"{nn.Linear.__module__}:Linear"
-MOVED = {"effbench.methods.peft.lora:LoRALinear": "effbench.methods.peft._lowrank:LoRALinear"}  # names of earlier files
+MOVED = {  # names of earlier files
+    "effbench.methods.peft.lora:LoRALinear": "effbench.methods.peft._lowrank:LoRALinear",
+    "effbench.methods.peft.prefix_tuning:Prefix": "effbench.methods.peft._prefix:Prefix",
+}
 PLAIN = (bool, int, float)  # attributes of modules that are compared, by type
 
 Described = dict[str, dict[str, Any]]
@@ -113,16 +116,16 @@ def measure_rounding(model: Any, storage: torch.dtype | Storage) -> float:
 
 def _dense(module: Replaced, transposed: bool) -> nn.Module:
     """The linear that multiplies by the same matrix, as a `Conv1D` where weights lie transposed."""
-    weight = module.dense_weight()
+    weight, bias = module.dense_weight(), module.dense_bias()
     out_features, in_features = weight.shape
     if transposed:
         linear: nn.Module = Conv1D(out_features, in_features)
         linear.weight = nn.Parameter(weight.T.contiguous())
     else:
-        linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
+        linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.contiguous())
-    if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
     return linear
 
 

@@ -14,7 +14,10 @@ from effbench.checks import TOYS, probe, probe_model, toy, toy_run
 from effbench.core.recipe import parse_step
 from effbench.core.run import InferPlan
 from effbench.core.views import Example
-from effbench.methods.peft.prefix_tuning import Prefix, PrefixTuning
+from effbench.methods.peft._prefix import Prefix
+from effbench.methods.peft.llama_adapter import LLaMAAdapter
+from effbench.methods.peft.p_tuning_v2 import PTuningV2
+from effbench.methods.peft.prefix_tuning import PrefixTuning
 from effbench.methods.peft.prompt_tuning import PromptTuning
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import Engine, open_engine
@@ -23,7 +26,8 @@ from effbench.nn.model.feed import count_front, feed
 from effbench.nn.run import ModelRun
 from effbench.nn.train.batches import collate, pack
 
-METHODS = [PromptTuning(length=5), PrefixTuning(length=5, hidden=16)]
+FRONTS = [PromptTuning(length=5), PrefixTuning(length=5, hidden=16), PTuningV2(length=5)]
+METHODS = [*FRONTS, LLaMAAdapter(length=5)]
 ROWS = [list(range(1, 20)), [5, 6, 7, 8], list(range(40, 52))]
 
 
@@ -109,7 +113,7 @@ def test_only_what_was_added_is_trained(method: Any) -> None:
     assert report["loss_last"] < report["loss_first"]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", FRONTS, ids=str)
 def test_windows_are_bounded_by_positions_minus_what_stands_in_front(method: Any) -> None:
     run = toy_run()
     generator = torch.Generator().manual_seed(2)
