@@ -1,4 +1,4 @@
-"""PEFT's formats of what stands beside linears: LoRA, rsLoRA, DoRA, VeRA and AdaLoRA.
+"""PEFT's formats of what stands beside linears: LoRA, rsLoRA, DoRA, VeRA, AdaLoRA and IA3.
 
 Tensors are named by the path of their linear. Settings are those of the whole adapter, so that all its linears have the
 same, but for the ranks that AdaLoRA has left them.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
-from effbench.nn.files.adapters import place_part
+from effbench.nn.files.adapters import place_part, plain_path
 from effbench.nn.files.artifact import build_class
 from effbench.nn.model.linear import matrix_shape
 
@@ -39,10 +39,12 @@ FORMATS = (  # of one type, the first whose mark is set
     Format("effbench.methods.peft._lowrank:LoRALinear", "LORA", LORA),
     Format("effbench.methods.peft.vera:VeRALinear", "VERA", {"vera_lambda_b": "b", "vera_lambda_d": "d"}),
     Format("effbench.methods.peft.adalora:SVDLinear", "ADALORA", {"lora_A": "q", "lora_E": "singular", "lora_B": "p"}),
+    Format("effbench.methods.peft.ia3:IA3Linear", "IA3", {"ia3_l": "l"}),
 )
 READ = {  # settings that one type has and others have not
     "LORA": "use_dora",
     "VERA": "d_initial projection_prng_key save_projection vera_dropout",
+    "IA3": "feedforward_modules init_ia3_weights",
     "ADALORA": "beta1 beta2 deltaT init_r orth_reg_weight rank_pattern target_r tfinal tinit total_step",
 }
 
@@ -67,7 +69,7 @@ def find_unread(form: Format, tensors: dict[str, Tensor]) -> list[str]:
 
 def write_linears(form: Format, parts: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and configuration of modules by path. Raises `Unsupported` for settings that are not alike."""
-    linears = {path.replace(".base", ""): part for path, part in parts.items()}
+    linears = {plain_path(path): part for path, part in parts.items()}
     settings = [_tell(form, part) for part in linears.values()]
     if any(told != settings[0] for told in settings):
         raise Unsupported("the linears of the adapter have unlike ranks or scales")
@@ -76,7 +78,13 @@ def write_linears(form: Format, parts: dict[str, Any]) -> tuple[dict[str, Tensor
         for path, part in linears.items()
         for theirs, ours in form.tensors.items()
     }
-    config = settings[0] | {"peft_type": form.type, "bias": "none", "target_modules": sorted(linears)}
+    config = settings[0] | {"peft_type": form.type, "target_modules": sorted(linears)}
+    if form.type == "IA3":  # vectors of outputs stand upright; those of a fused projection have queries in them
+        inner = sorted(path for path, part in linears.items() if part.scales == "in")
+        shapes = {path: (1, -1) if path in inner else (-1, 1) for path in linears}
+        tensors = {f"{BEFORE}{path}.ia3_l": part.factor().view(shapes[path]) for path, part in linears.items()}
+        return tensors, config | {"feedforward_modules": inner}
+    config["bias"] = "none"
     if form.mark:
         config[form.mark] = True
     first = next(iter(linears.values()))
@@ -121,6 +129,8 @@ def read_linears(
         settings = _settings(form, config, found[path]) | {"masked": False, "bias": False}
         sizes = {"in_features": width, "out_features": out}
         part = place_part(model, path, build_class(form.kind), settings | sizes, name, folder)
+        if form.type == "IA3":
+            found[path] = {"l": found[path]["l"].flatten()}
         fill({getattr(part, ours): tensor for ours, tensor in found[path].items()}, path, folder)
         for key, matrix in zip(PAIR, (part.shared_a, part.shared_b) if form.type == "VERA" else (), strict=False):
             if key in tensors and not torch.equal(tensors[key].to(matrix), matrix):
@@ -138,6 +148,8 @@ def _tell(form: Format, part: Any) -> dict[str, Any]:
         # The schedule is over: the shortest that PEFT takes, for none is read where nothing is trained.
         ranks = {"init_r": part.initial_rank, "lora_alpha": part.alpha, "lora_dropout": part.dropout}
         return ranks | {"total_step": 1, "tinit": 0, "tfinal": 0}
+    if form.type == "IA3":
+        return {}
     rank = len(part.a)
     alpha = part.scaling * (math.sqrt(rank) if form.mark == "use_rslora" else rank)
     return {"r": rank, "lora_alpha": round(alpha, 9), "lora_dropout": part.dropout}
@@ -148,6 +160,8 @@ def _settings(form: Format, config: dict[str, Any], own: dict[str, Tensor]) -> d
     if form.type == "VERA":
         numbers = {"seed": config["projection_prng_key"], "width": config["width"], "height": config["height"]}
         return numbers | {"rank": int(config["r"]), "dropout": config.get("vera_dropout", 0.0)}
+    if form.type == "IA3":
+        return {"scales": "in" if len(own["l"]) == 1 else "out"}
     dropout = config.get("lora_dropout", 0.0)
     if form.type == "ADALORA":
         ranks = {"rank": len(own["q"]), "initial_rank": int(config["init_r"])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,24 @@ LINEAR = [
     "vera(rank=16, adapter='{}')",
     "adalora(rank=2, initial_rank=4, adapter='{}')",
 ]
+MODULES = [
+    "p_tuning_v2(length=4, adapter='{}')",
+    "ia3(adapter='{}')",
+    "adapter(width=4, adapter='{}')",
+    "parallel_adapter(width=4, adapter='{}')",
+    "llama_adapter(length=4, adapter='{}')",
+]
+FORMATS = [*KINDS, *LINEAR, *MODULES[:2]]  # that PEFT has for all of Llama, Qwen2 and GPT-2
+PAIRS = [
+    *itertools.product(KINDS, KINDS),
+    *zip(MODULES, [*KINDS, *LINEAR[1:3]], strict=True),
+    *((kind, kind) for kind in MODULES),
+]
+PLACES = [
+    (kind, architecture)
+    for kind, architecture in itertools.product([*KINDS, *MODULES], TOYS)
+    if not (architecture == "opt" and kind.startswith(("adapter", "parallel_adapter")))  # which has no MLP to stand at
+]
 
 
 def trained(kinds: list[str], names: list[str], architecture: str = "llama") -> ModelRun:
@@ -45,7 +64,7 @@ def trained(kinds: list[str], names: list[str], architecture: str = "llama") -> 
     return run
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *LINEAR])
+@pytest.mark.parametrize("kind", [*KINDS, *LINEAR, *MODULES])
 def test_choosing_twice_gives_the_same_bits(kind: str) -> None:
     run = trained([kind, kind], ["a", "b"])
     base = probe(toy_run())
@@ -63,8 +82,7 @@ def test_choosing_twice_gives_the_same_bits(kind: str) -> None:
         run.adapter("c")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("second", KINDS)
+@pytest.mark.parametrize(("kind", "second"), PAIRS)
 def test_fitting_one_leaves_the_others_and_the_base_alone(kind: str, second: str) -> None:
     run = toy_run()
     run.apply(parse_step(kind.format("a")))
@@ -83,8 +101,7 @@ def test_fitting_one_leaves_the_others_and_the_base_alone(kind: str, second: str
     assert torch.equal(probe(run), alone)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("second", KINDS)
+@pytest.mark.parametrize(("kind", "second"), PAIRS)
 def test_two_before_one_fit_are_both_trained(kind: str, second: str) -> None:
     run = toy_run()
     base = {id(parameter) for parameter in run.model.parameters()}
@@ -95,7 +112,7 @@ def test_two_before_one_fit_are_both_trained(kind: str, second: str) -> None:
     assert sum(group["parameters"] for group in report["groups"]) == new
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *LINEAR])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_a_name_is_taken_once(kind: str, tmp_path: Path) -> None:
     run = trained([kind], ["a"])
     logits = probe(run)
@@ -123,8 +140,7 @@ def test_what_has_not_settled_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("architecture", TOYS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "architecture"), PLACES)
 def test_a_file_holds_the_adapter_alone_and_puts_it_on_again(kind: str, architecture: str, tmp_path: Path) -> None:
     run = trained([kind], ["a"], architecture)
     written = save_adapter(run.model, tmp_path / "a", "a")
@@ -250,7 +266,7 @@ def test_an_adapter_of_another_model_is_unsupported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
-@pytest.mark.parametrize("kind", [*KINDS, *LINEAR])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_pefts_files_go_out_and_in(kind: str, architecture: str, tmp_path: Path) -> None:
     run = trained([kind], ["a"], architecture)
     save_peft(run.model, tmp_path / "a", "a")
