@@ -48,7 +48,16 @@ from effbench.nn.calibration import walk
 from effbench.nn.data import Data
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import Engine, open_engine
-from effbench.nn.model.linear import Replaced, dense_weight, matrix_shape, rebuilt, replace, stored_bytes, top_linears
+from effbench.nn.model.linear import (
+    Replaced,
+    dense_bias,
+    dense_weight,
+    matrix_shape,
+    rebuilt,
+    replace,
+    stored_bytes,
+    top_linears,
+)
 from effbench.nn.model.sparsity import measure_sparsity
 from effbench.nn.run import ModelRun, narrow
 from effbench.nn.train.batches import collate
@@ -511,6 +520,86 @@ def _stop_after(steps: int, tell: Callable[[str, int, int], None]) -> Callable[[
     return progress
 
 
+def check_merges(method: Method) -> None:
+    """What is said to merge leaves what stood there, and the same logits; a biased and a transposed linear, too."""
+    if not method.merges:
+        return
+    for architecture in ("llama", "qwen2", "gpt2"):
+        run = toy_run(architecture)
+        names = [name for name, _ in run.model.named_parameters()]
+        start = probe(run)
+        if architecture == "qwen2":  # whose biases are zero at the start
+            _stir(run, [p for name, p in run.model.named_parameters() if name.endswith("bias")])
+        run.apply(method)
+        fit(run, dataclasses.replace(FIT, steps=4, lr=1e-2))
+        before = probe(run)
+        run.settle()
+        left = [name for name, _ in run.model.named_parameters() if name not in names]
+        assert not left, f"{architecture}: {left[0]} is left after the merge"
+        error = float((probe(run) - before).norm() / before.norm())
+        assert not torch.equal(before, start), f"{architecture}: nothing was trained"
+        assert error < 1e-5, f"{architecture}: logits differ by {error:.2g} after the merge"
+
+
+def check_stacks(method: Method) -> None:
+    """Of two that are said to stack each counts, and each is given a gradient."""
+    if not method.stacks:
+        return
+    second = _named(method, "second") if method.swaps() else method
+    run = toy_run()
+    parts: list[list[nn.Parameter]] = []
+    for step in (method, second):
+        seen = set(run.model.parameters())
+        run.apply(step)
+        parts.append([p for p in run.model.parameters() if p.requires_grad and p not in seen])
+    for part, which in zip(parts, ("first", "second"), strict=True):
+        before = probe(run)
+        _stir(run, part)
+        assert not torch.equal(probe(run), before), f"of two that stand on one model the {which} does not count"
+    graded: list[bool] = []
+
+    class Watch:
+        def on_step(self, run: Any) -> None:
+            graded.extend(any(p.grad is not None and p.grad.any() for p in part) for part in parts)
+
+    run.train.chain("on_step").append(Watch())
+    fit(run, dataclasses.replace(FIT, steps=1))
+    assert graded == [True, True], "of two that stand on one model one has no gradient"
+
+
+def check_swaps(method: Method) -> None:
+    """Of two kept by name one counts at a time: choosing it gives the bits that it gave, and those of no other."""
+    if not method.swaps():
+        return
+    run = toy_run()
+    base = probe(run)
+    for name, lr in (("one", 1e-2), ("two", 3e-2)):
+        run.apply(_named(method, name))
+        fit(run, dataclasses.replace(FIT, steps=4, lr=lr))
+    run.settle()
+    seen: dict[str | None, Tensor] = {}
+    for chosen in ("one", "two", None, "one", "two"):
+        run.adapter(chosen)
+        logits = probe(run)
+        assert torch.equal(seen.setdefault(chosen, logits), logits), f"adapter {chosen!r} is another when chosen again"
+    assert not torch.equal(seen["one"], seen["two"]), "two adapters give the same logits: both count, or neither"
+    assert torch.equal(seen[None], base), "with no adapter chosen the model is not what it was"
+
+
+def _named(method: Method, name: str) -> Method:
+    """The method, what it trains kept by a name."""
+    settings: dict[str, Any] = {"adapter": name}
+    return dataclasses.replace(method, **settings)
+
+
+def _stir(run: ModelRun, parameters: Sequence[nn.Parameter]) -> None:
+    """Add noise to parameters, the same in each run of one seed."""
+    generator = torch.Generator().manual_seed(run.seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
 def check_save_and_load(method: Method) -> None:
     """A saved model loads to the same logits, and its bytes are the bytes reported."""
     run = finished(method)
@@ -533,7 +622,7 @@ def check_linear_protocol(method: Method) -> None:
             weight = dense_weight(module)
             assert weight.shape == (module.out_features, module.in_features), path
             x = torch.randn(5, module.in_features, generator=torch.Generator().manual_seed(0))
-            expected = nn.functional.linear(x, weight, module.bias)
+            expected = nn.functional.linear(x, weight, dense_bias(module))
             error = (module(x) - expected).norm() / expected.norm().clamp(min=1e-30)  # all of it may be pruned
             assert error < method_tolerance(method), f"{path}: forward differs from dense_weight by {float(error):.2g}"
             mask = module.kept()

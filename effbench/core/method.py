@@ -56,6 +56,8 @@ class Method:
     provides: ClassVar[frozenset[str]] = frozenset()  # what later steps may ask for, in words
     follows: ClassVar[str] = ""  # what a step before it must provide, since the last fit
     trains: ClassVar[bool] = False  # True: acts through the fit that follows
+    merges: ClassVar[bool] = False  # True: what it trains is absorbed by what stood there, at no cost afterwards
+    stacks: ClassVar[bool] = False  # True: two of them may stand on one model, and both count
     sparsifies: ClassVar[bool] = False  # True: its field `sparsity` is the fraction of the weights that it sets to zero
     type: ClassVar[str] = ""  # for comparison tables: what sort of method it is; empty: its kind
     weight_update: ClassVar[str] = ""  # for comparison tables: what happens to weights that stay; empty: not said
@@ -168,6 +170,11 @@ class Method:
         A class attribute where they are the same for all settings.
         """
         return None
+
+    @classmethod
+    def swaps(cls) -> bool:
+        """Whether what it trains may be kept by name, one of several that count in turn: it has a field `adapter`."""
+        return any(field.name == "adapter" for field in dataclasses.fields(cls))
 
     @property
     def makes(self) -> str:

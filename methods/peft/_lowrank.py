@@ -58,6 +58,7 @@ class Product(Swap):
 
     type = "PEFT"
     weight_update = "low rank"
+    merges = stacks = True
     must_define = (("replace",),)
 
     rank: int = 16  # of the trained product

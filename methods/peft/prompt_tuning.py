@@ -23,7 +23,7 @@ class PromptTuning(Method):
     type = "PEFT"
     weight_update = "soft prompt"
     trains = True
-    settles = True
+    settles = stacks = True
 
     length: int = 20  # embeddings in front
     adapter: str = ""  # a name to keep it by, beside others

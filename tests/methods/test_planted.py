@@ -15,11 +15,14 @@ from effbench import checks
 from effbench.core.kinds import Select, Swap, Train
 from effbench.core.method import Method
 from effbench.core.run import Run
-from effbench.methods.peft.prefix_tuning import Prefix, PrefixTuning
+from effbench.methods.peft._lowrank import LoRALinear
+from effbench.methods.peft._prefix import Prefix
+from effbench.methods.peft.lora import LoRA
+from effbench.methods.peft.prefix_tuning import PrefixTuning
 from effbench.nn.model.attention import list_attention
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.feed import count_front
-from effbench.nn.model.linear import Around, Replaced, dense_weight, make_linear
+from effbench.nn.model.linear import Around, Replaced, dense_weight, find_inner, make_linear
 from effbench.nn.model.sites import find_sites
 
 
@@ -183,7 +186,73 @@ class Quiet(Train):
         return {"own": out.logits.float().square().mean() - mean_cross_entropy(out.logits, batch)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Negative(LoRA):
+    """Merges its product with the wrong sign."""
+
+    def settle(self, module: nn.Module) -> nn.Module:
+        assert isinstance(module, LoRALinear)
+        module.scaling *= -1
+        return super().settle(module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Left(LoRA):
+    """Says that it merges, and stays beside."""
+
+    def settle(self, module: nn.Module) -> nn.Module:
+        return module
+
+
+class Shift(Around):
+    """Adds a trained vector to what the one module inside gives, past all others that stand round it."""
+
+    def __init__(self, inner: nn.Module, adapter: str = "") -> None:
+        super().__init__(inner)
+        self.adapter = adapter
+        self.vector = nn.Parameter(torch.zeros(128))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return find_inner(self)(*args, **kwargs) + self.vector
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadowing(Swap):
+    """The second takes the place of the first, which is then not called."""
+
+    sites: ClassVar = ("embedding",)
+    stacks: ClassVar = True
+
+    adapter: str = ""
+
+    def replace(self, module: nn.Module, site: Any) -> nn.Module:
+        return Shift(module, self.adapter)
+
+
+class Sum(Shift):
+    """Adds a trained vector, whichever adapter is chosen."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs) + self.vector
+
+
+@dataclasses.dataclass(frozen=True)
+class Unchosen(Swap):
+    """Has a name that nothing goes by."""
+
+    sites: ClassVar = ("embedding",)
+
+    adapter: str = ""
+
+    def replace(self, module: nn.Module, site: Any) -> nn.Module:
+        return Sum(module, self.adapter)
+
+
 PLANTED = [
+    ("check_merges", Negative(), "llama: logits differ by .* after the merge"),
+    ("check_merges", Left(), "q_proj.a is left after the merge"),
+    ("check_stacks", Shadowing(), "of two that stand on one model the first does not count"),
+    ("check_swaps", Unchosen(), "two adapters give the same logits: both count, or neither"),
     ("check_computes_with_its_weights", NaivePrecision(), "belongs round each forward pass"),
     ("check_trained_survives", InertPrompt(), "what was trained is lost|nothing"),
     ("check_two_steps_of_fit", InertPrompt(), "nothing was trained"),
