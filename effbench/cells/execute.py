@@ -211,6 +211,9 @@ def facts(recipe: Recipe, sequences: int | None, tried: int = 0, duplicates: int
         "type": [step.type or kind_of(type(step)) for step in steps],
         "calibration_data": [describe_calibration(step.needs, sequences) for step in steps if step.needs is not None],
         "weight_update": list_updates(steps),
+        "multi_task": ["swap" for step in steps if step.swaps()],
+        "composition": ["stack" for step in steps if step.stacks],
+        "merge": ["yes" for step in steps if step.merges],
     }
     told: dict[str, Any] = {name: ", ".join(dict.fromkeys(values)) for name, values in columns.items() if values}
     caveats = [f"{step.short_key}: {caveat}" for step in steps for caveat in step.caveats]

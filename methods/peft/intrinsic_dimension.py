@@ -99,6 +99,7 @@ class IntrinsicDimension(Swap):
     )
     type = "PEFT"
     weight_update = "random projection"
+    merges = True
     tuned = {"dim": (100, 1000, 10000)}
     trials = ({"dim": 50}, {"variant": "did"})
 

@@ -897,8 +897,26 @@ def test_facts_of_the_methods():
         "type": "post-training, PEFT, fine-tuning",
         "calibration_data": "8 sequences",
         "weight_update": "none, low rank",
+        "multi_task": "swap",
+        "composition": "stack",
+        "merge": "yes",
         "caveats": [f"lora: {caveat}" for caveat in parse("lora()").steps[0].caveats],
     }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ("fit()", {}),
+        ("galore(), fit()", {}),
+        ("dora(), fit()", {"multi_task": "swap", "composition": "stack", "merge": "yes"}),
+        ("prefix_tuning(), fit()", {"multi_task": "swap", "composition": "stack"}),
+        ("intrinsic_dimension(), fit()", {"merge": "yes"}),
+    ],
+)
+def test_what_becomes_of_what_was_trained(recipe, told):
+    found = cells.facts(parse(recipe), None)
+    assert {name: found[name] for name in ("multi_task", "composition", "merge") if name in found} == told
 
 
 @pytest.mark.parametrize(
