@@ -56,7 +56,7 @@ def score_blocks(model: Any) -> object:
 
 
 def take_nll(model: Any) -> object:
-    return inputs.nll(fake_run(model), Windows(torch.arange(LENGTH)[None], 1, "", ""))
+    return inputs.nll(fake_run(model), Windows(torch.arange(LENGTH)[None], 1, "", ""), None)
 
 
 def take_distance(model: Any) -> object:
