@@ -243,7 +243,11 @@ class Method:
     # `run.state(self)`, which checkpoints hold.
 
     def batch(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-        """Transform a batch before the forward pass."""
+        """Transform a batch before the forward pass.
+
+        What else `loss` needs of it may lie in it under other names. Numbers [K] that are put there as `tally` come to
+        `loss` as their sums over the whole step.
+        """
         raise NotImplementedError
 
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@
             for each step (`run.step`):
                 chance                   seeded by run, fit, step and data rank
                 draw, parallel.shard     examples of this process
-                batch                    examples to tensors, in `accumulate` parts
+                batch                    examples to tensors, in `accumulate` parts, as precision.forward computes
+                tally                    what methods counted of the parts, summed over parts and data ranks
                 for each part:
                     precision.forward    a context of its own
                     loss                 terms of methods; cross-entropy unless one has claimed `train.loss`
@@ -194,8 +195,7 @@ class Loop:
         parts = list(self._read(self.parallel.shard(range(len(places))), places))
         self.meter.read(parts)
         counts = [sum_weights(batch) for batch in parts]
-        numbers = sum(int(is_learned(batch).sum()) for batch in parts)
-        learned, tokens = self._total([sum(counts), numbers]).tolist()
+        learned, tokens = self._total(parts, counts)
         if not learned:
             raise Unsupported(f"all labels of step {now.index + 1} are masked: there is nothing to learn")
         losses = torch.zeros(2, len(places), dtype=torch.float64) if hasattr(self.sampler, "seen") else None
@@ -240,7 +240,8 @@ class Loop:
             else:
                 batch = collate(examples, run.pad, run.device)
             for method in run.train.chain("batch"):
-                batch = method.batch(batch, run)
+                with self.precision.forward(run):
+                    batch = method.batch(batch, run)
             number = torch.tensor([*part, -1], device=run.device)  # the last for padding, which is at -1
             yield batch | {"example": number[batch["example"]]}
 
@@ -286,8 +287,18 @@ class Loop:
         for module, mask in self.held:
             module.weight.data.mul_(mask)
 
-    def _total(self, values: Sequence[float]) -> Tensor:
-        return self.parallel.total(torch.tensor(values, dtype=torch.float64, device=self.run.device))
+    def _total(self, parts: Sequence[Batch], counts: Sequence[float]) -> tuple[float, float]:
+        """What all learned tokens of the step count, and their number, over all ranks; tallies become those of all."""
+        sums = {"learned": sum(counts), "tokens": float(sum(int(is_learned(batch).sum()) for batch in parts))}
+        for batch in parts:
+            for place, value in enumerate(batch["tally"].tolist() if "tally" in batch else ()):
+                sums[f"tally {place}"] = sums.get(f"tally {place}", 0.0) + value
+        sums = self.parallel.merge(sums)
+        for batch in parts:
+            if "tally" in batch:
+                values = [sums[f"tally {place}"] for place in range(len(batch["tally"]))]
+                batch["tally"] = torch.tensor(values, dtype=torch.float64)
+        return sums["learned"], sums["tokens"]
 
     def _check_layout(self) -> None:
         """Raise `Unsupported` where attention sees a part of a row alone: packed rows bring a mask of their own."""
