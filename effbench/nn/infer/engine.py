@@ -78,19 +78,26 @@ class State:
         self.padding = None if self.padding is None else self.padding[rows]
 
 
-def open_engine(run: Run, model: Any = None) -> Engine:
-    """Scores and generates with the model of a run under its plan, or with another model under an empty one."""
-    return Engine(run.model, run.infer, run.pad) if model is None else Engine(model, InferPlan(), run.pad)
+def open_engine(run: Run, model: Any = None, vocabulary: int | None = None) -> Engine:
+    """Scores and generates with the model of a run under its plan, or with another model under an empty one.
+
+    Of its tokens the first so many, or all.
+    """
+    plan = run.infer if model is None else InferPlan()
+    return Engine(run.model if model is None else model, plan, run.pad, vocabulary=vocabulary)
 
 
 class Engine:
     """Runs `model` under `plan`."""
 
-    def __init__(self, model: Any, plan: InferPlan, pad: int = 0, chunk: int | None = None) -> None:
+    def __init__(
+        self, model: Any, plan: InferPlan, pad: int = 0, chunk: int | None = None, vocabulary: int | None = None
+    ) -> None:
         self.model = model
         self.plan = plan
         self.pad = pad
         self.chunk = chunk  # tokens of a prompt in one forward pass; None: all
+        self.vocabulary = vocabulary  # ids from 0 on that it predicts; None: all rows of the head
         self.device = next(model.parameters()).device
         self.uses: list[Use] = []  # of the prompts of the last call, where caches settle
         self.read_uses: list[Use] = []  # of those that were read last
@@ -440,7 +447,7 @@ class Engine:
     def head(self, states: Tensor) -> Tensor:
         """float32 logits [N, V] of hidden states [N, H]."""
         with torch.no_grad():
-            logits: Tensor = self.model.get_output_embeddings()(states).float()
+            logits: Tensor = self.model.get_output_embeddings()(states)[:, : self.vocabulary].float()
         return logits
 
     def crop(self, state: State, tokens: int) -> None:
