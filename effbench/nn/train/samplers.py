@@ -84,3 +84,15 @@ class InOrder:
         """The next batch."""
         start = step % -(-self.size // batch_size) * batch_size
         return list(range(start, min(start + batch_size, self.size)))
+
+
+class Repeated:
+    """The batches of another sampler, each several steps in a row."""
+
+    def __init__(self, sampler: Sampler, times: int) -> None:
+        self.sampler = sampler
+        self.times = times
+
+    def draw(self, step: int, batch_size: int) -> list[int]:
+        """The batch that this step is the first to read, or reads again."""
+        return self.sampler.draw(step // self.times, batch_size)

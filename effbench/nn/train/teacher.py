@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -81,20 +82,20 @@ def soften_top(run: Run, role: str, batch: Batch, temperature: float, top_k: int
 
     Of the tokens that `count_shared` counts.
     """
-    model, shared = run.role(role), count_shared(run, role)
+    shared = count_shared(run, role)
     folder = run.cache if keep else None
     if folder is None:
         return _predict(run, role, batch, shared, temperature, top_k)
-    teacher = run.share(("teacher", role), lambda: f"{digest_model(model)} {shared}")
-    keys = _name_examples(batch, teacher, temperature, top_k)
-    found = {place: _load(folder, key) for place, key in keys.items()}
+    keys = _name_examples(batch, name_teacher(run, role), temperature, top_k)
+    read = {place: recall(folder, key) for place, key in keys.items()}
+    found = {place: None if kept is None else Targets(**kept) for place, kept in read.items()}
     if any(targets is None for targets in found.values()):
         made = _predict(run, role, batch, shared, temperature, top_k)
         owner = batch["example"][:, 1:][learned(batch)]
         for place, key in keys.items():
             if found[place] is None:
                 found[place] = targets = Targets(*(tensor[owner == place] for tensor in made))
-                _store(folder, key, targets)
+                keep_tensors(folder, key, targets._asdict())
         shrink(folder, BOUND)
     owner = batch["example"][:, 1:][learned(batch)]
     order = torch.cat([(owner == place).nonzero()[:, 0] for place in keys]).argsort()
@@ -143,6 +144,11 @@ def _name_examples(batch: Batch, teacher: str, temperature: float, top_k: int | 
     return names
 
 
+def name_teacher(run: Run, role: str) -> str:
+    """What stands in the keys of all that a teacher says: its digest, and the number of tokens it is asked about."""
+    return run.share(("teacher", role), lambda: f"{digest_model(run.role(role))} {count_shared(run, role)}")
+
+
 def digest_model(model: nn.Module) -> str:
     """SHA-256 of what a model computes with: tensors, and the classes, numbers and flags of its modules, by which an
     adapter is chosen or a product scaled."""
@@ -156,20 +162,22 @@ def digest_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load(folder: Path, key: str) -> Targets | None:
+def recall(folder: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors that are kept under a key; None where there are none, or none that can be read."""
     path = folder / f"{key}.safetensors"
     try:
-        tensors: dict[str, Any] = load_file(path)
+        tensors = load_file(path)
         os.utime(path)  # used just now
-        return Targets(**tensors)
-    except (OSError, ValueError, KeyError, TypeError):
+        return tensors
+    except (OSError, ValueError, SafetensorError):
         return None
 
 
-def _store(folder: Path, key: str, targets: Targets) -> None:
+def keep_tensors(folder: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    """Keep tensors under a key, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"{key}.{os.getpid()}.new"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in targets._asdict().items()}, new)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, new)
     new.rename(folder / f"{key}.safetensors")
 
 
