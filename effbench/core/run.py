@@ -273,6 +273,7 @@ class Run(abc.ABC):
         self.step: Step | None = None  # of the fit that goes on
         self.watched: dict[str, Tensor] = {}  # what `loss` of a method has put here for the log, not to be learned:
         # means over the learned tokens of the batch, by name
+        self.teacher = "reference"  # role of the model that taught last, or that is to teach
         self.folder: Path | None = None  # of this run's own, for checkpoints; gone once its record is written
         self.cache: Path | None = None  # for what other runs may use, too, such as predictions of a teacher
         self.alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # the machine to oneself

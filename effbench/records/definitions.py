@@ -72,6 +72,25 @@ DEFINITIONS: tuple[Definition, ...] = (
         "flips", "distance", "fraction", "lower",
         "The share of tokens for which the most likely next token is not that of the unchanged model.",
     ),
+    Definition(
+        "acceptance", "distance", "fraction", "higher",
+        "The chance that a token the model drafts is taken by its teacher: the sum of the smaller of their two "
+        "probabilities over all tokens, mean over the held-out text.",
+    ),
+    Definition(
+        "answer_acceptance", "distance", "fraction", "higher",
+        "The chance that a token the model drafts is taken by its teacher, mean over held-out answers.",
+    ),
+    Definition(
+        "block_tokens_k{place}", "distance", "tokens", "higher",
+        "Tokens to be expected of one pass of the teacher over so many drafted ones, were all taken with the same "
+        "chance, the acceptance on held-out text.",
+    ),
+    Definition(
+        "answer_block_tokens_k{place}", "distance", "tokens", "higher",
+        "Tokens to be expected of one pass of the teacher over so many drafted ones, were all taken with the same "
+        "chance, the acceptance on held-out answers.",
+    ),
     # Quality on tasks
     Definition(
         "tasks_acc", "accuracy", "fraction", "higher",
