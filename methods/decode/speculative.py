@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from effbench.core.method import Method
+from effbench.core.method import Method, Output
 from effbench.core.run import Run
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.infer.sampling import Sampling
+from effbench.nn.train.teacher import count_shared
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,19 @@ class Speculative(Method):
     claims: ClassVar = ("infer.decoder",)
 
     k: int = 4  # gamma: tokens that are drafted at a time
-    verifier: str = "reference"  # role of the model whose text it is
+    verifier: str = "reference"  # role of the model whose text it is: the unchanged one, or the name of a snapshot
 
     def check(self) -> None:
         self.require(self.k >= 1, "k must be at least 1")
+        self.require(self.verifier != "model", "verifier='model' is the draft: it has nothing to check itself by")
+
+    @property
+    def reads(self) -> Mapping[str, Set[Output]]:
+        return {self.verifier: frozenset()}
 
     def apply(self, run: Run) -> None:
-        run.infer.claim("decoder", Speculation(self.k, self.verifier, open_engine(run, run.role(self.verifier))), self)
+        engine = open_engine(run, run.role(self.verifier), count_shared(run, self.verifier))
+        run.infer.claim("decoder", Speculation(self.k, self.verifier, engine), self)
 
 
 @dataclass
@@ -53,7 +60,7 @@ class Speculation:
 
     k: int
     role: str  # of the verifier
-    verifier: Any  # its engine
+    verifier: Any  # its engine, of the tokens that the draft predicts, too
     accepted: list[int] = field(default_factory=list)  # of each pass of the verifier over k drafted tokens
 
     def generate(
@@ -97,7 +104,7 @@ class Speculation:
         unread = text.tokens[text.read[0] :]
         for _ in range(k):  # x_i ~ q_i
             hidden = draft.extend(ours, torch.tensor([unread], device=draft.device)).last_hidden_state
-            q.append(sampling.warp(draft.head(hidden[:, -1])[0]).cpu())
+            q.append(sampling.warp(draft.head(hidden[:, -1])[0, : self.verifier.vocabulary]).cpu())
             unread = [draw(q[-1], chance)]
             drafted += unread
         unread = [*text.tokens[text.read[1] :], *drafted]

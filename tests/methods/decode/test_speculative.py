@@ -103,6 +103,7 @@ class Table:
     """An engine whose logits depend on the last token alone."""
 
     device = torch.device("cpu")
+    vocabulary = None
 
     def __init__(self, probabilities: Tensor) -> None:
         self.table = probabilities.log()
