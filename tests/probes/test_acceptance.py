@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from toys_cache import run_of
-from toys_distill import SPREAD, answered, taught
+from toys_texts import SPREAD, answered, taught
 from toys_training import fit
 
 from effbench import probes
