@@ -73,7 +73,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 
 def accept(teacher: Tensor, model: Tensor) -> Tensor:
     """[N]: the sum over tokens of the smaller probability, of logits [N, V] of teacher and model, in float64."""
-    return torch.minimum(teacher.double().softmax(-1), model.double().softmax(-1)).sum(-1)
+    return torch.minimum(teacher.double().softmax(-1), model.double().softmax(-1)).sum(-1).clamp(max=1)
 
 
 def expect_tokens(k: int, acceptance: float) -> float:

@@ -62,7 +62,8 @@ def lay_out(
     batch = collate([*written, *data], run.pad, run.device)
     text = (batch["example"] >= 0) & (batch["example"] < len(written))
     for name, values in numbers.items():
-        batch[name] = torch.zeros(text.shape, device=text.device)
-        batch[name][text & (batch["labels"] != IGNORED)] = torch.cat([*values]).to(batch[name])
+        joined = torch.cat([*values]).to(text.device)
+        batch[name] = torch.zeros(text.shape, dtype=joined.dtype, device=text.device)
+        batch[name][text & (batch["labels"] != IGNORED)] = joined
     example = torch.where(batch["example"] < 0, -1, batch["example"] % len(data))
     return batch | {"text": text, "example": example}

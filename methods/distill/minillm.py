@@ -108,7 +108,7 @@ class MiniLLM(Train):
         if self.variant == "paper":
             ahead = ahead - 1  # R_(t + 1); equation 6 divides its T - t rewards by one fewer, which may be none
         later = ahead >= 0
-        found = (later * self.gamma ** ahead.clamp(min=0)).to(rewards) @ rewards
+        found = (later * rewards.new_tensor(self.gamma) ** ahead.clamp(min=0)) @ rewards
         return found / later.sum(1).clamp(min=1) if self.length_norm else found
 
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:

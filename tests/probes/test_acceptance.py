@@ -161,11 +161,12 @@ def test_its_drafts_are_measured_and_its_text_is_the_teachers() -> None:
     )
 
 
-def test_a_verifier_with_more_rows_drafts_and_checks_the_tokenizers_tokens() -> None:
-    run = taught()
-    wide = toy(seed=1, **(SPREAD | {"vocab_size": 112}))
-    wide.lm_head.weight.data[96:] *= 30
-    run.shelve("teacher", wide, run.tokenizer)
+@pytest.mark.parametrize(("draft", "verifier"), [(96, 112), (112, 96)])
+def test_rows_that_pad_a_vocabulary_are_neither_drafted_nor_taken(draft: int, verifier: int) -> None:
+    run = taught(vocab_size=draft)
+    run.shelve("teacher", toy(seed=1, **(SPREAD | {"vocab_size": verifier})), run.tokenizer)
+    for model in (run.model, run.role("teacher")):
+        model.lm_head.weight.data[96:] *= 30
     run.apply(parse_step("speculative(verifier='teacher')"))
     texts = open_engine(run).generate([[5, 6, 7], [9]], 20, set(), sampling=Sampling())
     assert max(map(max, texts)) < 96

@@ -145,9 +145,9 @@ def test_terms_are_the_authors_written_out(settings: dict[str, Any], layout: str
     assert len({len(prompt) + len(text) for prompt, text in texts}) > 1
     terms = {name: float(term.detach()) for name, term in find_terms(run, method, batch).items()}
     expected = expect(run, old, method, texts)
-    assert terms == pytest.approx(expected, rel=2e-5, abs=1e-6)  # what goes through the batch is float32
+    assert terms == pytest.approx(expected, rel=1e-9, abs=1e-12)
     free = find_terms(run, dataclasses.replace(method, clip=0.99), batch)
-    assert float(free["long"]) != pytest.approx(terms["long"], rel=1e-3)  # some ratios were clipped
+    assert free["long"].item() != pytest.approx(terms["long"], rel=1e-3)  # some ratios were clipped
 
 
 def test_parts_of_a_step_add_up() -> None:
@@ -165,7 +165,7 @@ def test_parts_of_a_step_add_up() -> None:
         counts.append(share)
         for name, term in find_terms(run, method, part | {"tally": tally}).items():
             sums[name] += share * float(term.detach())
-    assert sum(counts) == pytest.approx(1) and sums == pytest.approx(total, rel=1e-5)
+    assert sum(counts) == pytest.approx(1) and sums == pytest.approx(total, rel=1e-9)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])

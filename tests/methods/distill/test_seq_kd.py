@@ -90,9 +90,11 @@ def test_texts_are_kept_on_disk_by_what_they_depend_on(tmp_path: Path, monkeypat
     other.cache, other.data.train = tmp_path, answered(other)
     other.apply(OURS)
     assert asked == [4, 1, 4, 3]
+    begun(SeqKD(new_tokens=4, prompt_tokens=5, beams=2, teacher="teacher"), tmp_path)  # one example has no prompt
+    assert asked == [4, 1, 4, 3, 1]
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
-    assert begun(cache=tmp_path).data.train == first and asked == [4, 1, 4, 3, 4]
+    assert begun(cache=tmp_path).data.train == first and asked == [4, 1, 4, 3, 1, 4]
 
 
 def test_rows_that_pad_the_vocabulary_are_never_written() -> None:

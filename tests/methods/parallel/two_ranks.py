@@ -16,6 +16,8 @@ from effbench.checks import toy_run
 from effbench.core.kinds import Train
 from effbench.core.run import FitReport, Run
 from effbench.core.views import Example
+from effbench.methods.distill.gkd import GKD
+from effbench.methods.distill.minillm import MiniLLM
 from effbench.methods.parallel.ddp import DDP
 from effbench.nn.run import ModelRun
 from effbench.nn.train.checkpoint import agree
@@ -55,6 +57,8 @@ CASES: dict[str, tuple[str, list[Train], dict[str, Any]]] = {
     "one": ("llama", [], {"batch_size": 1}),
     "unlearned": ("llama", [Masking()], {"batch_size": 2}),
     "short": ("llama", [Ordered()], {"batch_size": 4}),
+    "written": ("llama", [GKD(lmbda=0.5, alpha=0.5, new_tokens=4, prompt_tokens=3)], {"accumulate": 2}),
+    "rewarded": ("llama", [MiniLLM(new_tokens=4, prompt_tokens=3, epochs=2)], {"batch_size": 5, "accumulate": 2}),
 }
 
 
@@ -66,6 +70,7 @@ def prepare(architecture: str, pool: int = 16) -> ModelRun:
     draw = [torch.randint(1, 95, (size,), generator=generator).tolist() for size in sizes]
     run.data.pool = [Example(str(i), (i + 1, *ids), i % 3) for i, ids in enumerate(draw)]
     run.model.double()
+    run.reference.double()
     return run
 
 
