@@ -124,6 +124,9 @@ def test_a_text_depends_on_the_example_and_the_step_alone() -> None:
     assert [write(run, examples=[example])[0] for example in answered(run)] == together
     assert write(run, examples=answered(run)[::-1]) == together[::-1]
     assert written(ON.batch(pack(answered(run), 64, run.pad, run.device), run)) == together
+    twins = [Example(name, (5, 6, *rest), 2) for name, rest in (("a", (7, 8)), ("b", (9, 8)), ("c", (7, 8)))]
+    (_, one), (_, other), (_, again) = write(run, examples=twins)
+    assert one == again != other  # one prompt, and two examples
     assert write(at(run, 1)) != together
     run.seed = 1
     assert write(at(run, 0)) != together
