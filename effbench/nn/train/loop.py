@@ -289,16 +289,17 @@ class Loop:
 
     def _total(self, parts: Sequence[Batch], counts: Sequence[float]) -> tuple[float, float]:
         """What all learned tokens of the step count, and their number, over all ranks; tallies become those of all."""
-        sums = {"learned": sum(counts), "tokens": float(sum(int(is_learned(batch).sum()) for batch in parts))}
-        for batch in parts:
-            for place, value in enumerate(batch["tally"].tolist() if "tally" in batch else ()):
-                sums[f"tally {place}"] = sums.get(f"tally {place}", 0.0) + value
-        sums = self.parallel.merge(sums)
-        for batch in parts:
-            if "tally" in batch:
-                values = [sums[f"tally {place}"] for place in range(len(batch["tally"]))]
-                batch["tally"] = torch.tensor(values, dtype=torch.float64)
-        return sums["learned"], sums["tokens"]
+        numbers = sum(int(is_learned(batch).sum()) for batch in parts)
+        tallied = [batch for batch in parts if "tally" in batch]
+        mine = torch.tensor([sum(counts), numbers, len(tallied)], dtype=torch.float64, device=self.run.device)
+        learned, tokens, tallies = self.parallel.total(mine).tolist()
+        if tallies:
+            sums = sum((batch["tally"].double().cpu() for batch in tallied), start=torch.zeros(()))
+            named = {str(place): value for place, value in enumerate(sums.tolist())} if tallied else {}
+            totals = torch.tensor([*self.parallel.merge(named).values()], dtype=torch.float64)
+            for batch in tallied:
+                batch["tally"] = totals
+        return learned, tokens
 
     def _check_layout(self) -> None:
         """Raise `Unsupported` where attention sees a part of a row alone: packed rows bring a mask of their own."""
