@@ -24,7 +24,7 @@ from effbench.nn.run import ModelRun
 from effbench.nn.train.batches import collate, pack
 from effbench.nn.train.samples import ask
 
-GOLDEN = golden("onpolicy")
+GOLDEN = golden("minillm")
 OURS = MiniLLM(new_tokens=6, prompt_tokens=4, teacher="teacher")
 
 
