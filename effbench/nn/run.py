@@ -243,7 +243,7 @@ class ModelRun(Run):
         if method.settles:
             self.settle()
         method.check_shapes({path: matrix_shape(module) for path, module in self.linears().items()})
-        self.teacher = next((role for role in method.reads if role != "model"), self.teacher)
+        self.teacher = next((role for role in method.reads if role != "model"), method.makes or self.teacher)
         with own_attention(self.model, InferPlan()):  # what was trained in attention takes part in calibration, too
             method.apply(self)
         if method.asked_sparsity is not None:
