@@ -2,6 +2,9 @@
 
 `suites/lock.json` holds that for the present version of every suite. A row may be added; one that changes or goes, and
 any other change, is another meaning and needs another version, so that tables of one version are of one meaning.
+
+A parameter that a method has gained since stands at its default in every row that does not name it, which is what the
+row did before: the lock keeps which parameters there were.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from effbench.cells import suite
 from effbench.cells.suite import Suite
 from effbench.core.errors import Usage
 from effbench.core.paths import SUITES
+from effbench.core.recipe import Recipe
 
 FILE = "lock.json"
 MEND = "raise `version:` in its file, or undo the change"
 
-Locked = dict[str, Any]  # version, and by tier: rows (name: digest), models, data, seeds, settings
+Locked = dict[str, Any]  # version, parameters by method; by tier: rows (name: digest), models, data, seeds, settings
 
 
 def check_lock(folder: Path = SUITES) -> list[str]:
@@ -27,7 +31,7 @@ def check_lock(folder: Path = SUITES) -> list[str]:
     lock = read_lock(folder)
     complaints = []
     for name in names(folder):
-        present = describe(load(folder, name))
+        present = describe(load(folder, name), lock.get(name))
         changes = find_changes(lock.get(name), present)
         if changes:
             complaints.append(f"suite {name} v{present['version']}: {', '.join(changes)}; {MEND}")
@@ -43,7 +47,7 @@ def write_lock(folder: Path = SUITES) -> bool:
     Raises `Usage`, and writes nothing, where a version has changed its meaning.
     """
     lock = read_lock(folder)
-    suites = {name: describe(load(folder, name)) for name in names(folder)}
+    suites = {name: describe(load(folder, name), lock.get(name)) for name in names(folder)}
     for name, present in suites.items():
         if changes := find_changes(lock.get(name), present):
             raise Usage(f"suite {name} v{present['version']}: {', '.join(changes)}; {MEND}")
@@ -55,7 +59,8 @@ def write_lock(folder: Path = SUITES) -> bool:
 
 def check_locked(chosen: Suite, folder: Path = SUITES) -> None:
     """Raise `Usage` unless the lock has the suite as it is."""
-    locked, present = read_lock(folder).get(chosen.name), describe(chosen)
+    locked = read_lock(folder).get(chosen.name)
+    present = describe(chosen, locked)
     if changes := find_changes(locked, present):
         raise Usage(f"suite {chosen.name} v{chosen.version}: {', '.join(changes)}; {MEND}")
     if locked != present:
@@ -90,11 +95,16 @@ def find_changes(locked: Locked | None, present: Locked) -> list[str]:
     return changes
 
 
-def describe(chosen: Suite) -> Locked:
-    """What a suite means, as plain values."""
+def describe(chosen: Suite, locked: Locked | None = None) -> Locked:
+    """What a suite means, as plain values; of methods that were `locked` at the same version by the parameters that
+    they had then."""
+    known: dict[str, list[str]] = dict(locked["parameters"]) if locked and locked["version"] == chosen.version else {}
+    for recipe in (recipe for tier in chosen.tiers.values() for recipe in tier.recipes):
+        for step in recipe.resolved():
+            known.setdefault(step["method"], sorted(step.keys() - {"method"}))
     tiers = {
         name: {
-            "rows": {recipe.name: _digest([str(recipe), recipe.resolved()]) for recipe in tier.recipes},
+            "rows": {recipe.name: _digest_row(recipe, known) for recipe in tier.recipes},
             "models": list(tier.models),
             "data": tier.data,
             "seeds": list(tier.seeds),
@@ -102,7 +112,7 @@ def describe(chosen: Suite) -> Locked:
         }
         for name, tier in chosen.tiers.items()
     }
-    return {"version": chosen.version, "tiers": tiers}
+    return {"version": chosen.version, "parameters": known, "tiers": tiers}
 
 
 def read_lock(folder: Path = SUITES) -> dict[str, Locked]:
@@ -114,6 +124,7 @@ def read_lock(folder: Path = SUITES) -> dict[str, Locked]:
         lock = json.loads(path.read_text(encoding="utf-8"))
         for locked in lock.values():
             find_changes(locked, locked)  # has all keys
+            dict(locked["parameters"])
         return dict(lock)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Usage(f"{path}: is not what `effbench lock` writes ({type(error).__name__}: {error})") from None
@@ -129,5 +140,10 @@ def load(folder: Path, name: str) -> Suite:
     return suite.load(str(folder / f"{name}.yaml"))
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _digest_row(recipe: Recipe, known: dict[str, list[str]]) -> str:
+    """The steps as written, and all of these parameters as they stand."""
+    steps = [
+        {name: value for name, value in step.items() if name in ("method", *known[step["method"]])}
+        for step in recipe.resolved()
+    ]
+    return hashlib.sha256(json.dumps([str(recipe), steps], sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -257,9 +257,7 @@ METHODS = (
     _tell("weight update", "weight_update", "By what the weights that stay are changed."),
     _tell("multi-task", "multi_task", "Whether what was trained for several tasks can be swapped on one model."),
     _tell("composition", "composition", "Whether what was trained twice can count together on one model."),
-    _tell(
-        "merge", "merge", "Whether what was trained can be absorbed by the weights and costs nothing to run."
-    ),
+    _tell("merge", "merge", "Whether what was trained can be absorbed by the weights and costs nothing to run."),
     Column(
         "learning rate",
         lambda row, tests: ", ".join(f"{rate:g}" for rate in row.learning_rates) or DASH,

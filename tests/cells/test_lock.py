@@ -92,6 +92,26 @@ def test_a_default_that_changes_is_a_change(folder, monkeypatch):
     assert "row rtn-4b of the quick tier has changed" in complaint
 
 
+def test_a_parameter_that_a_method_gains_is_no_change(folder, monkeypatch):
+    """The row does what it did; a new version knows the parameter, and then its default counts."""
+    from effbench.core.recipe import Recipe
+
+    before = Recipe.resolved
+
+    def gain(rounds):
+        monkeypatch.setattr(Recipe, "resolved", lambda self: [step | {"rounds": rounds} for step in before(self)])
+
+    gain(1)
+    assert check_lock(folder) == [] and not write_lock(folder)
+    save(folder, version=2)
+    assert write_lock(folder) and check_lock(folder) == []
+    assert "rounds" in read_lock(folder)["small"]["parameters"]["rtn"]
+    gain(2)
+    assert "row rtn-4b of the quick tier has changed" in check_lock(folder)[0]
+    monkeypatch.setattr(Recipe, "resolved", before)
+    assert "row rtn-4b of the quick tier has changed" in check_lock(folder)[0]  # it is gone
+
+
 def test_a_row_may_be_added(folder):
     save(folder, recipes=[*BODY["recipes"], {"name": "nf4", "steps": "nf4()"}])
     assert check_lock(folder) == ["suite small v1: new rows or a new version; run `effbench lock`"]
@@ -113,7 +133,14 @@ def test_a_suite_that_is_no_more_is_named(folder):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"small": 1}', '{"small": {"version": 1}}', '{"small": {"version": 1, "tiers": {"quick": {}}}}'],
+    [
+        "{",
+        "[]",
+        '{"small": 1}',
+        '{"small": {"version": 1}}',
+        '{"small": {"version": 1, "parameters": {}, "tiers": {"quick": {}}}}',
+        '{"small": {"version": 1, "tiers": {}}}',
+    ],
 )
 def test_a_lock_that_cannot_be_read_is_usage(folder, text):
     (folder / FILE).write_text(text)
