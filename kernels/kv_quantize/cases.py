@@ -14,7 +14,7 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.
     """Numbers of unlike ranges."""
     x = torch.randn(case["groups"], case["size"], device=device, generator=generator)
     spread = torch.logspace(-2, 2, case["groups"], device=device)[:, None]
-    return {"x": (x * spread).to(dtype), "bits": case["bits"]}
+    return {"x": (x * spread).to(dtype), "bits": case["bits"], "symmetric": case["symmetric"]}
 
 
 class Rounding(Op):
@@ -24,7 +24,7 @@ class Rounding(Op):
         return dict(inputs)
 
 
-def count_flops(x: Sequence[int], bits: int, out_shape: Any) -> int:
+def count_flops(x: Sequence[int], bits: int, symmetric: bool = False, *, out_shape: Any) -> int:
     """Two comparisons for the range, a difference, a quotient and a rounding a number."""
     return 5 * math.prod(x)
 
@@ -35,7 +35,10 @@ OP = Rounding(
     inputs=draw,
     flop_formula=count_flops,
     cases=[
-        dict(groups=groups, size=size, bits=bits) for groups, size in ((1, 32), (7, 5), (16, 64)) for bits in (2, 4, 8)
+        dict(groups=groups, size=size, bits=bits, symmetric=symmetric)
+        for groups, size in ((1, 32), (7, 5), (16, 64))
+        for bits in (2, 4, 8)
+        for symmetric in (False, True)
     ],
-    timed=[dict(groups=groups, size=32, bits=bits) for groups in (64, 2**20) for bits in (2, 4, 8)],
+    timed=[dict(groups=groups, size=32, bits=bits, symmetric=False) for groups in (64, 2**20) for bits in (2, 4, 8)],
 )
