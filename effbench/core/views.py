@@ -242,6 +242,7 @@ class Codec:
     """How keys, or values, are stored in fewer bytes. Its functions look at units, each by itself: [N, K, unit, D].
 
     A row's tokens are encoded in their order, `flush` at a time, when there are more than `retain` of them in front.
+    A row is a head of a sequence, or a sequence, whose D is that of all heads together, where `joined` says so.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, ...]]  # units to tensors [N, K, ...], of which all are counted
@@ -249,6 +250,8 @@ class Codec:
     unit: int = 1  # tokens that are encoded together
     flush: int = 1  # tokens that are encoded at a time, a multiple of `unit`
     retain: int = 0  # newest tokens that stay as they are
+    joined: bool = False  # whether the heads of a token are encoded together; nothing can be evicted then
+    at_once: bool = False  # whether tokens are encoded as they come, so that their own pass reads what is stored
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from effbench.core.run import FitReport, InferPlan, Run
 from effbench.core.usage import matches_any
 from effbench.nn.data import LONGEST, SEQUENCES, Data
 from effbench.nn.model.adapters import choose_adapter
-from effbench.nn.model.attention import own_attention
+from effbench.nn.model.attention import adopt, own_attention
 from effbench.nn.model.beside import Beside, Merged, measure_merge
 from effbench.nn.model.blocks import Blocks, count_positions
 from effbench.nn.model.linear import (
@@ -101,6 +101,7 @@ class ModelRun(Run):
         narrow(self.model, storage)
         self.original = Original(sum(stored_bytes(model, storage)), sum(p.numel() for p in model.parameters()))
         self._before = take_fingerprint(model)
+        adopt(self.infer, self.model)
 
     @functools.cached_property
     def reference(self) -> Any:

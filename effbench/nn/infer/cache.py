@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from effbench.core.errors import Unsupported
 from effbench.core.run import InferPlan
-from effbench.core.views import Slots
+from effbench.core.views import Codec, Slots
 from effbench.nn.infer.store import Count, Store, even, gather, pack, place
 
 
@@ -69,12 +70,15 @@ class Layer(CacheLayerMixin):
 
 
 class SlotLayer(Layer):
-    """A layer that evicts and encodes. Rows are those of sequences and heads, B x Hkv."""
+    """A layer that evicts and encodes. Rows are those of sequences and heads, B x Hkv, or of sequences where heads are
+    joined."""
 
     def __init__(self, index: int, plan: InferPlan) -> None:
         super().__init__(index, plan)
         encoder = plan.slot("encoder")
-        self.codecs = (None, None) if encoder is None else encoder.codecs()
+        self.codecs: tuple[Codec | None, Codec | None] = (None, None) if encoder is None else encoder.codecs()
+        self.joined = any(codec is not None and codec.joined for codec in self.codecs)
+        self.at_once = any(codec is not None and codec.at_once for codec in self.codecs)
         self.observing = any(method.observes for method in plan.chain("cache_keep"))
         self.voting = max((method.observed for method in plan.chain("cache_keep")), default=0)
         self.stores: tuple[Store, Store] | None = None  # of keys and of values
@@ -89,23 +93,31 @@ class SlotLayer(Layer):
         """Append tokens [B, Hkv, T, D]; return all keys and values held, [B, Hkv, S, D]."""
         batch, heads, length, _ = key_states.shape
         real = self.offer(key_states)
-        rows = None if real is None else real.repeat_interleave(heads, 0)
         new = [states.flatten(0, 1) for states in (key_states, value_states)]
+        if self.joined:
+            new = [states.transpose(1, 2).flatten(2) for states in (key_states, value_states)]
+        each = len(new[0]) // batch  # rows of a sequence
+        rows = None if real is None else real.repeat_interleave(each, 0)
         if self.stores is None:
             empty = [Store(codec, states[:, :0], 0) for codec, states in zip(self.codecs, new, strict=True)]
             self.stores = (empty[0], empty[1])
             self.mass = new[0].new_zeros(len(new[0]), 0, dtype=torch.float32) if self.observing else None
         held = self.stores[0].lengths
         if self.place is not None:
-            self.place = self._grow(self.place, held, self.fresh.int().repeat_interleave(heads, 0), rows)
+            self.place = self._grow(self.place, held, self.fresh.int().repeat_interleave(each, 0), rows)
         if self.dead is not None:
             self.dead = self._grow(self.dead, held, self.dead.new_zeros(len(self.dead), length), rows)
         if self.mass is not None:
             self.mass = self._grow(self.mass, held, self.mass.new_zeros(len(self.mass), length), rows)
         for store, states in zip(self.stores, new, strict=True):
             store.append(states, rows)
-        keys, values = (store.decode().unflatten(0, (batch, heads)) for store in self.stores)
-        return keys, values
+        if self.at_once:
+            self._flush()
+        keys, values = (store.decode() for store in self.stores)
+        if self.joined:
+            keys, values = (held.unflatten(2, (heads, -1)).transpose(1, 2) for held in (keys, values))
+            return keys, values
+        return keys.unflatten(0, (batch, heads)), values.unflatten(0, (batch, heads))
 
     @staticmethod
     def _grow(held: Tensor, counts: Count, new: Tensor, real: Tensor | None) -> Tensor:
@@ -167,9 +179,12 @@ class SlotLayer(Layer):
         return see(self.fresh[:, None], self.places(), valid, reach)
 
     def ranks(self) -> tuple[Tensor, Tensor]:
-        """Which of the slots held keys [B, Hkv or 1, S] and queries [B, Hkv or 1, T] are, from 0."""
+        """Which of the slots held keys [B, Hkv or 1, S] and queries [B, Hkv or 1, T] are, from 0.
+
+        Where no slot `rope` counts positions inside of the cache: where their tokens stand.
+        """
         places, valid = self.places(), self.valid()
-        if self.place is None:
+        if self.place is None or self.plan.slot("rope") is None:
             return places, self.fresh[:, None].clamp(min=0)
         if valid is None:  # new tokens stand in the last slots
             ranks = torch.arange(places.shape[-1], device=places.device).expand(len(places), 1, -1)
@@ -213,7 +228,11 @@ class SlotLayer(Layer):
                 self._evict(method, first)
         self.voters = None if self.prompt is not None else self.voters
         self.paid = []
-        for store in self.stores:
+        self._flush()
+
+    def _flush(self) -> None:
+        """Encode what is due."""
+        for store in self.stores or ():
             if store.flush():
                 self.plan.act(self.plan.slot("encoder"))
 
@@ -340,7 +359,7 @@ class SlotLayer(Layer):
 class RingLayer(Layer):
     """A rolling buffer: the token at place p of a row stands in slot p modulo the window, whatever was there."""
 
-    observing = False
+    observing = at_once = False
 
     def __init__(self, index: int, plan: InferPlan) -> None:
         super().__init__(index, plan)
@@ -450,6 +469,9 @@ class SlotCache(Cache):
         self.slot_layers: list[SlotLayer | RingLayer] = [
             (RingLayer if ring else SlotLayer)(i, plan) for i in range(layers)
         ]
+        evicting = plan.chain("cache_keep")
+        if evicting and any(isinstance(layer, SlotLayer) and layer.joined for layer in self.slot_layers):
+            raise Unsupported(f"{evicting[0]} evicts head by head, and {plan.slot('encoder')} holds heads together")
         super().__init__(layers=[*self.slot_layers])
 
     def expect(self, real: Tensor | None) -> None:

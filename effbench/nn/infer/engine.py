@@ -79,11 +79,11 @@ class State:
 
 
 def open_engine(run: Run, model: Any = None, vocabulary: int | None = None) -> Engine:
-    """Scores and generates with the model of a run under its plan, or with another model under an empty one.
+    """Scores and generates with the model of a run under its plan, or with another model under one of its own.
 
     Of its tokens the first so many, or all.
     """
-    plan = run.infer if model is None else InferPlan()
+    plan = run.infer if model is None else attention.adopt(InferPlan(), model)
     return Engine(run.model if model is None else model, plan, run.pad, vocabulary=vocabulary)
 
 

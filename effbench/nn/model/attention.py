@@ -5,11 +5,15 @@ belongs to the attention module that it was trained in, as a child (`AttentionEx
 it. A cache whose layers settle says which slots a query sees, takes note of what its methods observe and, under the
 slot `rope` of the plan, where keys and queries are rotated to. The chain `attend_observe` sees all attention weights,
 `attend_scores` what they are the softmax of.
+
+What was trained may say how keys and values are held (`AttentionExtra.holds`), as they are before keys are rotated:
+then they are so in every pass, and a cache holds them so (`adopt`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -19,10 +23,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from effbench.core.errors import Unsupported
 from effbench.core.run import InferPlan
+from effbench.core.views import Codec
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import Added, find_inner
-from effbench.nn.model.rotary import rotate, unrotated
+from effbench.nn.model.rotary import Unrotated, has_rotary, rotate, unrotated
 
 NAME = "effbench"
 SLOTS = "effbench-slots"  # the same, where the cache says what queries see
@@ -37,6 +43,10 @@ class Layer(Protocol):
     def observing(self) -> bool:
         """Whether it is told of all attention that its slots receive."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether keys and values of this pass have been encoded already."""
+
     def mask(self, window: int | None) -> Tensor | None:
         """bool [B, Hkv or 1, T, S]: what queries see, `window` tokens back at most; None: all up to their own."""
 
@@ -47,7 +57,7 @@ class Layer(Protocol):
         """Take note of queries [B, Hq, T, D]."""
 
     def ranks(self) -> tuple[Tensor, Tensor]:
-        """Where keys [B, Hkv or 1, S] and queries [B, Hkv or 1, T] stand among the slots held."""
+        """Where keys [B, Hkv or 1, S] and queries [B, Hkv or 1, T] stand: under the slot `rope` among the slots held."""
 
 
 class Bound(NamedTuple):
@@ -55,13 +65,22 @@ class Bound(NamedTuple):
 
     plan: InferPlan
     layers: list[Layer] | None  # of a cache that settles
-    rotary: nn.Module | None  # which turns unrotated queries and keys
+    rotary: Unrotated | None  # which turns unrotated queries and keys
 
 
 class AttentionExtra(Added):
-    """A child of an attention module that takes part in its attention: prefixes, adapters."""
+    """A child of an attention module that takes part in its attention: prefixes, adapters, quantizers."""
 
     positions = 0  # that it takes; tokens stand behind them
+    holds = False  # whether it says how keys and values are held; `hold` and `codecs` do it alike
+
+    def hold(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, before they are rotated, and values [B, Hkv, T, D] as they come back from where they are held."""
+        return key, value
+
+    def codecs(self) -> tuple[Codec | None, Codec | None]:
+        """How a cache holds them."""
+        raise NotImplementedError
 
     def before(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values [B, Hkv, L, D] in front of all others, which every query [B, Hq, T, D] sees."""
@@ -91,17 +110,17 @@ def attend(
     if scaling is None:
         scaling = float(query.shape[-1] ** -0.5)
     layer = None if bound.layers is None else bound.layers[module.layer_idx]  # type: ignore[index]
+    extras = find_extras(module)
+    if layer is None or not layer.at_once:
+        for extra in extras:
+            key, value = extra.hold(key, value)
+    if bound.rotary is not None:
+        query, key = _rotate(bound, bound.rotary, layer, query, key, sum(extra.positions for extra in extras))
     if layer is None:
         mask = attention_mask
     else:
-        if bound.rotary is not None:
-            stood, asked = layer.ranks()
-            repeats = 1 if asked.shape[1] == 1 else query.shape[1] // asked.shape[1]
-            query = rotate(bound.rotary, query, asked.repeat_interleave(repeats, 1))
-            key = rotate(bound.rotary, key, stood)
         layer.remember(query, scaling)
         mask = layer.mask(kwargs.get("sliding_window"))
-    extras = find_extras(module)
     fronts = list(filter(None, [extra.before(query) for extra in extras]))
     if mask is None and (fronts or length not in (1, held)):
         mask = torch.ones(length, held, dtype=torch.bool, device=query.device).tril(held - length)[None, None]
@@ -129,6 +148,23 @@ def attend(
     else:
         out = _attend_fused(query, key, value, mask, dropout, scaling)
     return sum(added, out).transpose(1, 2).contiguous(), weights
+
+
+def _rotate(
+    bound: Bound, rotary: Unrotated, layer: Layer | None, query: Tensor, key: Tensor, front: int
+) -> tuple[Tensor, Tensor]:
+    """Unrotated queries and keys rotated to where they stand, behind so many positions in `front` of the tokens."""
+    if layer is None:
+        if key.shape[2] != query.shape[2]:
+            raise Unsupported("keys that are held before they are rotated need a cache of slots, see `adopt`")
+        stood = asked = rotary.positions[:, None]
+    else:
+        stood, asked = layer.ranks()
+        if bound.plan.slot("rope") is None:
+            stood, asked = stood + front, asked + front
+    repeats = 1 if asked.shape[1] == 1 else query.shape[1] // asked.shape[1]
+    query = rotate(rotary.rotary, query, asked.repeat_interleave(repeats, 1))
+    return query, rotate(rotary.rotary, key, stood)
 
 
 def _attend_fused(
@@ -201,6 +237,35 @@ def find_extras(attention: nn.Module) -> list[AttentionExtra]:
     return [child for child in attention.children() if isinstance(child, AttentionExtra) and child.active]
 
 
+def find_holder(model: nn.Module) -> AttentionExtra | None:
+    """What says how keys and values of a model are held, as in its first attention module."""
+    return next((extra for first in list_attention(model)[:1] for extra in find_extras(first) if extra.holds), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnEncoder:
+    """Stands in the slot `encoder` for a model that says itself how its keys and values are held."""
+
+    holder: AttentionExtra
+    is_identity = True  # a plan with nothing else changes nothing of the model
+
+    def codecs(self) -> tuple[Codec | None, Codec | None]:
+        """Those of the model."""
+        return self.holder.codecs()
+
+    def __str__(self) -> str:
+        return f"the {type(self.holder).__name__} in the model's attention"
+
+
+def adopt(plan: InferPlan, model: nn.Module) -> InferPlan:
+    """The plan, whose caches hold keys and values as the model says, if it says so."""
+    holder = find_holder(model)
+    if holder is not None:
+        encoder: Any = OwnEncoder(holder)
+        plan.claim("encoder", encoder, encoder)
+    return plan
+
+
 def list_attention(model: nn.Module) -> list[nn.Module]:
     """The attention modules of all blocks that have one, inside of what stands round them."""
     view = Blocks(model)
@@ -233,6 +298,7 @@ def own_attention(model: Any, plan: InferPlan, cache: Any = None) -> Iterator[No
     before = [vars(module).get(_BOUND) for module in modules]
     with contextlib.ExitStack() as stack:
         turning = layers is not None and plan.slot("rope") is not None
+        turning = turning or (find_holder(model) is not None and has_rotary(model))
         bound = Bound(plan, layers, stack.enter_context(unrotated(model)) if turning else None)
         for module in modules:
             setattr(module, _BOUND, bound)

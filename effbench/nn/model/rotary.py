@@ -22,28 +22,38 @@ class Unrotated(nn.Module):
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self.rotary = rotary
+        self.positions = torch.zeros(0)  # [B or 1, T] of the pass that goes on
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of angle 0, [B, T, R]."""
+        self.positions = position_ids
         cos, sin = self.rotary(x, position_ids)
         return torch.ones_like(cos), torch.zeros_like(sin)
 
 
+def has_rotary(model: Any) -> bool:
+    """Whether the model rotates queries and keys; OPT and GPT-2 do not."""
+    return isinstance(getattr(model.base_model, "rotary_emb", None), nn.Module)
+
+
 def find_rotary(model: Any) -> nn.Module:
-    """The model's rotary embedding. Raises `Unsupported` for a model that has none, such as OPT and GPT-2."""
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    if not isinstance(rotary, nn.Module):
+    """The model's rotary embedding. Raises `Unsupported` for a model that has none."""
+    rotary: nn.Module = getattr(model.base_model, "rotary_emb", None)
+    if not has_rotary(model):
         raise Unsupported(f"{model.config.model_type} has learned positions, which cannot be counted inside of a cache")
     return rotary
 
 
 @contextlib.contextmanager
-def unrotated(model: Any) -> Iterator[nn.Module]:
-    """Have the model leave queries and keys unrotated inside; gives what would have rotated them."""
+def unrotated(model: Any) -> Iterator[Unrotated]:
+    """Have the model leave queries and keys unrotated inside; gives what knows how they would have been rotated."""
     rotary = find_rotary(model)
-    model.base_model.rotary_emb = Unrotated(rotary)
-    try:
+    if isinstance(rotary, Unrotated):
         yield rotary
+        return
+    model.base_model.rotary_emb = stand_in = Unrotated(rotary)
+    try:
+        yield stand_in
     finally:
         model.base_model.rotary_emb = rotary
 
