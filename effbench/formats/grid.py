@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from effbench.core.views import Layer
 from effbench.formats.integer import IntLinear
 from effbench.formats.nm import NMIntLinear, pattern_of
 
 GridName = Literal["gptq", "awq"]
 WIDTHS = (2, 3, 4, 8)  # bits per weight that can be packed
 HALF_MIN, HALF_MAX = 2.0**-24, 65504.0  # smallest positive and largest float16
+
+
+class Packable(Protocol):
+    """What a packed linear takes over of the one that stood there."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out]"""
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Bool [out, in], False where a weight must stay zero."""
 
 
 class Grid(NamedTuple):
@@ -105,8 +116,21 @@ def split_groups(weight: Tensor, group_size: int) -> list[Tensor]:
     return [part for part in (whole.unflatten(1, (number, group_size)), rest.unsqueeze(1)) if part.numel()]
 
 
+def round_linear(
+    layer: Packable, weight: Tensor, sharing: Sequence[Tensor], grids: Sequence[Grid], symmetric: bool, size: int | None
+) -> nn.Module:
+    """Pack `weight` [out, in], every number at the nearest point.
+
+    `sharing` are its parts in order, each [rows, groups, n] with the grid of its groups; `size` inputs a group.
+    """
+    codes = [grid.codes(part).flatten(1) for grid, part in zip(grids, sharing, strict=True)]
+    # A pruned weight is exactly 0, and 0 is on every grid: its code is the zero-point.
+    joined = Grid.join([grid.per_group() for grid in grids])
+    return int_linear(layer, torch.cat(codes, 1).view(weight.shape), joined, symmetric, size)
+
+
 def int_linear(
-    layer: Layer,
+    layer: Packable,
     codes: Tensor,
     grid: Grid,
     symmetric: bool,

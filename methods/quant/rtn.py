@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from effbench.core.kinds import Weights
 from effbench.core.views import Layer
-from effbench.formats.grid import WIDTHS, Grid, GridName, fit_grid, int_linear, split_groups
+from effbench.formats.grid import WIDTHS, GridName, fit_grid, round_linear, split_groups
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,4 @@ class RTN(Weights):
         else:
             sharing = [weight.unsqueeze(1) if self.granularity == "channel" else weight.reshape(1, 1, -1)]
         grids = [fit_grid(part, self.bits, self.symmetric, self.grid, self.mse).as_stored() for part in sharing]
-        codes = [grid.codes(part).flatten(1) for grid, part in zip(grids, sharing, strict=True)]
-        # A pruned weight is exactly 0, and 0 is on every grid: its code is the zero-point.
-        joined = Grid.join([grid.per_group() for grid in grids])
-        return int_linear(layer, torch.cat(codes, 1).view(weight.shape), joined, self.symmetric, size)
+        return round_linear(layer, weight, sharing, grids, self.symmetric, size)
