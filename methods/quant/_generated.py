@@ -1,0 +1,70 @@
+"""Texts that a model makes for training on its own predictions (Liu et al., 2023, section 2.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from effbench.core.views import Example
+from effbench.nn.infer.engine import open_engine
+from effbench.nn.infer.sampling import Sampling
+from effbench.nn.train.teacher import BOUND, count_shared, digest_model, shrink
+
+if TYPE_CHECKING:
+    from effbench.core.run import Run
+
+GREEDY = (3, 4, 5)  # tokens behind the first that are the likeliest ones: as many, drawn for each text
+ROWS = 64  # texts that are made together
+
+
+def generate(run: Run, role: str, number: int, length: int) -> list[Example]:
+    """So many texts of at most `length` tokens by the model of a role, from a first token drawn from all that it knows.
+
+    The next three to five tokens are the likeliest ones, the others are sampled from the whole of the model's
+    distribution, up to the token that ends a text. They are kept on disk where the run has a place for that.
+    """
+    known, end = count_shared(run, role), getattr(run.tokenizer, "eos_token_id", None)
+    place = None
+    if run.cache is not None:
+        teacher = run.share(("teacher", role), lambda: digest_model(run.role(role)))
+        told = f"texts {teacher} {known} {end} {number} {length} {run.seed}"
+        place = run.cache / f"{hashlib.sha256(told.encode()).hexdigest()}.safetensors"
+    try:
+        assert place is not None
+        found = load_file(place)
+        os.utime(place)  # used just now
+        texts = [part.tolist() for part in found["ids"].split(found["lengths"].tolist())]
+    except (AssertionError, OSError, ValueError, KeyError):
+        texts = _generate(run, role, number, length, known, set() if end is None else {int(end)})
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            new = place.with_suffix(f".{os.getpid()}.new")
+            ids = torch.tensor([token for text in texts for token in text])
+            save_file({"ids": ids, "lengths": torch.tensor([len(text) for text in texts])}, new)
+            new.rename(place)
+            shrink(place.parent, BOUND)
+    return [Example(f"generated {i}", tuple(text)) for i, text in enumerate(texts)]
+
+
+def _generate(run: Run, role: str, number: int, length: int, known: int, stops: set[int]) -> list[list[int]]:
+    engine = open_engine(run, run.role(role))
+    chance = torch.Generator().manual_seed(run.seed)
+    firsts = torch.randint(known, (number,), generator=chance).tolist()
+    surely = [GREEDY[i] for i in torch.randint(len(GREEDY), (number,), generator=chance).tolist()]
+    texts: dict[int, list[int]] = {}
+    for places in torch.arange(number).split(ROWS):
+        begun = engine.generate([[firsts[i]] for i in places.tolist()], max(GREEDY), stops)
+        starts = {i: [firsts[i], *more[: surely[i]]] for i, more in zip(places.tolist(), begun, strict=True)}
+        texts |= starts
+        for count in GREEDY:  # together they would be padded
+            some: list[Any] = [i for i, start in starts.items() if surely[i] == count == len(start) - 1]
+            sampled = engine.generate(
+                [starts[i] for i in some], length - 1 - count, stops, sampling=Sampling(seed=run.seed), numbers=some
+            )
+            texts |= {i: starts[i] + more for i, more in zip(some, sampled, strict=True)}
+        run.progress("texts", len(texts), number)
+    return [texts[i] for i in range(number)]
