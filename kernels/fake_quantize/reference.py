@@ -5,10 +5,11 @@ from torch import Tensor
 
 
 def fake_quantize(real: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
-    """r -> S (q - Z) with q = clamp(round(r / S) + Z, low, high), in the type of `real` (arXiv:1712.05877, eq. 1 and 12).
+    """r -> S (q - Z) with q = clamp(round(r / S) + Z, low, high), in the type of `real`.
 
-    scale S, positive, and zero Z, whole numbers, broadcast against `real`. Computed in float32 (float64 for float64
-    numbers). The rounding counts as the identity for gradients (straight-through, arXiv:1308.3432), the clamp does not.
+    Equations 1 and 12 of arXiv:1712.05877. The scale S, positive, and the zero Z, whole numbers, broadcast against
+    `real`. Computed in float32 (float64 for float64 numbers). For gradients the rounding counts as the identity
+    (straight-through, arXiv:1308.3432), and the clamp as what it is.
     """
     wide = torch.promote_types(real.dtype, torch.float32)
     steps = real.to(wide) / scale.to(wide)

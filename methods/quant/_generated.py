@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from effbench.core.views import Example
@@ -33,21 +36,31 @@ def generate(run: Run, role: str, number: int, length: int) -> list[Example]:
         teacher = run.share(("teacher", role), lambda: digest_model(run.role(role)))
         told = f"texts {teacher} {known} {end} {number} {length} {run.seed}"
         place = run.cache / f"{hashlib.sha256(told.encode()).hexdigest()}.safetensors"
-    try:
-        assert place is not None
-        found = load_file(place)
-        os.utime(place)  # used just now
-        texts = [part.tolist() for part in found["ids"].split(found["lengths"].tolist())]
-    except (AssertionError, OSError, ValueError, KeyError):
+    texts = None if place is None else _load(place)
+    if texts is None:
         texts = _generate(run, role, number, length, known, set() if end is None else {int(end)})
         if place is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            new = place.with_suffix(f".{os.getpid()}.new")
-            ids = torch.tensor([token for text in texts for token in text])
-            save_file({"ids": ids, "lengths": torch.tensor([len(text) for text in texts])}, new)
-            new.rename(place)
-            shrink(place.parent, BOUND)
+            _store(place, texts)
     return [Example(f"generated {i}", tuple(text)) for i, text in enumerate(texts)]
+
+
+def _load(place: Path) -> list[list[int]] | None:
+    """Texts that were kept, if they can be read."""
+    try:
+        found = load_file(place)
+        os.utime(place)  # used just now
+        return [part.tolist() for part in found["ids"].split(found["lengths"].tolist())]
+    except (OSError, KeyError, SafetensorError):
+        return None
+
+
+def _store(place: Path, texts: Sequence[Sequence[int]]) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new = place.with_suffix(f".{os.getpid()}.new")
+    ids = torch.tensor([token for text in texts for token in text])
+    save_file({"ids": ids, "lengths": torch.tensor([len(text) for text in texts])}, new)
+    new.rename(place)
+    shrink(place.parent, BOUND)
 
 
 def _generate(run: Run, role: str, number: int, length: int, known: int, stops: set[int]) -> list[list[int]]:

@@ -48,8 +48,9 @@ def module(real: Tensor, dtype: object, granularity: str, symmetric: bool) -> di
 def even(real: Tensor, levels: float) -> Tensor:
     """The same with a power of two as the step of each group, so that quotients are exact and ties are ties."""
     groups = real.view(len(real), -1, GROUP)
-    steps = groups.abs().amax(-1, keepdim=True) / levels
-    return (groups / steps * 2 ** steps.log2().round()).view(real.shape)
+    largest = groups.abs().amax(-1, keepdim=True)
+    steps = torch.where(groups.abs() == largest, levels * groups.sign(), groups / largest * levels)
+    return (steps * 2 ** (largest / levels).log2().round()).view(real.shape)
 
 
 if __name__ == "__main__":

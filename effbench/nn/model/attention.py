@@ -57,7 +57,7 @@ class Layer(Protocol):
         """Take note of queries [B, Hq, T, D]."""
 
     def ranks(self) -> tuple[Tensor, Tensor]:
-        """Where keys [B, Hkv or 1, S] and queries [B, Hkv or 1, T] stand: under the slot `rope` among the slots held."""
+        """Where keys [B, Hkv or 1, S] and queries [B, Hkv or 1, T] stand; under `rope` among the slots held."""
 
 
 class Bound(NamedTuple):

@@ -38,9 +38,9 @@ def has_rotary(model: Any) -> bool:
 
 def find_rotary(model: Any) -> nn.Module:
     """The model's rotary embedding. Raises `Unsupported` for a model that has none."""
-    rotary: nn.Module = getattr(model.base_model, "rotary_emb", None)
     if not has_rotary(model):
         raise Unsupported(f"{model.config.model_type} has learned positions, which cannot be counted inside of a cache")
+    rotary: nn.Module = model.base_model.rotary_emb
     return rotary
 
 
