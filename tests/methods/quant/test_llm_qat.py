@@ -19,7 +19,7 @@ from effbench.checks import TOYS, VOCABULARY, probe, toy_run
 from effbench.core.errors import Conflict, Refused, Unsupported, Usage
 from effbench.core.recipe import parse, parse_step
 from effbench.core.run import InferPlan
-from effbench.core.views import Codec
+from effbench.core.views import Codec, Site
 from effbench.formats.integer import IntLinear
 from effbench.formats.packing import unpack, word_count
 from effbench.methods.quant import _generated
@@ -71,9 +71,9 @@ def test_activations_have_a_step_for_each_token(bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_weights_have_a_step_for_each_output(bits: int) -> None:
     weight = draw(7, 40, seed=1) * 0.02
-    module = FakeQuantLinear.of(
-        make_linear(weight.float(), None), bits=bits, group_size=None, symmetric=True, grid="awq"
-    )
+    site = Site("linear", "linear", "q", 0, seed=0)
+    module = LLMQAT(weight_bits=bits, activation_bits=16).replace(make_linear(weight.float(), None), site)
+    assert isinstance(module, FakeQuantLinear)
     rows = weight.float().double()
     steps = (rows.abs().amax(1) / (2 ** (bits - 1) - 1)).half().double()  # as it is stored
     expected = [round_row(row, bits, step) for row, step in zip(rows.tolist(), steps.tolist(), strict=True)]
@@ -286,7 +286,9 @@ def test_the_loss_is_the_divergence_from_the_teacher_alone(tmp_path: Path) -> No
     student, teacher = (open_engine(run).logits(ids).double(), run.reference(ids).logits.double())
     p, q = teacher[:, :-1].softmax(-1), student[:, :-1].softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
-    assert terms.keys() == {"divergence"} and float(terms["divergence"]) == pytest.approx(float(expected), rel=1e-4)
+    assert terms.keys() == {"divergence"} and float(terms["divergence"].detach()) == pytest.approx(
+        float(expected), rel=1e-4
+    )
     run.folder = tmp_path
     fit(run, steps=1)
     (line,) = (tmp_path / "fit-1.jsonl").read_text().splitlines()
@@ -295,9 +297,9 @@ def test_the_loss_is_the_divergence_from_the_teacher_alone(tmp_path: Path) -> No
 
 def test_training_brings_it_nearer_to_the_teacher() -> None:
     gaps = []
-    for steps in (0, 30):
+    for steps in (0, 12):
         run = toy_run()
-        run.apply(LLMQAT(weight_bits=2, examples=32, length=24))
+        run.apply(LLMQAT(weight_bits=2, examples=64, length=16))
         if steps:
             fit(run, steps=steps, lr=1e-3)
         run.finish()
