@@ -70,6 +70,7 @@ def export(
     from effbench.nn.files import artifact
     from effbench.nn.files.checkpoint import keep_beside
     from effbench.nn.files.load import find_folder
+    from effbench.nn.model.attention import is_carried
 
     how = [text.format(cell.settings[name]) for name, text in CALIBRATION.items() if name in cell.settings]
     tell(f"{cell.recipe} as suite {cell.suite} v{cell.suite_version}, tier {cell.tier}, measures it: {' '.join(how)}")
@@ -81,7 +82,7 @@ def export(
             run.apply(step)
         tell("packing")
         run.finish(recipe_is_empty=not recipe.steps)
-        if not run.infer.empty:
+        if not is_carried(run.infer, run.model):
             raise Refused("the recipe changes how the model is run (its cache or its prompts), which no file can hold")
         rounded = ""
         if options.format == "dense" and (moved := artifact.measure_rounding(run.model, run.storage)):

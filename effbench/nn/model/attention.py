@@ -266,6 +266,13 @@ def adopt(plan: InferPlan, model: nn.Module) -> InferPlan:
     return plan
 
 
+def is_carried(plan: InferPlan, model: nn.Module) -> bool:
+    """Whether a plan holds nothing, or nothing but what `adopt` would make of the model."""
+    slots = [name for name in plan.slots if plan.slot(name) is not None]
+    own = not slots or (slots == ["encoder"] and find_holder(model) is not None)
+    return own and not any(plan.chain(name) for name in plan.chains)
+
+
 def list_attention(model: nn.Module) -> list[nn.Module]:
     """The attention modules of all blocks that have one, inside of what stands round them."""
     view = Blocks(model)

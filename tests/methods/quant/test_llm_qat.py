@@ -28,7 +28,7 @@ from effbench.methods.quant.llm_qat import LLMQAT, KVQuantizer
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import Engine, open_engine
 from effbench.nn.model.adapters import add_part
-from effbench.nn.model.attention import adopt, list_attention
+from effbench.nn.model.attention import adopt, is_carried, list_attention
 from effbench.nn.model.blocks import Blocks, count_heads
 from effbench.nn.model.linear import dense_weight, make_linear, stored_bytes
 from effbench.nn.run import ModelRun
@@ -154,6 +154,7 @@ def test_the_cache_computes_what_was_trained(architecture: str, tmp_path: Path) 
     artifact.save(run.model, tmp_path / "model", run.storage)
     again = reopened(artifact.load(tmp_path / "model"))
     assert again.infer.streams and again.infer.touches == {"cache"}
+    assert is_carried(run.infer, run.model) and is_carried(again.infer, again.model)
     assert logprobs(again, pairs) == scores
     assert open_engine(run, again.model).plan.streams  # as a verifier or a teacher, too
 
@@ -239,6 +240,7 @@ def test_speculation_takes_tokens_back() -> None:
 def test_what_evicts_head_by_head_says_that_it_cannot() -> None:
     run = trained()
     run.apply(parse_step("h2o(budget=8)"))
+    assert not is_carried(run.infer, run.model)
     with pytest.raises(Unsupported, match=r"h2o\(budget=8\) evicts head by head, and llm_qat"):
         fill(run, IDS, 20)
 
