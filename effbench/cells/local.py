@@ -246,9 +246,18 @@ class Worker:
                 yield self._lose("crashed", f"its record cannot be read: {type(error).__name__}: {error}")
                 return
             if isinstance(message, Record):
-                yield self._end(message)
+                yield self._end(self._blame(message))
             else:
                 yield from self._note(message)
+
+    def _blame(self, record: Record) -> Record:
+        """The record of a crash with its reason: a rank that was killed, which the first one only misses."""
+        self._find_dead()  # asks all of them
+        codes = [process.exitcode or 0 for process in self._processes]
+        killed = next((rank for rank, code in enumerate(codes) if code < 0), None)
+        if record.outcome != "crashed" or not killed:
+            return record
+        return dataclasses.replace(record, reason=f"rank {killed}: {_exit_reason(codes[killed])}; {record.reason}")
 
     def _note(self, message: dict[str, Any]) -> Iterator[Event]:
         waiting = message.pop("waiting", None)

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import os
 import re
@@ -22,13 +23,14 @@ from typing import Any
 import yaml
 
 from effbench.core.errors import Usage
+from effbench.core.kept import keep, recall
 from effbench.core.kinds import BASES, KINDS, kind_of
 from effbench.core.lineage import trace
 from effbench.core.method import Method
 from effbench.core.packages import SHIPPED, absolute, method_line, package
 from effbench.core.paths import PACKAGE, SUITES
 from effbench.core.provenance import check_imports
-from effbench.core.source import Module, Parameter, document_fields, read_fields, read_module
+from effbench.core.source import OPENED, Module, Parameter, document_fields, read_fields, read_module
 from effbench.core.usage import named_path, nearest
 
 VARIABLE = "EFFBENCH_METHODS"
@@ -84,19 +86,36 @@ def catalog() -> dict[str, Entry]:
 
 @functools.cache
 def _catalog(folders: tuple[Path, ...]) -> dict[str, Entry]:
+    parents = {root: SHIPPED if root == PACKAGE / "methods" else f"{package(root)}." for root in folders}
+    sources = [path for root in folders for path in _files(root)]
+    name = f"methods-{hashlib.sha256(str(folders).encode()).hexdigest()[:16]}"
+    kept = recall(name, sources)  # parsing takes longer than a listing may
+    if kept is not None:
+        return {row["key"]: _restore(row) for row in kept}
     entries: dict[str, Entry] = {}
     for root in folders:
         for path in _files(root):
             if path.stem in entries:
                 raise Usage(f"two methods are called {path.stem!r}: {entries[path.stem].path} and {path}")
-            entries[path.stem] = _family_entry(path, root)
-    return dict(sorted(entries.items()))
+            entries[path.stem] = _family_entry(path, parents[root])
+    entries = dict(sorted(entries.items()))
+    keep(name, sources, [*OPENED, *Path(__file__).parent.glob("*.py")], list(map(_plain, entries.values())))
+    return entries
 
 
-def _family_entry(path: Path, root: Path) -> Entry:
-    """The method that a file in a family is named after."""
+def _plain(entry: Entry) -> dict[str, Any]:
+    """An entry in plain values."""
+    return dataclasses.asdict(entry) | {"path": str(entry.path)}
+
+
+def _restore(row: dict[str, Any]) -> Entry:
+    parameters = {name: Parameter(**values) for name, values in row["parameters"].items()}
+    return Entry(**row | {"path": Path(row["path"]), "parameters": parameters})
+
+
+def _family_entry(path: Path, parent: str) -> Entry:
+    """The method that a file in a family is named after; `parent` is the package that the family is in."""
     family, key = path.parent.name, path.stem
-    parent = SHIPPED if root == PACKAGE / "methods" else f"{package(root)}."
     module = f"{parent}{family}.{key}"
     try:
         if not (key.isidentifier() and family.isidentifier()):

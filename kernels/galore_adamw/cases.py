@@ -68,6 +68,6 @@ OP = Op(
     ],
     timed=[
         dict(shape=shape, rank=128, sides=("right",), step=100, decay_first=False)
-        for shape in ((1536, 576), (14336, 4096))
+        for shape in ((384, 576), (1536, 576), (14336, 4096))
     ],
 )

@@ -212,7 +212,7 @@ def test_a_selection_needs_a_fit_behind_it(options, tmp_path, monkeypatch):
         ("baseline", "^recipe=baseline: the baseline is the row of no steps, which always runs; name a step"),
         (" baseline() ", "the baseline is the row of no steps"),
         ("gptq-4b", "^recipe=gptq-4b: is the name of a row, not its steps; recipes=gptq-4b chooses it"),
-        ("wandaa", r"wandaa is not a step; no method has this name; did you mean 'wanda'\?"),
+        ("wandaa", "wandaa is not a step; no method has this name; did you mean 'wanda'"),
         ("wanda", r"wanda is not a step; write wanda\(\)$"),
         ("recover", r"recover is not a step; write recover\(\)$"),
     ],

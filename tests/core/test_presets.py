@@ -92,5 +92,5 @@ def test_qlora_is_what_its_authors_train(monkeypatch: pytest.MonkeyPatch) -> Non
     assert adapted.targets == "all"  # type: ignore[attr-defined]
     assert (paged.key, paged.bits, precision.key) == ("paged_adamw", 32, "bf16")  # type: ignore[attr-defined]
     assert str(parse("qlora(rank=8, bits=8)")) == (
-        "nf4(double_quant=True), lora(rank=8, alpha=16.0, dropout=0.1), paged_adamw(bits=8), bf16()"
+        "nf4(double_quant=True), lora(rank=8, dropout=0.1, alpha=16.0), paged_adamw(bits=8), bf16()"
     )

