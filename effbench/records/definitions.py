@@ -44,6 +44,7 @@ class Definition:
     unit: str  # of the number as it is recorded
     better: Better
     meaning: str  # one sentence
+    signed: bool = False  # whether it may be below zero
 
     @functools.cached_property
     def regex(self) -> re.Pattern[str]:
@@ -194,6 +195,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "completion_gain_nats", "quality", "nats", "higher",
         "By how much held-out answers are likelier, per token, than to who knows the training answers and no prompt.",
+        signed=True,
     ),
     Definition(
         "completion_constant_exact", "quality", "fraction", "neither",

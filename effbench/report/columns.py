@@ -61,6 +61,7 @@ UNITS = {  # sentences for units that are not said by their own name
     "W": "In watts.",
 }
 ANSWERS = ("completion_nll", "completion_exact", "completion_gain_nats")  # what tables of a learned task are about
+GAPS = r"answer_acceptance|(answer_)?block_tokens_k\d+"  # of a model to the one that taught it
 STEP = "fit_step_ms"
 PHASES = ("decode", "prefill")
 CACHE = "cache_bytes_per_token"
@@ -119,13 +120,14 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
     learned = [name for name in (*ANSWERS, STEP) if name in measured]
     asked = "sparsity_asked" in measured
     answers = learned if {*ANSWERS} & {*learned} else []
+    gap = [name for name in measured if name == "acceptance"]  # to the model that taught
     summary = [
-        *map(measure, (*answers, *ppls[:1], "kl_nats_per_token", *([] if answers else [TASKS]))),
+        *map(measure, (*answers, *ppls[:1], "kl_nats_per_token", *gap, *([] if answers else [TASKS]))),
         Column("stored", _show_stored, ("stored_bytes", "compression")),
     ]
     served = [name for name in SERVED if name in measured]
     if served:
-        quality = (*ppls[:1], "kl_nats_per_token", "answer_kl_nats_per_token")
+        quality = (*ppls[:1], "kl_nats_per_token", *gap, "answer_kl_nats_per_token")
         summary = [*map(measure, (*quality, *(name for name in measured if name.startswith(TASKS))))]
         summary += [_measure_cache() if name == CACHE else measure(name) for name in served]
     for phase in PHASES:
@@ -144,6 +146,7 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         "summary": summary,
         "quality": [
             *map(measure, (*ppls[1:], "top1_agreement", *select_tasks(measured))),
+            *map(measure, [name for name in measured if re.fullmatch(GAPS, name)]),
             *map(measure, [name for name in measured if name == "completion_constant_exact"]),
         ],
         "inference": [

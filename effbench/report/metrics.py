@@ -29,6 +29,10 @@ TITLES = {
     "accepted_per_pass": "accepted",
     "completion_nll": "answers, nats",
     "completion_exact": "answers right, %",
+    "completion_gain_nats": "gain on no prompt, nats",
+    "completion_constant_exact": "likeliest answer right, %",
+    "acceptance": "acceptance, %",
+    "answer_acceptance": "acceptance of answers, %",
     "fit_step_ms": "step, ms",
     "tuned_own_nll": "own setting, nats",
     "tuned_nll": "best, nats",
@@ -97,7 +101,9 @@ def get_limits(metric: str) -> tuple[float, float]:
     """Smallest and largest value that the metric can have."""
     if get_family(metric) == "perplexity":
         return 1.0, math.inf
-    return 0.0, 1.0 if get_unit(metric) == "fraction" else math.inf
+    definition = find_definition(metric)
+    least = -math.inf if definition is not None and definition.signed else 0.0
+    return least, 1.0 if get_unit(metric) == "fraction" else math.inf
 
 
 def get_scale(metric: str) -> float:
