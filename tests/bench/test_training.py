@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from effbench import sources
+from effbench.core.recipe import parse_step
 from effbench.nn.files.load import open_run
 from effbench.nn.run import ModelRun
 from effbench.nn.train.fit import fit
@@ -48,8 +49,8 @@ def by_hand(run: ModelRun) -> None:
         optimizer.zero_grad()
 
 
-def seconds(work: Callable[[ModelRun], Any]) -> float:
-    run = opened()
+def seconds(work: Callable[[ModelRun], Any], open_one: Callable[[], ModelRun] = opened) -> float:
+    run = open_one()
     begin = time.process_time()
     work(run)
     return time.process_time() - begin
@@ -75,3 +76,47 @@ def test_layouts_of_batches(capsys: pytest.CaptureFixture[str]) -> None:
         gain = plain / seconds(lambda run, settings=settings: fit(run, settings))  # type: ignore[misc]
         with capsys.disabled():
             print(f"\nbatches {layout}: {gain:.2f} times as fast as padded ones")
+
+
+def distil_by_hand(run: ModelRun) -> None:
+    """The same steps of distillation as a person would write them; the teacher is the unchanged model."""
+    examples, model, teacher = run.data.train, run.model.train(), run.reference
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    sampler = Shuffled(len(examples), 0)
+    for step in range(STEPS):
+        rows = [torch.tensor(examples[place].ids) for place in sampler.draw(step, 8)]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        inputs = {"input_ids": ids, "attention_mask": (labels >= 0).long(), "use_cache": False}
+        logits = model(**inputs).logits[:, :-1]
+        with torch.no_grad():
+            targets = (teacher(**inputs).logits[:, :-1] / 2).softmax(-1)
+        hard = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        soft = nn.functional.kl_div((logits / 2).log_softmax(-1), targets, reduction="none").sum(-1)
+        learned = labels[:, 1:] >= 0
+        (0.5 * hard + 0.5 * 4 * soft[learned].mean()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def student() -> ModelRun:
+    run = opened()
+    run.apply(parse_step("student()"))
+    run.reference  # noqa: B018  opened here, not in what is timed
+    return run
+
+
+def test_a_step_of_distillation_costs_what_a_loop_by_hand_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
+
+    def distil(run: ModelRun) -> None:
+        run.apply(parse_step("kd()"))
+        fit(run, SETTINGS)
+
+    ratios = []
+    for _ in range(3):
+        plain = seconds(distil_by_hand, student)
+        ratios.append(seconds(distil, student) / plain)
+    with capsys.disabled():
+        print(f"\n{STEPS} steps of kd: {sorted(ratios)[1]:.3f} of a loop by hand (target at most 1.05)")
