@@ -549,8 +549,14 @@ class LinearOp(Op):
         on = {"device": device, "generator": generator}
         return {"x": random_activations(case, dtype, on), **self.random(case, dtype, on)._asdict()}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return cast("Tensor", super().__call__(*args, **kwargs))
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The product; under autocast of x in its type, as torch's own linear."""
+        import torch
+
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        return cast("Tensor", super().__call__(x, *args, **kwargs))
 
     def _find(self, name: str) -> Callable[..., Any]:
         function = super()._find(name)
@@ -620,8 +626,14 @@ def _define(name: str, run: Callable[..., Any], prototype: Callable[..., Any], m
     def typed() -> None: ...
 
     typed.__signature__ = inspect.signature(prototype, eval_str=True)  # type: ignore[attr-defined]
+
+    def run_as_given(*arguments: Any) -> Any:
+        # Autocast would reach into an op, except where something looks on: counters of operations take it away there.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return run(*arguments)
+
     schema = torch.library.infer_schema(typed, mutates_args=mutates)
-    return torch.library.custom_op(f"effbench::{name}", run, mutates_args=mutates, schema=schema)
+    return torch.library.custom_op(f"effbench::{name}", run_as_given, mutates_args=mutates, schema=schema)
 
 
 def _read_defaults(function: Callable[..., Any]) -> dict[str, Any]:

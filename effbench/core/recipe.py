@@ -77,11 +77,13 @@ class Recipe:
                     f"{step.label}: no step before it makes a model called {unknown[0]!r}: there is "
                     f"{', '.join(sorted(roles))}; snapshot(name={unknown[0]!r}) makes one"
                 )
+            if step.makes in roles:
+                raise Usage(f"{step.label}: a model called {step.makes!r} is there already: give another name")
             roles |= {step.makes} - {""}
             if step.follows and step.follows not in provided:
                 known = " or ".join(key for key in registry.catalog() if step.follows in registry.load(key).provides)
                 raise Usage(f"{step.label} needs {step.follows} before it: put {known} in front")
-            provided |= step.provides
+            provided = set() if step.consumes else provided | step.provides
         return self
 
     def tuned(self, names: Sequence[str] | Mapping[str, Sequence[Any]]) -> Recipe:

@@ -245,10 +245,29 @@ class ModelRun(Run):
             self.settle()
         method.check_shapes({path: matrix_shape(module) for path, module in self.linears().items()})
         self.teacher = next((role for role in method.reads if role != "model"), method.makes or self.teacher)
+        waiting = set(self.waiting)
         with own_attention(self.model, InferPlan()):  # what was trained in attention takes part in calibration, too
             method.apply(self)
+        self._check_waiting(method, waiting)
         if method.asked_sparsity is not None:
             self.log.sparsity_asked = max(self.log.sparsity_asked or 0.0, method.asked_sparsity)
+
+    def _check_waiting(self, method: Method, waiting: set[nn.Parameter]) -> None:
+        """Raise `Refused` where a step has taken away all that one before it had put in place for a fit to come."""
+        modules = set(self.model.modules())
+        there: dict[str, bool] = {}
+        for entry in self._swapped:
+            if not entry.trained:
+                label = entry.method.label
+                there[label] = there.get(label, False) or entry.module in modules
+        gone = [label for label, is_there in there.items() if not is_there]
+        if not gone and self.waiting and waiting and not waiting.intersection(self.model.parameters()):
+            gone = ["a step before it"]
+        if gone:
+            raise Refused(
+                f"{method.label} takes away what {gone[0]} has put in place, before a fit has trained it: put fit() "
+                "between them, or leave one out"
+            )
 
     def finish(self, recipe_is_empty: bool = False) -> None:
         """Settle what is pending, bring everything to its stored form, and refuse a recipe without effect."""

@@ -46,18 +46,22 @@ class Student(Method):
             model = copy.deepcopy(run.model)
             keep_blocks(Blocks(model), chosen)
         else:
-            model = self._draw(run, number)
+            model = self._draw(run, chosen)
         run.model = model.to(run.device).eval().requires_grad_(True)
 
-    def _draw(self, run: Run, number: int) -> nn.Module:
+    def _draw(self, run: Run, chosen: list[int]) -> nn.Module:
         """A model of the same configuration but for its size, with the family's own random weights."""
         config = copy.deepcopy(run.model.config)
         view = Blocks(run.model)
-        config.num_hidden_layers = number
+        config.num_hidden_layers = len(chosen)
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = [config.layer_types[index] for index in chosen]
         if self.hidden is not None:
             heads = config.num_attention_heads
             if self.hidden % heads:
                 raise Unsupported(f"hidden={self.hidden} is no multiple of the {heads} heads")
+            if self.hidden // heads % 2 and getattr(config, "rope_parameters", None):
+                raise Unsupported(f"hidden={self.hidden} gives heads of {self.hidden // heads}: rotation takes pairs")
             inner = getattr(config, view.names.width, None)
             if inner is not None:  # GPT-2 may leave it to be four times the width
                 setattr(config, view.names.width, inner * self.hidden // config.hidden_size)

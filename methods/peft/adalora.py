@@ -22,6 +22,7 @@ class SVDLinear(LowRankLinear):
     """
 
     output_factors = ("p",)
+    step: AdaLoRA | None = None  # that has put it in place: two of equal settings are two
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, initial_rank: int, alpha: float, **common: Any
@@ -86,11 +87,14 @@ class AdaLoRA(LowRank):
         self.require(self.orthogonality >= 0, "orthogonality must not be negative")
         self.require(0 < self.beta < 1, "beta must be in (0, 1)")
         self.require(min(self.warmup, self.final, self.interval) >= 0, "warmup, final and interval are shares of a fit")
+        self.require(self.interval < 1, "interval is a share of the fit, below 1")
         self.require(self.warmup + self.final < 1, "warmup and final leave no part of the fit between them")
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
         ranks = {"rank": self.initial_rank, "initial_rank": self.initial_rank}
-        return SVDLinear.of(module, **ranks, alpha=self.alpha, **self.beside)
+        made = SVDLinear.of(module, **ranks, alpha=self.alpha, **self.beside)
+        made.step = self
+        return made
 
     def settle(self, module: nn.Module) -> nn.Module:
         final = super().settle(module)
@@ -101,6 +105,8 @@ class AdaLoRA(LowRank):
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
         # Equation 4 with the norm itself, and the mean over all P and Q, as in the authors' code.
         linears = self._find(run).values()
+        if not linears:  # another adapter is chosen
+            return {}
         grams = [gram for module in linears for gram in (module.p.T @ module.p, module.q @ module.q.T)]
         norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
         return {"orthogonality": self.orthogonality * torch.stack(norms).mean()}
@@ -111,6 +117,8 @@ class AdaLoRA(LowRank):
         step, total = run.step.index + 1, run.step.total
         start, end = int(self.warmup * total), total - int(self.final * total)
         linears, state = self._find(run), run.state(self)
+        if not linears:
+            return
         if "kept" not in state and (step < end or not state):
             self.follow(linears, state)
         if step >= end and state and "kept" not in state:
@@ -143,11 +151,10 @@ class AdaLoRA(LowRank):
 
     def _find(self, run: Run) -> dict[str, SVDLinear]:
         """What this step has put beside linears, by path."""
-        found = {path: module for path, module in run.model.named_modules() if isinstance(module, SVDLinear)}
         return {
             path: module
-            for path, module in found.items()
-            if module.adapter == self.adapter and module.singular.requires_grad
+            for path, module in run.model.named_modules()
+            if isinstance(module, SVDLinear) and module.step is self and module.active and module.singular.requires_grad
         }
 
 

@@ -42,7 +42,8 @@ class PromptTuning(Method):
         generator = torch.Generator().manual_seed(run.seed)
         soft = SoftPrompt(self.length, table.shape[1], self.adapter).to(run.device)
         if self.start == "vocabulary":
-            rows = table[torch.randint(len(table), (self.length,), generator=generator).to(table.device)]
+            known = len(table) if run.tokenizer is None else min(len(table), len(run.tokenizer))  # others are padding
+            rows = table[torch.randint(known, (self.length,), generator=generator).to(table.device)]
         else:
             rows = torch.rand(self.length, table.shape[1], generator=generator) - 0.5
         soft.rows.data = rows.float().to(run.device)

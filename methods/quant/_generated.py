@@ -64,7 +64,7 @@ def _store(place: Path, texts: Sequence[Sequence[int]]) -> None:
 
 
 def _generate(run: Run, role: str, number: int, length: int, known: int, stops: set[int]) -> list[list[int]]:
-    engine = open_engine(run, run.role(role))
+    engine = open_engine(run, run.role(role), known)
     chance = torch.Generator().manual_seed(run.seed)
     firsts = torch.randint(known, (number,), generator=chance).tolist()
     surely = [GREEDY[i] for i in torch.randint(len(GREEDY), (number,), generator=chance).tolist()]

@@ -678,3 +678,27 @@ def test_kernels_of_real_layers_are_captured_on_the_device() -> None:
         graph.replay()
         assert torch.equal(out, op(**inputs))
         assert backend_calls() == {name: {backend: 3}}
+
+
+@pytest.mark.parametrize(("op", "case"), [case for case in FEW if isinstance(case.values[0], LinearOp)])
+def test_autocast_is_that_of_the_input_alone(op: LinearOp, case: Case) -> None:
+    """Whether something looks on or not: a counter of operations takes autocast away inside of ops."""
+    inputs = op.arguments(case)
+    narrow = inputs | {"x": inputs["x"].bfloat16()}
+    expected = op(**narrow)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = op(**inputs)
+        with FlopCounterMode(display=False):
+            looked = op(**inputs)
+        wide = op(**inputs | {"x": inputs["x"].double()})
+    assert plain.dtype == torch.bfloat16 and torch.equal(plain, expected) and torch.equal(looked, expected)
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["soft_kl", "generalized_jsd", "clipped_policy"])
+def test_autocast_does_not_reach_into_losses(name: str) -> None:
+    op = OPS[name]
+    inputs = op.arguments(op.cases[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = flatten(op(**inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, flatten(op(**inputs)), strict=True))

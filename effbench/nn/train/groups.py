@@ -25,7 +25,7 @@ def group_parameters(run: Run, lr: float, weight_decay: float) -> Groups:
     """
     names = {parameter: name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     if not names:
-        raise Unsupported("fit has nothing to train: every parameter is frozen or packed")
+        raise Unsupported("fit has nothing to train: every parameter is frozen or packed, or outside of its train=")
     still = find_undecayed(run.model)
     defaults = {"lr": lr, "weight_decay": weight_decay}
     groups: Groups = [

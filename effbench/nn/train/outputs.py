@@ -68,7 +68,10 @@ class Taps:
         """Raise `Unsupported` for rows that the model of a role has no positions for, or would see in part only."""
         width, positions = count_front(self._model) + batch["input_ids"].shape[1], count_positions(self._model)
         if width > positions:
-            raise Unsupported(f"{role} has {positions} positions, a row takes {width}: give a smaller max_length")
+            raise Unsupported(
+                f"{role} has {positions} positions, a row takes {width}: give a smaller max_length, or fewer "
+                "new_tokens where texts are written"
+            )
         window = getattr(self._model.config, "sliding_window", None)
         if batch["attention_mask"].ndim == 4 and window is not None and window < width:
             raise Unsupported(f"{role} attends {window} tokens back, packed rows have {width}: give layout='padded'")

@@ -16,6 +16,7 @@ from effbench.core.errors import Unsupported, Usage
 from effbench.core.recipe import parse, parse_step
 from effbench.methods.distill.kd import KD
 from effbench.methods.distill.snapshot import Snapshot
+from effbench.nn.files import artifact
 from effbench.nn.run import ModelRun
 from effbench.nn.train.batches import collate
 from effbench.nn.train.outputs import Roles
@@ -132,3 +133,23 @@ def test_a_damaged_teacher_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="other cannot be read") as caught:
         toy_run().apply(Snapshot(model=str(folder)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(Usage, match="a model called 'teacher' is there already"):
+        parse("fit(), snapshot(), student(), snapshot(), fit()").check_fits()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
+def test_students_from_scratch_are_saved_and_read(architecture: str, tmp_path: Path) -> None:
+    run = toy_run(architecture)
+    run.apply(parse_step("student(layers=1, start='random')"))
+    run.finish()
+    artifact.save(run.model, tmp_path / "a", run.storage)
+    read = artifact.load(tmp_path / "a", torch.float32)
+    assert torch.equal(probe_model(read), probe_model(run.model))
+
+
+def test_heads_of_an_odd_width_are_unsupported() -> None:
+    with pytest.raises(Unsupported, match="rotation takes pairs"):
+        toy_run().apply(parse_step("student(layers=1, hidden=12, start='random')"))

@@ -284,3 +284,30 @@ def test_adapters_are_saved_with_the_model(tmp_path: Path) -> None:
         run.adapter(name)
         loaded.adapter(name)
         assert torch.equal(probe(loaded), probe(run))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("lora()", "qat()"),
+        ("lora()", "wanda()"),
+        ("lora(adapter='a')", "llm_qat(data='train')"),
+        ("qat()", "nf4()"),
+        ("adapter()", "student(start='random')"),
+        ("prompt_tuning()", "student(start='random')"),
+    ],
+)
+def test_a_step_does_not_take_away_what_waits_for_a_fit(first: str, second: str) -> None:
+    run = toy_run()
+    run.apply(parse_step(first))
+    with pytest.raises(Refused, match="before a fit has trained it: put fit"):
+        run.apply(parse_step(second))
+
+
+@pytest.mark.parametrize(
+    "steps", ["lora(), lora()", "nf4(), lora()", "prefix_tuning(), wanda()", "lora(), layer_pruning()"]
+)
+def test_what_stays_in_place_may_wait(steps: str) -> None:
+    run = toy_run()
+    for step in parse(steps).steps:
+        run.apply(step)

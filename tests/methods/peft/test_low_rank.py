@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from effbench.checks import probe, toy_run
 from effbench.core.errors import Usage
 from effbench.core.kinds import Swap
-from effbench.core.recipe import parse_step
+from effbench.core.recipe import parse, parse_step
 from effbench.core.views import Site
 from effbench.formats.codebook import LutLinear, spread
 from effbench.methods.peft._lowrank import LowRankLinear
@@ -330,3 +330,36 @@ def test_over_four_bits_a_run_trains_it_and_merges(method: Swap, architecture: s
 def test_wrong_usage(step: str, message: str) -> None:
     with pytest.raises(Usage, match=message):
         parse_step(step)
+
+
+def count_left(run: ModelRun, rank: int) -> int:
+    linears = [
+        module for module in run.model.modules() if isinstance(module, SVDLinear) and module.initial_rank == rank
+    ]
+    return sum(int((module.singular != 0).sum()) for module in linears)
+
+
+def test_two_steps_of_adalora_keep_budgets_of_their_own() -> None:
+    """Inner and outer ones of a linear alike, of unlike ranks."""
+    run = toy_run()
+    for step in ("adalora(rank=2, initial_rank=3)", "adalora(rank=1, initial_rank=4)"):
+        run.apply(parse_step(step))
+    fit(run, steps=10, lr=1e-2)
+    linears = sum(isinstance(module, SVDLinear) and module.initial_rank == 3 for module in run.model.modules())
+    assert (count_left(run, 3), count_left(run, 4)) == (2 * linears, linears)
+
+
+@pytest.mark.parametrize("second", ["adalora(adapter='b')", "lora(adapter='b')"])
+def test_an_adapter_that_is_not_chosen_waits(second: str) -> None:
+    run = toy_run()
+    for step in ("adalora(adapter='a', rank=2, initial_rank=3)", second):
+        run.apply(parse_step(step))
+    fit(run, steps=10, lr=1e-2)
+    assert count_left(run, 3) == 0  # lambdas are as they began
+
+
+def test_rates_of_factors_need_a_low_rank_step_since_the_last_fit() -> None:
+    for steps in ("lora(), fit(), lora_plus(), fit()", "lora(), fit(), wanda(), lora_plus(), fit()"):
+        with pytest.raises(Usage, match=r"lora_plus\(\) needs a low-rank step before it"):
+            parse(steps).check_fits()
+    parse("fit(), lora(), lora_plus(), fit()").check_fits()

@@ -177,3 +177,11 @@ def test_quantization_after_a_soft_prompt_calibrates_with_it() -> None:
     run.apply(parse_step("gptq(bits=4)"))
     run.finish()
     assert torch.isfinite(probe(run)).all() and count_front(run.model) == 5
+
+
+def test_soft_prompts_start_from_tokens_and_not_from_padding() -> None:
+    run = toy_run(shape={"vocab_size": 160})
+    run.model.get_input_embeddings().weight.data[96:] = 1e6
+    run.apply(parse_step("prompt_tuning(length=60)"))
+    soft = run.model.get_submodule("soft_prompt")
+    assert float(soft.rows.detach().abs().max()) < 1e6

@@ -369,3 +369,13 @@ def test_a_fit_reads_the_texts_and_leaves_the_train_set_as_it_was() -> None:
 def test_settings_that_mean_nothing_are_refused(bad: str) -> None:
     with pytest.raises(Usage):
         parse(bad)
+
+
+def test_texts_hold_no_token_that_pads_the_vocabulary() -> None:
+    """Whose rows a model may find likely all the same."""
+    run = toy_run(shape={"vocab_size": 160})
+    with torch.no_grad():
+        run.model.get_output_embeddings().weight[96:] *= 50
+    method = LLMQAT(examples=16, length=24)
+    run.apply(method)
+    assert max(token for example in run.data.train for token in example.ids) < 96 == len(run.tokenizer)

@@ -24,6 +24,7 @@ from effbench.core.run import Run
 from effbench.core.views import Example
 from effbench.nn.run import ModelRun
 from effbench.nn.train import fit as library
+from effbench.nn.train.meter import Meter
 from effbench.nn.train.samplers import Shuffled
 from effbench.nn.train.slots import Activations, Parallel, Precision
 
@@ -469,3 +470,18 @@ def test_waiting_for_the_machine_is_not_time_of_the_fit() -> None:
     begin = time.monotonic()
     cost = fit(run, steps=7)["cost"]
     assert cost["seconds"] < time.monotonic() - begin - 1.0
+
+
+@pytest.mark.parametrize("steps", ["bf16()", "nf4(), lora(rank=2), bf16()", "rtn(), lora(rank=2), bf16()"])
+def test_looking_into_a_step_changes_none(steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(look: bool) -> ModelRun:
+        run = toy_run()
+        for step in parse(steps).steps:
+            run.apply(step)
+        with monkeypatch.context() as patch:
+            if not look:
+                patch.setattr(Meter, "take", lambda self, place, step: step())
+            fit(run, steps=8)
+        return run
+
+    assert distance(train(True), train(False)) == 0
