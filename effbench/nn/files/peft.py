@@ -73,6 +73,8 @@ def save_peft(model: Any, folder: Path, name: str) -> None:
         (soft,) = parts.values()
         tensors, config = {EMBEDDINGS: soft.rows}, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": soft.length}
     elif kind is build_class(PREFIX):
+        if getattr(model.config, "sliding_window", None) is not None:
+            raise Unsupported("attention slides: in PEFT it would leave prefixes behind, which stay in sight here")
         tensors, config = _write_prefix(list(parts.values()))
     elif kind is build_class(GATED):
         tensors, config = _write_gated(model, list(parts.values()))

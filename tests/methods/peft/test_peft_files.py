@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from effbench.checks import toy_run
 from effbench.core.errors import Unsupported
+from effbench.core.recipe import parse_step
 from effbench.nn.files.peft import load_peft, save_peft
 from effbench.nn.model.feed import feed
 
@@ -104,3 +106,11 @@ def test_what_is_not_read_is_not_dropped(config: dict[str, Any], tensor: str, tm
         load_peft(model, written(tmp_path / "a", config, **more), "a")
     assert [name for name, _ in model.named_parameters()] == before
     load_peft(model, written(tmp_path / "b", {"revision": "main", "megatron_core": "megatron.core"}), "a")
+
+
+def test_prefixes_of_a_model_whose_attention_slides_are_not_written(tmp_path: Path) -> None:
+    run = toy_run("mistral", shape={"sliding_window": 16})
+    run.apply(parse_step("p_tuning_v2(adapter='a')"))
+    with pytest.raises(Unsupported, match="attention slides"):
+        save_peft(run.model, tmp_path / "a", "a")
+    assert not (tmp_path / "a").exists()
