@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from effbench.core.errors import Unsupported
-from effbench.core.kinds import Train
 from effbench.core.method import Output
 from effbench.core.run import Run
-from effbench.methods.distill._layers import Examples, map_layers, widen
+from effbench.methods.distill._layers import ByLayer, Examples, widen
 
 
 @dataclass(frozen=True)
-class AttentionTransfer(Train):
+class AttentionTransfer(ByLayer):
     """L = beta sum_l 1/h sum_heads MSE(A_l, A_g(l)), A the scores before the softmax (equation 7 of the paper).
 
     A query of a real token looks at the real tokens up to itself, prompt too; the mean of an example is over those
@@ -29,43 +28,31 @@ class AttentionTransfer(Train):
 
     paper = "arXiv:1909.10351"
     caveats = ("the paper's models attend both ways and have as many heads; TinyBERT learns hidden states as well",)
-    type = "distillation"
-    weight_update = "training"
-    tuned = {"beta": (0.1, 1.0)}
     trials = ({}, {"scores": "probabilities"})
 
-    beta: float = 1.0  # weight of the term
     scores: Literal["logits", "probabilities"] = "logits"  # what is compared: before the softmax or after it
-    layers: tuple[int, ...] | None = None  # teacher's block, from 0, for each of the student; None: at the same depth
-    teacher: str = "reference"  # role of the teacher: the unchanged model, or the name of a snapshot
 
-    def check(self) -> None:
-        self.require(self.beta > 0, "beta must be above 0")
-        self.require(self.layers is None or min(self.layers, default=-1) >= 0, "layers are numbers from 0 on")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+    @property
+    def output(self) -> Literal["scores", "attention"]:
+        """What it reads of both models."""
+        return "scores" if self.scores == "logits" else "attention"
 
     @property
     def reads(self) -> Mapping[str, Set[Output]]:
-        output: Output = "scores" if self.scores == "logits" else "attention"
-        return {"model": {output}, self.teacher: {output}}
+        return {"model": {self.output}, self.teacher: {self.output}}
 
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
         examples = Examples(batch)
-        name = "scores" if self.scores == "logits" else "attention"
-        mine, theirs = (getattr(run.outputs(role), name) for role in ("model", self.teacher))
-        total = torch.zeros((), device=batch["input_ids"].device)
-        for layer, place in enumerate(map_layers(run, self.teacher, self.layers)):
-            a, b = widen(mine[layer]), match_heads(widen(theirs[place]), mine[layer].shape[1])  # [B, Hq, T, T]
+        mine, theirs = (getattr(run.outputs(role), self.output) for role in ("model", self.teacher))
+        errors = []
+        for own, place in zip(mine, self.map_layers(run), strict=True):
+            a, b = widen(own), match_heads(widen(theirs[place]), own.shape[1])  # [B, Hq, T, T]
             seen = a.isfinite() & b.isfinite()  # scores are -inf where a query does not look
-            error = torch.where(seen, a - b, 0.0).square().sum(3)  # [B, Hq, T]
+            error = examples.sum(torch.where(seen, a - b, 0.0).square().sum((1, 3))[examples.real])
             if self.scores == "logits":
-                counts = seen.sum((1, 3))[examples.real].to(a.dtype)  # Hq of each pair
-                value = examples.mean(examples.sum(error.sum(1)[examples.real]) / examples.sum(counts))
-            else:
-                value = examples.mean(examples.sum(error.sum(1)[examples.real]))
-            run.watched[f"layer_{layer}"] = value
-            total = total + value
-        return {"attention": self.beta * total}
+                error = error / examples.sum(seen.sum((1, 3))[examples.real].to(a.dtype))  # Hq of each pair
+            errors.append(examples.mean(error))
+        return {"attention": self.weigh(errors, run)}
 
 
 def match_heads(attention: Tensor, heads: int) -> Tensor:

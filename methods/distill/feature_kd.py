@@ -10,16 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from effbench.core.kinds import Train
 from effbench.core.method import Output
 from effbench.core.run import Run
-from effbench.methods.distill._layers import Examples, map_layers, widen
+from effbench.methods.distill._layers import ByLayer, Examples, widen
 
 NAME = "feature_projections"  # of the projections, in the model while they are trained
 
 
 @dataclass(frozen=True)
-class FeatureKD(Train):
+class FeatureKD(ByLayer):
     """L = beta sum_l |W_l h_l - t_g(l)|^2 / |t_g(l)|^2 over the student's blocks l, the norms over an example.
 
     h and t [T, width] are what blocks of the student and of the teacher give, of all real tokens, those of the prompt
@@ -33,20 +32,9 @@ class FeatureKD(Train):
         "the papers take the raw error (error='raw'), and TinyBERT the embeddings' and attention's as well",
         "one projection per layer as in FitNets, which starts from the identity where widths are equal",
     )
-    type = "distillation"
-    weight_update = "training"
-    tuned = {"beta": (0.1, 1.0)}
     trials = ({}, {"error": "raw"})
 
-    beta: float = 1.0  # weight of the term
     error: Literal["relative", "raw"] = "relative"  # over the teacher's mean square; raw: mean squares as they are
-    layers: tuple[int, ...] | None = None  # teacher's block, from 0, for each of the student; None: at the same depth
-    teacher: str = "reference"  # role of the teacher: the unchanged model, or the name of a snapshot
-
-    def check(self) -> None:
-        self.require(self.beta > 0, "beta must be above 0")
-        self.require(self.layers is None or min(self.layers, default=-1) >= 0, "layers are numbers from 0 on")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
 
     @property
     def reads(self) -> Mapping[str, Set[Output]]:
@@ -55,7 +43,7 @@ class FeatureKD(Train):
     @contextlib.contextmanager
     def context(self, run: Run) -> Iterator[None]:
         width, target = run.model.config.hidden_size, run.role(self.teacher).config.hidden_size
-        linears = [nn.Linear(width, target, bias=False) for _ in map_layers(run, self.teacher, self.layers)]
+        linears = [nn.Linear(width, target, bias=False) for _ in self.map_layers(run)]
         if width == target:
             for linear in linears:
                 nn.init.eye_(linear.weight)
@@ -70,13 +58,11 @@ class FeatureKD(Train):
     def loss(self, batch: dict[str, Tensor], out: Any, run: Run) -> dict[str, Tensor]:
         examples = Examples(batch)
         states, targets = run.outputs("model").hidden, run.outputs(self.teacher).hidden
-        total = torch.zeros((), device=batch["input_ids"].device)
-        places, projections = map_layers(run, self.teacher, self.layers), getattr(run.model, run.state(self)["name"])
-        for layer, (place, projection) in enumerate(zip(places, projections, strict=True)):
-            h, t = (widen(x[examples.real]) for x in (states[layer], targets[place]))  # [N, width]
+        projections = getattr(run.model, run.state(self)["name"])
+        errors = []
+        for state, place, projection in zip(states, self.map_layers(run), projections, strict=True):
+            h, t = (widen(x[examples.real]) for x in (state, targets[place]))  # [N, width]
             error = examples.sum((nn.functional.linear(h, projection.weight.to(h)) - t).square().mean(-1))
             scale = t.square().mean(-1) if self.error == "relative" else torch.ones_like(t[:, 0])
-            value = examples.mean(error / examples.sum(scale).clamp(min=torch.finfo(t.dtype).tiny))
-            run.watched[f"layer_{layer}"] = value
-            total = total + value
-        return {"feature": self.beta * total}
+            errors.append(examples.mean(error / examples.sum(scale).clamp(min=torch.finfo(t.dtype).tiny)))
+        return {"feature": self.weigh(errors, run)}

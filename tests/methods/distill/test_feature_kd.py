@@ -15,7 +15,6 @@ from toys_training import fit, seen
 from effbench.checks import probe, probe_model, toy_run
 from effbench.core.errors import Unsupported, Usage
 from effbench.core.recipe import parse_step
-from effbench.methods.distill._layers import map_layers
 from effbench.methods.distill.feature_kd import FeatureKD
 from effbench.methods.distill.kd import KD
 from effbench.methods.distill.snapshot import Snapshot
@@ -127,7 +126,7 @@ def test_blocks_follow_those_at_the_same_depth(student: int, teacher: int, expec
     run = toy_run(shape={"layers": teacher, "hidden_size": 16, "num_key_value_heads": 4})
     run.apply(Snapshot())
     run.model = toy_run(shape={"layers": student, "hidden_size": 16}).model
-    assert map_layers(run, "teacher", None) == expected
+    assert FeatureKD(teacher="teacher").map_layers(run) == expected
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 4), (0, 1, 2)])
