@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from effbench.core.views import Example
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.infer.sampling import Sampling
-from effbench.nn.train.teacher import BOUND, count_shared, digest_model, shrink
+from effbench.nn.train.teacher import BOUND, count_shared, keep_tensors, name_teacher, recall, shrink
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -31,36 +26,18 @@ def generate(run: Run, role: str, number: int, length: int) -> list[Example]:
     distribution, up to the token that ends a text. They are kept on disk where the run has a place for that.
     """
     known, end = count_shared(run, role), getattr(run.tokenizer, "eos_token_id", None)
-    place = None
-    if run.cache is not None:
-        teacher = run.share(("teacher", role), lambda: digest_model(run.role(role)))
-        told = f"texts {teacher} {known} {end} {number} {length} {run.seed}"
-        place = run.cache / f"{hashlib.sha256(told.encode()).hexdigest()}.safetensors"
-    texts = None if place is None else _load(place)
-    if texts is None:
+    told = f"texts {name_teacher(run, role)} {end} {number} {length} {run.seed}"
+    key = hashlib.sha256(told.encode()).hexdigest()
+    kept = None if run.cache is None else recall(run.cache, key)
+    if kept is None:
         texts = _generate(run, role, number, length, known, set() if end is None else {int(end)})
-        if place is not None:
-            _store(place, texts)
-    return [Example(f"generated {i}", tuple(text)) for i, text in enumerate(texts)]
-
-
-def _load(place: Path) -> list[list[int]] | None:
-    """Texts that were kept, if they can be read."""
-    try:
-        found = load_file(place)
-        os.utime(place)  # used just now
-        return [part.tolist() for part in found["ids"].split(found["lengths"].tolist())]
-    except (OSError, KeyError, SafetensorError):
-        return None
-
-
-def _store(place: Path, texts: Sequence[Sequence[int]]) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new = place.with_suffix(f".{os.getpid()}.new")
-    ids = torch.tensor([token for text in texts for token in text])
-    save_file({"ids": ids, "lengths": torch.tensor([len(text) for text in texts])}, new)
-    new.rename(place)
-    shrink(place.parent, BOUND)
+        lengths = torch.tensor([len(text) for text in texts])
+        kept = {"ids": torch.tensor([token for text in texts for token in text]), "lengths": lengths}
+        if run.cache is not None:
+            keep_tensors(run.cache, key, kept)
+            shrink(run.cache, BOUND)
+    parts = kept["ids"].split(kept["lengths"].tolist())
+    return [Example(f"generated {i}", tuple(part.tolist())) for i, part in enumerate(parts)]
 
 
 def _generate(run: Run, role: str, number: int, length: int, known: int, stops: set[int]) -> list[list[int]]:
