@@ -13,7 +13,7 @@ import io
 import math
 import tokenize
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,13 +104,12 @@ def _read_once(path: Path, name: str, size: int, changed: int) -> Module:
     return Module(name, ast.parse(text, str(path)), text)
 
 
-@functools.lru_cache(maxsize=READ)  # many inherit from one
-def read_fields(node: ast.ClassDef, module: Module) -> Mapping[str, Parameter]:
+def read_fields(node: ast.ClassDef, module: Module) -> dict[str, Parameter]:
     """The fields that a class of a module declares itself, in order."""
     fields: dict[str, Parameter] = {}
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            kind = _spell(line.annotation)
+            kind = ast.unparse(line.annotation)
             if not kind.removeprefix("typing.").startswith("ClassVar"):
                 name, kind = line.target.id, _find_choices(kind, module) or kind
                 fields[name] = Parameter(name, kind, _default(line.value), _comment(line, module.lines))
@@ -120,8 +119,7 @@ def read_fields(node: ast.ClassDef, module: Module) -> Mapping[str, Parameter]:
 def _find_choices(name: str, module: Module, elsewhere: bool = True) -> str | None:
     """The `Literal[...]` that a name of a type stands for, here or in the module it is imported from."""
     for line in module.tree.body:
-        target = line.targets[0] if isinstance(line, ast.Assign) else None
-        if isinstance(line, ast.Assign) and isinstance(target, ast.Name) and target.id == name:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
             value = ast.unparse(line.value)
             return value if value.startswith("Literal[") else None
     owner, _, attribute = module.imports.get(name, "").rpartition(".")
@@ -152,16 +150,7 @@ def _default(value: ast.expr | None) -> str | None:
             factory = given["default_factory"]
             return ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
         value = given.get("default")
-    return None if value is None else _spell(value)
-
-
-def _spell(node: ast.expr) -> str:
-    """An expression as it is written; names and plain numbers, which most are, in no time."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, str, type(None))):
-        return repr(node.value)
-    return ast.unparse(node)
+    return None if value is None else ast.unparse(value)
 
 
 def _comment(line: ast.stmt, lines: list[str]) -> str:
