@@ -61,7 +61,8 @@ UNITS = {  # sentences for units that are not said by their own name
     "W": "In watts.",
 }
 ANSWERS = ("completion_nll", "completion_exact", "completion_gain_nats")  # what tables of a learned task are about
-GAPS = r"answer_acceptance|(answer_)?block_tokens_k\d+"  # of a model to the one that taught it
+# Beside tasks: the gap to the model that taught, and what is right without a look at the prompt.
+OF_ANSWERS = r"answer_acceptance|(answer_)?block_tokens_k\d+|completion_constant_exact"
 STEP = "fit_step_ms"
 PHASES = ("decode", "prefill")
 CACHE = "cache_bytes_per_token"
@@ -146,8 +147,7 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         "summary": summary,
         "quality": [
             *map(measure, (*ppls[1:], "top1_agreement", *select_tasks(measured))),
-            *map(measure, [name for name in measured if re.fullmatch(GAPS, name)]),
-            *map(measure, [name for name in measured if name == "completion_constant_exact"]),
+            *map(measure, [name for name in measured if re.fullmatch(OF_ANSWERS, name)]),
         ],
         "inference": [
             *map(measure, [name for name in measured if re.fullmatch(r"(.*_)?(cache|prompt)_kept|accepted_.*", name)]),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effbench import sources
 from effbench.core.recipe import parse_step
@@ -31,17 +31,23 @@ def opened() -> ModelRun:
     return run
 
 
-def by_hand(run: ModelRun) -> None:
-    """The same steps as a person would write them."""
-    examples, model = run.data.train, run.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+def batches(run: ModelRun) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """What a model is given in each step, and labels, padded on the right."""
+    examples = run.data.train
     sampler = Shuffled(len(examples), 0)
     for step in range(STEPS):
         rows = [torch.tensor(examples[place].ids) for place in sampler.draw(step, 8)]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        mask = (labels >= 0).long()
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        yield {"input_ids": ids, "attention_mask": (labels >= 0).long(), "use_cache": False}, labels
+
+
+def by_hand(run: ModelRun) -> None:
+    """The same steps as a person would write them."""
+    model = run.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    for inputs, labels in batches(run):
+        logits = model(**inputs).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -80,14 +86,9 @@ def test_layouts_of_batches(capsys: pytest.CaptureFixture[str]) -> None:
 
 def distil_by_hand(run: ModelRun) -> None:
     """The same steps of distillation as a person would write them; the teacher is the unchanged model."""
-    examples, model, teacher = run.data.train, run.model.train(), run.reference
+    model, teacher = run.model.train(), run.reference
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    sampler = Shuffled(len(examples), 0)
-    for step in range(STEPS):
-        rows = [torch.tensor(examples[place].ids) for place in sampler.draw(step, 8)]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        inputs = {"input_ids": ids, "attention_mask": (labels >= 0).long(), "use_cache": False}
+    for inputs, labels in batches(run):
         logits = model(**inputs).logits[:, :-1]
         with torch.no_grad():
             targets = (teacher(**inputs).logits[:, :-1] / 2).softmax(-1)
