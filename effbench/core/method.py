@@ -145,6 +145,10 @@ class Method:
         if not condition:
             raise Usage(f"{self}: {message}")
 
+    def require_teacher(self, role: str) -> None:
+        """Raise `Usage` naming this step if the role that teaches is that of the model that learns."""
+        self.require(role != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+
     def files(self) -> tuple[Path, ...]:
         """Files this method reads; their digests are part of a cell's identity."""
         return ()

@@ -31,7 +31,7 @@ class ByLayer(Train):
     def check(self) -> None:
         self.require(self.beta > 0, "beta must be above 0")
         self.require(self.layers is None or min(self.layers, default=-1) >= 0, "layers are numbers from 0 on")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+        self.require_teacher(self.teacher)
 
     def map_layers(self, run: Run) -> tuple[int, ...]:
         """The teacher's block for each of the student: those chosen, else those at the same relative depth.
@@ -80,8 +80,3 @@ class Examples:
         """The mean over the examples, of values [E]."""
         share = self._share.to(values)
         return values @ share / share.sum()
-
-
-def widen(x: Tensor) -> Tensor:
-    """The same numbers in float32 at least, in which errors are summed."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,7 +12,8 @@ from torch import Tensor
 from effbench.core.errors import Unsupported
 from effbench.core.method import Output
 from effbench.core.run import Run
-from effbench.methods.distill._layers import ByLayer, Examples, widen
+from effbench.methods.distill._layers import ByLayer, Examples
+from effbench.nn.precision import widen
 
 
 @dataclass(frozen=True)

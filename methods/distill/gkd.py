@@ -53,7 +53,7 @@ class GKD(Train):
             self.require(getattr(self, name) > 0, f"{name} must be above 0")
         for name in ("new_tokens", "prompt_tokens"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+        self.require_teacher(self.teacher)
 
     @property
     def reads(self) -> Mapping[str, Set[Output]]:

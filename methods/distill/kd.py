@@ -40,7 +40,7 @@ class KD(Train):
     def check(self) -> None:
         self.require(self.temperature > 0, "temperature must be above 0")
         self.require(0 <= self.alpha <= 1, "alpha must be in [0, 1]")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+        self.require_teacher(self.teacher)
         self.require(self.top_k is None or self.top_k > 0, "top_k must be at least 1, or None")
 
     @property

@@ -66,7 +66,7 @@ class MiniLLM(Train):
         for name in ("epochs", "new_tokens", "prompt_tokens"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1")
         self.require(self.lm_coef >= 0, "lm_coef must not be negative")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+        self.require_teacher(self.teacher)
 
     @property
     def reads(self) -> Mapping[str, Set[Output]]:

@@ -39,7 +39,7 @@ class SeqKD(Method):
         for name in ("beams", "new_tokens", "prompt_tokens"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1")
         self.require(self.temperature is None or self.temperature > 0, "temperature must be above 0, or None")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+        self.require_teacher(self.teacher)
 
     @property
     def reads(self) -> Mapping[str, Set[Output]]:

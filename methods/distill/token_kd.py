@@ -49,7 +49,7 @@ class TokenKD(Train):
     def check(self) -> None:
         self.require(0 < self.beta < 1, "beta must be in (0, 1): at its ends stand divergence='forward' and 'reverse'")
         self.require(self.temperature > 0, "temperature must be above 0")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+        self.require_teacher(self.teacher)
 
     @property
     def reads(self) -> Mapping[str, Set[Output]]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from effbench.nn.precision import widen
+
 
 class Bottleneck(nn.Module):
     """f(x W_down + b_down) W_up + b_up, in float32; weights are for the method to draw, biases start at zero."""
@@ -20,5 +22,4 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return self.up(self.activation(self.down(wide)))
+        return self.up(self.activation(self.down(widen(x))))

@@ -7,7 +7,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from effbench.core.errors import Unsupported
@@ -18,6 +17,7 @@ from effbench.methods.peft._bottleneck import Bottleneck
 from effbench.nn.model.adapters import NAMED, check_once, is_name, join_name
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import Around, find_inner
+from effbench.nn.precision import widen
 
 STD = 1e-2  # of the weights at the start, which are drawn again beyond two of it
 gelu = functools.partial(nn.functional.gelu, approximate="tanh")
@@ -58,7 +58,7 @@ class OwnNorm(Around):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return self.inner(x)
-        return self.own(x if x.dtype == torch.float64 else x.float()).to(x.dtype)
+        return self.own(widen(x)).to(x.dtype)
 
     def config(self) -> dict[str, Any]:
         return {"adapter": self.adapter}

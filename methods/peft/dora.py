@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effbench.core.views import Site
 from effbench.methods.peft._lowrank import LoRALinear, LowRank
 from effbench.nn.model.linear import dense_weight
+from effbench.nn.precision import widen
 
 
 def row_norms(matrix: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ class DoRALinear(LoRALinear):
     def changed(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             direction = super().dense_weight()
-        gains, wide = self.gains(direction), self.widen(x)
+        gains, wide = self.gains(direction), widen(x)
         read = self.read(wide)
         if read is wide:
             return gains * (y + self.added(read))

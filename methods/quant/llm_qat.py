@@ -97,7 +97,7 @@ class LLMQAT(Swap):
         self.require(2 <= self.activation_bits <= 8 or self.activation_bits == 16, "activation_bits is 2 to 8, or 16")
         self.require(self.examples > 0, "examples must be at least 1")
         self.require(self.length > 1 + max(GREEDY), f"length must be above {1 + max(GREEDY)}")
-        self.require(self.teacher != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+        self.require_teacher(self.teacher)
 
     @property
     def rounds_activations(self) -> bool:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Refused
 from effbench.nn.model.linear import Replaced, dense_bias, dense_weight, kept, make_linear, rebuilt
+from effbench.nn.precision import widen
 
 Merge = Literal["masked", "dense", "separate"]
 
@@ -111,17 +112,12 @@ class Beside(Replaced):
 
     def changed(self, x: Tensor, y: Tensor) -> Tensor:
         """x (W + D)^T where y = x W^T, before it is rounded."""
-        return y + self.added(self.read(self.widen(x)))
+        return y + self.added(self.read(widen(x)))
 
     def added(self, read: Tensor) -> Tensor:
         """What D, masked, makes of what it is applied to."""
         mask = self._mask
         return self.add(read) if mask is None else nn.functional.linear(read, self.delta() * mask)
-
-    @staticmethod
-    def widen(x: Tensor) -> Tensor:
-        """In float32 at least."""
-        return x if x.dtype == torch.float64 else x.float()
 
     @property
     def _mask(self) -> Tensor | None:

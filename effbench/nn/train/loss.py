@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from effbench.nn.precision import widen
 from effbench.nn.train.batches import IGNORED, Batch
 
 
@@ -18,8 +19,7 @@ def learned(batch: Batch) -> Tensor:
 
 def learned_logits(logits: Tensor, batch: Batch) -> Tensor:
     """[N, V]: of logits [B, T, V] those that predict the N learned tokens, in float32 at least."""
-    found = logits[:, :-1][learned(batch)]
-    return found if found.dtype == torch.float64 else found.float()
+    return widen(logits[:, :-1][learned(batch)])
 
 
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -55,8 +55,7 @@ def mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Of the learned tokens, from logits [B, T, V] and labels [B, T], in nats; in float32 at least."""
-    predicted = logits[:, :-1].flatten(0, 1)
-    predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+    predicted = widen(logits[:, :-1].flatten(0, 1))
     return nn.functional.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
