@@ -36,6 +36,7 @@ class Plan:
         self._slots: dict[str, tuple[Any, Method]] = {}
         self._chains: dict[str, list[Any]] = {name: [] for name in self.chains}
         self._undo = contextlib.ExitStack()
+        self._lasts = False
 
     def claim(self, slot: str, value: Any, owner: Method) -> None:
         """Write a slot, or raise `Conflict` naming both writers."""
@@ -73,8 +74,20 @@ class Plan:
         """Have `undo` called when the plan is closed."""
         self._undo.callback(undo)
 
+    @contextlib.contextmanager
+    def lasting(self) -> Iterator[None]:
+        """Have the plan serve several fits inside, and be used up by all of them together."""
+        self._lasts = True
+        try:
+            yield
+        finally:
+            self._lasts = False
+            self.close()
+
     def close(self) -> None:
-        """Undo and forget everything, latest first."""
+        """Undo and forget everything, latest first; not yet where it is lasting."""
+        if self._lasts:
+            return
         self._undo.close()
         self.__init__()  # type: ignore[misc]
 

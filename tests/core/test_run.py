@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from effbench.checks import toy_run
 from effbench.core.kinds import Train
-from effbench.core.run import RunLog
+from effbench.core.run import RunLog, TrainPlan
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 keys = st.text() | st.integers() | st.tuples(st.integers(), st.text()) | st.none()
@@ -70,3 +71,14 @@ def test_what_probes_share_is_computed_once_and_forgotten_when_the_model_changes
     assert calls == ["a", "b"]
     run.apply(Counted())
     assert run.share("a", lambda: 7) == 7
+
+
+def test_a_lasting_plan_serves_until_the_end_and_is_closed_then_whatever_happens():
+    plan, undone = TrainPlan(), []
+    plan.claim("precision", "half", Train)
+    plan.on_exit(lambda: undone.append(1))
+    with pytest.raises(ZeroDivisionError), plan.lasting():
+        plan.close()
+        assert plan.slot("precision") == "half" and not undone
+        raise ZeroDivisionError
+    assert plan.empty and undone == [1]
