@@ -277,11 +277,13 @@ def _check_tasks(tasks: Sequence[str] | None, data: DataSource) -> None:
 def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict[str, str]:
     """Digests of all that decides a cell's numbers and is not written in the cell itself. Raises `Usage`.
 
-    Source is digested from its roots: what opens a model, every probe that is taken, and every method with the
-    service of its kind. All rows of a table share the first two; `method.` and `files` are a row's own.
+    Source is digested from its roots: what opens a model, every probe that is taken, and every method, with those that
+    it calls itself and the services of their kinds. All rows of a table share the first two; `method.` and `files` are
+    a row's own.
     """
-    own = {f"method.{step.key}": digest_method(type(step).__module__, kind_of(type(step))) for step in recipe.steps}
-    files = [path for step in recipe.steps for path in _list_files(step)]
+    steps = [part for step in recipe.steps for part in (step, *step.parts)]
+    own = {f"method.{step.key}": digest_method(type(step).__module__, kind_of(type(step))) for step in steps}
+    files = [path for step in steps for path in _list_files(step)]
     if files:
         own["files"] = _joined(map(_file_digest, files))
     return digest_shared(taken, model, data) | own

@@ -56,6 +56,7 @@ class Method:
     provides: ClassVar[frozenset[str]] = frozenset()  # what later steps may ask for, in words
     follows: ClassVar[str] = ""  # what a step before it must provide, since the last fit
     trains: ClassVar[bool] = False  # True: acts through the fit that follows
+    blind: ClassVar[bool] = False  # True: chooses by prompts alone, of which it buys answers
     merges: ClassVar[bool] = False  # True: what it trains is absorbed by what stood there, at no cost afterwards
     stacks: ClassVar[bool] = False  # True: two of them may stand on one model, and both count
     sparsifies: ClassVar[bool] = False  # True: its field `sparsity` is the fraction of the weights that it sets to zero
@@ -148,6 +149,11 @@ class Method:
     def require_teacher(self, role: str) -> None:
         """Raise `Usage` naming this step if the role that teaches is that of the model that learns."""
         self.require(role != "model", "teacher='model' is the one that learns: it has nothing to teach itself")
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """Methods that it calls itself, which are part of what it does and hence of a cell's identity."""
+        return ()
 
     def files(self) -> tuple[Path, ...]:
         """Files this method reads; their digests are part of a cell's identity."""
