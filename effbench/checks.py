@@ -137,6 +137,15 @@ class ToyData(Data):
         return self._rows.flatten()[:limit]
 
 
+class ToyRun(ModelRun):
+    """A run on toy data, whose texts begin with prompts where a method asks for some."""
+
+    def apply(self, method: Method) -> None:
+        if method.blind and not any(example.prompt for example in self.data.pool):
+            self.data.pool = [dataclasses.replace(e, prompt=len(e.ids) // 4) for e in self.data.pool]
+        super().apply(method)
+
+
 def toy_run(
     architecture: str = "llama",
     seed: int = 0,
@@ -146,7 +155,7 @@ def toy_run(
 ) -> ModelRun:
     """A run on a toy model with toy data; `shape` holds entries of the configuration that differ."""
     build = functools.partial(toy, architecture, activation=activation, **(shape or {}))
-    return ModelRun(
+    return ToyRun(
         Source(name="toy", kind="folder", path=None, tokenizer=None, digest="toy"),
         build(),
         build,

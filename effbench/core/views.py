@@ -148,8 +148,11 @@ class Data(Protocol):
     def encode_prompt(self, text: str) -> list[int]:
         """What the tokenizer puts in front, and the text."""
 
-    def closed(self) -> AbstractContextManager[None]:
-        """Have whoever looks at held-out text inside be refused."""
+    def closed(self, *parts: str) -> AbstractContextManager[None]:
+        """Have whoever looks at held-out text inside be refused, or at what else is named of `PARTS`."""
+
+    def asking(self, labelled: list[Example] | None = None) -> AbstractContextManager[None]:
+        """Have whoever looks at answers of the pool inside be refused; `train` holds those that are known, if any."""
 
     def count_near_duplicates(self) -> int | None:
         """How many held-out documents share most of their words with one that is learned or chosen by."""

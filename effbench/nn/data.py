@@ -42,6 +42,7 @@ ASIDE = 2**16  # tokens that are read of the other parts, at most
 POOL = 2**23  # tokens that the pool holds, if there are so many; more where a fit takes more
 CHARACTERS = 8  # that are tokenised for each token wanted, at first
 MARGIN = 64  # tokens before a cut through a text that the cut may have changed
+WITHHELD = "an acquisition sees prompts whose answers nobody has told yet"
 # Documents of each part of the generated world and of the new task in it.
 TINY = {"train": 2000, "validation": 200, "target": 200, "calibration": 1000, "heldout": 400}
 TASK = {"train": 2000, "validation": 200, "target": 200, "calibration": 400, "heldout": 400}
@@ -104,7 +105,7 @@ class Data:
             self._parts |= carve(self._parts["train"])
         self._tokenizer = tokenizer
         self._examined = self
-        self._closed = False
+        self._closed: frozenset[str] = frozenset()
         self._made = made
         self._streams: dict[str, Stream] = {}
         self._train: list[Example] | None = None
@@ -186,17 +187,35 @@ class Data:
         return self._examined._read("heldout", ASIDE)
 
     @contextlib.contextmanager
-    def closed(self) -> Iterator[None]:
-        """Have whoever looks at held-out text inside be refused."""
-        self._closed = self._examined._closed = True
+    def closed(self, *parts: str) -> Iterator[None]:
+        """Have whoever looks at held-out text inside be refused, or at what else is named of `PARTS`."""
+        before = self._closed
+        self._closed = self._examined._closed = before | {"heldout", *parts}
         try:
             yield
         finally:
-            self._closed = self._examined._closed = False
+            self._closed = self._examined._closed = before
+
+    @contextlib.contextmanager
+    def asking(self, labelled: list[Example] | None = None) -> Iterator[None]:
+        """Have whoever looks at answers of the pool inside be refused; `train` holds those that are known, if any.
+
+        Calibration text is closed, too, as it may have been filled up with that of the pool.
+        """
+        before = self._train, self.reserve
+        self._train, self.reserve = labelled or None, []
+        try:
+            with self.closed("train", "calibration"):
+                yield
+        finally:
+            self._train, self.reserve = before
 
     def _look_at(self, part: str) -> None:
-        if part == "heldout" and self._closed:
+        if part not in self._closed:
+            return
+        if part == "heldout":
             raise Refused("held-out text is what the model is measured on: a selection must not look at it")
+        raise Refused(f"{WITHHELD}, and must not look at the {part} part")
 
     def count_near_duplicates(self) -> int | None:
         """How many held-out documents share most of their words with one that is learned or chosen by.

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from effbench.core.errors import Unsupported
+from effbench.nn.train.unlabelled import withhold
 
 if TYPE_CHECKING:
     from effbench.core.kinds import Select
     from effbench.core.run import Run
     from effbench.core.views import Example
 
+    Show = Callable[[list[Example]], list[Example]]
+
 
 def apply(run: Run, method: Select) -> None:
     """Rank what earlier selections left and cut it. Raises `Unsupported` where nothing is left, `Refused` for a
-    selection that looks at held-out text."""
+    selection that looks at held-out text, or at answers where it chooses by prompts alone."""
     data, first = run.data, not run.log.selected
     share = method.keep if method.keep is not None else method.usual if first else None
     number = len(data.train) if share is None else max(1, round(share * len(data.pool)))
-    with data.closed():
-        chosen, rest = _choose(run, method, number)
+    found, reserve = data.train, data.reserve
+    show: Show = withhold if method.blind else list
+    with data.asking() if method.blind else data.closed():
+        chosen, rest = _choose(run, method, number, found, reserve, show)
         if not chosen:
             raise Unsupported(f"{method}: nothing was selected")
-        weights = method.weigh(chosen, run)
+        weights = method.weigh(show(chosen), run)
     if weights is not None:
         chosen = [dataclasses.replace(e, weight=float(w)) for e, w in zip(chosen, weights, strict=True)]
     data.train, data.reserve = chosen, rest
@@ -32,14 +38,15 @@ def apply(run: Run, method: Select) -> None:
     run.log.chosen[method.label] = [[example.id, example.weight] for example in chosen]
 
 
-def _choose(run: Run, method: Select, number: int) -> tuple[list[Example], list[Example]]:
-    """So many examples, and what is ranked behind them."""
-    found, reserve = run.data.train, run.data.reserve
+def _choose(
+    run: Run, method: Select, number: int, found: list[Example], reserve: list[Example], show: Show
+) -> tuple[list[Example], list[Example]]:
+    """So many examples, and what is ranked behind them; the method sees what `show` makes of them."""
     if not method.admits:
         more = max(0, number - len(found))  # it is told to keep more than there is: the next of the earlier ranking
         found, reserve = [*found, *reserve[:more]], reserve[more:]
-        ranked = [found[place] for place in method.order(found, run)]
+        ranked = [found[place] for place in method.order(show(found), run)]
         return ranked[:number], [*ranked[number:], *reserve]
     examples = [*found, *reserve]  # what is turned away is filled up from the reserve
-    places = list(itertools.islice(method.admit(examples, run), number))
+    places = list(itertools.islice(method.admit(show(examples), run), number))
     return [examples[place] for place in places], examples[places[-1] + 1 :] if len(places) == number else []
