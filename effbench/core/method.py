@@ -285,10 +285,7 @@ class Method:
         raise NotImplementedError
 
     def on_step(self, run: Run) -> None:
-        """Called once per optimizer step: after it, before gradients are cleared, gradients unscaled.
-
-        A step that the precision skipped has no gradients.
-        """
+        """Called once per optimizer step: after it, before gradients are cleared, gradients unscaled."""
         raise NotImplementedError
 
 

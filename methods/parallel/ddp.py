@@ -87,3 +87,11 @@ class DDP(Train, Parallel):
         distributed.all_reduce(flat)
         for parameter, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
+
+    def agree(self, finite: bool) -> bool:
+        return not self.merge({"overflowed": float(not finite)})["overflowed"]
+
+    def largest(self, values: Tensor) -> Tensor:
+        if self.ranks > 1:
+            distributed.all_reduce(values, distributed.ReduceOp.MAX)
+        return values

@@ -138,8 +138,7 @@ class AdaLoRA(LowRank):
     def follow(self, linears: dict[str, SVDLinear], state: dict[str, Any]) -> None:
         """Average sensitivity and uncertainty of every weight; weights are those after the step, gradients before."""
         for name, weight in _weights(linears):
-            if weight.grad is None:  # a step that the precision has skipped
-                continue
+            assert weight.grad is not None
             sensitivity, uncertainty = (
                 state.setdefault(what, {}).get(name, torch.zeros_like(weight)).to(weight.device)
                 for what in ("sensitivity", "uncertainty")

@@ -11,19 +11,25 @@
                 draw, parallel.shard     examples of this process
                 batch                    examples to tensors, in `accumulate` parts, as precision.forward computes
                 tally                    what methods counted of the parts, summed over parts and data ranks
-                for each part:
-                    precision.forward    a context of its own
-                    loss                 terms of methods; cross-entropy unless one has claimed `train.loss`
-                    precision.scale, backward
-                gradients of weights held at zero are zeroed
-                parallel.reduce
-                precision.unscale        or the step is skipped
+                until it is taken:
+                    for each part:
+                        precision.forward    a context of its own
+                        loss             terms of methods; cross-entropy unless one has claimed `train.loss`
+                        precision.scale, backward
+                    gradients of weights held at zero are zeroed
+                    parallel.reduce
+                    precision.unscale    whether they are finite here
+                    parallel.agree       whether they are on all processes, else the pass is skipped
+                    precision.settle
                 parallel.clip, optimizer step
                 weights held at zero are zeroed again
                 on_step                  before gradients are cleared
 
 A term is a mean over the learned tokens of the part that it was computed on. Parts count by their share of the learned
 tokens of the whole step, over all ranks, so that it does not matter how a step is cut.
+
+A step whose pass is skipped is taken again, from the same examples and the same chance: neither schedule, optimizer,
+`run.step` nor sampler moves, and no hook but `loss` sees it twice.
 
 Trained tensors that the model keeps in a 16-bit type are float32 inside, because steps below its resolution add up only
 so; what the model computes with is then rounded by autocast, unless the slot `precision` says how.
@@ -63,6 +69,7 @@ if TYPE_CHECKING:
 
 
 COUNTS = ("tokens", "skipped", "seconds")
+PASSES = 1000  # of one step, at most; a precision that scales gives up long before
 
 
 class Loop:
@@ -76,7 +83,7 @@ class Loop:
         self.number = len(run.log.fits)  # of this fit in the run
         self.lines: list[dict[str, Any]] = []  # of the log: a step each
         self.tokens = 0  # learned
-        self.skipped = 0  # steps
+        self.skipped = 0  # passes
         self.seconds = 0.0
         self.drawn: set[int] = set()
         self.resumed: list[int] = []  # steps after which it went on from a checkpoint
@@ -193,24 +200,25 @@ class Loop:
             group["lr"] = peak * factor
         places = self.sampler.draw(now.index, settings.batch_size)
         parts = list(self._read(self.parallel.shard(range(len(places))), places))
-        self.meter.read(parts)
         counts = [sum_weights(batch) for batch in parts]
         learned, tokens = self._total(parts, counts)
         if not learned:
             raise Unsupported(f"all labels of step {now.index + 1} are masked: there is nothing to learn")
-        losses = torch.zeros(2, len(places), dtype=torch.float64) if hasattr(self.sampler, "seen") else None
-        terms: dict[str, float] = {}
-        watched: dict[str, float] = {}
-        for batch, count in zip(parts, counts, strict=True):
-            if count:
-                for into, found in zip((terms, watched), self._backward(batch, count / learned, losses), strict=True):
-                    for name, value in found.items():
-                        into[name] = into.get(name, 0.0) + value
-        terms = self.parallel.merge(terms)
-        watched = self.parallel.merge(watched) if self.names else watched
-        loss = sum(terms.values())
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {now.index + 1} of {now.total}")
+        chance = self._get_chance()
+        skipped = self.skipped
+        while True:
+            losses = torch.zeros(2, len(places), dtype=torch.float64) if hasattr(self.sampler, "seen") else None
+            self.meter.read(parts)
+            terms, watched = self._differentiate(parts, [count / learned for count in counts], losses)
+            loss = sum(terms.values())
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at step {now.index + 1} of {now.total}")
+            if self._bring_back():
+                break
+            self.skipped += 1
+            if self.skipped - skipped == PASSES:
+                raise Diverged(f"step {now.index + 1} of {now.total} was skipped {PASSES} times")
+            self._set_chance(chance)
         self._update()
         for method in plan.chain("on_step"):
             method.on_step(run)
@@ -226,7 +234,9 @@ class Loop:
             "terms": terms,
             "lr": self.peaks[0] * factor,
             "tokens": int(tokens),
-        } | ({"watched": watched} if watched else {})
+            **({"watched": watched} if watched else {}),
+            **({"skipped": self.skipped - skipped} if self.skipped > skipped else {}),
+        }
 
     def _read(self, mine: Sequence[int], places: Sequence[int]) -> Iterator[Batch]:
         """The examples of a step at `mine`, in parts, as tensors; `example` numbers those of the whole step."""
@@ -244,6 +254,19 @@ class Loop:
                     batch = method.batch(batch, run)
             number = torch.tensor([*part, -1], device=run.device)  # the last for padding, which is at -1
             yield batch | {"example": number[batch["example"]]}
+
+    def _differentiate(
+        self, parts: Sequence[Batch], shares: Sequence[float], losses: Tensor | None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Add the gradients of all parts; gives terms and what is watched, of the whole step and all data ranks."""
+        terms: dict[str, float] = {}
+        watched: dict[str, float] = {}
+        for batch, share in zip(parts, shares, strict=True):
+            if share:
+                for into, found in zip((terms, watched), self._backward(batch, share, losses), strict=True):
+                    for name, value in found.items():
+                        into[name] = into.get(name, 0.0) + value
+        return self.parallel.merge(terms), self.parallel.merge(watched) if self.names else watched
 
     def _backward(self, batch: Batch, share: float, losses: Tensor | None) -> tuple[dict[str, float], dict[str, float]]:
         """Add the gradients of a part that holds this share of the learned tokens.
@@ -271,16 +294,22 @@ class Loop:
         told, seen = ({name: float(v.detach()) * share for name, v in values.items()} for values in (terms, watched))
         return told, seen
 
-    def _update(self) -> None:
-        """The optimizer's step on the gradients that there are, or none where the precision says so."""
+    def _bring_back(self) -> bool:
+        """Have the gradients of the whole step, unscaled; False, and no gradients, where they overflowed anywhere."""
         for module, mask in self.held:
             if module.weight.grad is not None:
                 module.weight.grad.mul_(mask)
         self.parallel.reduce(self.parameters)
-        if not self.precision.unscale(self.parameters, self.run):
-            self.skipped += 1
-            self.optimizer.zero_grad(set_to_none=True)  # hooks meet no gradient that overflowed
-            return
+        taken = self.precision.unscale(self.parameters, self.run)
+        if type(self.precision).unscale is not Precision.unscale:  # which never says no: nothing is to be asked
+            taken = self.parallel.agree(taken)
+        self.precision.settle(taken, self.run)
+        if not taken:
+            self.optimizer.zero_grad(set_to_none=True)
+        return taken
+
+    def _update(self) -> None:
+        """The optimizer's step."""
         if self.settings.clip is not None:
             self.parallel.clip(self.parameters, self.settings.clip)
         self.optimizer.step()
@@ -326,6 +355,18 @@ class Loop:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond: it looks for devices
         if self.run.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    def _get_chance(self) -> tuple[Tensor, Tensor | None]:
+        """Where torch's generators stand: the processor's, and the device's where it is another."""
+        cuda = self.run.device.type == "cuda"
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.run.device) if cuda else None
+
+    def _set_chance(self, chance: tuple[Tensor, Tensor | None]) -> None:
+        """Have torch's generators stand where they stood."""
+        own, device = chance
+        torch.set_rng_state(own)
+        if device is not None:
+            torch.cuda.set_rng_state(device, self.run.device)
 
     def _step_out(self) -> None:
         self.run.step = None

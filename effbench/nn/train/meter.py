@@ -37,7 +37,7 @@ class Meter:
         self._milliseconds: list[float] = []
         self._saved = 0
         self._flops: int | None = None
-        self._tokens = 0  # that the step read which is looked into
+        self._tokens = 0  # that the step read which is looked into, in all of its passes
         self._alone = contextlib.ExitStack()
         self.earlier = {"seconds": 0.0, "joules": 0.0}  # spent before a checkpoint that the fit goes on from
         self._waited = 0.0  # seconds, for the machine
@@ -64,9 +64,9 @@ class Meter:
         return line
 
     def read(self, parts: Sequence[Batch]) -> None:
-        """Take note of what a step reads in this process: all tokens, prompts too, but no padding."""
+        """Take note of what a pass reads in this process: all tokens, prompts too, but no padding."""
         if self._looking:
-            self._tokens = sum(int((batch["example"] >= 0).sum()) for batch in parts)
+            self._tokens += sum(int((batch["example"] >= 0).sum()) for batch in parts)
 
     @contextlib.contextmanager
     def forward(self, parameters: Sequence[Tensor]) -> Iterator[None]:

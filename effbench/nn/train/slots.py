@@ -30,8 +30,17 @@ class Precision:
         return loss
 
     def unscale(self, parameters: Sequence[nn.Parameter], run: Run) -> bool:
-        """Bring gradients back to those of the loss, before they are clipped; False: this step is to be skipped."""
+        """Bring gradients back to those of the loss, before they are clipped; whether those of this process are finite.
+
+        A step is skipped where any process says no. It is then taken again, with the same examples and the same chance.
+        """
         return True
+
+    def settle(self, taken: bool, run: Run) -> None:
+        """Told of each pass whether its gradients are used: all processes decide alike, and so all scale alike.
+
+        Raises `Diverged` where nothing is left to try.
+        """
 
 
 class Rounded(Precision):
@@ -80,6 +89,14 @@ class Parallel:
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients over all data ranks."""
+
+    def agree(self, finite: bool) -> bool:
+        """Whether the gradients of every process are finite, data ranks or not; all of them ask."""
+        return finite
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each of these numbers [N] over all processes that hold (parts of) the same modules."""
+        return values
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
         """Shorten the gradients to a norm of at most `most`, over all tensors wherever they lie."""

@@ -53,6 +53,12 @@ def test_ranks_are_bit_equal_also_where_they_drop_different_units(ranks: list[An
     assert not torch.equal(first["model.decoder.layers.0.fc1.weight"], moved.model.model.decoder.layers[0].fc1.weight)
 
 
+def test_what_overflows_on_one_rank_is_skipped_on_all(ranks: list[Any]) -> None:
+    (first, told), (second, report) = (results["skipped"] for results, *_ in ranks)
+    assert told["skipped"] == report["skipped"] == two_ranks.SETTINGS.steps
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_killed_ranks_go_on_from_the_last_step_that_all_have_written(ranks: list[Any]) -> None:
     for _, whole, resumed, report in ranks:
         assert report["resumed"] == [2]

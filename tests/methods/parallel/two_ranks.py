@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from effbench.checks import toy_run
 from effbench.core.kinds import Train
@@ -24,6 +26,7 @@ from effbench.nn.train.checkpoint import agree
 from effbench.nn.train.fit import fit
 from effbench.nn.train.samplers import InOrder
 from effbench.nn.train.settings import FitSettings
+from effbench.nn.train.slots import Precision
 
 SETTINGS = FitSettings(steps=4, lr=1e-3, batch_size=8, schedule="constant", warmup=0.0, max_length=32)
 
@@ -49,6 +52,34 @@ class Ordered(Train):
         return InOrder(len(examples))
 
 
+class Overflowing(Precision):
+    """Gradients of the first pass of every step overflow, on one process alone."""
+
+    def __init__(self) -> None:
+        self.told: list[bool] = []
+
+    def unscale(self, parameters: Sequence[nn.Parameter], run: Run) -> bool:
+        last = distributed.get_rank() == 1 if distributed.is_initialized() else True
+        if last and (not self.told or self.told[-1]):
+            assert parameters[0].grad is not None
+            parameters[0].grad.view(-1)[0] = math.inf
+            return False
+        return True
+
+    def settle(self, taken: bool, run: Run) -> None:
+        self.told.append(taken)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipping(Train):
+    """Has every step taken twice."""
+
+    claims: ClassVar = ("train.precision",)
+
+    def slot_values(self) -> dict[str, Any]:
+        return {"precision": Overflowing()}
+
+
 CASES: dict[str, tuple[str, list[Train], dict[str, Any]]] = {
     "eight": ("llama", [], {"clip": 1.0}),
     "accumulated": ("llama", [], {"accumulate": 2, "clip": 0.1}),
@@ -56,6 +87,7 @@ CASES: dict[str, tuple[str, list[Train], dict[str, Any]]] = {
     "three": ("llama", [], {"batch_size": 3}),
     "one": ("llama", [], {"batch_size": 1}),
     "unlearned": ("llama", [Masking()], {"batch_size": 2}),
+    "skipped": ("llama", [Skipping()], {"clip": 0.1}),
     "short": ("llama", [Ordered()], {"batch_size": 4}),
     "written": ("llama", [GKD(lmbda=0.5, alpha=0.5, new_tokens=4, prompt_tokens=3)], {"accumulate": 2}),
     "rewarded": ("llama", [MiniLLM(new_tokens=4, prompt_tokens=3, epochs=2)], {"batch_size": 5, "accumulate": 2}),

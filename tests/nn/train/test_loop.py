@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from toys_training import fit, seen
 
 from effbench.checks import TOYS, toy_run
-from effbench.core.errors import Conflict, Unsupported
+from effbench.core.errors import Conflict, Diverged, Unsupported
 from effbench.core.kinds import Train
 from effbench.core.recipe import parse, parse_step
 from effbench.core.run import Run
@@ -121,8 +122,6 @@ class Instead(Train):
 
 
 def log_of(run: ModelRun, folder: Path) -> list[dict[str, Any]]:
-    import json
-
     run.folder = folder
     fit(run, steps=2)
     return [json.loads(line) for line in (folder / "fit-1.jsonl").read_text().splitlines()]
@@ -153,21 +152,26 @@ def test_a_method_may_stand_in_the_place_of_the_cross_entropy(tmp_path: Path) ->
 
 
 class Doubled(Precision):
-    """Scales the loss, and skips every other step."""
+    """Scales the loss, and skips the first passes of every other step, whose gradients it spoils."""
 
-    def __init__(self) -> None:
-        self.scaled: list[float] = []
-        self.norms: list[float] = []
+    def __init__(self, passes: int = 2) -> None:
+        self.passes = passes
+        self.told: list[tuple[int, bool]] = []
 
     def scale(self, loss: Tensor, run: Run) -> Tensor:
-        self.scaled.append(float(loss))
         return loss * 1024
 
     def unscale(self, parameters: Any, run: Run) -> bool:
         assert run.step is not None
+        index = run.step.index
+        finite = index % 2 == 0 or sum(step == index for step, _ in self.told) == self.passes
         for parameter in parameters:
-            parameter.grad.div_(1024)
-        return run.step.index % 2 == 0
+            parameter.grad.div_(1024 if finite else 0)
+        return finite
+
+    def settle(self, taken: bool, run: Run) -> None:
+        assert run.step is not None
+        self.told.append((run.step.index, taken))
 
 
 def claiming(**values: Any) -> Train:
@@ -181,15 +185,74 @@ def claiming(**values: Any) -> Train:
     return Claiming()
 
 
-def test_a_scaled_loss_trains_alike_and_skipped_steps_are_counted() -> None:
-    run, alone = toy_run(), toy_run()
-    run.apply(claiming(precision=Doubled()))
-    missing: list[bool] = []
-    seen(run, lambda run: missing.append(all(p.grad is None for p in run.model.parameters())))
-    report = fit(run, steps=2, clip=1.0)
-    fit(alone, steps=1, clip=1.0)
-    assert distance(run, alone) < 1e-6 and report["skipped"] == 1
-    assert missing == [False, True]
+class Counted(Shuffled):
+    """Counts what is asked of it and what it is told."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        super().__init__(size, seed)
+        self.drawn: list[int] = []
+        self.losses: list[float] = []
+
+    def draw(self, step: int, batch_size: int) -> list[int]:
+        self.drawn.append(step)
+        return super().draw(step, batch_size)
+
+    def seen(self, places: Any, losses: Tensor) -> None:
+        self.losses.extend(losses.tolist())
+
+
+def reading(sampler: Shuffled) -> Train:
+    @dataclasses.dataclass(frozen=True)
+    class Reading(Train):
+        def sampler(self, examples: Any, run: Run) -> Shuffled:
+            return sampler
+
+    return Reading()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_skipped_step_is_taken_again_to_the_same_bits(accumulate: int, tmp_path: Path) -> None:
+    # OPT drops out; a factor of 1024 changes no bit of the gradients.
+    runs, samplers, lines, reports = [], [], [], []
+    for precision in (Precision(), doubled := Doubled()):
+        run = toy_run("opt")
+        sampler = Counted(len(run.data.train), run.seed)
+        run.apply(claiming(precision=precision))
+        run.apply(reading(sampler))
+        present: list[bool] = []
+        seen(run, lambda run, present=present: present.append(any(p.grad is not None for p in run.model.parameters())))
+        run.folder = tmp_path / str(len(runs))
+        report = fit(run, steps=4, clip=0.1, schedule="cosine", accumulate=accumulate, weight_decay=0.1)
+        text = (run.folder / "fit-1.jsonl").read_text()
+        lines.append([json.loads(line) for line in text.splitlines()])
+        runs.append(run), samplers.append(sampler), reports.append(report)
+        assert present == [True] * 4
+    plain, scaled = runs
+    assert distance(plain, scaled) == 0
+    assert doubled.told == [(0, True), *[(1, False)] * 2, (1, True), (2, True), *[(3, False)] * 2, (3, True)]
+    assert samplers[0].drawn == samplers[1].drawn == [0, 1, 2, 3]
+    assert samplers[0].losses == samplers[1].losses and len(samplers[0].losses) == 16
+    assert [line.get("skipped") for line in lines[1]] == [None, 2, None, 2] and reports[1]["skipped"] == 4
+    for key in ("loss", "lr", "tokens"):
+        assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
+    assert "skipped" not in reports[0] and reports[0]["tokens"] == reports[1]["tokens"]
+
+
+def test_a_step_is_not_taken_again_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effbench.nn.train.loop.PASSES", 3)
+    run = toy_run()
+    run.apply(claiming(precision=Doubled(passes=5)))
+    with pytest.raises(Diverged, match="step 2 of 2 was skipped 3 times"):
+        fit(run, steps=2)
+
+
+def test_passes_that_are_skipped_cost_and_read() -> None:
+    costs = []
+    for precision in (Precision(), Doubled()):
+        run = toy_run()
+        run.apply(claiming(precision=precision))
+        costs.append(fit(run, steps=8)["cost"]["flops_per_token"])
+    assert costs[0] == costs[1]
 
 
 def test_activations_and_parallel_are_read() -> None:
