@@ -62,7 +62,8 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
             _apply(recipe.trained_part if job.rank else recipe, run, findings)
             if not job.rank:
                 run.finish(recipe_is_empty=not recipe.steps)
-                simulated = any(getattr(module, "simulated", False) for module in run.model.modules())
+                emulates = any(getattr(module, "simulated", False) for module in run.model.modules())
+                simulated = emulates or log.simulated
                 _measure(run, job, gate, findings)
         finally:
             run.close()

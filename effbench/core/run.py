@@ -255,6 +255,7 @@ class RunLog:
     densified: list[str] = dataclasses.field(default_factory=list)  # linears whose held zeros were given up
     decoded: list[str] = dataclasses.field(default_factory=list)  # probes for which packed linears were decoded once
     energy: str | None = None  # why energy was not measured
+    simulated: bool = False  # whether a fit emulated what the device cannot compute
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # a method's own remarks
 
     def to_json(self) -> dict[str, Any]:
