@@ -40,9 +40,9 @@ class Keep(torch.autograd.Function):
 class Checkpointing(Train, Activations):
     """Gradients are those of the plain fit, dropout included.
 
-    Segments of blocks keep their inputs alone and cost one more forward pass. Of n blocks in segments of k, n / k inputs
-    are kept and the activations of k blocks at a time: least at k = √n. Selective recomputation (arXiv:2205.05198)
-    keeps queries, keys and values, computes what attention makes of them again, and nothing else.
+    Segments of blocks keep their inputs alone and cost one more forward pass. Of n blocks in segments of k, n / k
+    inputs are kept and the activations of k blocks at a time: least at k = √n. Selective (arXiv:2205.05198) keeps
+    queries, keys and values, computes what attention makes of them again, and nothing else.
     """
 
     paper = "arXiv:1604.06174"

@@ -59,6 +59,17 @@ def test_what_overflows_on_one_rank_is_skipped_on_all(ranks: list[Any]) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_scales_of_8_bit_floats_are_made_of_the_largest_numbers_of_all_ranks(ranks: list[Any]) -> None:
+    alone, _ = two_ranks.scale(1)
+    (first, _), (second, _) = (results["scaled"] for results, *_ in ranks)
+    assert torch.equal(first["history"], second["history"]) and torch.equal(first["scale"], second["scale"])
+    steps = two_ranks.SETTINGS.steps
+    assert torch.allclose(
+        first["history"][:, steps - 1], alone["history"][:, steps - 1], rtol=1e-6
+    )  # of the first step
+    assert (first["history"][:, :steps] > 0).all() and (first["scale"] != 1).all()
+
+
 def test_killed_ranks_go_on_from_the_last_step_that_all_have_written(ranks: list[Any]) -> None:
     for _, whole, resumed, report in ranks:
         assert report["resumed"] == [2]

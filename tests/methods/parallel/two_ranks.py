@@ -21,6 +21,7 @@ from effbench.core.views import Example
 from effbench.methods.distill.gkd import GKD
 from effbench.methods.distill.minillm import MiniLLM
 from effbench.methods.parallel.ddp import DDP
+from effbench.methods.precision.fp8 import FP8
 from effbench.nn.run import ModelRun
 from effbench.nn.train.checkpoint import agree
 from effbench.nn.train.fit import fit
@@ -116,6 +117,15 @@ def train(name: str, ranks: int) -> tuple[dict[str, Tensor], FitReport]:
     return {key: value.detach().clone() for key, value in run.model.named_parameters()}, report
 
 
+def scale(ranks: int) -> tuple[dict[str, Tensor], FitReport]:
+    """The scales of 8-bit floats, what they are made of, and the report, after a fit whose parts are unlike in size."""
+    run = prepare("llama")
+    for method in [fp8 := FP8(), *([DDP(ranks=ranks)] if ranks > 1 else [])]:
+        run.apply(method)
+    report = fit(run, SETTINGS)
+    return {key: value.clone() for key, value in run.state(fp8).items()}, report
+
+
 class Killed(Exception):
     """Stands for a kill."""
 
@@ -150,7 +160,7 @@ def work(rank: int, store: str, folder: str) -> None:
     """Do all cases as one of two ranks and write down what came of them."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
-    results = {name: train(name, 2) for name in CASES}
+    results = {name: train(name, 2) for name in CASES} | {"scaled": scale(2)}
     run = toy_run("opt")  # which has dropout
     run.apply(DDP())
     fit(run, SETTINGS)
