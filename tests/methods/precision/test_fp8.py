@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from effbench import ops
 from effbench.checks import toy_run
 from effbench.core.errors import Diverged, Unsupported, Usage
-from effbench.core.kinds import Train
 from effbench.core.recipe import parse, parse_step
 from effbench.core.run import Step
 from effbench.methods.precision.fp8 import FP8, Delayed, next_scale
@@ -245,16 +243,14 @@ def test_what_is_computed_again_is_the_same(policy: str) -> None:
 def test_an_infinity_that_saturates_is_not_hidden() -> None:
     """Every number after the cast is finite, and so is the loss."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Spoiled(Train):
-        def loss(self, batch: Any, out: Any, run: Any) -> dict[str, Tensor]:
-            if run.step.index == 1:
-                out.logits.register_hook(lambda g: torch.full_like(g, math.inf))
-            return {}
-
     run = toy_run()
     run.apply(FP8())
-    run.apply(Spoiled())
+
+    def spoil(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if run.step is not None and run.step.index == 1:
+            output.register_hook(lambda gradient: gradient.clamp(min=math.inf))
+
+    run.model.model.layers[0].mlp.down_proj.register_forward_hook(spoil)
     with pytest.raises(Diverged, match="rounded to 8 bits are not finite at step 2"):
         fit(run)
 
