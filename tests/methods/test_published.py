@@ -27,8 +27,9 @@ def find_unnamed(recipe: Recipe) -> list[str]:
     Where there is no published recipe, the method's own defaults stand in for it, and its caveats have to say why.
     """
     key, *tokens = recipe.name.split("-")
-    if key not in registry.catalog():
-        return []
+    keys = [step.key for step in recipe.steps]
+    if key not in registry.catalog() or (key not in keys and any(own.startswith(f"{key}_") for own in keys)):
+        return []  # a method that begins with it: fp8-row is fp8_weight's
     values = {spell(name, value) for step in recipe.steps for name, value in dataclasses.asdict(step).items()}
     if not values.issuperset(tokens):
         return []  # the name says what differs

@@ -216,3 +216,18 @@ def test_formats_are_as_the_table_has_them(
     # All of the exponents count, but for the last where it is kept for infinities: E4M3 has none, and 1.75 for it.
     top = (2 - 2 * info.eps) * 2.0 ** (bias + 1) if dtype == torch.float8_e4m3fn else (2 - info.eps) * 2.0**bias
     assert info.max == top
+
+
+@pytest.mark.parametrize("steps", ["fp16(scale=1e9)", "fp8()"])
+def test_each_of_several_rates_begins_with_the_first_scale(steps: str) -> None:
+    runs = []
+    for rates in ((3e-3, 1e-3), (1e-3, 3e-3)):
+        run = prepared(steps)
+        report = fit(run, lr=rates)
+        alone = prepared(steps)
+        expected = fit(alone, lr=report["lr"])
+        assert report.get("skipped") == expected.get("skipped") and report["loss_last"] == expected["loss_last"]
+        runs += [run, alone]
+    parameters = [list(run.model.parameters()) for run in runs]
+    for others in parameters[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(parameters[0], others, strict=True))
