@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from toys_training import fit, seen
 
 from effbench.checks import _stop_after, _Stopped, toy_run
@@ -175,3 +177,17 @@ def test_a_resume_restores_scale_and_count(tmp_path: Path, monkeypatch: pytest.M
 def test_bad_settings_are_wrong_usage(setting: str) -> None:
     with pytest.raises(Usage, match="must be at least 1"):
         parse_step(f"fp16({setting})")
+
+
+def test_of_sharded_gradients_a_rank_brings_back_its_own(tmp_path: Path) -> None:
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+        for value, finite in ((1024.0, True), (float("inf"), False)):
+            weight.grad = distribute_tensor(torch.full((4, 3), value), mesh, [Shard(0)])
+            assert Scaling(FP16(scale=1024.0)).unscale([weight], toy_run()) == finite
+            assert (weight.grad.to_local() == value / 1024).all()
+    finally:
+        distributed.destroy_process_group()
