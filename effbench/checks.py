@@ -132,6 +132,7 @@ class ToyData(Data):
         self._rows = torch.randint(1, VOCABULARY, (64, 32), generator=generator)
         self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(self._rows.tolist())]
         self.validation = [Example(f"v{i}", tuple(row)) for i, row in enumerate(self._rows.flip(1)[:8].tolist())]
+        self.target = [Example(f"t{i}", tuple(row)) for i, row in enumerate(self._rows.flip(0, 1)[:4].tolist())]
 
     def ids(self, part: str, limit: int | None = None) -> Tensor:
         return self._rows.flatten()[:limit]

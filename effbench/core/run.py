@@ -390,6 +390,13 @@ class Run(abc.ABC):
             self.train.close()
             self.train = outer
 
+    @abc.abstractmethod
+    def aside(self, name: str, seed: int | None = None) -> AbstractContextManager[None]:
+        """Steps and fits inside leave no trace: the run is afterwards what it was, whatever they did to it.
+
+        Their checkpoints lie in a folder of this name. They may draw from another `seed`. Raises as `remember`.
+        """
+
     def attach(self, method: Method) -> None:
         """Put a method's slots and hooks into the plans."""
         plans = {plan.name: plan for plan in (self.train, self.infer)}

@@ -181,6 +181,10 @@ class Data:
         """Examples of what the model is to become good at; selectors may look at them."""
         return self._read("target", ASIDE)
 
+    @target.setter
+    def target(self, examples: list[Example]) -> None:
+        self._streams["target"] = Stream((), examples)
+
     @property
     def unseen(self) -> list[Example]:
         """Held-out examples of what is trained on, for probes alone."""

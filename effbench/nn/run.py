@@ -169,6 +169,25 @@ class ModelRun(Run):
 
         return restore
 
+    @contextlib.contextmanager
+    def aside(self, name: str, seed: int | None = None) -> Iterator[None]:
+        restore = self.remember()
+        outer = {key: getattr(self, key) for key in ("model", "seed", "folder", "teacher", "watched", "step")}
+        waiting, trained = set(self.waiting), [(entry, entry.trained) for entry in self._swapped]
+        self.seed = self.seed if seed is None else seed
+        self.folder = None if self.folder is None else self.folder / name
+        try:
+            with self.own_fits():
+                yield
+        finally:
+            vars(self).update(outer)
+            restore()
+            self.waiting.clear()
+            self.waiting.update(waiting)
+            for entry, was in trained:
+                entry.trained = was
+            self._shared.clear()
+
     def settle(self) -> None:
         trained = [entry for entry in self._swapped if entry.trained]
         lost: dict[str, list[Merged]] = {}

@@ -47,9 +47,14 @@ def measure_losses(run: Run, model: Any, examples: Sequence[Example]) -> Tensor:
     return losses
 
 
-def list_words(run: Run, example: Example) -> list[str]:
-    """The words of an example, as its tokens spell them."""
+def spell(run: Run, example: Example) -> str:
+    """The text of an example, as its tokens spell it; their numbers where there is no tokenizer."""
     if run.tokenizer is None:
-        return [str(token) for token in example.ids]
+        return " ".join(map(str, example.ids))
     text: str = run.tokenizer.decode(list(example.ids), skip_special_tokens=True)
-    return text.split()
+    return text
+
+
+def list_words(run: Run, example: Example) -> list[str]:
+    """The words of an example."""
+    return spell(run, example).split()
