@@ -14,6 +14,5 @@ Aim = Literal["target", "validation"]
 def find_target(method: Select, run: Run, aim: Aim) -> list[Example]:
     """The examples of the part aimed at. Raises `Usage` where the data has none."""
     examples = run.data.target if aim == "target" else run.data.validation
-    other = "validation" if aim == "target" else "target"
-    method.require(bool(examples), f"{run.data.name} has no {aim} part to aim at: give data= that has one, or aim={other!r}")
+    method.require(bool(examples), f"{run.data.name} has no {aim} part to aim at: give data= that has one")
     return examples

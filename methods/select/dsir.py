@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class DSIR(Select):
         self.require(min(self.ngrams, self.buckets) > 0, "ngrams and buckets must be at least 1")
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
-        chance = torch.Generator().manual_seed(run.seed)
+        chance = torch.Generator().manual_seed(zlib.crc32(f"{run.seed}/dsir".encode()))
         uniform = torch.rand(len(examples), generator=chance, dtype=torch.float64)
         return self.weigh_up(examples, run) - (-uniform.clamp(min=1e-300).log()).log()  # plus Gumbel noise
 

@@ -48,7 +48,7 @@ class Influence(Select):
     )
     type = "data selection"
     usual = 0.2
-    trials = ({}, {"hessian": "cg", "roles": ("v",), "sample": 4, "damping": 1.0})
+    trials = ({}, {"hessian": "cg", "roles": ("v",), "sample": 4, "damping": 100.0})
 
     hessian: Literal["identity", "exact", "cg"] = "identity"  # exact: written out; cg: by conjugate gradients (3)
     damping: float = 0.01  # is added to the diagonal of the Hessian
@@ -115,7 +115,11 @@ def find_solution(multiply: Callable[[Tensor], Tensor], vector: Tensor) -> Tenso
         product = multiply(direction)
         along = direction @ product
         if along <= 0:
-            raise Unsupported("the loss curves downwards, so that influences have no meaning: give a larger damping=")
+            down = float(-along / (direction @ direction))
+            raise Unsupported(
+                f"the loss curves downwards by {down:.2g} where it was looked at, so that influences have no meaning: "
+                "give a damping= that is larger by more than that"
+            )
         step = (rest @ rest) / along
         x = x + step * direction
         new = rest - step * product

@@ -109,7 +109,7 @@ def find_matrices(run: Run, blocks: int, roles: Sequence[str]) -> list[Matrix]:
         elif role == "qkv":
             found += [Matrix(path, module, _find_rows(view, block, module, part)) for part in "qkv" if part in roles]
     if not found:
-        raise Unsupported(f"the last {blocks} blocks have no linear of the roles {', '.join(roles)} that may be touched")
+        raise Unsupported(f"the last {blocks} blocks have no linear of roles {', '.join(roles)} that may be touched")
     return found
 
 
@@ -124,12 +124,12 @@ def mean_loss(logits: Tensor, batch: Batch) -> Tensor:
     return average(token_losses(logits, batch), batch)
 
 
-def mean_margin(logits: Tensor, batch: Batch) -> Tensor:
-    """[B]: the mean of log(p / (1 - p)) over the learned tokens of each row, p being the probability of the token."""
+def token_margins(logits: Tensor, batch: Batch) -> Tensor:
+    """[N]: log(p / (1 - p)) of the learned tokens, p being their probability, from logits [B, T, V]."""
     z = learned_logits(logits, batch)
     label = batch["labels"][:, 1:][learned(batch)][:, None]
     others = z.scatter(1, label, float("-inf"))
-    return average(z.gather(1, label)[:, 0] - others.logsumexp(-1), batch)
+    return z.gather(1, label)[:, 0] - others.logsumexp(-1)
 
 
 def average(values: Tensor, batch: Batch) -> Tensor:
@@ -158,11 +158,14 @@ def find_gradients(
     with _frozen(model), _hooked(modules, watch), torch.enable_grad():
         values = objective(feed(model, batch).logits, batch)
         slopes = torch.autograd.grad(values.sum(), [given[module] for module in modules])
-    rows = len(values)
-    slope = {module: widen(each).reshape(rows, -1, each.shape[-1]) for module, each in zip(modules, slopes, strict=True)}
-    x = {module: widen(read[module]).reshape(rows, -1, read[module].shape[-1]) for module in modules}
+    slope = dict(zip(modules, slopes, strict=True))
+
+    def row_by_row(x: Tensor) -> Tensor:
+        return widen(x).reshape(len(values), -1, x.shape[-1])
+
     with torch.no_grad():
-        found = [part.gradients(x[part.module], slope[part.module]).flatten(1) for part in parts]
+        pairs = ((part, row_by_row(read[part.module]), row_by_row(slope[part.module])) for part in parts)
+        found = [part.gradients(x, s).flatten(1) for part, x, s in pairs]
     return values.detach(), torch.cat(found, 1)
 
 

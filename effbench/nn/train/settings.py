@@ -25,6 +25,11 @@ class FitSettings:
     train: str = "all"  # what of the trainable model is trained: all of it, or last:N blocks
     validate: int | None = None  # steps between measurements of the validation loss, for the log of the fit
 
+    def with_steps(self, steps: int) -> FitSettings:
+        """The same hyper-parameters, and no more than these, for a fit of so many steps."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(FitSettings)}
+        return FitSettings(**own | {"steps": steps})
+
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates to try."""
