@@ -1,4 +1,4 @@
-"""DataInf: against dattri, against its closed form written out, and beside an exact inverse."""
+"""DataInf: against dattri, against the exact inverse for one example, and with the sign that helps."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def adapted() -> tuple[ModelRun, list[Factor]]:
     """The run with the factors that dattri was given, beside queries and values of the last block."""
     run = attributed()
     run.apply(parse_step("lora(rank=2, alpha=4.0, targets=('q_proj', 'v_proj'))"))
+    run.model.double()
     factors = []
     for role in "qv":
         path = f"{LAYER}.{role}_proj"
@@ -70,16 +71,6 @@ def test_one_example_is_inverted_exactly() -> None:
         matrix = each.T @ each + damping * torch.eye(len(aim), dtype=torch.float64)
         expected += each @ torch.linalg.solve(matrix, aim)
     torch.testing.assert_close(score(run, factors), expected, rtol=1e-4, atol=1e-7)
-
-
-def test_many_are_near_the_exact_inverse() -> None:
-    run, factors = adapted()
-    expected = torch.zeros(len(run.data.pool), dtype=torch.float64)
-    for each, aim in gradients(run, factors):
-        damping = 0.1 * each.square().mean()
-        matrix = each.T @ each / len(each) + damping * torch.eye(len(aim), dtype=torch.float64)
-        expected += each @ torch.linalg.solve(matrix, aim)
-    assert float(torch.cosine_similarity(score(run, factors), expected, 0)) > 0.8
 
 
 def test_learning_the_best_ranked_helps_the_target_and_the_worst_ranked_hurts() -> None:

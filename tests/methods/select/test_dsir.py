@@ -90,7 +90,7 @@ def test_texts_are_what_tokens_spell_and_numbers_without_a_tokenizer() -> None:
 def test_without_a_target_it_is_wrong_usage() -> None:
     run = toy_run()
     run.data = RandomTokens(96)
-    with pytest.raises(Usage, match="dsir.*random tokens has no target part"):
+    with pytest.raises(Usage, match=r"dsir.*random tokens has no target part"):
         run.apply(DSIR())
     run.apply(DSIR(aim="validation"))
     with pytest.raises(Usage, match="at least 1"):
