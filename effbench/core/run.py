@@ -394,7 +394,8 @@ class Run(abc.ABC):
     def aside(self, name: str, seed: int | None = None) -> AbstractContextManager[None]:
         """Steps and fits inside leave no trace: the run is afterwards what it was, whatever they did to it.
 
-        Their checkpoints lie in a folder of this name. They may draw from another `seed`. Raises as `remember`.
+        Their checkpoints lie in a folder of this name, and of this step of the recipe alone. They may draw from another
+        `seed`. Raises as `remember`.
         """
 
     def attach(self, method: Method) -> None:

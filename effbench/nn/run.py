@@ -175,7 +175,7 @@ class ModelRun(Run):
         outer = {key: getattr(self, key) for key in ("model", "seed", "folder", "teacher", "watched", "step")}
         waiting, trained = set(self.waiting), [(entry, entry.trained) for entry in self._swapped]
         self.seed = self.seed if seed is None else seed
-        self.folder = None if self.folder is None else self.folder / name
+        self.folder = None if self.folder is None else self.folder / f"{name}-{len(self.log.steps)}"
         try:
             with self.own_fits():
                 yield

@@ -78,7 +78,7 @@ def measure_errors(run: Run, examples: Sequence[Example], name: str) -> Tensor:
     def visit(places: list[int], batch: Batch) -> None:
         with looking(run.model):
             error = learned_logits(feed(run.model, batch).logits, batch).softmax(-1)
-        error[torch.arange(len(error)), batch["labels"][:, 1:][learned(batch)]] -= 1
+        error[torch.arange(len(error), device=error.device), batch["labels"][:, 1:][learned(batch)]] -= 1
         state["errors"][places] = average(error.norm(dim=-1), batch).double().cpu()
 
     go_through(run, name, examples, state, visit)

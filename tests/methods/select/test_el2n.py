@@ -17,6 +17,7 @@ from effbench.core.views import Example
 from effbench.methods.select import el2n
 from effbench.methods.select.el2n import EL2N, measure_errors
 from effbench.nn.run import ModelRun
+from effbench.nn.train import fit as library
 from effbench.nn.train.fit import fit
 from effbench.nn.train.settings import FitSettings
 
@@ -83,7 +84,11 @@ def test_the_hardest_are_kept_and_a_band_leaves_them_out() -> None:
     assert ((low <= inside[:38]) & (inside[:38] <= high)).all()  # what lies outside comes last
 
 
-def test_fits_leave_no_trace_and_the_plan_waits_for_the_fit_of_the_recipe(tmp_path: Path) -> None:
+def test_fits_leave_no_trace_and_the_plan_waits_for_the_fit_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "EVERY", -1.0)  # checkpoints after each step, which the next fit must not go on from
+
     def run_it(selects: bool) -> ModelRun:
         run = toy_run()
         run.folder = tmp_path / str(selects)
@@ -97,7 +102,8 @@ def test_fits_leave_no_trace_and_the_plan_waits_for_the_fit_of_the_recipe(tmp_pa
             assert run.waiting == waiting and not run.log.fits and run.log.near_duplicates is None
             assert run.seed == 0 and run.folder == tmp_path / "True"
             run.data.train = None  # type: ignore[assignment]  all of them, in their own order
-        assert fit(run, SETTINGS)["steps"] == 3
+        report = fit(run, SETTINGS)
+        assert report["steps"] == 3 and "resumed" not in report
         return run
 
     plain, selected = run_it(False).model.state_dict(), run_it(True).model.state_dict()
