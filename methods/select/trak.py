@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import zlib
 from collections.abc import Iterator, Sequence
@@ -28,11 +27,9 @@ from effbench.nn.train.example_gradients import (
 )
 from effbench.nn.train.fit import fit
 from effbench.nn.train.passes import go_through
+from effbench.nn.train.projections import Signs
 from effbench.nn.train.settings import FitSettings
 from effbench.nn.train.windows import training_on
-
-ROWS = 2**12  # of a projection that are drawn together
-HELD = 2**30  # signs of a projection that are kept, at most; more are drawn again for each batch
 
 
 @dataclass(frozen=True)
@@ -130,30 +127,3 @@ def find_features(
 
     go_through(run, name, examples, state, visit)
     return state["features"], state["doubts"]
-
-
-class Signs:
-    """A matrix [numbers, size] of random signs over sqrt(size); none where there are no more numbers than that."""
-
-    def __init__(self, numbers: int, size: int, seed: str) -> None:
-        self.numbers, self.size, self.seed = numbers, min(numbers, size), seed
-        self._held: dict[int, Tensor] = {}
-
-    def project(self, vectors: Tensor) -> Tensor:
-        """[B, size] of vectors [B, numbers]."""
-        if self.size == self.numbers:
-            return vectors
-        total = torch.zeros(len(vectors), self.size, dtype=vectors.dtype, device=vectors.device)
-        for start in range(0, self.numbers, ROWS):
-            total += vectors[:, start : start + ROWS] @ self._draw(start, vectors.device).to(vectors)
-        return (2 * total - vectors.sum(1, keepdim=True)) / math.sqrt(self.size)  # signs are kept as 0 and 1
-
-    def _draw(self, start: int, device: torch.device) -> Tensor:
-        if start in self._held:
-            return self._held[start]
-        chance = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{start}".encode()))
-        rows = min(ROWS, self.numbers - start)
-        drawn = torch.randint(0, 2, (rows, self.size), generator=chance, dtype=torch.int8).to(device)
-        if self.numbers * self.size <= HELD:
-            self._held[start] = drawn
-        return drawn

@@ -14,10 +14,12 @@ from toys_attribution import GOLDEN, attributed, together
 from effbench.checks import toy_run
 from effbench.core.errors import Usage
 from effbench.methods.select import trak
-from effbench.methods.select.trak import TRAK, Signs, attribute, find_features
+from effbench.methods.select.trak import TRAK, attribute, find_features
 from effbench.nn.model.feed import feed
 from effbench.nn.run import ModelRun
+from effbench.nn.train import projections
 from effbench.nn.train.example_gradients import average, find_matrices, mean_loss, token_margins
+from effbench.nn.train.projections import Signs
 
 
 def score(run: ModelRun, **settings: Any) -> Tensor:
@@ -80,7 +82,7 @@ def test_projections_keep_products_and_are_the_same_each_time(monkeypatch: pytes
     found = signs.project(vectors)
     exact = vectors @ vectors.T
     assert float((found @ found.T - exact).abs().max() / exact.diagonal().min()) < 4 / 2048**0.5
-    monkeypatch.setattr(trak, "HELD", 0)
+    monkeypatch.setattr(projections, "HELD", 0)
     again = Signs(9000, 2048, "0")
     assert torch.equal(again.project(vectors), found) and not again._held
     assert not torch.allclose(Signs(9000, 2048, "1").project(vectors), found)
