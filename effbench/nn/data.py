@@ -30,6 +30,7 @@ from effbench.sources.text import (
     read_speeches,
     split_text,
 )
+from effbench.tiny import planted
 
 if TYPE_CHECKING:
     from effbench.sources import DataSource
@@ -444,8 +445,8 @@ def _open(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
         data = Data("tiny", _make(_write, TINY), tokenizer, width=width, made=True)
         data.tasks, data.task_paths = ("tiny",), source.task_folders
         if source.name != "tiny":
-            write = _question if source.name == "tiny:questions" else _ask
-            data.learn_from(Data(source.name, _make(write, TASK), tokenizer, width=width, made=True))
+            learned = _make(WRITERS[source.name], TASK)
+            data.learn_from(Data(source.name, learned, tokenizer, width=width, made=True))
         return data
     if source.kind == "hub":
         return _open_hub(source, option, tokenizer, width)
@@ -488,6 +489,15 @@ def _question(part: str, number: int) -> list[Document]:
         meta = {"instruction": asked.instruction, "contexts": asked.contexts, "question": asked.question}
         documents.append(Document(f"{prompt} {asked.answer}.", f"{part}/{i}", len(prompt), meta))
     return documents
+
+
+def _plant(part: str, number: int) -> list[Document]:
+    """The pool to select from, with the truth about it, and examples of its target."""
+    found = planted.plant() if part == "train" else planted.extract(part, number)
+    return [Document(item.text, f"{part}/{i}", item.prompt, item.meta) for i, item in enumerate(found)]
+
+
+WRITERS = {"tiny:task": _ask, "tiny:questions": _question, "tiny:planted": _plant}  # what is learned, by its name
 
 
 def _open_hub(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:

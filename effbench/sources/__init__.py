@@ -27,7 +27,7 @@ from effbench.sources.text import READERS, read_presidents, read_speeches
 T = TypeVar("T")
 
 TINY = PACKAGE / "tiny"
-WORLD = ("tiny", "tiny:task", "tiny:questions")  # what the generated world has to learn from
+WORLD = ("tiny", "tiny:task", "tiny:questions", "tiny:planted")  # what the generated world has to learn from
 SPEECHES = {"speeches": read_speeches, "speeches:presidents": read_presidents}  # and the addresses that ship
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
@@ -266,7 +266,8 @@ def data(name: str | None, learned: str | None = None) -> DataSource:
 def _data(option: str, name: str) -> DataSource:
     kind, _, rest = name.partition(":")
     if name in WORLD:
-        return DataSource(name, "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*"))))
+        own = ("planted.py",) if name == "tiny:planted" else ()
+        return DataSource(name, "tiny", None, _digest(_files(TINY, ("__init__.py", "world.py", "data/*", *own))))
     if name in SPEECHES:
         return DataSource(name, "speeches", None, SPEECHES[name]().digest)
     if kind in READERS and rest:

@@ -83,7 +83,7 @@ def test_a_suite_of_one_s_own(write):
         ({"tiers": {"quick": {"models": ["nowhere"]}}}, "tiers.quick.models: model=nowhere: no such folder"),
         (
             {"tiers": {"real": {"data": "speech"}}},
-            "tiers.real.data: data=speech: must be tiny, tiny:task, tiny:questions, speeches",
+            "tiers.real.data: data=speech: must be tiny, tiny:task, tiny:questions, tiny:planted, speeches",
         ),
         ({"tiers": {"real": {"data": "text:gone"}}}, "tiers.real.data: data=text:gone: no such folder"),
         ({"settings": {"windows": 3}}, "windows: unknown key; did you mean 'window'?"),

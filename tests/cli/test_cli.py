@@ -147,7 +147,8 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=quant", "probes=speed,enrgy"], "unknown probe 'enrgy'; did you mean 'energy'?"),
         (
             ["run", "suite=quant", "data=wiki"],
-            "data=wiki: must be tiny, tiny:task, tiny:questions, speeches, speeches:presidents, text:FOLDER, ",
+            "data=wiki: must be tiny, tiny:task, tiny:questions, tiny:planted, speeches, speeches:presidents, "
+            "text:FOLDER, ",
         ),
         (["run", "suite=quant", "results=twice.yaml/results"], "cannot write there"),
         (["run", "suite=quant", "results=/proc/results"], "cannot write there"),

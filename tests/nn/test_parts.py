@@ -31,7 +31,14 @@ def texts(data: Data) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["tiny", "tiny:task", pytest.param("tiny:questions", marks=pytest.mark.slow), "speeches", "speeches:presidents"],
+    [
+        "tiny",
+        "tiny:task",
+        "tiny:planted",
+        pytest.param("tiny:questions", marks=pytest.mark.slow),
+        "speeches",
+        "speeches:presidents",
+    ],
 )
 def test_the_parts_that_ship_share_no_document_and_no_near_duplicate(name: str, tokenizer: Any) -> None:
     data = open_data(sources.data(name), tokenizer)._examined

@@ -178,7 +178,8 @@ def test_data_to_calibrate_on_is_part_of_what_the_data_is(tmp_path: Path) -> Non
     assert sources.data("tiny", "hub:c4-gptq").digest == sources.UNRESOLVED
     with pytest.raises(
         Usage,
-        match="calibration_data=nothing: must be tiny, tiny:task, tiny:questions, speeches, speeches:presidents, text:",
+        match="calibration_data=nothing: must be tiny, tiny:task, tiny:questions, tiny:planted, speeches, "
+        "speeches:presidents, text:",
     ):
         sources.data("tiny", "nothing")
 
