@@ -123,6 +123,9 @@ def toy_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>", pad_token="<end>")
 
 
+SKILLS: tuple[dict[str, Any], ...] = ({"skill": "odd"}, {"skill": "even"})  # of toy examples in turn
+
+
 class ToyData(Data):
     """Random tokens that count as text."""
 
@@ -130,9 +133,10 @@ class ToyData(Data):
         super().__init__("toy", {}, toy_tokenizer(), made=True)
         generator = torch.Generator().manual_seed(1)
         self._rows = torch.randint(1, VOCABULARY, (64, 32), generator=generator)
-        self.pool = [Example(str(i), tuple(row)) for i, row in enumerate(self._rows.tolist())]
+        self.pool = [Example(str(i), tuple(row), meta=SKILLS[i % 2]) for i, row in enumerate(self._rows.tolist())]
         self.validation = [Example(f"v{i}", tuple(row)) for i, row in enumerate(self._rows.flip(1)[:8].tolist())]
-        self.target = [Example(f"t{i}", tuple(row)) for i, row in enumerate(self._rows.flip(0, 1)[:4].tolist())]
+        rows = enumerate(self._rows.flip(0, 1)[:4].tolist())
+        self.target = [Example(f"t{i}", tuple(row), meta=SKILLS[i % 2]) for i, row in rows]
 
     def ids(self, part: str, limit: int | None = None) -> Tensor:
         return self._rows.flatten()[:limit]

@@ -234,6 +234,33 @@ class FitReport(TypedDict):
     validation_tokens: NotRequired[int]  # learned tokens of that part, which was set aside from the train set
 
 
+class Composition(TypedDict):
+    """What a set of training examples is made of; what its sources do not say is absent."""
+
+    examples: int
+    lengths: dict[str, float]  # tokens of an example, by quantile
+    topics: float  # entropy of the clusters of the pool that they are in, nats
+    sources: NotRequired[dict[str, float]]  # shares, of the most frequent ones of the pool
+    skills: NotRequired[dict[str, float]]
+    balance: NotRequired[float]  # entropy of their labels over the largest that those of the pool can have
+
+
+class SelectionReport(TypedDict):
+    """What one selection kept, of what, and what it cost."""
+
+    step: str
+    seconds: float  # of scoring and choosing, on this machine beside other cells
+    examined: int  # examples that it was given
+    kept: Composition
+    pool: Composition
+    coverage: dict[str, float]  # share of the sources and skills of the pool that are among those kept
+    planted: NotRequired[dict[str, float]]  # share of what was planted in the pool that is kept, by what it is
+    noise_last: NotRequired[float]  # share of planted noise among those ranked last, as many as there is of it
+    turned_away: NotRequired[int]  # examples that were judged one by one and not let in
+    rightly: NotRequired[float]  # share of them that is planted noise, or near one that is kept
+    pairs_kept: NotRequired[float]  # share of the planted pairs of near-duplicates that is kept, both of them
+
+
 @dataclasses.dataclass
 class RunLog:
     """What happened on the way, for the record: each field has one meaning, and `notes` is free to methods."""
@@ -247,6 +274,7 @@ class RunLog:
     removed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # structure: its step, and what went
     near_duplicates: int | None = None  # held-out documents that have one among what is learned; None: not counted
     selected: dict[str, int] = dataclasses.field(default_factory=dict)  # training examples left, by step
+    selections: list[SelectionReport] = dataclasses.field(default_factory=list)
     chosen: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # id and weight of each, for the samples
     fits: list[FitReport] = dataclasses.field(default_factory=list)
     tuning: list[TuningPoint] = dataclasses.field(default_factory=list)  # settings tried, of which this is the best
@@ -294,6 +322,7 @@ class Run(abc.ABC):
         self.cache: Path | None = None  # for what other runs may use, too, such as predictions of a teacher
         self.alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # the machine to oneself
         self.progress: Callable[[str, int, int], None] = lambda unit, done, total: None  # told how far a step has come
+        self.recovered = 0.0  # seconds of scoring that a killed run had done before and that this one has taken over
         self._states: dict[int, tuple[Method, dict[str, Any]]] = {}
         self._shared: dict[Hashable, Any] = {}
 

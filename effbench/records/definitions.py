@@ -13,7 +13,7 @@ from typing import Literal
 
 Better = Literal["higher", "lower", "neither"]
 Family = Literal[
-    "perplexity", "accuracy", "distance", "quality", "size", "memory", "speed", "compute", "energy", "cost"
+    "perplexity", "accuracy", "distance", "quality", "size", "memory", "speed", "compute", "energy", "cost", "data"
 ]
 
 PEAKS = {  # ways to count memory
@@ -32,6 +32,10 @@ FIELDS = {
     "metric": r"[\w./-]+",
     "peak": "|".join(PEAKS),
     "phase": "prefill|decode",
+    "field": "source|skill",
+    "part": "kept|pool",
+    "percent": r"\d+",
+    "planted": "in|off|noise|duplicate",
 }
 
 
@@ -374,6 +378,50 @@ DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition("tuned_seconds", "cost", "s", "lower", "Time that all settings tried took, with other cells beside."),
     Definition("tuned_tokens", "cost", "tokens", "lower", "The tokens that all settings tried have learned."),
+    # What selections keep
+    Definition("select_kept", "data", "", "neither", "Training examples that selections have left."),
+    Definition("select_seconds", "cost", "s", "lower", "Time that all selections took, beside other cells."),
+    Definition(
+        "select_s_per_1000", "cost", "s", "lower",
+        "Time that all selections took per 1,000 examples of the pool, beside other cells.",
+    ),
+    Definition(
+        "select_forward_s_per_1000", "cost", "s", "lower",
+        "Time of one forward pass over 1,000 examples of the pool, beside other cells.",
+    ),
+    Definition(
+        "select_{field}s_covered", "data", "fraction", "neither",
+        "The share of the sources or skills of the pool that examples kept are from.",
+    ),
+    Definition(
+        "select_{part}_length_q{percent}", "data", "tokens", "neither",
+        "The length that so many percent of the examples do not exceed, of those kept or of the pool.",
+    ),
+    Definition(
+        "select_{part}_topics_nats", "data", "nats", "neither",
+        "How evenly examples, kept or of the pool, spread over the clusters of the pool: the entropy.",
+    ),
+    Definition(
+        "select_{part}_label_balance", "data", "fraction", "neither",
+        "Entropy of the labels of examples, kept or of the pool, over the largest that so many labels can have.",
+    ),
+    Definition(
+        "select_{planted}_kept", "data", "fraction", "neither",
+        "The share that is kept of the examples planted in the pool: like the target, off the domain, noise, copies.",
+    ),
+    Definition(
+        "select_noise_last", "data", "fraction", "higher",
+        "Of those ranked last, as many as there is noise, the share that is noise: precision and recall in one.",
+    ),
+    Definition("select_turned_away", "data", "", "neither", "Examples that were judged one by one and not let in."),
+    Definition(
+        "select_rightly", "data", "fraction", "higher",
+        "Precision: of the examples turned away, the share that is noise or nearly the same as one kept.",
+    ),
+    Definition(
+        "select_pairs_kept", "data", "fraction", "lower",
+        "Of the pairs of near-duplicates that were planted, the share of which both are kept.",
+    ),
     Definition("fit_energy_j", "cost", "J", "lower", "Energy of the whole GPU over the last fit, idle power included."),
 )  # fmt: skip
 

@@ -40,6 +40,7 @@ DETAILS = {
     "memory": "Memory; peaks are above what was resident before",
     "compute": "Operations and energy",
     "training": "Training: what was learned, and what the last fit cost",
+    "selection": "Data: what selections kept of the pool, how rightly, and what they cost beside a forward pass",
     "tuning": "Tuning: the row's own setting, the best of those tried, and what they cost together",
     "methods": "Methods and the cost of applying them",
     "published": "Beside the published results",
@@ -71,6 +72,14 @@ SERVED = (CACHE, "prompt_kept", "drafted_speedup", "compressor_ms_per_prompt", "
 COSTS = (
     *("fit_trained_parameters", "fit_trained_share", "fit_tok_per_s", "fit_tokens", "fit_seconds"),
     *("fit_flops_per_token", "fit_flops_rule", "fit_energy_j", "merge_lost"),
+)
+# What tables of selections are about; quantiles of lengths other than the median are among the others.
+SELECTED = (
+    *("select_kept", "select_in_kept", "select_noise_kept", "select_duplicate_kept", "select_off_kept"),
+    *("select_noise_last", "select_rightly", "select_pairs_kept", "select_turned_away"),
+    *("select_sources_covered", "select_skills_covered", "select_kept_length_q50", "select_pool_length_q50"),
+    *("select_kept_topics_nats", "select_pool_topics_nats", "select_kept_label_balance", "select_pool_label_balance"),
+    *("select_s_per_1000", "select_forward_s_per_1000", "select_seconds"),
 )
 ABSOLUTE = {"tok_per_s": "tok/s", "ms_per_token": "ms"}  # what stands in brackets beside a ratio of speeds
 
@@ -167,6 +176,7 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
             *map(measure, [*learned, *(name for name in COSTS if name in measured)]),
             *(_size(name) for name in measured if re.fullmatch("fit_.*_bytes", name)),
         ],
+        "selection": [*map(measure, (name for name in SELECTED if name in measured))],
         "tuning": [*map(measure, (name for name in measured if name.startswith("tuned_")))],
         "methods": [*METHODS, *(_size(name) for name in measured if re.fullmatch("apply_peak_.*_bytes", name)), STEPS],
     }

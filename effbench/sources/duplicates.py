@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 
 import numpy
 from numpy.typing import NDArray
@@ -19,20 +19,25 @@ Signature = NDArray[numpy.uint64]
 class Signatures:
     """Signatures of `permutations` numbers of the sets of word n-grams of texts.
 
-    The share of equal numbers of two signatures estimates the Jaccard index of their sets. Bands are as many as make a
-    pair at `threshold` share one with the best balance of misses and false alarms.
+    Two texts are compared if their signatures agree in all `rows` numbers of one of `bands` bands. So a pair with a
+    Jaccard index of s is compared with probability 1 - (1 - s^rows)^bands.
     """
 
-    def __init__(self, permutations: int = 128, words: int = 5, threshold: float = 0.7) -> None:
+    def __init__(self, permutations: int = 128, words: int = 5, threshold: float = 0.7, recall: float = 0.9) -> None:
         chance = numpy.random.default_rng(SEED)
         self._factors = chance.integers(1, PRIME, permutations, dtype=numpy.uint64)
         self._offsets = chance.integers(0, PRIME, permutations, dtype=numpy.uint64)
         self._words = words
-        self._rows = choose_rows(permutations, threshold)
+        self.rows = choose_rows(permutations, threshold, recall)
+        self.bands = permutations // self.rows
 
-    def sign(self, words: Sequence[str]) -> Signature:
-        """The signature of a text."""
-        grams = {" ".join(words[i : i + self._words]) for i in range(max(1, len(words) - self._words + 1))}
+    def shingle(self, words: Sequence[str]) -> frozenset[str]:
+        """The n-grams of a text; the whole of it where it has fewer words."""
+        last = max(1, len(words) - self._words + 1)
+        return frozenset(" ".join(words[i : i + self._words]) for i in range(last))
+
+    def sign(self, grams: Collection[str]) -> Signature:
+        """The signature of a text with these n-grams."""
         hashes = numpy.fromiter((zlib.crc32(gram.encode()) % PRIME for gram in grams), numpy.uint64, len(grams))
         # Products stay below 2^62, and wrap round the prime often enough to lose all order of the hashes.
         values: Signature = ((self._factors[:, None] * hashes + self._offsets[:, None]) % numpy.uint64(PRIME)).min(1)
@@ -40,8 +45,8 @@ class Signatures:
 
     def cut(self, signature: Signature) -> list[bytes]:
         """The bands of a signature, each with its number."""
-        starts = range(0, len(signature) - self._rows + 1, self._rows)
-        return [start.to_bytes(4) + signature[start : start + self._rows].tobytes() for start in starts]
+        starts = range(0, self.bands * self.rows, self.rows)
+        return [start.to_bytes(4) + signature[start : start + self.rows].tobytes() for start in starts]
 
     @staticmethod
     def compare(one: Signature, other: Signature) -> float:
@@ -49,11 +54,24 @@ class Signatures:
         return float((one == other).mean())
 
 
-def choose_rows(permutations: int, threshold: float) -> int:
-    """Numbers in a band: with r of them in each of b bands, pairs at (1 / b)^(1 / r) share a band half of the time."""
-    return min(
-        range(1, permutations + 1), key=lambda rows: abs((rows / permutations) ** (1 / rows) - threshold), default=1
-    )
+def find_recall(permutations: int, rows: int, jaccard: float) -> float:
+    """How likely two texts of this Jaccard index share one of as many bands of `rows` numbers as there can be."""
+    return 1.0 - (1.0 - jaccard**rows) ** (permutations // rows)
+
+
+def choose_rows(permutations: int, threshold: float, recall: float) -> int:
+    """Numbers in a band: the most that leave pairs at the threshold this likely to be compared, or 1.
+
+    The more there are, the fewer pairs are compared in vain.
+    """
+    enough = (r for r in range(permutations, 0, -1) if find_recall(permutations, r, threshold) >= recall)
+    return next(enough, 1)
+
+
+def jaccard(one: Set[str], other: Set[str]) -> float:
+    """Jaccard index of two sets that are not both empty."""
+    shared = len(one & other)
+    return shared / (len(one) + len(other) - shared)
 
 
 def count_shared(texts: Iterable[str], others: Iterable[str], threshold: float = 0.7) -> int:

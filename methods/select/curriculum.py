@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from effbench.core.kinds import Select
 from effbench.core.run import Run
 from effbench.core.views import Example
-from effbench.nn.train.examples import measure_losses
+from effbench.methods.select._difficulty import Difficulty, rate
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,7 @@ class Curriculum(Select):
     )
     type = "data selection"
 
-    difficulty: Literal["loss", "length"] = "loss"  # mean loss of the learned tokens, or their number
+    difficulty: Difficulty = "loss"  # mean loss of the learned tokens, or the number of tokens
 
     def order(self, examples: Sequence[Example], run: Run) -> Sequence[int]:
-        if self.difficulty == "length":
-            hardness = [float(len(example.ids)) for example in examples]
-        else:
-            hardness = measure_losses(run, run.reference, examples).tolist()
-        return sorted(range(len(examples)), key=hardness.__getitem__)
+        return sorted(range(len(examples)), key=rate(examples, run, self.difficulty).__getitem__)

@@ -42,9 +42,14 @@ def measure_losses(run: Run, model: Any, examples: Sequence[Example]) -> Tensor:
     losses = torch.zeros(len(examples))
     with looking(model):
         for places, batch in batches(run, examples):
-            sums, numbers = sum_by_example(feed(model, batch).logits, batch, len(places))
-            losses[places] = (sums / numbers.clamp(min=1)).float().cpu()
+            losses[places] = find_losses(model, batch, len(places))
     return losses
+
+
+def find_losses(model: Any, batch: Batch, rows: int) -> Tensor:
+    """[rows] the same of the examples of one batch."""
+    sums, numbers = sum_by_example(feed(model, batch).logits, batch, rows)
+    return (sums / numbers.clamp(min=1)).float().cpu()
 
 
 def spell(run: Run, example: Example) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from effbench.core.views import Example
 from effbench.nn.train.batches import Batch
 from effbench.nn.train.checkpoint import agree, read_state, write_state
-from effbench.nn.train.examples import batches
+from effbench.nn.train.examples import batches, find_losses, looking
 from effbench.nn.train.fit import EVERY
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ def go_through(run: Run, name: str, examples: Sequence[Example], state: dict[str
     """
     place = None if run.folder is None else run.folder / f"{name}-{len(run.log.steps)}-{_sum_up(examples)}"
     found = None if place is None else read_state(place)
-    first = 0
+    first, spent = 0, 0.0
     if found is not None:
-        first = found["batches"]
+        first, spent = found["batches"], found["seconds"]
+        run.recovered += spent
         for key, tensor in state.items():
             tensor.copy_(found["state"][key])
     begun = written = time.monotonic()
@@ -46,8 +48,21 @@ def go_through(run: Run, name: str, examples: Sequence[Example], state: dict[str
             now = time.monotonic()
             due = now - written > EVERY or (seen == len(examples) and now - begun > EVERY)
             if agree(due, run.device):
-                write_state(place, number + 1, {"batches": number + 1, "state": state}, run.device)
+                kept = {"batches": number + 1, "seconds": spent + now - begun, "state": state}
+                write_state(place, number + 1, kept, run.device)
                 written = now
+
+
+def score_losses(run: Run, name: str, model: Any, examples: Sequence[Example]) -> Tensor:
+    """[N] what `measure_losses` gives, in a pass of this name."""
+    losses = torch.zeros(len(examples))
+
+    def visit(places: list[int], batch: Batch) -> None:
+        losses[places] = find_losses(model, batch, len(places))
+
+    with looking(model):
+        go_through(run, name, examples, {"losses": losses}, visit)
+    return losses
 
 
 def _sum_up(examples: Sequence[Example]) -> str:
