@@ -12,9 +12,10 @@ import pytest
 import torch
 from toys_training import fit
 
-from effbench.checks import toy_run
+from effbench.checks import Reading, toy_run
 from effbench.core.recipe import parse_step
 from effbench.core.views import Example
+from effbench.methods.select.anti_curriculum import AntiCurriculum
 from effbench.methods.select.curriculum import Curriculum
 from effbench.methods.select.minhash_dedup import MinHashDedup
 from effbench.methods.select.random_selection import RandomSelection
@@ -64,13 +65,16 @@ def test_one_that_is_told_to_keep_more_takes_the_next_of_the_ranking(later: Any)
 
 
 @pytest.mark.parametrize("difficulty", ["loss", "length"])
-def test_a_curriculum_goes_from_easy_to_hard(difficulty: Any) -> None:
+@pytest.mark.parametrize(("method", "sign"), [(Curriculum, 1), (AntiCurriculum, -1)])
+def test_a_curriculum_goes_from_easy_to_hard_and_an_anti_curriculum_from_hard_to_easy(
+    method: Any, sign: int, difficulty: Any
+) -> None:
     run = toy_run()
     chance = random.Random(0)
     run.data.pool = [
         dataclasses.replace(example, ids=example.ids[: chance.randint(4, 32)]) for example in run.data.pool
     ]
-    run.apply(Curriculum(difficulty=difficulty))
+    run.apply(method(difficulty=difficulty))
     if difficulty == "length":
         hardness = [float(len(example.ids)) for example in run.data.train]
     else:
@@ -79,7 +83,12 @@ def test_a_curriculum_goes_from_easy_to_hard(difficulty: Any) -> None:
             ids = torch.tensor([example.ids])
             with torch.no_grad():
                 hardness.append(float(run.reference(ids, labels=ids).loss))
-    assert all(a <= b + 1e-5 for a, b in itertools.pairwise(hardness)) and hardness[-1] > hardness[0]
+    pairs = itertools.pairwise(sign * value for value in hardness)
+    assert all(a <= b + 1e-5 for a, b in pairs) and sign * hardness[-1] > sign * hardness[0]
+    read: list[tuple[int, ...]] = []
+    run.train.chain("batch").append(Reading(read))
+    fit(run, steps=2)
+    assert read == [example.ids for example in run.data.train[:8]]
 
 
 # Duplicates
@@ -146,7 +155,7 @@ def test_signatures_estimate_the_jaccard_index() -> None:
     for number in (0, 2, 8, 20):
         one = text(200)
         other = changed(one, number)
-        estimate = signatures.compare(signatures.sign(one), signatures.sign(other))
+        estimate = signatures.compare(*(signatures.sign(signatures.shingle(words)) for words in (one, other)))
         assert estimate == pytest.approx(jaccard(one, other), abs=0.08)
 
 
