@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 SAMPLED = 200  # examples of the pool that one forward pass is timed over
-PLANTED = {"in": "of the target's kind", "off": "off the domain", "noise": "noise", "duplicate": "near-duplicates"}
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
@@ -50,7 +49,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
 def _add_planted(reading: Reading, report: SelectionReport, last: str) -> None:
     """What was planted and is known, so that it can be said how right the selection was."""
     for kind, share in report.get("planted", {}).items():
-        reading.add(f"select_{kind}_kept", share, f"{last}; over all that was planted as {PLANTED[kind]}")
+        reading.add(f"select_{kind}_kept", share, f"{last}; over all that its source says was planted so")
     for name, how in JUDGED.items():
         if name in report:
             value: float = report[name]  # type: ignore[literal-required]

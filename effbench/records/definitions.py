@@ -32,10 +32,15 @@ FIELDS = {
     "metric": r"[\w./-]+",
     "peak": "|".join(PEAKS),
     "phase": "prefill|decode",
-    "field": "source|skill",
-    "part": "kept|pool",
     "percent": r"\d+",
-    "planted": "in|off|noise|duplicate",
+}
+
+SELECTED = {"kept": "that are kept", "pool": "of the pool"}
+PLANTED = {  # in a pool to select from
+    "in": "that are like the target",
+    "off": "that are off its domain",
+    "noise": "as noise",
+    "duplicate": "as near-duplicates",
 }
 
 
@@ -389,25 +394,40 @@ DEFINITIONS: tuple[Definition, ...] = (
         "select_forward_s_per_1000", "cost", "s", "lower",
         "Time of one forward pass over 1,000 examples of the pool, beside other cells.",
     ),
-    Definition(
-        "select_{field}s_covered", "data", "fraction", "neither",
-        "The share of the sources or skills of the pool that examples kept are from.",
+    *(
+        Definition(
+            f"select_{field}s_covered", "data", "fraction", "neither",
+            f"The share of the {field}s of the pool that the examples kept are of.",
+        )
+        for field in ("source", "skill")
     ),
-    Definition(
-        "select_{part}_length_q{percent}", "data", "tokens", "neither",
-        "The length that so many percent of the examples do not exceed, of those kept or of the pool.",
+    *(
+        Definition(
+            f"select_{part}_length_q{{percent}}", "data", "tokens", "neither",
+            f"The length that so many percent of the examples {what} do not exceed.",
+        )
+        for part, what in SELECTED.items()
     ),
-    Definition(
-        "select_{part}_topics_nats", "data", "nats", "neither",
-        "How evenly examples, kept or of the pool, spread over the clusters of the pool: the entropy.",
+    *(
+        Definition(
+            f"select_{part}_topics_nats", "data", "nats", "neither",
+            f"How evenly the examples {what} spread over the clusters of the pool: the entropy.",
+        )
+        for part, what in SELECTED.items()
     ),
-    Definition(
-        "select_{part}_label_balance", "data", "fraction", "neither",
-        "Entropy of the labels of examples, kept or of the pool, over the largest that so many labels can have.",
+    *(
+        Definition(
+            f"select_{part}_label_balance", "data", "fraction", "neither",
+            f"Entropy of the labels of the examples {what}, over the largest that the labels of the pool can have.",
+        )
+        for part, what in SELECTED.items()
     ),
-    Definition(
-        "select_{planted}_kept", "data", "fraction", "neither",
-        "The share that is kept of the examples planted in the pool: like the target, off the domain, noise, copies.",
+    *(
+        Definition(
+            f"select_{kind}_kept", "data", "fraction", "neither",
+            f"The share that is kept of the examples planted in the pool {what}.",
+        )
+        for kind, what in PLANTED.items()
     ),
     Definition(
         "select_noise_last", "data", "fraction", "higher",

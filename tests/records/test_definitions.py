@@ -72,10 +72,7 @@ def sample(pattern: str) -> str:
         "task": "mmlu",
         "draws": "2",
         "place": "3",
-        "field": "skill",
-        "part": "kept",
         "percent": "50",
-        "planted": "noise",
     }
     return pattern.format(**fields, metric="bleu")
 
