@@ -88,8 +88,8 @@ def _write(rng: Random, skill: str) -> str:
 
 
 def _short(n: int, seed: int) -> list[Planted]:
-    """Different texts of three words, fewer than an n-gram has."""
-    phrases = [f"Prose: {adjective} {animal}." for adjective in world.ADJECTIVES for animal in world.PETS]
+    """Different texts of four words, fewer than an n-gram has."""
+    phrases = [f"Prose: The {adjective} {animal}." for adjective in world.ADJECTIVES for animal in world.PETS]
     (rng,) = _draw("short", 1, seed)
     return [Planted(text, "world", "prose") for text in rng.sample(phrases, n)]
 

@@ -9,9 +9,11 @@ import numpy
 import pytest
 import torch
 
+from effbench import sources
 from effbench.checks import toy, toy_run
 from effbench.core.errors import Unsupported, Usage
 from effbench.methods.select.perplexity_filter import PerplexityFilter
+from effbench.nn.files.load import open_run
 from effbench.nn.run import ModelRun
 
 
@@ -76,3 +78,12 @@ def test_a_model_of_other_tokens_ends_as_unsupported() -> None:
         run.apply(PerplexityFilter(reference="other"))
     with pytest.raises(Usage, match="no model is called 'gone'"):
         run.apply(PerplexityFilter(reference="gone"))
+
+
+@pytest.mark.slow
+def test_planted_noise_is_ranked_last_and_what_is_like_the_target_first() -> None:
+    run = open_run(sources.model("tiny"), sources.data("tiny:planted"), "cpu", None, 0)
+    run.data.pool = run.data.pool[::4]
+    run.apply(PerplexityFilter())
+    (report,) = run.log.selections
+    assert report["noise_last"] > 0.9 and report["planted"]["noise"] == 0.0 and report["planted"]["in"] > 0.8
