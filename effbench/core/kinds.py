@@ -54,6 +54,11 @@ class Select(Method):
         """How much each of those that stay counts in the loss; None: all alike."""
         return None
 
+    def count(self, run: Run) -> int:
+        """How many examples it is to keep, where there are so many."""
+        share = self.keep if self.keep is not None else None if run.log.selected else self.usual
+        return len(run.data.train) if share is None else max(1, round(share * len(run.data.pool)))
+
     @property
     def keeps_order(self) -> bool:
         """Whether the fit reads examples in the order given."""

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 def apply(run: Run, method: Select) -> None:
     """Rank what earlier selections left and cut it. Raises `Unsupported` where nothing is left, `Refused` for a
     selection that looks at held-out text, or at answers where it chooses by prompts alone."""
-    data, first = run.data, not run.log.selected
-    share = method.keep if method.keep is not None else method.usual if first else None
-    number = len(data.train) if share is None else max(1, round(share * len(data.pool)))
+    data, number = run.data, method.count(run)
     found, reserve = data.train, data.reserve
     show: Show = withhold if method.blind else list
     begun, before = time.perf_counter(), run.recovered
