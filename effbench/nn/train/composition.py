@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 TOPICS = 16  # clusters of the pool
-BUCKETS = 512  # that tokens fall into, for the clusters
-ROUNDS = 10  # of k-means
+TRIES = 4  # of k-means, each from other centres, of which the best counts
 SHOWN = 30  # sources and skills, at most
 KINDS = ("in", "off", "duplicate", "noise")  # what may be planted, as `meta["planted"]` calls it
 
@@ -122,23 +122,15 @@ def _list_near(example: Example) -> Sequence[str]:
     return near
 
 
-@torch.no_grad()
 def cluster(examples: Sequence[Example]) -> Tensor:
-    """[N] the topic of each example: clusters of what tokens it has, each weighted by how few examples have it.
+    """[N] the topic of each example: k-means of how often it has each token, weighted by how few examples have it."""
+    from scipy.sparse import csr_array
+    from sklearn.cluster import KMeans
+    from sklearn.feature_extraction.text import TfidfTransformer
 
-    Spherical k-means with `TOPICS` clusters, from examples that are far from each other.
-    """
-    rows = torch.zeros(len(examples), BUCKETS)
-    for row, example in zip(rows, examples, strict=True):
-        row += torch.bincount(torch.tensor(example.ids) % BUCKETS, minlength=BUCKETS)
-    frequency = (rows > 0).sum(0).clamp(min=1)
-    rows = torch.nn.functional.normalize(rows.log1p() * (len(examples) / frequency).log(), dim=1)
-    centres = rows[:1]
-    for _ in range(min(TOPICS, len(examples)) - 1):
-        nearest = (rows @ centres.T).max(1).values
-        centres = torch.cat([centres, rows[nearest.argmin()][None]])
-    for _ in range(ROUNDS):
-        labels = (rows @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, labels, rows)
-        centres = torch.where(sums.any(1, keepdim=True), torch.nn.functional.normalize(sums, dim=1), centres)
-    return (rows @ centres.T).argmax(1)
+    tokens = np.concatenate([np.array(example.ids, np.int32) for example in examples])
+    owners = np.repeat(np.arange(len(examples), dtype=np.int32), [len(example.ids) for example in examples])
+    counts = csr_array((np.ones(len(tokens)), (owners, tokens)))
+    rows = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
+    different = len({frozenset(Counter(example.ids).items()) for example in examples})
+    return torch.from_numpy(KMeans(min(TOPICS, different), n_init=TRIES, random_state=0).fit_predict(rows))

@@ -95,15 +95,6 @@ def cluster(embeddings: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tenso
     return labels, torch.from_numpy(found.cluster_centers_)
 
 
-def cluster_entropy(embeddings: Tensor, kept: Sequence[int], clusters: int = 16, seed: int = 0) -> float:
-    """How evenly the rows at the places `kept` spread over the clusters of all rows: entropy in nats, at most ln K.
-
-    K is `clusters`, or the number of different rows where there are fewer.
-    """
-    labels, _ = cluster(embeddings, min(clusters, len(embeddings.unique(dim=0))), seed)
-    return float(torch.special.entr(torch.bincount(labels[list(kept)]) / len(kept)).sum())
-
-
 def _name(run: Run, examples: Sequence[Example], by: str) -> dict[int, str]:
     """What the embedding of each example is kept under: what embeds, and what it reads."""
     if by == MODEL:

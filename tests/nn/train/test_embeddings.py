@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import types
 import zipfile
@@ -16,7 +15,7 @@ from toys_select import blobs, draw_rows, golden, pooled
 from effbench.core.errors import Unavailable, Unsupported
 from effbench.nn.train import embeddings as library
 from effbench.nn.train import examples as streaming
-from effbench.nn.train.embeddings import cluster, cluster_entropy, embed, list_files
+from effbench.nn.train.embeddings import cluster, embed, list_files
 
 
 def rows_of_many_lengths(number: int = 12) -> list[tuple[int, ...]]:
@@ -168,12 +167,3 @@ def test_too_few_examples_and_empty_clusters_are_told() -> None:
         cluster(points, 7, 0)
     with pytest.raises(Unsupported, match="2 of 4 clusters are empty, as there are only 2 different examples"):
         cluster(points[[0, 0, 0, 3, 3, 3]], 4, 0)
-
-
-def test_entropy_of_clusters() -> None:
-    points = blobs([6, 6, 6, 6])
-    assert cluster_entropy(points, range(24), 4) == pytest.approx(math.log(4))
-    assert cluster_entropy(points, range(6), 4) == 0
-    expected = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert cluster_entropy(points, [0, 1, 2, 7], 4) == pytest.approx(expected)
-    assert cluster_entropy(points[[0, 0, 6]], [0, 1, 2], 16) == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
