@@ -197,14 +197,24 @@ class GroupReport(TypedDict):
     parameters: int  # numbers in them
 
 
+class Told(TypedDict):
+    """Collectives of one kind in a step."""
+
+    calls: int
+    bytes: int  # of all that is reduced, gathered, scattered or sent, once for each call
+
+
 class FitCost(TypedDict):
-    """What a fit cost. Bytes are those of one process; what could not be measured is absent."""
+    """What a fit cost. Bytes are those that one process holds; what could not be measured is absent."""
 
     seconds: float
     parameters: int  # weights of the model while it is trained, frozen and packed ones too
     parameter_bytes: int  # of the model as it is trained
-    gradient_bytes: int
+    gradient_bytes: int  # before a step of the optimizer
     optimizer_bytes: int
+    gathered_bytes: NotRequired[int]  # most of the weights that lie in parts and are whole at a time in a forward pass
+    rule_bytes: NotRequired[float]  # of weights, gradients and AdamW's states by the formula of the engine
+    collectives: NotRequired[dict[str, Told]]  # of one step, by kind
     activation_bytes: NotRequired[int]  # that a forward pass saved for its backward pass
     step_ms: NotRequired[float]  # median, with the machine to itself
     timed_ms: NotRequired[list[float]]  # of each step that was timed

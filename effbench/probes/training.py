@@ -18,8 +18,8 @@ SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """`fit_trained_*`, `fit_tokens`, `fit_seconds`, `fit_tok_per_s`, `fit_step_ms`, bytes and operations, `merge_lost`
-    and `tuned_*`; nothing where nothing fits."""
+    """`fit_trained_*`, `fit_tokens`, `fit_seconds`, `fit_tok_per_s`, `fit_step_ms`, bytes, operations and collectives,
+    `merge_lost` and `tuned_*`; nothing where nothing fits."""
     reading = Reading()
     if run.log.tuning:
         _add_tuning(reading, run.log.tuning)
@@ -38,7 +38,16 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading.add("fit_seconds", cost["seconds"], f"{last}; wall clock, beside other cells")
     for part in ("parameter", "gradient", "optimizer"):
         size = float(cost[f"{part}_bytes"])  # type: ignore[literal-required]
-        reading.add(f"fit_{part}_bytes", size, f"{last}; sum over tensors, of one process")
+        reading.add(f"fit_{part}_bytes", size, f"{last}; between steps, of the first process, each storage once")
+    if "gathered_bytes" in cost:
+        reading.add("fit_gathered_bytes", cost["gathered_bytes"], f"{last}; seen when each module is entered")
+    if "rule_bytes" in cost:
+        how = "parameters, gradients and AdamW's two states, divided as the engine says, in the types of this fit"
+        reading.add("fit_rule_bytes", cost["rule_bytes"], how)
+    for kind, told in cost.get("collectives", {}).items():
+        how = f"{last}; calls of torch's collectives in one step, those of bookkeeping too"
+        reading.add(f"fit_comm_{kind}_calls", told["calls"], how)
+        reading.add(f"fit_comm_{kind}_bytes", told["bytes"], how)
     if "activation_bytes" in cost:
         how = "by torch's allocator" if run.device.type == "cuda" else "by hooks on saved tensors, each storage once"
         reading.add("fit_activation_bytes", cost["activation_bytes"], f"{last}; saved by one forward pass, {how}")

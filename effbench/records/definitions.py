@@ -1,7 +1,8 @@
 """What every metric means: the one place that tables, listings and pages take units and definitions from.
 
 Metrics of points, tasks and kinds of memory are named by patterns: `{batch}`, `{context}`, `{draws}` and `{place}`
-are numbers, `{task}` is a task of lm-eval, `{peak}` a way to count memory.
+are numbers, `{task}` is a task of lm-eval, `{peak}` a way to count memory, `{collective}` a kind of message between
+processes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ FIELDS = {
     "metric": r"[\w./-]+",
     "peak": "|".join(PEAKS),
     "phase": "prefill|decode",
+    "collective": "all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|send",
     "percent": r"\d+",
 }
 
@@ -353,9 +355,25 @@ DEFINITIONS: tuple[Definition, ...] = (
         "merge_lost", "cost", "fraction", "lower",
         "The share of a trained product, by norms, that rounding took where it was merged into stored weights.",
     ),
-    Definition("fit_parameter_bytes", "cost", "bytes", "lower", "The bytes of all parameters while they are trained."),
-    Definition("fit_gradient_bytes", "cost", "bytes", "lower", "The bytes of the gradients of what is trained."),
-    Definition("fit_optimizer_bytes", "cost", "bytes", "lower", "The bytes of the optimizer's states."),
+    Definition("fit_parameter_bytes", "cost", "bytes", "lower", "The bytes of parameters in one process of a fit."),
+    Definition("fit_gradient_bytes", "cost", "bytes", "lower", "The bytes of gradients in one process of a fit."),
+    Definition("fit_optimizer_bytes", "cost", "bytes", "lower", "The bytes of the optimizer's states in one process."),
+    Definition(
+        "fit_gathered_bytes", "cost", "bytes", "lower",
+        "The most bytes of weights that lie in parts and are whole at one time of a forward pass, in one process.",
+    ),
+    Definition(
+        "fit_rule_bytes", "cost", "bytes", "lower",
+        "The bytes of parameters, gradients and two states a trained number in one process, by the engine's formula.",
+    ),
+    Definition(
+        "fit_comm_{collective}_calls", "cost", "", "lower",
+        "How many collectives of a kind one process takes part in, in one step of training.",
+    ),
+    Definition(
+        "fit_comm_{collective}_bytes", "cost", "bytes", "lower",
+        "The bytes of what these collectives reduce, gather, scatter or send as a whole, in one step of training.",
+    ),
     Definition(
         "fit_activation_bytes", "cost", "bytes", "lower",
         "The bytes that a forward pass of training saves for its backward pass.",

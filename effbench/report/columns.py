@@ -174,6 +174,7 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         "compute": [*map(measure, sorted(operations, key=natural_key))],
         "training": [
             *map(measure, [*learned, *(name for name in COSTS if name in measured)]),
+            *map(measure, (name for name in measured if re.fullmatch("fit_comm_.*_calls", name))),
             *(_size(name) for name in measured if re.fullmatch("fit_.*_bytes", name)),
         ],
         "selection": [*map(measure, (name for name in SELECTED if name in measured))],

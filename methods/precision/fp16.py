@@ -14,6 +14,7 @@ from effbench import ops
 from effbench.core.errors import Diverged
 from effbench.core.kinds import Train
 from effbench.core.run import Run
+from effbench.nn.train.shards import local
 from effbench.nn.train.slots import Precision
 
 GROWTH, BACKOFF = 2.0, 0.5
@@ -64,7 +65,7 @@ class Scaling(Precision):
         return loss * self.get_scale(run)
 
     def unscale(self, parameters: Sequence[nn.Parameter], run: Run) -> bool:
-        there = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        there = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         gradients = [
             grad.to_local() if hasattr(grad, "to_local") else grad for grad in there
         ]  # the shards of this rank

@@ -66,10 +66,11 @@ def test_a_line_for_every_step_lies_beside_the_record(trained: tuple[Path, dict[
         assert all(line["loss"] == pytest.approx(sum(line["terms"].values())) for line in lines)
 
 
-def test_a_killed_rank_ends_the_cell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_killed_rank_ends_the_cell(tmp_path: Path, engine: str) -> None:
     begin = time.monotonic()
-    code, found = run(tmp_path, f"ddp(), '{KILLER}:RankKilled'(), {FIT}", "probes=cost", "data=tiny:task")
-    (record,) = (record for steps, record in found.items() if "ddp" in steps)
+    code, found = run(tmp_path, f"{engine}(), '{KILLER}:RankKilled'(), {FIT}", "probes=cost", "data=tiny:task")
+    (record,) = (record for steps, record in found.items() if engine in steps)
     assert record["outcome"] == "crashed" and code == 1
     assert record["reason"].startswith("rank 1: killed by signal 9") and "fit(" in record["reason"]
     assert time.monotonic() - begin < 120

@@ -902,3 +902,15 @@ def test_the_rule_counts_what_is_trained_and_what_is_frozen(steps, trained, froz
     assert found["fit_trained_parameters"] == number
     assert found["fit_trained_share"] == pytest.approx(number / sum(p.numel() for p in toy().parameters()))
     assert found["fit_flops_rule"] == 6 * number + 4 * (whole if frozen == "all" else 0)
+
+
+def test_bytes_and_messages_of_a_process_are_shown() -> None:
+    run = toy_run()
+    fit(run, dataclasses.replace(FIT, steps=7))
+    whole = sum(parameter.nbytes for parameter in run.model.parameters())
+    cost = run.log.fits[-1]["cost"]
+    assert cost["rule_bytes"] == 4 * whole and "collectives" not in cost
+    cost["collectives"] = {"all_reduce": {"calls": 3, "bytes": 36}}
+    found = {name: metric.value for name, metric in training.take(run, {}).metrics.items()}
+    assert found["fit_rule_bytes"] == 4 * whole and found["fit_parameter_bytes"] == found["fit_gradient_bytes"] == whole
+    assert found["fit_comm_all_reduce_calls"] == 3 and found["fit_comm_all_reduce_bytes"] == 36

@@ -43,7 +43,7 @@ ATTENTION = {  # of processors, which the counter does not know
 
 
 # Namespaces of ops that torch's counter knows, or that compute next to nothing: sums over ranks are such.
-FREE = ("aten", "prim", "prims", "profiler", "c10d")
+FREE = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "_dtensor", "fsdp")
 
 
 class _Foreign(TorchDispatchMode):
@@ -59,6 +59,10 @@ class _Foreign(TorchDispatchMode):
         self.ops: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if asked is not None:  # DTensor asks what an op would give: nothing is computed
+            with _disable_current_modes(), asked:
+                return func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if func.namespace not in FREE and packet not in self.counted:
             self.ops.add(str(packet))

@@ -1,8 +1,8 @@
 """The state of a fit in a folder, from which a killed one goes on to the same bits.
 
 Trees of dictionaries, lists, tensors and plain values: tensors lie in a file of safetensors, the rest as JSON that
-names them. A state lies in `STEP/RANK`, a part for each process, which appears whole or not at all. What a fit goes on
-from is the last step of which all parts are there.
+names them. A state lies in `STEP/RANK`, a part for each process, which appears whole or not at all: of tensors in parts
+what the process holds. What a fit goes on from is the last step of which all parts are there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
+
+from effbench.nn.train.shards import local
 
 TENSORS, REST = "tensors.safetensors", "state.json"
 
@@ -80,7 +82,7 @@ def list_steps(folder: Path) -> list[int]:
 
 def _take_out(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = local(value).detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
         pairs = [[key, _take_out(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]

@@ -53,13 +53,14 @@ from effbench.core.views import Example
 from effbench.nn.data import count_learned
 from effbench.nn.model.attention import own_attention
 from effbench.nn.model.linear import MaskedLinear
-from effbench.nn.train.batches import Batch, collate, pack
+from effbench.nn.train.batches import IGNORED, Batch, collate, pack
 from effbench.nn.train.groups import describe_group, group_parameters, limit_to, widen
 from effbench.nn.train.loss import learned as is_learned
 from effbench.nn.train.loss import mean_cross_entropy, sum_by_example, sum_weights
 from effbench.nn.train.meter import Meter
 from effbench.nn.train.outputs import Roles
 from effbench.nn.train.samplers import ByLength, InOrder, Sampler, Shuffled
+from effbench.nn.train.shards import cut_like, join_states, local
 from effbench.nn.train.slots import Activations, Parallel, Precision, Rounded
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Loop:
             stack.enter_context(limit_to(run.model, self.settings.train))
             run.model.train()
             stack.callback(run.model.eval)
+            narrow = any(p.requires_grad and p.is_floating_point() and p.itemsize < 4 for p in run.model.parameters())
             stack.enter_context(self.parallel.wrap(run))
             for method in plan.chain("context"):
                 stack.enter_context(method.context(run))
@@ -115,12 +117,14 @@ class Loop:
             self.trained = [describe_group(group) for group in self.groups]
             self.parameters = [parameter for group in self.groups for parameter in group["params"]]
             widened = stack.enter_context(widen(self.parameters))
-            self.precision: Precision = plan.slot("precision", Rounded() if widened else Precision())
+            self.precision: Precision = plan.slot("precision", Rounded() if narrow or widened else Precision())
             owner = plan.slot("optimizer")
-            self.optimizer = owner.optimizer(self.groups, run) if owner else torch.optim.AdamW(self.groups)
+            plain = owner.optimizer(self.groups, run) if owner else torch.optim.AdamW(self.groups)
+            self.optimizer = self.parallel.deal(plain)
             self.peaks = [group["lr"] for group in self.optimizer.param_groups]
             self.sampler = self._make_sampler()
-            self.held = [(m, m.kept()) for m in run.model.modules() if isinstance(m, MaskedLinear)]
+            masked = [module for module in run.model.modules() if isinstance(module, MaskedLinear)]
+            self.held = [(module, cut_like(module.kept(), module.weight)) for module in masked]
             self.known = [*run.model.parameters(), *run.model.buffers()]
             self.names = _name_methods(plan.chain("loss"))
             self.meter = Meter(run, self.settings.steps)
@@ -158,8 +162,9 @@ class Loop:
         if tensors.keys() != state["model"].keys():
             raise ValueError("the checkpoint is of another model")
         for name, tensor in tensors.items():
-            tensor.copy_(state["model"][name])
+            local(tensor).copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        join_states(self.optimizer)
         for method, kept in zip(self.run.train.methods, state["methods"], strict=True):
             self.run.state(method).clear()
             self.run.state(method).update(kept)
@@ -200,6 +205,7 @@ class Loop:
             group["lr"] = peak * factor
         places = self.sampler.draw(now.index, settings.batch_size)
         parts = list(self._read(self.parallel.shard(range(len(places))), places))
+        parts += self._fill_up(len(parts), places)
         counts = [sum_weights(batch) for batch in parts]
         learned, tokens = self._total(parts, counts)
         if not learned:
@@ -250,10 +256,25 @@ class Loop:
             else:
                 batch = collate(examples, run.pad, run.device)
             for method in run.train.chain("batch"):
-                with self.precision.forward(run):
+                with self.precision.forward(run), self.parallel.apart(run):
                     batch = method.batch(batch, run)
             number = torch.tensor([*part, -1], device=run.device)  # the last for padding, which is at -1
             yield batch | {"example": number[batch["example"]]}
+
+    def _fill_up(self, number: int, places: Sequence[int]) -> list[Batch]:
+        """Parts of which nothing is learned, where other data ranks have more than this one has."""
+        if not self.parallel.lockstep:
+            return []
+        most = int(self.parallel.largest(torch.tensor([float(number)], device=self.run.device)))
+        batch = collate([self.examples[places[0]]], self.run.pad, self.run.device)
+        nothing = {"labels": torch.full_like(batch["labels"], IGNORED), "example": torch.full_like(batch["labels"], -1)}
+        return [batch | nothing] * (most - number)
+
+    def _go_along(self, batch: Batch) -> None:
+        """The passes of a part of which nothing is learned, which other data ranks wait for."""
+        with self.precision.forward(self.run):
+            out = self.roles.feed(batch)
+        self.precision.scale(0 * out.logits.sum(), self.run).backward()
 
     def _differentiate(
         self, parts: Sequence[Batch], shares: Sequence[float], losses: Tensor | None
@@ -266,6 +287,8 @@ class Loop:
                 for into, found in zip((terms, watched), self._backward(batch, share, losses), strict=True):
                     for name, value in found.items():
                         into[name] = into.get(name, 0.0) + value
+            elif self.parallel.lockstep:
+                self._go_along(batch)
         return self.parallel.merge(terms), self.parallel.merge(watched) if self.names else watched
 
     def _backward(self, batch: Batch, share: float, losses: Tensor | None) -> tuple[dict[str, float], dict[str, float]]:
@@ -281,7 +304,8 @@ class Loop:
                 out = self.roles.feed(batch)
             for name, method in self.names.items():
                 run.watched = {}
-                terms |= {f"{name}.{term}": value for term, value in method.loss(batch, out, run).items()}
+                with self.parallel.apart(run):
+                    terms |= {f"{name}.{term}": value for term, value in method.loss(batch, out, run).items()}
                 watched |= {f"{name}.{what}": value.detach() for what, value in run.watched.items()}
             run.watched = {}
             if run.train.slot("loss") is None:
@@ -310,6 +334,7 @@ class Loop:
 
     def _update(self) -> None:
         """The optimizer's step."""
+        self.meter.hold(self.parameters)
         if self.settings.clip is not None:
             self.parallel.clip(self.parameters, self.settings.clip)
         self.optimizer.step()

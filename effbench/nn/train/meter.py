@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from effbench.core.errors import Unsupported
 from effbench.core.run import FitCost
@@ -18,6 +20,9 @@ from effbench.machine import nvml
 from effbench.nn.model.flops import count_flops
 from effbench.nn.model.linear import Replaced, matrix_shape
 from effbench.nn.train.batches import Batch
+from effbench.nn.train.collectives import Collectives
+from effbench.nn.train.shards import count_bytes, local
+from effbench.nn.train.slots import Parallel
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -37,6 +42,9 @@ class Meter:
         self._milliseconds: list[float] = []
         self._saved = 0
         self._flops: int | None = None
+        self._gradients: int | None = None  # bytes
+        self._gathered = 0  # bytes
+        self._collectives = Collectives()
         self._tokens = 0  # that the step read which is looked into, in all of its passes
         self._alone = contextlib.ExitStack()
         self.earlier = {"seconds": 0.0, "joules": 0.0}  # spent before a checkpoint that the fit goes on from
@@ -78,32 +86,68 @@ class Meter:
             yield
             self._saved = max(self._saved, torch.cuda.memory_allocated(self._run.device) - before)
         else:
-            known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+            known = {local(parameter).untyped_storage().data_ptr() for parameter in parameters}
             sizes: dict[int, int] = {}
 
             def keep(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
+                storage = local(tensor).untyped_storage()
                 if storage.data_ptr() not in known:
                     sizes[storage.data_ptr()] = storage.nbytes()
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), self._see_gathered(known):
                 yield
             self._saved = max(self._saved, sum(sizes.values()))
+
+    def hold(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take note of the gradients that this process holds before the optimizer's step."""
+        if self._looking:
+            self._gradients = count_bytes(p.grad for p in parameters if p.grad is not None)
+
+    @contextlib.contextmanager
+    def _see_gathered(self, known: set[int]) -> Iterator[None]:
+        """Take note of weights that `fully_shard` gathers for a forward pass; while they are there they are `known`."""
+        modules: list[Any] = [module for module in self._run.model.modules() if isinstance(module, FSDPModule)]
+        ever = _count_whole(self._run.model)
+        added: dict[nn.Module, set[int]] = {}
+
+        def enter(module: nn.Module, *_: Any) -> None:
+            pointers = {p.untyped_storage().data_ptr() for p in module.parameters() if not isinstance(p, DTensor)}
+            added[module] = pointers - known
+            known.update(pointers)
+            self._gathered = max(self._gathered, _count_whole(self._run.model) - ever)
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            known.difference_update(added.pop(module))  # what is freed may be given to an activation
+
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            yield
 
     def report(self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: Any) -> FitCost:
         """The cost of all steps. What could not be measured is absent."""
         self._alone.close()
-        trained = sum(parameter.nbytes for parameter in parameters)
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         spent = self.spent()
         cost: FitCost = {
             "seconds": spent["seconds"],
             "parameters": sum(parameter.numel() for parameter in model.parameters()) + count_packed(model),
-            "parameter_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-            "gradient_bytes": trained,
-            "optimizer_bytes": sum(state.nbytes for state in states),
+            "parameter_bytes": count_bytes(model.parameters()),
+            "gradient_bytes": count_bytes(parameters) if self._gradients is None else self._gradients,
+            "optimizer_bytes": count_bytes(states),
         }
+        if self._gathered:
+            cost["gathered_bytes"] = self._gathered
+        rule = self._predict(model, parameters, optimizer)
+        if rule is not None:
+            cost["rule_bytes"] = rule
+        if self._collectives.calls:
+            cost["collectives"] = {
+                kind: {"calls": calls, "bytes": self._collectives.bytes[kind]}
+                for kind, calls in sorted(self._collectives.calls.items())
+            }
         if self._saved:
             cost["activation_bytes"] = self._saved
         if self._milliseconds:
@@ -124,11 +168,26 @@ class Meter:
             "joules": self.earlier["joules"] + joules if told else 0.0,
         }
 
+    def _listen(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Take a step, and count what it tells other processes."""
+        with self._collectives:
+            return step()
+
+    def _predict(self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: Any) -> float | None:
+        """Bytes of weights, gradients and AdamW's two states by the formula of the engine, in the types of this fit."""
+        inner = getattr(optimizer, "optim", optimizer)
+        if type(inner) is not torch.optim.AdamW:
+            return None
+        trained = sum(parameter.nbytes for parameter in parameters)
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        parallel: Parallel = self._run.train.slot("parallel", Parallel())
+        return parallel.predict(weights, trained, 2 * trained)
+
     def _look(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         lines: list[dict[str, Any]] = []
         self._looking = True
         try:
-            self._flops = count_flops(lambda: lines.append(step()))
+            self._flops = count_flops(lambda: lines.append(self._listen(step)))
         except Unsupported:
             if not lines:
                 raise
@@ -142,3 +201,8 @@ def count_packed(model: nn.Module) -> int:
     """Weights that lie in codes, which are no parameters."""
     packed = (module for module in model.modules() if isinstance(module, Replaced) and module.decodes)
     return sum(math.prod(matrix_shape(module)) for module in packed)
+
+
+def _count_whole(model: nn.Module) -> int:
+    """Bytes of parameters that lie here whole."""
+    return count_bytes(p for p in model.parameters() if not isinstance(p, DTensor))

@@ -71,9 +71,22 @@ class Parallel:
         """The number of this one among them. Those that share it draw the same random numbers."""
         return 0
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether a pass of one data rank needs one of each other: those with nothing left to learn pass along."""
+        return False
+
     def wrap(self, run: Run) -> AbstractContextManager[Any]:
         """A context round the fit, entered before parameters are grouped: shard on entry, gather on exit."""
         return contextlib.nullcontext()
+
+    def apart(self, run: Run) -> AbstractContextManager[Any]:
+        """A context round what a method does with the examples of this process alone."""
+        return contextlib.nullcontext()
+
+    def deal(self, plain: Any) -> Any:
+        """What takes the steps of an optimizer of the plan in its place, over all processes."""
+        return plain
 
     def shard(self, places: Sequence[int]) -> list[int]:
         """Those of a step's examples that this process sees; each is seen once, none is repeated to fill up."""
@@ -89,6 +102,11 @@ class Parallel:
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients over all data ranks."""
+
+    def predict(self, weights: float, gradients: float, states: float) -> float | None:
+        """Bytes that one process holds between steps, of so many whole ones, by the formula of the engine; None where
+        it has none."""
+        return weights + gradients + states
 
     def agree(self, finite: bool) -> bool:
         """Whether the gradients of every process are finite, data ranks or not; all of them ask."""

@@ -6,7 +6,7 @@ import os
 import signal
 from dataclasses import dataclass
 
-from torch import distributed
+from torch import Tensor, distributed
 
 from effbench.core.kinds import Train
 from effbench.core.run import Run
@@ -18,7 +18,8 @@ class RankKilled(Train):
 
     rank: int = 1
 
-    def on_step(self, run: Run) -> None:
+    def batch(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         assert run.step is not None
         if run.step.index == 1 and distributed.get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
+        return batch

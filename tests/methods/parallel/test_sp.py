@@ -1,0 +1,50 @@
+"""Tokens divided over ranks train what one rank trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import engines
+import pytest
+from same import check
+
+from effbench.checks import toy_run
+
+
+@pytest.mark.parametrize("name", engines.SP)
+def test_two_ranks_train_what_one_trains(name: str, two: list[Any]) -> None:
+    check(name, two)
+
+
+@pytest.mark.parametrize("name", [name for name in engines.FOUR if name in engines.SP])
+def test_four_ranks_train_what_one_trains(name: str, four: list[Any]) -> None:
+    check(name, four)
+
+
+def test_megatron_gathers_and_scatters_where_tp_reduces(two: list[Any]) -> None:
+    """Figure 6 of arXiv:2205.05198: one of each for attention and MLP each way; and the stream at both ends."""
+    found = two[0]["costs"]["sp()"]["collectives"]
+    blocks = 2 * 4  # two blocks, attention and MLP, forward and backward
+    assert found["reduce_scatter"]["calls"] == blocks
+    assert found["all_gather"]["calls"] == blocks + 3  # at the end, backward at the beginning, and of logits
+    assert found["all_gather"]["bytes"] > found["reduce_scatter"]["bytes"]
+
+
+def test_ulysses_exchanges_heads_for_tokens(two: list[Any]) -> None:
+    """Section 3.1 of arXiv:2309.14509: of queries, keys, values and outputs, each way; and whole weights stay."""
+    cost = two[0]["costs"]["sp(kind='ulysses')"]
+    assert cost["collectives"]["all_to_all"]["calls"] == 2 * 4 * 2
+    whole = sum(parameter.nbytes for parameter in toy_run().model.parameters())
+    assert cost["parameter_bytes"] == whole and cost["rule_bytes"] == 4 * whole
+
+
+def test_activations_are_divided(two: list[Any]) -> None:
+    costs = two[0]["costs"]
+    whole = costs["ddp()"]["activation_bytes"] * 2  # of which a rank sees half the examples
+    assert costs["sp()"]["activation_bytes"] < costs["tp()"]["activation_bytes"] < whole
+
+
+def test_what_needs_all_tokens_is_unsupported(two: list[Any]) -> None:
+    assert "PrunedLinear: only plain linears" in two[0]["refused"]["sp()"]
+    assert "changes how linears compute" in two[0]["refused"]["sp(ranks=2)"]
+    assert "each rank has some tokens of it" in two[0]["refused"]["sp(kind='ulysses')"]

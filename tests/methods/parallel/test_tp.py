@@ -1,0 +1,67 @@
+"""Heads and units of several ranks compute what those of one compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import engines
+import pytest
+import torch
+from same import check
+
+from effbench.checks import VOCABULARY, WIDTH, toy, toy_run
+from effbench.core.errors import Unsupported
+from effbench.methods.parallel._megatron import check_heads, check_linears
+from effbench.nn.model.blocks import Blocks
+
+
+@pytest.mark.parametrize("name", engines.TP)
+def test_two_ranks_train_what_one_trains(name: str, two: list[Any]) -> None:
+    check(name, two)
+
+
+@pytest.mark.parametrize("name", [name for name in engines.FOUR if name in engines.TP])
+def test_four_ranks_train_what_one_trains(name: str, four: list[Any]) -> None:
+    check(name, four)
+
+
+def test_ranks_hold_their_part_of_matrices_and_all_norms(two: list[Any]) -> None:
+    model = toy_run().model
+    matrices = sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 2)
+    vectors = sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 1)
+    for told in two:
+        for engine in ("tp()", "sp()"):
+            cost = told["costs"][engine]
+            assert cost["parameter_bytes"] == cost["gradient_bytes"] == matrices // 2 + vectors
+            assert "rule_bytes" not in cost
+
+
+def test_blocks_cost_two_reductions_each_way(two: list[Any]) -> None:
+    """Section 3 of the paper: of [B, T, H] for attention and MLP of two blocks, forward and backward; further one for
+    the rows of the table, one for what the head gives back, and one number for the norm of gradients."""
+    told = two[0]["costs"]["tp()"]["collectives"]
+    tokens = told["all_gather"]["bytes"] / (4 * VOCABULARY)  # whose logits are put together
+    assert told["all_reduce"]["calls"] == 2 * 4 + 3
+    assert told["all_reduce"]["bytes"] == 10 * 4 * tokens * WIDTH + 8
+
+
+def test_what_cannot_be_divided_is_unsupported(two: list[Any], four: list[Any]) -> None:
+    reasons = two[0]["refused"]
+    assert "LoRALinear: only plain linears" in reasons["tp()"]
+    assert "whole activations of a block" in reasons["tp(ranks=2)"]
+    with pytest.raises(Unsupported, match="Conv1D"):
+        check_linears(toy_run("gpt2"), 2)
+    with pytest.raises(Unsupported, match="4 ranks are more than 2 heads of keys"):
+        check_heads(Blocks(toy("qwen2")), 4)
+    with pytest.raises(Unsupported, match="4 heads cannot be dealt out evenly to 3 ranks"):
+        check_heads(Blocks(toy()), 3)
+
+
+def test_one_rank_is_no_rank() -> None:
+    for engine in ("tp(ranks=1)", "sp(ranks=1)", "sp(ranks=1, kind='ulysses')", "fsdp(ranks=1)"):
+        alone, _ = engines.train(engines.Case("ddp()"), 1)
+        run = engines.prepare(engines.Case("ddp()"), 1)
+        run.apply(engines.parse(engine).steps[0])
+        with engines.stepping(False):
+            engines.fit(run, engines.SETTINGS)
+        assert all(torch.equal(value, alone[name]) for name, value in engines.read(run).items())
