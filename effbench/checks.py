@@ -48,6 +48,7 @@ from effbench.nn.calibration import walk
 from effbench.nn.data import Data
 from effbench.nn.files import artifact
 from effbench.nn.infer.engine import Engine, open_engine
+from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import (
     Replaced,
     dense_bias,
@@ -75,10 +76,14 @@ TOYS: dict[str, dict[str, Any]] = {
     "mistral": {"intermediate_size": 256, "num_key_value_heads": 2, "sliding_window": None},
     "qwen2": {"intermediate_size": 256, "num_key_value_heads": 2},
     "qwen3": {"intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32},
+    "mixtral": {"intermediate_size": 256, "num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": None},
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": WIDTH},
     "gpt2": {"n_positions": 256},
     "gpt_neox": {"intermediate_size": 256},
 }
+
+
+DENSE = tuple(name for name in TOYS if name != "mixtral")  # whose MLPs are no mixtures of experts
 
 
 PROMPT = Segments(
@@ -659,7 +664,7 @@ def check_folded_scales(method: Method) -> None:
     """Scales that a method moves between modules change nothing before it rounds, in no architecture."""
     if not isinstance(method, Weights) or type(method).scales is Weights.scales:
         return
-    for architecture, activation in itertools.product(TOYS, ("relu", "gelu")):
+    for architecture, activation in itertools.product(DENSE, ("relu", "gelu")):
         inputs = next(walk(toy_run(architecture, activation=activation), method.needs))
         shared = inputs.view.shared_inputs(inputs.module)
         inputs.gather(shared, method.needs)
@@ -693,7 +698,7 @@ def check_architectures(method: Method) -> None:
     layers = 1 if isinstance(method, (Weights, Swap)) else 2  # these work block by block
     for architecture in TOYS:
         run = toy_run(architecture, shape={"layers": layers})
-        own = {path: dense_weight(module) for path, module in run.linears().items()}
+        own = {path: dense_weight(module) for path, module in Blocks(run.model).linears()}
         try:
             run.apply(method)
             trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]

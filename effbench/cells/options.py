@@ -23,7 +23,7 @@ class RunOptions:
 
     suite: str | None = None  # name of a suite, or a YAML file of your own
     recipe: str | None = None  # the steps of one recipe, as one more row of the suite if that is given too
-    # tiny, smollm2, a folder, gguf:FILE, a Hub id org/name[@REVISION], shape:NAME; else the suite's
+    # tiny, tiny:moe, smollm2, a folder, gguf:FILE, a Hub id org/name[@REVISION], shape:NAME; else the suite's
     model: str | None = None
     data: str | None = None  # tiny, speeches, text:FOLDER, jsonl:FILE or hub:NAME; else the suite's, or tiny
     calibration_data: str | None = None  # as data=, for methods to calibrate and train on; by default the same

@@ -118,7 +118,9 @@ class ModelRun(Run):
         return not matches_any(path, self._skip)
 
     def linears(self) -> dict[str, nn.Module]:
-        return {path: module for path, module in Blocks(self.model).linears() if self.targeted(path)}
+        view = Blocks(self.model)
+        view.check_dense()
+        return {path: module for path, module in view.linears() if self.targeted(path)}
 
     def calibration(self) -> Tensor:
         sequences, length = self._calibration
@@ -262,7 +264,8 @@ class ModelRun(Run):
         self._shared.clear()
         if method.settles:
             self.settle()
-        method.check_shapes({path: matrix_shape(module) for path, module in self.linears().items()})
+        linears = {path: module for path, module in Blocks(self.model).linears() if self.targeted(path)}
+        method.check_shapes({path: matrix_shape(module) for path, module in linears.items()})
         self.teacher = next((role for role in method.reads if role != "model"), method.makes or self.teacher)
         waiting = set(self.waiting)
         with own_attention(self.model, InferPlan()):  # what was trained in attention takes part in calibration, too

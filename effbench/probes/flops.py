@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from effbench.nn.infer.engine import open_engine
+from effbench.nn.model.experts import count_used, list_experts
 from effbench.nn.model.flops import count_flops
 from effbench.nn.model.linear import top_linears
 from effbench.probes import Reading
@@ -36,6 +37,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         scoring = count_flops(lambda: engine.logits(ids))
         reading.add(f"score_flops_per_token_c{context}", scoring / context, f"{counter}; {context} tokens at once")
     reading.add(f"decode_flops_per_token_c{context}", decoding, f"{counter}; one token after {context}")
-    weights = sum(elements(module) for _, module in top_linears(run.model))
-    reading.add("flops_2d", 2 * weights, "2 x entries of all linears with the head, as if dense, per token")
+    weights = sum(elements(module) for _, module in top_linears(run.model)) + count_used(run.model)
+    mixed = " and of the experts that a token is sent to" if list_experts(run.model) else ""
+    reading.add("flops_2d", 2 * weights, f"2 x entries of all linears with the head{mixed}, as if dense, per token")
     return reading

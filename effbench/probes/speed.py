@@ -22,6 +22,7 @@ from effbench.machine.clock import Span, timed
 from effbench.machine.watch import Watch
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.infer.graphs import Decoder, decoders
+from effbench.nn.model.experts import count_idle_bytes, count_used
 from effbench.nn.model.linear import top_linears
 from effbench.probes import Reading
 from effbench.probes.inputs import random_ids, slow
@@ -264,16 +265,18 @@ def _report_percent(
 def prefill_flops(model: nn.Module, point: Point) -> int:
     """Operations of the linears in one prefill, by the 2d rule; only last tokens pass through the head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    body = sum(elements(module) for _, module in top_linears(model) if module is not head)
+    body = sum(elements(module) for _, module in top_linears(model) if module is not head) + count_used(model)
     return 2 * point.batch * (body * point.context + elements(head))
 
 
 def decode_weight_bytes(model: nn.Module) -> int:
     """Bytes of weights, as resident, that one decoding step reads.
 
-    Of a table (tokens, positions) only the rows looked up are read, unless the head shares it and reads all.
+    Of a table (tokens, positions) only the rows looked up are read, unless the head shares it and reads all; of experts
+    at least those that one token is sent to.
     """
     sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors(model)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    return sum(sizes.values()) - sum(sizes[table] for table in tables - {id(tensor) for tensor in tensors(head)})
+    unread = sum(sizes[table] for table in tables - {id(tensor) for tensor in tensors(head)})
+    return sum(sizes.values()) - unread - count_idle_bytes(model)

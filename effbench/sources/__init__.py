@@ -27,6 +27,9 @@ from effbench.sources.text import READERS, read_presidents, read_speeches
 T = TypeVar("T")
 
 TINY = PACKAGE / "tiny"
+UPCYCLED = "tiny:moe"  # the embedded model as a mixture of experts
+EXPERTS = 4  # copies of each of its MLPs
+CHOSEN = 2  # of them, that a token is sent to
 WORLD = ("tiny", "tiny:task", "tiny:questions", "tiny:planted")  # what the generated world has to learn from
 SPEECHES = {"speeches": read_speeches, "speeches:presidents": read_presidents}  # and the addresses that ship
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
@@ -51,6 +54,7 @@ class Source:
     tokenizer: str | None = None  # tiny, a folder or a Hub id, where it is not the model's own
     digest: str = UNRESOLVED
     revision: str | None = None  # branch, tag or commit on the Hub
+    experts: int = 0  # copies of each MLP that it is upcycled into; 0: it is opened as it lies there
 
     @property
     def location(self) -> Path | str:
@@ -122,6 +126,9 @@ def model(name: str, tokenizer: str | None = None) -> Source:
         raise Usage(f"tokenizer={tokenizer}: {hint or 'no such folder; it is tiny, a folder, or org/name on the Hub'}")
     if name == "tiny":
         source = Source("tiny", "tiny", TINY / "model", tokenizer, _digest(_model_files(TINY / "model")))
+    elif name == UPCYCLED:
+        digest = _joined([_digest(_model_files(TINY / "model")), f"{CHOSEN} of {EXPERTS} experts"])
+        source = Source(name, "tiny", TINY / "model", tokenizer, digest, experts=EXPERTS)
     elif name.startswith("shape:"):
         source = Source(name, "shape", None, tokenizer, _shape_digest(name.removeprefix("shape:")))
     elif name == smollm2.NAME:
@@ -146,8 +153,8 @@ def model(name: str, tokenizer: str | None = None) -> Source:
         source = Source(name, "hub", None, tokenizer, name if fixed else UNRESOLVED, match[2])
     else:
         raise Usage(
-            f"model={name}: no such folder; a model is tiny, smollm2, a folder, gguf:FILE, shape:NAME, or org/name or "
-            "org/name@REVISION on the Hub"
+            f"model={name}: no such folder; a model is tiny, tiny:moe, smollm2, a folder, gguf:FILE, shape:NAME, or "
+            "org/name or org/name@REVISION on the Hub"
         )
     if tokenizer is None or source.kind == "shape":  # which has no use for text
         return source

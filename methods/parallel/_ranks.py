@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -114,3 +115,17 @@ class Replicas(Ranks):
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         if self.ranks > 1:
             sum_plain(parameters)
+
+    @contextlib.contextmanager
+    def apart(self, run: Run) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.lockstep:
+                for module in (run.model, run.model.base_model):
+                    stack.callback(module.register_forward_pre_hook(self._refuse, prepend=True).remove)
+            yield
+
+    def _refuse(self, *_: Any) -> None:
+        raise Unsupported(
+            f"{self}: a method passes its own examples through the model, of which each rank holds a part: the others "
+            "do not take part; give ddp()"
+        )

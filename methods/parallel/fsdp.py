@@ -97,20 +97,6 @@ class FSDP(Replicas):
         parts = [states, gradients, weights]  # of which the first `stage` ones are divided
         return sum(parts[: self.stage]) / self.ranks + sum(parts[self.stage :])
 
-    @contextlib.contextmanager
-    def apart(self, run: Run) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if self.lockstep:
-                for module in (run.model, run.model.base_model):
-                    stack.callback(module.register_forward_pre_hook(self._refuse, prepend=True).remove)
-            yield
-
-    def _refuse(self, *_: Any) -> None:
-        raise Unsupported(
-            f"{self}: a method passes its own examples through the model, which is gathered from all ranks: the others "
-            "do not take part; give stage=1 or ddp()"
-        )
-
 
 class Dealt(ZeroRedundancyOptimizer):
     """An optimizer whose tensors are dealt out to ranks, the largest first; each saves what it holds."""

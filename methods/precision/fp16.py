@@ -65,10 +65,7 @@ class Scaling(Precision):
         return loss * self.get_scale(run)
 
     def unscale(self, parameters: Sequence[nn.Parameter], run: Run) -> bool:
-        there = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        gradients = [
-            grad.to_local() if hasattr(grad, "to_local") else grad for grad in there
-        ]  # the shards of this rank
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         return not gradients or bool(ops.load("unscale")(gradients, 1 / self.get_scale(run)))
 
     def settle(self, taken: bool, run: Run) -> None:

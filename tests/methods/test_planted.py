@@ -311,7 +311,7 @@ class Scaling(Swap):
         return Scaled(module, 1.0 + site.seed % 7 / 100)
 
 
-@pytest.mark.parametrize("architecture", checks.TOYS)
+@pytest.mark.parametrize("architecture", checks.DENSE)
 def test_what_stands_round_a_module_lets_paths_through(architecture: str) -> None:
     run = checks.toy_run(architecture)
     linears = list(run.linears())

@@ -128,6 +128,7 @@ def _models() -> list[dict[str, Any]]:
 
     return [
         {"name": "tiny", "summary": "small Llama that ships with effbench, trained on a generated world"},
+        {"name": "tiny:moe", "summary": "the same with each MLP copied into 4 experts, of which a token takes 2"},
         {"name": "smollm2", "summary": "SmolLM2-135M-Instruct, which `effbench fetch smollm2` brings"},
         {"name": "gguf:FILE", "summary": "local GGUF file, decoded; needs effbench[gguf]"},
         {"name": "FOLDER", "summary": "local checkpoint in safetensors with its config.json and tokenizer"},

@@ -26,6 +26,7 @@ from effbench.nn.files.checkpoint import PICKLES, choose_storage, describe_heade
 from effbench.nn.files.gguf import Gguf, open_gguf
 from effbench.nn.files.headers import Header
 from effbench.nn.model.blocks import Blocks, check_architecture, count_positions
+from effbench.nn.model.experts import mixture_config, upcycle
 from effbench.nn.model.linear import matrix_dtype, matrix_shape
 from effbench.nn.run import ModelRun, round_to
 from effbench.sources.shapes import SHAPES
@@ -144,7 +145,8 @@ def open_model(source: Source, config: Any, device: torch.device, dtype: torch.d
         return read_gguf(_gguf(source), config, dtype).to(device)
     if _is_artifact(folder):
         return artifact.load(folder, dtype).to(device, dtype)
-    return read(folder, dtype, source.revision).to(device)
+    model = read(folder, dtype, source.revision)
+    return (upcycle(model, config) if source.experts else model).to(device)
 
 
 def read(folder: Path | str, dtype: torch.dtype, revision: str | None = None) -> Any:
@@ -348,7 +350,7 @@ def _config(source: Source) -> Any:
         value = getattr(config, name, 1)
         if type(value) is not int or not 1 <= value <= most:
             raise Unsupported(f"{_name(folder)}: config.json: {name} is {value!r}, must be from 1 to {most}")
-    return config
+    return mixture_config(config, source.experts, sources.CHOSEN) if source.experts else config
 
 
 def _check_object(path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from effbench.core.errors import Unsupported
 from effbench.nn.model.adapters import adding, choose_adapter
+from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import check_module, kept, replace
 from effbench.nn.model.sites import find_sites
 
@@ -31,6 +32,8 @@ def _replace_all(run: Run, method: Swap) -> None:
     chosen = [site for site in sites if method.wants(site.path) and site.role in (method.roles or {site.role})]
     if not sites:
         raise Unsupported(f"the blocks have no module of the kind {' or '.join(method.sites)} to stand at")
+    if "linear" in method.sites:
+        _check_experts(run, method)
     if not chosen:
         names = sorted({site.path.rpartition(".")[2] for site in sites})
         raise Unsupported(f"none of the modules is a target; they are called {', '.join(names)}")
@@ -46,3 +49,13 @@ def _replace_all(run: Run, method: Swap) -> None:
         check_module(module, method, "replace", before)
         replace(run.model, site.path, module.to(run.device))
         run.note_swap(module, method, held)
+
+
+def _check_experts(run: Run, method: Swap) -> None:
+    """Raise `Unsupported` where a method wants the weights of experts, which lie in one tensor and are no linears."""
+    view = Blocks(run.model)
+    tensors = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"} if view.names.experts else {}
+    for role, name in tensors.items():
+        path = f"{view.path(0, view.names.experts)}.{name}"
+        if method.wants(path) and role in (method.roles or {role}):
+            raise Unsupported(f"{path} holds the weights of all experts, and is no linear: give targets in attention")

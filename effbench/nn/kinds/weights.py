@@ -9,6 +9,7 @@ from torch import Tensor
 
 from effbench.core.kinds import Weights
 from effbench.nn.calibration import BlockInputs, walk
+from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import check_module, dense_weight, replace, wrong_return
 
 if TYPE_CHECKING:
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def apply(run: Run, method: Weights) -> None:
-    """Settle what is pending, let the method look at the whole model, and compress it."""
+    """Settle what is pending, let the method look at the whole model, and compress it.
+
+    Raises `Unsupported` for a mixture of experts.
+    """
+    Blocks(run.model).check_dense()
     run.settle()
     stream(run, method, method.prepare(run))
 

@@ -1,4 +1,4 @@
-"""One view over the decoder architectures of transformers: Llama family, OPT, GPT-2 and GPT-NeoX.
+"""One view over the decoder architectures of transformers: Llama family, Mixtral, OPT, GPT-2 and GPT-NeoX.
 
 Whatever is not in the table below ends as `Unsupported`, never as a wrong number.
 """
@@ -33,12 +33,16 @@ class Names:
     qkv: tuple[str, ...]  # three projections, or one fused
     out: str
     mlp: str
-    up: tuple[str, ...]  # (gate, up), or the one first projection
-    down: str
+    up: tuple[str, ...]  # (gate, up), or the one first projection; none where MLPs are mixtures of experts
+    down: str  # empty likewise
     norms: tuple[str, str]  # before attention, before the MLP
     activation: str | None = None  # path of what acts on the one of `up`; None: of two, the last is a factor
     width: str = "intermediate_size"  # where the configuration keeps the inner width of the MLPs
     interleaved: bool = False  # a fused projection holds q, k, v head by head, not all q, all k, all v
+    positions: str = ""  # what is added to embeddings, path in the model; empty: nothing is
+    before: tuple[str, ...] = ()  # what else stands between embeddings and blocks, paths in the model
+    after: str = ""  # what stands behind the last norm, path in the model
+    experts: str = ""  # the module that holds the weights of all experts; empty: MLPs are dense
 
 
 _LLAMA = Names(
@@ -53,6 +57,7 @@ _LLAMA = Names(
     down="mlp.down_proj",
     norms=("input_layernorm", "post_attention_layernorm"),
 )
+_MIXTRAL = dataclasses.replace(_LLAMA, up=(), down="", experts="mlp.experts")
 _OPT = Names(
     embedding="model.decoder.embed_tokens",
     blocks="model.decoder.layers",
@@ -66,6 +71,9 @@ _OPT = Names(
     norms=("self_attn_layer_norm", "final_layer_norm"),
     activation="activation_fn",
     width="ffn_dim",
+    positions="model.decoder.embed_positions",
+    before=("model.decoder.project_in",),
+    after="model.decoder.project_out",
 )
 _GPT2 = Names(
     embedding="transformer.wte",
@@ -80,6 +88,8 @@ _GPT2 = Names(
     norms=("ln_1", "ln_2"),
     activation="mlp.act",
     width="n_inner",
+    positions="transformer.wpe",
+    before=("transformer.drop",),
 )
 _NEOX = Names(
     embedding="gpt_neox.embed_in",
@@ -94,12 +104,14 @@ _NEOX = Names(
     norms=("input_layernorm", "post_attention_layernorm"),
     activation="mlp.act",
     interleaved=True,
+    before=("gpt_neox.emb_dropout",),
 )
 ARCHITECTURES: dict[str, Names] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": _MIXTRAL,
     "opt": _OPT,
     "gpt2": _GPT2,
     "gpt_neox": _NEOX,
@@ -149,14 +161,25 @@ class Blocks:
     def role(self, path: str) -> str:
         """What the linear at `path` does in its block: q, k, v or qkv, o, gate, up, down."""
         names = self.names
-        fused, single = len(names.qkv) == 1, len(names.up) == 1
-        roles = dict(zip(names.qkv, ("qkv",) if fused else ("q", "k", "v"), strict=True))
-        roles |= dict(zip(names.up, ("up",) if single else ("gate", "up"), strict=True))
+        roles = dict(zip(names.qkv, ("qkv",) if len(names.qkv) == 1 else ("q", "k", "v"), strict=True))
+        roles |= dict(zip(names.up, ("up",) if len(names.up) == 1 else ("gate", "up"), strict=False))
         roles |= {names.out: "o", names.down: "down"}
         return roles[path.removeprefix(f"{names.blocks}.").partition(".")[2]]
 
+    def check_dense(self) -> None:
+        """Raise `Unsupported` where weights of MLPs are no linears, and would be left out."""
+        if self.names.experts:
+            raise Unsupported(
+                f"{self.path(0, self.names.experts)}: experts hold their weights in one tensor, and this step works "
+                "linear by linear"
+            )
+
     def shared_inputs(self, block: nn.Module) -> list[SharedInput]:
-        """The block's linears in order of use, those that read one input together."""
+        """The block's linears in order of use, those that read one input together.
+
+        Raises `Unsupported` for a mixture of experts.
+        """
+        self.check_dense()
         names = self.names
         before_attention, before_mlp = (block.get_submodule(name) for name in names.norms)
         config = self.model.config

@@ -19,7 +19,7 @@ def count_flops(work: Callable[[], object]) -> int:
     Raises `Unsupported` when an op ran that nobody said how to count.
     """
     with (
-        FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
+        FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter,
         _Foreign(counter.flop_registry) as foreign,
     ):
         work()
@@ -36,7 +36,14 @@ def _attend_backward(grad: Any, q: Any, k: Any, v: Any, *rest: Any, out_shape: A
     return int(sdpa_backward_flop_count(grad, q, k, v))
 
 
-ATTENTION = {  # of processors, which the counter does not know
+def _multiply_groups(a: Any, b: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    """Of rows [S, K] each by the matrix of its group [E, K, N], or of columns [M, S] by rows [S, N] in groups."""
+    rows, width = a
+    return int(2 * rows * width * b[-1])
+
+
+UNKNOWN = {  # to the counter: attention of processors, and experts
+    torch.ops.aten._grouped_mm: _multiply_groups,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attend,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attend_backward,
 }

@@ -50,6 +50,8 @@ def require_dense(view: Blocks, index: int, names: Iterable[str]) -> None:
 
 def find_cuttable(run: Run, view: Blocks, names: Sequence[str]) -> list[int]:
     """Blocks of whose linears called `names` none is to be left alone; raises `Unsupported` if one cannot be cut."""
+    if not all(names):
+        view.check_dense()
     chosen = [i for i in range(len(view)) if all(run.targeted(view.path(i, name)) for name in names)]
     if not chosen:
         raise Unsupported(f"{view.names.blocks}: every block has a linear that is to be left alone")
@@ -125,7 +127,8 @@ def channels(heads: Tensor, size: int) -> Tensor:
 
 
 def neurons(view: Blocks, index: int) -> int:
-    """Inner width of the MLP of block `index`."""
+    """Inner width of the MLP of block `index`. Raises `Unsupported` for a mixture of experts."""
+    view.check_dense()
     return shape(view.blocks[index].get_submodule(view.names.down))[1]
 
 

@@ -52,13 +52,14 @@ from effbench.core.run import FitReport, Step
 from effbench.core.views import Example
 from effbench.nn.data import count_learned
 from effbench.nn.model.attention import own_attention
+from effbench.nn.model.experts import eager_experts
 from effbench.nn.model.linear import MaskedLinear
 from effbench.nn.train.batches import IGNORED, Batch, collate, pack
-from effbench.nn.train.groups import describe_group, group_parameters, limit_to, widen
+from effbench.nn.train.groups import group_parameters, limit_to, widen
 from effbench.nn.train.loss import learned as is_learned
 from effbench.nn.train.loss import mean_cross_entropy, sum_by_example, sum_weights
 from effbench.nn.train.meter import Meter
-from effbench.nn.train.outputs import Roles
+from effbench.nn.train.outputs import Outputs, Roles
 from effbench.nn.train.samplers import ByLength, InOrder, Sampler, Shuffled
 from effbench.nn.train.shards import cut_like, join_states, local
 from effbench.nn.train.slots import Activations, Parallel, Precision, Rounded
@@ -112,9 +113,10 @@ class Loop:
             stack.enter_context(run.reading(self.roles))
             stack.enter_context(self.roles.open())
             stack.enter_context(own_attention(run.model, run.infer))
+            stack.enter_context(eager_experts(run.model))
             stack.enter_context(activations.saving(run))
             self.groups = group_parameters(run, self.settings.rates[0], self.settings.weight_decay)
-            self.trained = [describe_group(group) for group in self.groups]
+            self.numbers, self.trained = self.parallel.describe(run.model, self.groups)
             self.parameters = [parameter for group in self.groups for parameter in group["params"]]
             widened = stack.enter_context(widen(self.parameters))
             self.precision: Precision = plan.slot("precision", Rounded() if narrow or widened else Precision())
@@ -124,12 +126,13 @@ class Loop:
             self.peaks = [group["lr"] for group in self.optimizer.param_groups]
             self.sampler = self._make_sampler()
             masked = [module for module in run.model.modules() if isinstance(module, MaskedLinear)]
-            self.held = [(module, cut_like(module.kept(), module.weight)) for module in masked]
+            trained = [module for module in masked if module.weight.requires_grad]
+            self.held = [(module, cut_like(module.kept(), module.weight)) for module in trained]
             self.known = [*run.model.parameters(), *run.model.buffers()]
             self.names = _name_methods(plan.chain("loss"))
             self.meter = Meter(run, self.settings.steps)
             yield
-            self.cost = self.meter.report(run.model, self.parameters, self.optimizer)
+            self.cost = self.meter.report(run.model, self.numbers, self.parameters, self.optimizer)
 
     def step(self, index: int) -> dict[str, Any]:
         """Take one step; its line of the log. Raises `Diverged`, `Unsupported`."""
@@ -230,7 +233,7 @@ class Loop:
             method.on_step(run)
         self.optimizer.zero_grad(set_to_none=True)
         if losses is not None:
-            sums, counted = self.parallel.total(losses.flatten()).view(2, -1)
+            sums, counted = self.parallel.total(self.parallel.told(losses.flatten())).view(2, -1)
             self.sampler.seen(places, sums / counted.clamp(min=1))  # type: ignore[attr-defined]
         self.tokens += int(tokens)
         self.drawn.update(places)
@@ -272,9 +275,7 @@ class Loop:
 
     def _go_along(self, batch: Batch) -> None:
         """The passes of a part of which nothing is learned, which other data ranks wait for."""
-        with self.precision.forward(self.run):
-            out = self.roles.feed(batch)
-        self.precision.scale(0 * out.logits.sum(), self.run).backward()
+        self.precision.scale(0 * self._feed(batch).logits.sum(), self.run).backward()
 
     def _differentiate(
         self, parts: Sequence[Batch], shares: Sequence[float], losses: Tensor | None
@@ -297,26 +298,35 @@ class Loop:
         Gives its terms, and what is watched beside them, times the share.
         """
         run = self.run
-        terms: dict[str, Tensor] = {}
-        watched: dict[str, Tensor] = {}
-        with self.meter.forward(self.known):
-            with self.precision.forward(run):
-                out = self.roles.feed(batch)
+        told: dict[str, float] = {}
+        seen: dict[str, float] = {}
+
+        def lose(part: Batch, out: Outputs) -> Tensor:
+            self.roles.turn_to(part, out)
+            mine = share if part is batch else share * sum_weights(part) / sum_weights(batch)
+            terms: dict[str, Tensor] = {}
+            watched: dict[str, Tensor] = {}
             for name, method in self.names.items():
                 run.watched = {}
-                with self.parallel.apart(run):
-                    terms |= {f"{name}.{term}": value for term, value in method.loss(batch, out, run).items()}
+                terms |= {f"{name}.{term}": value for term, value in method.loss(part, out, run).items()}
                 watched |= {f"{name}.{what}": value.detach() for what, value in run.watched.items()}
             run.watched = {}
             if run.train.slot("loss") is None:
-                terms["cross_entropy"] = mean_cross_entropy(out.logits, batch)
-        if losses is not None:
-            sums, numbers = sum_by_example(out.logits, batch, losses.shape[1])
-            losses += torch.stack([sums, numbers]).to(losses.device)
-        loss = share * sum(terms.values(), start=torch.zeros((), device=run.device))
-        self.precision.scale(loss, run).backward()
-        told, seen = ({name: float(v.detach()) * share for name, v in values.items()} for values in (terms, watched))
+                terms["cross_entropy"] = mean_cross_entropy(out.logits, part)
+            if losses is not None:
+                sums, numbers = sum_by_example(out.logits, part, losses.shape[1])
+                losses.add_(torch.stack([sums, numbers]).to(losses.device))
+            for into, found in ((told, terms), (seen, watched)):
+                for name, value in found.items():
+                    into[name] = into.get(name, 0.0) + float(value.detach()) * mine
+            return self.precision.scale(mine * sum(terms.values(), start=torch.zeros((), device=run.device)), run)
+
+        self.parallel.backward(batch, self._feed, lose, self.meter.forward(self.known))
         return told, seen
+
+    def _feed(self, batch: Batch) -> Outputs:
+        with self.precision.forward(self.run):
+            return self.roles.feed(batch)
 
     def _bring_back(self) -> bool:
         """Have the gradients of the whole step, unscaled; False, and no gradients, where they overflowed anywhere."""

@@ -126,14 +126,14 @@ class Meter:
                 stack.callback(module.register_forward_hook(leave).remove)
             yield
 
-    def report(self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: Any) -> FitCost:
-        """The cost of all steps. What could not be measured is absent."""
+    def report(self, model: nn.Module, numbers: int, parameters: Sequence[nn.Parameter], optimizer: Any) -> FitCost:
+        """The cost of all steps, of a model of so many parameters. What could not be measured is absent."""
         self._alone.close()
         states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         spent = self.spent()
         cost: FitCost = {
             "seconds": spent["seconds"],
-            "parameters": sum(parameter.numel() for parameter in model.parameters()) + count_packed(model),
+            "parameters": numbers + count_packed(model),
             "parameter_bytes": count_bytes(model.parameters()),
             "gradient_bytes": count_bytes(parameters) if self._gradients is None else self._gradients,
             "optimizer_bytes": count_bytes(states),
@@ -153,8 +153,11 @@ class Meter:
         if self._milliseconds:
             cost["step_ms"] = statistics.median(self._milliseconds)
             cost["timed_ms"] = self._milliseconds
-        if self._flops is not None and self._tokens:
-            cost["flops_per_token"] = self._flops / self._tokens
+        if self._looked is not None:
+            parallel: Parallel = self._run.train.slot("parallel", Parallel())
+            flops = parallel.flops_per_token(math.nan if self._flops is None else self._flops, self._tokens)
+            if math.isfinite(flops):
+                cost["flops_per_token"] = flops
         if spent["joules"] > 0:
             cost["joules"] = spent["joules"]
         return cost

@@ -129,9 +129,13 @@ class Roles:
 
     def feed(self, batch: Batch) -> Outputs:
         """What the model that is trained gives for a batch; the others are asked when a method reads them."""
-        self._batch, self._found = batch, {}
-        self._found["model"] = self._taps["model"].record(batch)
-        return self._found["model"]
+        out = self._taps["model"].record(batch)
+        self.turn_to(batch, out)
+        return out
+
+    def turn_to(self, batch: Batch, out: Outputs) -> None:
+        """Have the others asked about a batch of which the model has given this."""
+        self._batch, self._found = batch, {"model": out}
 
     def read(self, role: str) -> Outputs:
         """The outputs of a role for the batch that was fed last, without gradients.

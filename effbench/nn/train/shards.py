@@ -35,6 +35,11 @@ def local(tensor: Tensor) -> Tensor:
     return held.trigger_wait() if isinstance(held, AsyncCollectiveTensor) else held
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether a tensor lies in parts, one of them here."""
+    return isinstance(tensor, DTensor)
+
+
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process; all of them ask."""

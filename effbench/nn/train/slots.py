@@ -6,15 +6,20 @@ A method that claims a slot inherits from the class of it and overrides what it 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from effbench.nn.train.groups import Groups, describe_group
+
 if TYPE_CHECKING:
-    from effbench.core.run import Run
+    from effbench.core.run import GroupReport, Run
+    from effbench.nn.train.batches import Batch
+    from effbench.nn.train.outputs import Outputs
 
 
 class Precision:
@@ -99,6 +104,34 @@ class Parallel:
     def merge(self, terms: dict[str, float]) -> dict[str, float]:
         """The sum of each named number over all data ranks, of which some may lack the name."""
         return terms
+
+    def backward(
+        self,
+        batch: Batch,
+        feed: Callable[[Batch], Outputs],
+        lose: Callable[[Batch, Outputs], Tensor],
+        saving: AbstractContextManager[Any],
+    ) -> None:
+        """Add the gradients of a part of a step: `feed` it to the model and differentiate what it is said to `lose`.
+
+        Both take parts of the batch as well, which count by their learned tokens; `saving` goes round what is saved
+        for the backward pass.
+        """
+        with saving:
+            loss = lose(batch, feed(batch))
+        loss.backward()
+
+    def told(self, values: Tensor) -> Tensor:
+        """Numbers [N] that the process has found which computes the loss."""
+        return values
+
+    def describe(self, model: nn.Module, groups: Groups) -> tuple[int, list[GroupReport]]:
+        """How many parameters the whole model has, and groups of the optimizer for the record, of all processes."""
+        return sum(parameter.numel() for parameter in model.parameters()), [describe_group(group) for group in groups]
+
+    def flops_per_token(self, flops: float, tokens: int) -> float:
+        """Those of the whole model, where this process has computed so many over so many tokens; NaN: not known."""
+        return flops / tokens if tokens else math.nan
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients over all data ranks."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from toys_training import fit
 
-from effbench.checks import TOYS, probe, toy_run
+from effbench.checks import DENSE, probe, toy_run
 from effbench.core.recipe import parse_step
 from effbench.formats.codebook import LutLinear
 from effbench.methods.peft.ia3 import IA3, IA3Linear
@@ -48,7 +48,7 @@ def move(run: ModelRun, std: float) -> None:
         module.l.data += std * torch.randn(module.l.shape)
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_it_starts_at_ones_which_change_nothing(architecture: str) -> None:
     run = biased(architecture)
     before = probe(run)
@@ -59,7 +59,7 @@ def test_it_starts_at_ones_which_change_nothing(architecture: str) -> None:
     )
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_it_trains_as_many_numbers_as_keys_values_and_mlps_are_wide(architecture: str) -> None:
     run = toy_run(architecture)
     view = Blocks(run.model)
@@ -72,7 +72,7 @@ def test_it_trains_as_many_numbers_as_keys_values_and_mlps_are_wide(architecture
     assert [group["weight_decay"] for group in report["groups"]] == [0.0]  # towards 0 is not towards the model
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_queries_stay_and_keys_and_values_are_rescaled_with_their_biases(architecture: str) -> None:
     run = stirred(biased(architecture), IA3(adapter="a"))
     view = Blocks(run.model)

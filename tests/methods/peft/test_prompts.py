@@ -28,6 +28,7 @@ SHAPES = {  # heads of keys and values, and their width
     "mistral": (2, 32),
     "qwen2": (2, 32),
     "qwen3": (2, 32),
+    "mixtral": (2, 32),
     "opt": (4, 32),
     "gpt2": (4, 32),
     "gpt_neox": (4, 32),

@@ -48,7 +48,7 @@ def test_settings_no_data_can_mend_are_usage_errors() -> None:
 
 @pytest.mark.parametrize(
     ("step", "architecture"),
-    [("gmp()", architecture) for architecture in checks.TOYS]
+    [("gmp()", architecture) for architecture in checks.DENSE]
     + [(step, architecture) for step in METHODS[1:] for architecture in ("llama", "gpt2")]
     + [("lottery_ticket(steps=2, rounds=2, rewind=1, max_length=32)", "opt")],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from toys_cache import GROUPED, Rule, fill, logprobs, plain_llama, text
 from toys_training import fit
 
-from effbench.checks import TOYS, VOCABULARY, probe, toy_run
+from effbench.checks import DENSE, VOCABULARY, probe, toy_run
 from effbench.core.errors import Conflict, Refused, Unsupported, Usage
 from effbench.core.recipe import parse, parse_step
 from effbench.core.run import InferPlan
@@ -138,7 +138,7 @@ def gap(run: ModelRun, engine: Engine | None = None) -> float:
     return float((held - whole).abs().max() / whole.std())
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_the_cache_computes_what_was_trained(architecture: str, tmp_path: Path) -> None:
     """Before and after weights are packed; a reloaded model the same."""
     run = trained(architecture, activation_bits=16)
@@ -258,7 +258,7 @@ def test_a_second_encoder_is_a_conflict(tmp_path: Path) -> None:
         untouched.finish()
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_weights_are_packed_and_rounded_inputs_are_simulated(bits: int, architecture: str) -> None:
     run = trained(architecture, steps=1, weight_bits=bits)

@@ -13,7 +13,7 @@ from toys_quant import golden
 from toys_training import fit
 
 from effbench import ops
-from effbench.checks import TOYS, probe, probe_model, toy_run
+from effbench.checks import DENSE, probe, probe_model, toy_run
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse, parse_step
 from effbench.formats.grid import fit_grid, split_groups
@@ -107,7 +107,7 @@ def fakes(run: ModelRun) -> dict[str, FakeQuantLinear]:
     return {path: module for path, module in Blocks(run.model).linears() if isinstance(module, FakeQuantLinear)}
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (2, True), (2, False)])
 def test_what_is_packed_is_what_was_trained(bits: int, symmetric: bool, architecture: str, tmp_path: Path) -> None:
     """Logits are those of the last pass of training, codes are those of rtn, and files hold so many bits."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from toys_training import METHODS, fit, linears, seen
 
-from effbench.checks import TOYS, probe, toy_run
+from effbench.checks import DENSE, probe, toy_run
 from effbench.core.errors import Diverged, Unsupported, Usage
 from effbench.core.kinds import Train
 from effbench.core.recipe import parse, parse_step
@@ -53,7 +53,7 @@ def test_the_run_is_as_if_the_best_rate_alone_had_been_tried(steps: str, rates: 
     assert run.log.fits == [report]
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_every_architecture_goes_back_to_where_it_was(architecture: str) -> None:
     run = prepared("gmp()", architecture)
     before = take_fingerprint(run.model)

@@ -1,0 +1,121 @@
+"""Stages train what one process trains, and what cannot be divided into stages ends in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import divided
+import pytest
+import torch
+from torch import Tensor
+
+from effbench.core.errors import Usage
+from effbench.core.recipe import parse, parse_step
+from effbench.methods.parallel.pp import cut
+
+CASES = [(2, name) for name in divided.CASES if name.startswith("pp")]
+CASES += [(4, name) for name in divided.EVERYWHERE if name.startswith("pp")]
+
+
+def find_difference(name: str, ranks: list[dict[str, Any]]) -> float:
+    """The largest between the parameters of any rank and those of one process alone."""
+    alone, report = divided.train(divided.CASES[name], 1)
+    found = [rank["trained"][name] for rank in ranks]
+    for parameters, told in found:
+        assert all(torch.equal(found[0][0][key], value) for key, value in parameters.items())
+        assert told["loss_last"] == pytest.approx(report["loss_last"], abs=1e-6)
+        for key in ("steps", "tokens", "distinct_tokens", "epochs", "groups"):
+            assert told[key] == report[key]
+        assert told["cost"]["parameters"] == report["cost"]["parameters"]
+    return max(float((found[0][0][key] - value).abs().max()) for key, value in alone.items())
+
+
+@pytest.mark.parametrize(("number", "name"), CASES)
+def test_stages_train_what_one_process_trains(number: int, name: str, start: Any) -> None:
+    exact = divided.CASES[name].dtype is torch.float64
+    assert find_difference(name, start(number)) < (1e-10 if exact else 1e-6)
+
+
+def test_gradients_are_clipped_and_steps_are_taken() -> None:
+    """By descent along gradients as they are: a factor of them, or of their norm, shows in the weights."""
+    case = divided.CASES["pp"]
+    first, last = divided.copy_parameters(divided.prepare(case, 1)), divided.train(case, 1, steps=1)[0]
+    moved = torch.stack([(last[name] - value).square().sum() for name, value in first.items()]).sum().sqrt()
+    assert divided.SETTINGS.clip is not None
+    assert float(moved) == pytest.approx(divided.SETTINGS.clip * 0.5, rel=1e-5)  # norm times rate: clipping was active
+
+
+def test_an_overflow_in_one_stage_is_skipped_by_all(ranks: list[dict[str, Any]]) -> None:
+    found = [rank["overflowed"]["pp"] for rank in ranks]
+    for parameters, report, kept in found:
+        assert report["skipped"] == 1 and report["steps"] == divided.SETTINGS.steps
+        assert kept == {"scale": 65536.0, "clean": 1}  # halved once, and doubled after two steps without
+        assert all(torch.equal(found[0][0][name], value) for name, value in parameters.items())
+
+
+@pytest.mark.parametrize("name", [name for name in divided.REFUSED if name.startswith("pp")])
+def test_what_sees_more_than_a_stage_is_unsupported_on_all_ranks(name: str, pair: list[dict[str, Any]]) -> None:
+    said = {rank["refused"][name] for rank in pair}
+    assert len(said) == 1 and divided.REFUSED[name][1].format(ranks=2) in said.pop()
+
+
+def test_what_stages_send_is_counted(ranks: list[dict[str, Any]]) -> None:
+    """Of 8 rows of 16 tokens, 3 micro-batches of 3 rows: states of width 128 forward, and their gradients back."""
+    sent = 3 * 3 * 16 * 128 * torch.float64.itemsize
+    for stage, rank in enumerate(ranks):
+        neighbours = (stage > 0) + (stage < len(ranks) - 1)
+        assert rank["counted"]["pp"]["calls"]["send"] == neighbours * (
+            3 + 1
+        )  # and that they know their shapes: 4 bytes
+        assert rank["counted"]["pp"]["bytes"]["send"] == neighbours * (sent + 4)
+
+
+def test_each_rank_holds_its_stage_and_what_is_tied_is_one_tensor_of_the_whole(ranks: list[dict[str, Any]]) -> None:
+    whole = divided.prepare(divided.CASES["pp"], 1).model
+    table = whole.get_input_embeddings().weight.nbytes
+    held = [rank["counted"]["pp"]["cost"] for rank in ranks]
+    norm = whole.model.norm.weight.nbytes
+    blocks = sum(p.nbytes for p in whole.model.layers.parameters()) // len(ranks)
+    expected = [blocks] * len(ranks)
+    expected[0] += table
+    expected[-1] += table + norm
+    assert [cost["parameter_bytes"] for cost in held] == expected
+    assert [cost["gradient_bytes"] for cost in held] == expected
+    assert sum(expected) - table == sum(p.nbytes for p in whole.parameters())
+
+
+def test_killed_stages_go_on_to_the_same_bits(pair: list[dict[str, Any]]) -> None:
+    for rank in pair:
+        whole, resumed, report = rank["resumed"]["pp"]
+        assert report["resumed"] == [1]
+        assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def test_a_killed_stage_is_an_error_of_the_others_within_seconds(pair: list[dict[str, Any]]) -> None:
+    error, seconds = pair[0]["died"]
+    assert error == "RuntimeError" and seconds < 5
+
+
+def test_micro_batches_hold_each_row_once_and_rows_without_labels_fill_up() -> None:
+    batch = {
+        "input_ids": torch.arange(14).view(7, 2),
+        "labels": torch.arange(14).view(7, 2),
+        "example": torch.arange(7)[:, None].expand(7, 2),
+        "attention_mask": torch.ones(7, 1, 2, 2, dtype=torch.bool),
+        "tally": torch.ones(7),
+    }
+    parts = cut(batch, 3, 1)
+    assert [len(part["labels"]) for part in parts] == [3, 3, 3]
+    labels: Tensor = torch.cat([part["labels"] for part in parts])
+    assert torch.equal(labels[:7], batch["labels"]) and (labels[7:] == -100).all()
+    assert (parts[-1]["example"][1:] == -1).all() and parts[0]["attention_mask"].shape == (3, 1, 2, 2)
+    assert all(part["tally"] is batch["tally"] for part in parts)
+    assert [len(part["labels"]) for part in cut(batch, 9, 1)] == [1] * 7
+    assert [len(part["labels"]) for part in cut({"labels": labels[:1], "example": labels[:1]}, 2, 4)] == [1] * 4
+
+
+def test_recipes_say_how_many_stages_they_take() -> None:
+    assert parse("pp(ranks=4), fit()").ranks == 4
+    for step, message in (("pp(microbatches=0)", "microbatches must be"), ("pp(schedule='zb')", "schedule")):
+        with pytest.raises(Usage, match=message):
+            parse_step(step)
