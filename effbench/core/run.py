@@ -209,7 +209,8 @@ class FitCost(TypedDict):
 
     seconds: float
     parameters: int  # weights of the model while it is trained, frozen and packed ones too
-    parameter_bytes: int  # of the model as it is trained
+    parameter_bytes: int  # of the model as it is trained; what is tied, shared or viewed counts once, here and below
+    buffer_bytes: int  # codes of packed weights, their scales and masks
     gradient_bytes: int  # before a step of the optimizer
     optimizer_bytes: int
     gathered_bytes: NotRequired[int]  # most of the weights that lie in parts and are whole at a time in a forward pass
@@ -317,6 +318,7 @@ class Run(abc.ABC):
     device: Device
     storage: Any  # dtype in which an artifact keeps dense parameters, or those of matrices and of vectors
     seed: int
+    hollow: bool = False  # whether its model has shapes and no values, so that only bytes can be found
     waiting: set[Any]  # parameters that steps have put in place for the next fit, beside what they froze
 
     def __init__(self) -> None:

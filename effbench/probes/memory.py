@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from effbench.machine.peak import SCOPES, PeakMemory
 from effbench.nn.infer.engine import open_engine
+from effbench.nn.model.held import count_bytes
 from effbench.nn.model.linear import Replaced, Storage, stored_as, stored_bytes, top_linears
 from effbench.nn.model.sparsity import measure_sparsity
 from effbench.probes import Reading
@@ -75,7 +76,7 @@ def elements(linear: nn.Module) -> int:
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of all distinct tensors of a model as they lie in memory."""
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors(model)}.values())
+    return count_bytes(tensors(model))
 
 
 def tensors(model: nn.Module) -> Iterator[Tensor]:

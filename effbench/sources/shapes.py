@@ -33,6 +33,8 @@ _LLAMA_70B = _llama(8192, 80, 64, 8, 28672, 128256, **_rope(5e5))
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(4096, 32, 32, 32, 11008, 32000, max_position_embeddings=4096),
     "llama-2-13b": _llama(5120, 40, 40, 40, 13824, 32000, max_position_embeddings=4096),
+    "llama-2-70b": _llama(8192, 80, 64, 8, 28672, 32000, max_position_embeddings=4096),
+    "llama-65b": _llama(8192, 80, 64, 64, 22016, 32000, max_position_embeddings=2048),
     "llama-3.2-1b": _llama(2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True, **_rope(5e5)),
     "llama-3.2-3b": _llama(3072, 28, 24, 8, 8192, 128256, head_dim=128, tie_word_embeddings=True, **_rope(5e5)),
     "llama-3.1-8b": _llama(4096, 32, 32, 8, 14336, 128256, **_rope(5e5)),

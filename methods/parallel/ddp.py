@@ -10,6 +10,7 @@ from typing import Any
 from effbench.core.run import Run
 from effbench.methods.parallel._ranks import Replicas
 from effbench.nn.train.shards import check_alike
+from effbench.nn.train.slots import Shares
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class DDP(Replicas):
     weight_update = "training"
     claims = ("train.parallel",)
     trials = ({"ranks": 1},)
+
+    def shares(self) -> Shares:
+        return Shares(examples=self.ranks)
 
     @contextlib.contextmanager
     def wrap(self, run: Run) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from effbench.core.run import Run
 from effbench.methods.parallel._ranks import Replicas
 from effbench.nn.model.experts import TENSORS, compute_expert, list_experts
 from effbench.nn.train.shards import is_part
+from effbench.nn.train.slots import Shares
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ class EP(Replicas):
             tokens = int(number)
         return super().flops_per_token(flops, tokens)
 
-    def predict(self, weights: float, gradients: float, states: float) -> float | None:
+    def shares(self) -> Shares | None:
         """None where there is more than one rank: how much of a model its experts are, sums do not tell."""
-        return None if self.ranks > 1 else weights + gradients + states
+        return None if self.ranks > 1 else Shares()
 
 
 def compute_apart(experts: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from effbench.methods.parallel._ranks import Replicas
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.feed import find_soft
 from effbench.nn.train.shards import check_alike
+from effbench.nn.train.slots import Shares
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ class FSDP(Replicas):
             raise Unsupported(f"{self}: ZeroRedundancyOptimizer builds optimizers of torch, not {type(plain).__name__}")
         return Dealt(plain)
 
-    def predict(self, weights: float, gradients: float, states: float) -> float:
-        parts = [states, gradients, weights]  # of which the first `stage` ones are divided
-        return sum(parts[: self.stage]) / self.ranks + sum(parts[self.stage :])
+    def shares(self) -> Shares:
+        states, gradients, parameters = (self.ranks if self.stage >= stage else 1 for stage in (1, 2, 3))
+        return Shares(parameters, gradients, states, examples=self.ranks)
 
 
 class Dealt(ZeroRedundancyOptimizer):

@@ -206,9 +206,8 @@ class Pipeline(Parallel):
         norm = self._sum(squares).sqrt()
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
-    def predict(self, weights: float, gradients: float, states: float) -> float | None:
+    def shares(self) -> None:
         """None: how much of a model its embeddings are, sums do not tell."""
-        return None
 
     def _counts(self, parameter: nn.Parameter) -> bool:
         """Whether a tensor that stages share counts in this one."""

@@ -30,6 +30,7 @@ from effbench.methods.parallel._ranks import Ranks
 from effbench.nn.model.attention import route_attention
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.train.shards import settle_gradients, sum_plain
+from effbench.nn.train.slots import Shares
 
 ULYSSES = "effbench-ulysses"  # attention of that name
 
@@ -88,8 +89,8 @@ class SP(Ranks):
             settle_gradients(parameters)
             sum_plain([parameter for parameter in parameters if hasattr(parameter, SUMMAND)])
 
-    def predict(self, weights: float, gradients: float, states: float) -> float | None:
-        return super().predict(weights, gradients, states) if self.kind == "ulysses" else None
+    def shares(self) -> Shares | None:
+        return Shares(activations=self.ranks) if self.kind == "ulysses" else None
 
 
 class Tokens:

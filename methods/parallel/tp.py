@@ -55,5 +55,5 @@ class TP(Ranks):
             settle_gradients(parameters)
             sum_plain([parameter for parameter in parameters if hasattr(parameter, SUMMAND)])
 
-    def predict(self, weights: float, gradients: float, states: float) -> None:
+    def shares(self) -> None:
         return None

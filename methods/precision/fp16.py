@@ -14,7 +14,7 @@ from effbench import ops
 from effbench.core.errors import Diverged
 from effbench.core.kinds import Train
 from effbench.core.run import Run
-from effbench.nn.train.shards import local
+from effbench.nn.model.held import local
 from effbench.nn.train.slots import Precision
 
 GROWTH, BACKOFF = 2.0, 0.5

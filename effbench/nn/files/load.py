@@ -27,7 +27,7 @@ from effbench.nn.files.gguf import Gguf, open_gguf
 from effbench.nn.files.headers import Header
 from effbench.nn.model.blocks import Blocks, check_architecture, count_positions
 from effbench.nn.model.experts import mixture_config, upcycle
-from effbench.nn.model.linear import matrix_dtype, matrix_shape
+from effbench.nn.model.linear import Storage, matrix_dtype, matrix_shape
 from effbench.nn.run import ModelRun, round_to
 from effbench.sources.shapes import SHAPES
 
@@ -61,10 +61,7 @@ def open_run(
     """
     settings = settings or {}
     place = torch.device(device)
-    config = _config(source)
-    headers = _headers(source)
-    packed = torch.float16 if source.kind == "gguf" else torch.bfloat16  # what scales of llama.cpp's formats are in
-    storage = choose_storage(headers, packed)
+    config, headers, storage = describe_model(source)
     compute = getattr(torch, dtype) if dtype else torch.float32 if place.type == "cpu" else matrix_dtype(storage)
     build = functools.partial(open_model, source, config, place, compute)
     tokenizer = _tokenizer(source)
@@ -98,6 +95,16 @@ def open_run(
     if headers and not _is_artifact(source.location):
         run.log.model_types = describe_headers(headers, storage)
     return run
+
+
+def describe_model(source: Source) -> tuple[Any, dict[str, Header], torch.dtype | Storage]:
+    """The configuration of a model, what its files say of its tensors, and the types that an artifact keeps these in.
+
+    No weights are read. Raises as `open_run`.
+    """
+    config, headers = _config(source), _headers(source)
+    packed = torch.float16 if source.kind == "gguf" else torch.bfloat16  # what scales of llama.cpp's formats are in
+    return config, headers, choose_storage(headers, packed)
 
 
 def check_model(source: Source, reads_text: bool) -> None:
@@ -139,7 +146,7 @@ def linear_shapes(source: Source) -> dict[str, tuple[int, int]]:
 def open_model(source: Source, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The original model of a source, in `dtype` on `device`."""
     if source.kind == "shape":
-        return _random(config, device, dtype)
+        return build_random(config, device, dtype)
     folder = source.location
     if source.kind == "gguf":
         return read_gguf(_gguf(source), config, dtype).to(device)
@@ -254,7 +261,7 @@ def _name(folder: Path | str) -> str:
     return folder.name if isinstance(folder, Path) else folder
 
 
-def _random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def build_random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Random weights in the shape of a real model, built on the device; the same whenever they are built."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
@@ -271,7 +278,7 @@ class Needs(NamedTuple):
 
 def needs(config: Any, dtype: torch.dtype) -> Needs:
     """What a model of this configuration takes up in `dtype`; tied weights count once."""
-    model = _random(config, torch.device("meta"), dtype)
+    model = build_random(config, torch.device("meta"), dtype)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     work = max(linear.get_parameter("weight").numel() for _, linear in Blocks(model).linears())
     return Needs(weights, work * torch.float32.itemsize)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
-from effbench.nn.train.shards import local
+from effbench.nn.model.held import local
 
 TENSORS, REST = "tensors.safetensors", "state.json"
 

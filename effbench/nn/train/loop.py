@@ -53,6 +53,7 @@ from effbench.core.views import Example
 from effbench.nn.data import count_learned
 from effbench.nn.model.attention import own_attention
 from effbench.nn.model.experts import eager_experts
+from effbench.nn.model.held import local
 from effbench.nn.model.linear import MaskedLinear
 from effbench.nn.train.batches import IGNORED, Batch, collate, pack
 from effbench.nn.train.groups import group_parameters, limit_to, widen
@@ -61,7 +62,7 @@ from effbench.nn.train.loss import mean_cross_entropy, sum_by_example, sum_weigh
 from effbench.nn.train.meter import Meter
 from effbench.nn.train.outputs import Outputs, Roles
 from effbench.nn.train.samplers import ByLength, InOrder, Sampler, Shuffled
-from effbench.nn.train.shards import cut_like, join_states, local
+from effbench.nn.train.shards import cut_like, join_states
 from effbench.nn.train.slots import Activations, Parallel, Precision, Rounded
 
 if TYPE_CHECKING:

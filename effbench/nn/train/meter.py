@@ -18,10 +18,10 @@ from effbench.core.errors import Unsupported
 from effbench.core.run import FitCost
 from effbench.machine import nvml
 from effbench.nn.model.flops import count_flops
+from effbench.nn.model.held import count_bytes, identify, local
 from effbench.nn.model.linear import Replaced, matrix_shape
 from effbench.nn.train.batches import Batch
 from effbench.nn.train.collectives import Collectives
-from effbench.nn.train.shards import count_bytes, local
 from effbench.nn.train.slots import Parallel
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Meter:
 
     def __init__(self, run: Run, steps: int) -> None:
         self._run = run
-        self._looked = LOOKED if steps >= TIMED.stop else None
-        self._timed = TIMED if steps >= TIMED.stop else range(0)
+        self._looked = LOOKED if steps >= TIMED.stop or run.hollow else None
+        self._timed = TIMED if steps >= TIMED.stop and not run.hollow else range(0)
         self._looking = False
         self._milliseconds: list[float] = []
         self._saved = 0
@@ -86,13 +86,12 @@ class Meter:
             yield
             self._saved = max(self._saved, torch.cuda.memory_allocated(self._run.device) - before)
         else:
-            known = {local(parameter).untyped_storage().data_ptr() for parameter in parameters}
+            known = {identify(parameter) for parameter in parameters}
             sizes: dict[int, int] = {}
 
             def keep(tensor: Tensor) -> Tensor:
-                storage = local(tensor).untyped_storage()
-                if storage.data_ptr() not in known:
-                    sizes[storage.data_ptr()] = storage.nbytes()
+                if (storage := identify(tensor)) not in known:
+                    sizes[storage] = local(tensor).untyped_storage().nbytes()
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), self._see_gathered(known):
@@ -135,6 +134,7 @@ class Meter:
             "seconds": spent["seconds"],
             "parameters": numbers + count_packed(model),
             "parameter_bytes": count_bytes(model.parameters()),
+            "buffer_bytes": count_bytes(model.buffers()),
             "gradient_bytes": count_bytes(parameters) if self._gradients is None else self._gradients,
             "optimizer_bytes": count_bytes(states),
         }
@@ -184,12 +184,15 @@ class Meter:
         trained = sum(parameter.nbytes for parameter in parameters)
         weights = sum(parameter.nbytes for parameter in model.parameters())
         parallel: Parallel = self._run.train.slot("parallel", Parallel())
-        return parallel.predict(weights, trained, 2 * trained)
+        shares = parallel.shares()
+        return None if shares is None else shares.sum(weights, trained, 2 * trained)
 
     def _look(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         lines: list[dict[str, Any]] = []
         self._looking = True
         try:
+            if self._run.hollow:
+                return self._listen(step)
             self._flops = count_flops(lambda: lines.append(self._listen(step)))
         except Unsupported:
             if not lines:

@@ -7,7 +7,6 @@ here takes whole tensors as well.
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import _composable_state
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from effbench.core.errors import Diverged
+from effbench.nn.model.held import local
 
 HOOKS = (
     "_forward_hooks",
@@ -27,12 +26,6 @@ HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; changes of it are changes of the tensor."""
-    held: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # `to_local` would be dispatched
-    return held.trigger_wait() if isinstance(held, AsyncCollectiveTensor) else held
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -65,24 +58,6 @@ def join_states(optimizer: Any) -> None:
             for name, value in states.items():
                 if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == held.shape:
                     states[name] = DTensor.from_local(value, mesh, places, run_check=False, shape=size, stride=stride)
-
-
-def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors occupy in this process: what several of them share or look at counts once, by storage."""
-    spans: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-    for tensor in map(local, tensors):
-        if not tensor.numel():
-            continue
-        begin = int(tensor.storage_offset()) * tensor.itemsize
-        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        spans[str(tensor.device), tensor.untyped_storage().data_ptr()].append((begin, begin + reach * tensor.itemsize))
-    total = 0
-    for parts in spans.values():
-        end = 0
-        for first, last in sorted(parts):
-            total += max(0, last - max(first, end))
-            end = max(end, last)
-    return total
 
 
 def settle_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -6,6 +6,7 @@ A method that claims a slot inherits from the class of it and overrides what it 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -63,8 +64,30 @@ class Activations:
         return contextlib.nullcontext()
 
 
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """By what an engine divides what one process would hold in training, by its formula.
+
+    What is held between forward and backward pass is meant: what is gathered for a moment is not in it.
+    """
+
+    parameters: float = 1
+    gradients: float = 1
+    optimizer: float = 1
+    activations: float = 1  # of the examples that a process sees
+    examples: int = 1  # processes that the examples of a step are dealt out to
+
+    def sum(self, parameters: float, gradients: float, optimizer: float) -> float:
+        """What one process holds between steps, of so much that one alone would hold."""
+        return parameters / self.parameters + gradients / self.gradients + optimizer / self.optimizer
+
+
 class Parallel:
     """How several processes train one model together (`train.parallel`); here there is one."""
+
+    def shares(self) -> Shares | None:
+        """How processes divide what one would hold; None where it does not follow from sums over a model."""
+        return Shares()
 
     @property
     def data_ranks(self) -> int:
@@ -135,11 +158,6 @@ class Parallel:
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients over all data ranks."""
-
-    def predict(self, weights: float, gradients: float, states: float) -> float | None:
-        """Bytes that one process holds between steps, of so many whole ones, by the formula of the engine; None where
-        it has none."""
-        return weights + gradients + states
 
     def agree(self, finite: bool) -> bool:
         """Whether the gradients of every process are finite, data ranks or not; all of them ask."""

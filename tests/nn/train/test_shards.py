@@ -11,8 +11,9 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from effbench.nn.model.held import count_bytes, local
 from effbench.nn.train.collectives import Collectives
-from effbench.nn.train.shards import count_bytes, cut_like, local, put_back, whole
+from effbench.nn.train.shards import cut_like, put_back, whole
 
 
 @pytest.fixture

@@ -1,0 +1,226 @@
+"""`effbench plan`: the bytes that a recipe will hold on a model, and whether they fit, before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from effbench import sources
+from effbench.cells import suite as suites
+from effbench.cells.options import DTYPES, RunOptions
+from effbench.core import registry
+from effbench.core.errors import Outcome, Unsupported, Usage
+from effbench.core.method import Method
+from effbench.core.paths import PUBLISHED, RUNS
+from effbench.core.recipe import Recipe
+from effbench.core.usage import Count, one_of
+from effbench.records.record import Record
+from effbench.records.store import Store, latest
+
+if TYPE_CHECKING:
+    from effbench.nn.rehearse import Held
+    from effbench.nn.train.slots import Shares
+    from effbench.sources import Source
+
+UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+MEASURED = {  # readings of a record that a part of a prediction foretells: their sum
+    "weights": ("fit_parameter_bytes", "fit_buffer_bytes"),
+    "gradients": ("fit_gradient_bytes",),
+    "optimizer": ("fit_optimizer_bytes",),
+    "activations": ("fit_activation_bytes",),
+    "resident": ("resident_bytes",),
+    "stored": ("stored_bytes",),
+}
+
+
+@dataclasses.dataclass
+class PlanOptions:
+    """What `effbench plan` can be told."""
+
+    suite: str | None = None  # name of a suite, or a YAML file of your own: each of its rows
+    recipe: str | None = None  # or the steps of one recipe
+    model: str | None = None  # as in `effbench run`, shape:NAME for one that is not there; else that of the suite, or tiny
+    recipes: str | None = None  # only these rows of the suite: names or patterns, separated by commas
+    ranks: Count | None = None  # processes that train together; by default those of the recipe
+    memory: str | None = None  # of each process, such as 24GB or 80GiB; without it nothing is said to fit
+    batch: Count | None = None  # examples of a step over all ranks, and sequences in the cache; by default those of the fit
+    context: Count | None = None  # tokens of each; by default the max_length of the fit
+    dtype: str | None = None  # of the arithmetic: float32, bfloat16, float16; by default as stored, as on a GPU
+    tier: str = "quick"  # of the suite
+    results: str = RUNS  # folder with records that predictions are compared with
+
+    def check(self) -> None:
+        """Raise `Usage` for values that cannot be right."""
+        if (self.suite is None) == (self.recipe is None):
+            raise Usage("give suite=NAME or recipe='nf4(), lora(), fit()'")
+        if self.recipes is not None and self.suite is None:
+            raise Usage("recipes= chooses rows of a suite; it goes with suite=")
+        one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What one row will hold in each of its processes, or why that cannot be said."""
+
+    recipe: str
+    model: str
+    dtype: str
+    batch: int
+    context: int
+    ranks: int
+    engine: str  # the step that says how processes divide what they hold; empty for one process
+    held: Held | None = None
+    outcome: str = ""  # why there is nothing to tell
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)  # predicted over measured, less 1, by part
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as 24GB (10^9) or 80GiB (2^30). Raises `Usage`."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None or not (size := float(match[1]) * (1024 if match[3] else 1000) ** UNITS[match[2].upper()]) >= 1:
+        raise Usage(f"memory={text}: must be a size such as 24GB (10^9 bytes) or 80GiB (2^30)")
+    return int(size)
+
+
+def predict(options: PlanOptions) -> list[Prediction]:
+    """The predictions that the options ask for, in the order of the suite. Raises `Usage`."""
+    options.check()
+    recipes, models, tier = _choose(options)
+    found = []
+    for name in models:
+        source = sources.model(name)
+        records = _records(options, source) if options.suite is not None else []
+        for recipe in recipes:
+            for engine in _engines(recipe, options.ranks):
+                found.append(_predict(options, recipe, source, engine, tier, records))
+    return found
+
+
+def _choose(options: PlanOptions) -> tuple[Sequence[Recipe], Sequence[str], Mapping[str, Any]]:
+    """The recipes, models and settings that are meant."""
+    if options.suite is None:
+        assert options.recipe is not None
+        return [suites.adhoc().row(options.recipe)], [options.model or "tiny"], {}
+    tier = suites.load(options.suite).tier(options.tier, options.recipes)
+    return tier.recipes, [options.model] if options.model else tier.models, tier.settings
+
+
+def _engines(recipe: Recipe, ranks: int | None) -> list[Method | None]:
+    """The engines to divide by: that of the recipe, at so many ranks; else each that there is, if there are ranks."""
+    own = [step for step in recipe.steps if "train.parallel" in step.slots()]
+    if own:
+        return [own[-1] if ranks is None else _with_ranks(own[-1], ranks)]
+    if ranks in (None, 1) or not any(step.consumes for step in recipe.steps):
+        return [None]
+    return [engine for key in registry.catalog() for engine in _settings_of(key, ranks)]
+
+
+def _settings_of(key: str, ranks: int | None) -> Iterator[Method]:
+    """An engine with so many ranks, at each of the settings that it has a choice of; nothing for other methods."""
+    kind = registry.load(key)
+    if "train.parallel" not in kind.claims or ranks is None:
+        return
+    hints = typing.get_type_hints(kind)
+    choices = {
+        field.name: typing.get_args(hints[field.name])
+        for field in dataclasses.fields(kind)
+        if typing.get_origin(hints[field.name]) is typing.Literal
+    }
+    for values in itertools.product(*choices.values()):
+        yield _with_ranks(kind(**dict(zip(choices, values, strict=True))), ranks)
+
+
+def _with_ranks(step: Method, ranks: int) -> Method:
+    if not any(field.name == "ranks" for field in dataclasses.fields(step)):
+        raise Usage(f"ranks={ranks}: {step.label} takes {step.ranks} and has no parameter for it")
+    return dataclasses.replace(step, ranks=ranks)  # type: ignore[call-arg]
+
+
+def _predict(
+    options: PlanOptions,
+    recipe: Recipe,
+    source: Source,
+    engine: Method | None,
+    settings: Mapping[str, Any],
+    records: Sequence[Record],
+) -> Prediction:
+    import torch
+
+    from effbench.nn.files import artifact
+    from effbench.nn.files.load import describe_model
+    from effbench.nn.model.linear import matrix_dtype
+    from effbench.nn.rehearse import Batch, rehearse
+    from effbench.nn.train.settings import FitSettings
+    from effbench.nn.train.slots import Parallel, Shares
+
+    ranks = engine.ranks if engine is not None else 1
+    divider = None if engine is None else engine.slot_values().get("parallel", engine)
+    shares = divider.shares(ranks) if isinstance(divider, Parallel) else Shares()
+    fits = [step for step in recipe.steps if isinstance(step, FitSettings)]
+    batch = options.batch or (fits[-1].batch_size if fits else 1)
+    context = options.context or (fits[-1].max_length if fits else 512)
+    made = Prediction(recipe.name, source.name, "", batch, context, ranks, engine.label if engine is not None else "")
+    try:
+        config, _, storage = describe_model(source)
+        if source.path is not None and (source.path / artifact.CONFIG).is_file():
+            raise Unsupported("the model is packed already: name what it was made of, and the recipe")
+        dtype = getattr(torch, options.dtype) if options.dtype else matrix_dtype(storage)
+        made = dataclasses.replace(made, dtype=str(dtype).removeprefix("torch."))
+        held = rehearse(
+            source,
+            config,
+            storage,
+            dtype,
+            recipe.steps,
+            Batch(options.batch, options.context),
+            Batch(batch, context),
+            shares.examples,
+            tuple(settings.get("skip") or ()),
+        )
+    except Outcome as error:
+        return dataclasses.replace(made, outcome=f"{error.name}: {error}")
+    except Usage:
+        raise
+    except Exception as error:  # of a step that needs values, and says so in a way of its own
+        return dataclasses.replace(made, outcome=f"cannot be foreseen: {type(error).__name__}: {error}".split("\n")[0])
+    held = divide(held, shares)
+    return dataclasses.replace(made, held=held, errors=_compare(held, made, records))
+
+
+def divide(held: Held, shares: Shares) -> Held:
+    """What each of several processes holds of what one would."""
+    return dataclasses.replace(
+        held,
+        weights=round(held.weights / shares.parameters),
+        constants=round(held.constants / shares.parameters),
+        gradients=round(held.gradients / shares.gradients),
+        optimizer=round(held.optimizer / shares.optimizer),
+        activations=round(held.activations / shares.activations),
+    )
+
+
+def _records(options: PlanOptions, source: Source) -> list[Record]:
+    """The newest records of a suite's rows on a model, one's own before those that are published."""
+    assert options.suite is not None
+    suite = suites.load(options.suite)
+    folders = [RunOptions(results=options.results).folder, *([PUBLISHED] if PUBLISHED is not None else [])]
+    read = [Store(folder).read(suite.name, suite.version)[0] for folder in folders if folder.is_dir()]
+    found = [record for records in read for record in latest(records)]
+    return [record for record in found if record.cell.model == source.name and record.outcome == "ok"]
+
+
+def _compare(held: Held, made: Prediction, records: Sequence[Record]) -> dict[str, float]:
+    """By how much each part differs from what was measured of the same row in the same arithmetic."""
+    alike = [r for r in records if r.cell.recipe == made.recipe and r.cell.settings.get("dtype") == made.dtype]
+    if not alike:
+        return {}
+    metrics, errors = alike[0].metrics, {}
+    for part, names in MEASURED.items():
+        if all(name in metrics for name in names) and (measured := sum(metrics[name].value for name in names)):
+            errors[part] = getattr(held, part) / measured - 1
+    return errors
