@@ -80,8 +80,8 @@ CLAIMS = (
         "32.5 GB",
         34_459_538_624,
         "bytes",
-        "4 bits for each parameter are not all: factors of blocks take 0.127 bit a weight with double quantization, and "
-        "embedding, head and norms stay in 16 bits",
+        "4 bits for each parameter are not all: factors of blocks take 0.127 bit a weight with double quantization, "
+        "and embedding, head and norms stay in 16 bits",
     ),
     Claim(
         "qlora65b_optimizer",

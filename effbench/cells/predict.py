@@ -44,11 +44,11 @@ class PlanOptions:
 
     suite: str | None = None  # name of a suite, or a YAML file of your own: each of its rows
     recipe: str | None = None  # or the steps of one recipe
-    model: str | None = None  # as in `effbench run`, shape:NAME for one that is not there; else that of the suite, or tiny
+    model: str | None = None  # as in `effbench run`; shape:NAME needs no weights; else that of the suite, or tiny
     recipes: str | None = None  # only these rows of the suite: names or patterns, separated by commas
     ranks: Count | None = None  # processes that train together; by default those of the recipe
     memory: str | None = None  # of each process, such as 24GB or 80GiB; without it nothing is said to fit
-    batch: Count | None = None  # examples of a step over all ranks, and sequences in the cache; by default those of the fit
+    batch: Count | None = None  # examples of a step over all ranks, sequences in the cache; else those of the fit
     context: Count | None = None  # tokens of each; by default the max_length of the fit
     dtype: str | None = None  # of the arithmetic: float32, bfloat16, float16; by default as stored, as on a GPU
     tier: str = "quick"  # of the suite

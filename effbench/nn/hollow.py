@@ -3,9 +3,10 @@
 Inside of `hollow()` tensors of floating numbers are fake ones of torch, and all code runs as it is: recipes replace
 linears, fits take steps, what autograd saves is there to be counted. Whole numbers and truth values that no floating
 number has a part in are real as long as they are few: places, masks, tokens. Where code asks for a value that is not
-there it gets a guess, with which a run that nothing goes wrong in goes on: numbers are finite, no factorisation fails, some but not
-all of what could be so is so, every other number is 1 and all places of a mask are taken. Bytes that depend on values, such as those of weights that are stored only where they are not zero, are hence
-those of full tensors.
+there it gets a guess, with which a run that nothing goes wrong in goes on: numbers are finite, no factorisation fails,
+some but not all of what could be so is so, every other number is 1 and all places of a mask are taken. Bytes that
+depend on values, such as those of weights that are stored only where they are not zero, are hence those of full
+tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ aten = torch.ops.aten
 FEW = 2**20  # numbers of a tensor of whole ones that is real
 
 
-
 class _Guess(TorchDispatchMode):
     """Answers what only values could answer."""
 
@@ -37,7 +37,9 @@ class _Guess(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and self._may_be_real(name, func, args, kwargs):
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and self._may_be_real(
+            name, func, args, kwargs
+        ):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             if all(_is_whole(one.dtype) for one in tree_leaves(out) if isinstance(one, Tensor)):

@@ -19,7 +19,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,7 @@ from effbench.nn.hollow import hollow
 from effbench.nn.infer.cache import SlotCache
 from effbench.nn.model.blocks import Blocks, count_heads
 from effbench.nn.model.held import held_bytes
-from effbench.nn.model.linear import Replaced, Storage, matrix_shape, replace, stored_bytes, top_linears
+from effbench.nn.model.linear import Replaced, Storage, matrix_shape, replace, stored_bytes
 from effbench.nn.run import ModelRun
 from effbench.nn.train.settings import FitSettings
 

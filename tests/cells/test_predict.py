@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from effbench import sources
-from effbench.cells.predict import PlanOptions, parse_memory, predict
+from effbench.cells.claims import CLAIMS
+from effbench.cells.predict import PlanOptions, divide, parse_memory, predict
+from effbench.cli.main import main
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse
 from effbench.nn.files.load import describe_model, open_run
@@ -14,6 +16,7 @@ from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.held import held_bytes
 from effbench.nn.model.linear import stored_bytes
 from effbench.nn.rehearse import Batch, Rows, rehearse
+from effbench.nn.train.slots import Shares
 from effbench.probes.memory import resident_bytes
 
 ROWS, TOKENS = 2, 48
@@ -85,3 +88,101 @@ def test_foretells_what_is_measured(steps):
             assert held[part] == pytest.approx(size, rel=0.02)  # by how many weights lie above a threshold
         else:
             assert held[part] == size, part
+
+
+def test_sizes_are_read_in_powers_of_1000_or_1024():
+    assert [parse_memory(text) for text in ("24GB", "80GiB", "1.5 tb", "512")] == [
+        24 * 10**9,
+        80 * 2**30,
+        15 * 10**11,
+        512,
+    ]
+    for text in ("abc", "24XB", "-1GB", "0", ""):
+        with pytest.raises(Usage, match="memory="):
+            parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model=shape:llama-9"], "unknown shape 'llama-9'"),
+        (["memory=abc"], "memory=abc: must be a size such as 24GB"),
+        (["ranks=0"], "ranks=0"),
+        (["batch=-1"], "batch=-1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, capsys):
+    assert main(["plan", "recipe=fit()", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0]
+
+
+def test_neither_suite_nor_recipe_is_wrong_usage(capsys):
+    assert main(["plan", "model=tiny"]) == 2
+    assert "give suite=NAME or recipe=" in capsys.readouterr().err
+
+
+def test_views_of_a_storage_count_once():
+    whole = torch.zeros(10)
+    assert held_bytes([whole, whole.view(2, 5), whole[:4], whole[4:]]) == 40
+    assert held_bytes([whole[:4], whole[:4]]) == 16  # of a file that is mapped, what is read counts
+    assert held_bytes([whole[:4], torch.zeros(4)]) == 32
+
+
+def test_an_engine_says_what_it_divides():
+    alone, pair = (predict(PlanOptions(recipe=f"ddp(ranks={n}), fit(batch_size=4, max_length=32)"))[0] for n in (1, 2))
+    assert pair.held.weights == alone.held.weights and pair.held.optimizer == alone.held.optimizer
+    assert pair.held.activations == pytest.approx(alone.held.activations / 2, rel=0.1)
+    assert divide(alone.held, Shares(optimizer=2)).optimizer == alone.held.optimizer / 2
+
+
+def linears(hidden, kv, mlp):
+    """[out, in] of the linears of a block of Llama."""
+    return [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (mlp, hidden), (mlp, hidden), (hidden, mlp)]
+
+
+def nf4_bytes(out, width):
+    """Codes, 8-bit factors of 64 weights, a float32 one of 256 of these, their mean, map and the 16 levels."""
+    blocks = out * width // 64
+    return out * width // 2 + blocks + 4 * -(-blocks // 256) + 4 + 4 * 256 + 4 * 16
+
+
+def figures():
+    """Every right figure of the claims, by hand."""
+    found = {
+        "lora_matrix": 16 * (4096 + 4096),
+        "prefix_heads": 2 * 32 * 20 * 4096,
+        "prefix_groups": 2 * 32 * 20 * 8 * 128,
+    }
+    for name, kv, mlp in (("65", 8192, 22016), ("70", 1024, 28672)):
+        shapes = linears(8192, kv, mlp)
+        rest = 2 * 32000 * 8192 + (2 * 80 + 1) * 8192
+        found[f"parameters{name}"] = 80 * sum(out * width for out, width in shapes) + rest
+        found[f"nf4{name}"] = 80 * sum(nf4_bytes(*shape) for shape in shapes) + 2 * rest
+        found[f"lora{name}"] = 80 * sum(16 * (out + width) for out, width in shapes)
+    return {
+        "lora_matrix": found["lora_matrix"],
+        "prefix_heads": found["prefix_heads"],
+        "prefix_groups": found["prefix_groups"],
+        "llama65b_weights": 2 * found["parameters65"],
+        "llama65b_optimizer": 12 * found["parameters65"],
+        "llama65b_total": 16 * found["parameters65"],
+        "qlora65b_weights": found["nf465"],
+        "qlora65b_optimizer": 8 * found["lora65"],
+        "qlora65b_gradients": 4 * found["lora65"],
+        "qlora65b_total": found["nf465"] + 16 * found["lora65"],
+        "qlora70b_total": found["nf470"] + 16 * found["lora70"],
+        "llama70b_cache": 2 * 80 * 8 * 128 * 2 * 4096,
+    }
+
+
+def test_claims_state_the_right_figures():
+    assert {claim.name: claim.figure for claim in CLAIMS} == figures()
+
+
+def test_llama_2_70b_is_foretold_as_by_hand():
+    held = foretell("nf4(double_quant=True), lora(rank=16), fit()", "shape:llama-2-70b", torch.bfloat16, 1, 4096)
+    by_hand = figures()
+    assert held.parameters == 68_976_648_192 and held.opened >= 2 * held.parameters
+    assert held.weights + held.gradients + held.optimizer == pytest.approx(by_hand["qlora70b_total"], rel=1e-6)
+    assert held.cache == by_hand["llama70b_cache"]

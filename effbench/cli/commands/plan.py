@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from effbench.cells.predict import PlanOptions
 from effbench.cli.command import JSON, Command, print_columns
-from effbench.core.errors import Usage
 from effbench.core.usage import parse
 
 if TYPE_CHECKING:
@@ -34,7 +32,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps([_to_json(prediction, memory) for prediction in found], indent=1))
         return 0
     for number, prediction in enumerate(found):
-        print("" if number else "", end="\n" if number else "")
+        if number:
+            print()
         _print(prediction, memory)
     return 0
 
@@ -53,10 +52,18 @@ def _print(prediction: Prediction, memory: int | None) -> None:
     phases.append(("generating", {"weights": held.resident, "cache": held.cache}, held.generating))
     rows = []
     for phase, parts, total in phases:
-        rows += [(f"  {phase if not number else ''}", part, show_bytes(size), _note(prediction, phase, part))
-                 for number, (part, size) in enumerate(parts.items()) if size or part != "teachers"]
-        verdict = "" if memory is None else f"fits, {show_bytes(memory - total)} are left" if total <= memory else (
-            f"does not fit: {show_bytes(total - memory)} too much")
+        rows += [
+            (f"  {phase if not number else ''}", part, show_bytes(size), _note(prediction, phase, part))
+            for number, (part, size) in enumerate(parts.items())
+            if size or part != "teachers"
+        ]
+        verdict = (
+            ""
+            if memory is None
+            else f"fits, {show_bytes(memory - total)} are left"
+            if total <= memory
+            else (f"does not fit: {show_bytes(total - memory)} too much")
+        )
         rows.append(("  ", "all", show_bytes(total), verdict))
     rows.append(("  stored", "artifact", show_bytes(held.stored), _constants(held.stored_constants)))
     print(f"  at {at}; {held.parameters:,} parameters, {held.trained:,} trained")
