@@ -210,7 +210,7 @@ def _records(options: PlanOptions, source: Source) -> list[Record]:
     suite = suites.load(options.suite)
     folders = [RunOptions(results=options.results).folder, *([PUBLISHED] if PUBLISHED is not None else [])]
     read = [Store(folder).read(suite.name, suite.version)[0] for folder in folders if folder.is_dir()]
-    found = [record for records in read for record in latest(records)]
+    found = [record for records in read for record in latest(records).values()]
     return [record for record in found if record.cell.model == source.name and record.outcome == "ok"]
 
 

@@ -30,7 +30,7 @@ class _Guess(TorchDispatchMode):
     """Answers what only values could answer."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._shapes = FakeTensorMode(allow_non_fake_inputs=True)  # in which it looks what an op would give
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -154,7 +154,7 @@ def hollow() -> Iterator[None]:
     def copy_any(tensor: Tensor, memo: Any) -> Any:
         if not isinstance(tensor, FakeTensor):
             with unset_fake_temporarily():
-                return copy(tensor, memo)
+                return copy(tensor, memo)  # type: ignore[no-untyped-call]
         if id(tensor) not in memo:  # torch would copy the mode as well
             made = tensor.detach().clone()
             memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

@@ -131,7 +131,11 @@ def inflate(sample: Replaced, shape: tuple[int, int], others: Any) -> nn.Module:
         if type(value) is int and any(other.get(key) != value for other in alike):
             config[key] = round(value * growth)
     module = type(sample)(**config | {"out_features": shape[0], "in_features": shape[1]})
-    for kept, made in ((sample._parameters, module._parameters), (sample._buffers, module._buffers)):
+    pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        (sample._parameters, module._parameters),
+        (sample._buffers, module._buffers),
+    )
+    for kept, made in pairs:
         for name, tensor in kept.items():
             if tensor is not None and tensor.dtype is not made[name].dtype:
                 made[name] = made[name].to(tensor.dtype)
@@ -348,7 +352,7 @@ def _fill_cache(plan: Any, shapes: Sequence[tuple[int, int]], cached: Batch, dty
     each: dict[tuple[int, int], int] = {}
     for heads, width in dict.fromkeys(shapes):
         cache = SlotCache(1, plan)
-        layer = cache.slot_layers[0]
+        layer: Any = cache.slot_layers[0]
         for count in (tokens - 1, 1) if tokens > 1 else (1,):
             states = torch.randn(1, heads, count, width, generator=generator).to(dtype)
             layer.update(states, states)

@@ -130,7 +130,10 @@ def test_views_of_a_storage_count_once():
 
 
 def test_an_engine_says_what_it_divides():
-    alone, pair = (predict(PlanOptions(recipe=f"ddp(ranks={n}), fit(batch_size=4, max_length=32)"))[0] for n in (1, 2))
+    alone, pair = (
+        predict(PlanOptions(recipe=f"ddp(ranks={n}), fit(batch_size=4, max_length=32)", dtype="float32"))[0]
+        for n in (1, 2)
+    )
     assert pair.held.weights == alone.held.weights and pair.held.optimizer == alone.held.optimizer
     assert pair.held.activations == pytest.approx(alone.held.activations / 2, rel=0.1)
     assert divide(alone.held, Shares(optimizer=2)).optimizer == alone.held.optimizer / 2
