@@ -40,7 +40,8 @@ def opened(dtype="bfloat16", device="cpu", name="shape:small", **settings):
 
 # Parameters as the publishers count them, in billions.
 PUBLISHED = {
-    "llama-2-7b": 6.74, "llama-2-13b": 13.02, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03,
+    "llama-2-7b": 6.74, "llama-2-13b": 13.02, "llama-2-70b": 68.98, "llama-65b": 65.29, "llama-3.2-1b": 1.24,
+    "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03,
     "llama-3.1-70b": 70.55, "llama-3.3-70b": 70.55, "mistral-7b": 7.25, "qwen3-0.6b": 0.6, "qwen3-1.7b": 1.7,
     "qwen3-4b": 4.0, "qwen3-8b": 8.2, "qwen3-14b": 14.8, "qwen3-32b": 32.8, "opt-125m": 0.125, "gpt2": 0.124,
 }  # fmt: skip
