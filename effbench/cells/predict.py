@@ -160,12 +160,14 @@ def _predict(
 
     ranks = engine.ranks if engine is not None else 1
     divider = None if engine is None else engine.slot_values().get("parallel", engine)
-    shares = divider.shares(ranks) if isinstance(divider, Parallel) else Shares()
+    shares = divider.shares() if isinstance(divider, Parallel) else Shares()
     fits = [step for step in recipe.steps if isinstance(step, FitSettings)]
     batch = options.batch or (fits[-1].batch_size if fits else 1)
     context = options.context or (fits[-1].max_length if fits else 512)
     made = Prediction(recipe.name, source.name, "", batch, context, ranks, engine.label if engine is not None else "")
     try:
+        if shares is None:
+            raise Unsupported(f"how {made.engine} divides a model is not foreseen")
         config, _, storage = describe_model(source)
         if source.path is not None and (source.path / artifact.CONFIG).is_file():
             raise Unsupported("the model is packed already: name what it was made of, and the recipe")

@@ -33,7 +33,7 @@ from effbench.nn.data import Data
 from effbench.nn.hollow import hollow
 from effbench.nn.infer.cache import SlotCache
 from effbench.nn.model.blocks import Blocks, count_heads
-from effbench.nn.model.held import held_bytes
+from effbench.nn.model.held import count_bytes
 from effbench.nn.model.linear import Replaced, Storage, matrix_shape, replace, stored_bytes
 from effbench.nn.run import ModelRun
 from effbench.nn.train.settings import FitSettings
@@ -338,7 +338,7 @@ def _shrink(config: Any) -> Any:
 
 
 def _hold(model: nn.Module) -> int:
-    return held_bytes([*model.parameters(), *model.buffers()])
+    return count_bytes([*model.parameters(), *model.buffers()])
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         reading.add("merge_lost", max(run.log.merge_lost.values()), how)
     reading.add("fit_tokens", report["tokens"], f"{last}; tokens that were learned")
     reading.add("fit_seconds", cost["seconds"], f"{last}; wall clock, beside other cells")
-    for part in ("parameter", "gradient", "optimizer"):
+    for part in ("parameter", "buffer", "gradient", "optimizer"):
         size = float(cost[f"{part}_bytes"])  # type: ignore[literal-required]
         reading.add(f"fit_{part}_bytes", size, f"{last}; between steps, of the first process, each storage once")
     if "gathered_bytes" in cost:

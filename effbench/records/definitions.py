@@ -356,6 +356,10 @@ DEFINITIONS: tuple[Definition, ...] = (
         "The share of a trained product, by norms, that rounding took where it was merged into stored weights.",
     ),
     Definition("fit_parameter_bytes", "cost", "bytes", "lower", "The bytes of parameters in one process of a fit."),
+    Definition(
+        "fit_buffer_bytes", "cost", "bytes", "lower",
+        "The bytes of buffers in one process of a fit, such as codes, scales and masks of packed weights.",
+    ),
     Definition("fit_gradient_bytes", "cost", "bytes", "lower", "The bytes of gradients in one process of a fit."),
     Definition("fit_optimizer_bytes", "cost", "bytes", "lower", "The bytes of the optimizer's states in one process."),
     Definition(

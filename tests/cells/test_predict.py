@@ -13,7 +13,7 @@ from effbench.core.errors import Usage
 from effbench.core.recipe import parse
 from effbench.nn.files.load import describe_model, open_run
 from effbench.nn.infer.engine import open_engine
-from effbench.nn.model.held import held_bytes
+from effbench.nn.model.held import count_bytes
 from effbench.nn.model.linear import stored_bytes
 from effbench.nn.rehearse import Batch, Rows, rehearse
 from effbench.nn.train.slots import Shares
@@ -124,9 +124,9 @@ def test_neither_suite_nor_recipe_is_wrong_usage(capsys):
 
 def test_views_of_a_storage_count_once():
     whole = torch.zeros(10)
-    assert held_bytes([whole, whole.view(2, 5), whole[:4], whole[4:]]) == 40
-    assert held_bytes([whole[:4], whole[:4]]) == 16  # of a file that is mapped, what is read counts
-    assert held_bytes([whole[:4], torch.zeros(4)]) == 32
+    assert count_bytes([whole, whole.view(2, 5), whole[:4], whole[4:]]) == 40
+    assert count_bytes([whole[:4], whole[:4]]) == 16  # of a file that is mapped, what is read counts
+    assert count_bytes([whole[:4], torch.zeros(4)]) == 32
 
 
 def test_an_engine_says_what_it_divides():
