@@ -195,11 +195,10 @@ def _predict(
 
 
 def divide(held: Held, shares: Shares) -> Held:
-    """What each of several processes holds of what one would."""
+    """What each of several processes holds of what one would; engines divide parameters, and no buffers."""
     return dataclasses.replace(
         held,
-        weights=round(held.weights / shares.parameters),
-        constants=round(held.constants / shares.parameters),
+        weights=held.buffers + round((held.weights - held.buffers) / shares.parameters),
         gradients=round(held.gradients / shares.gradients),
         optimizer=round(held.optimizer / shares.optimizer),
         activations=round(held.activations / shares.activations),

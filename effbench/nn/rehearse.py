@@ -62,6 +62,7 @@ class Held:
 
     opened: int = 0  # the model before the recipe
     weights: int = 0  # of the model in training, the last fit's, with what decodes packed ones
+    buffers: int = 0  # of these what is no parameter: codes of packed weights, and what decodes them
     constants: int = 0  # of these what only decodes: scales, zero-points, indices, masks
     gradients: int = 0
     optimizer: int = 0
@@ -219,6 +220,7 @@ def _measure_fit(run: Rehearsal, report: FitReport) -> dict[str, int]:
     cost = report["cost"]
     return {
         "weights": cost["parameter_bytes"] + cost["buffer_bytes"],
+        "buffers": cost["buffer_bytes"],
         "constants": stored_bytes(run.model, run.storage).metadata,
         "gradients": cost["gradient_bytes"],
         "optimizer": cost["optimizer_bytes"],

@@ -137,6 +137,8 @@ def test_an_engine_says_what_it_divides():
     assert pair.held.weights == alone.held.weights and pair.held.optimizer == alone.held.optimizer
     assert pair.held.activations == pytest.approx(alone.held.activations / 2, rel=0.1)
     assert divide(alone.held, Shares(optimizer=2)).optimizer == alone.held.optimizer / 2
+    packed = dataclasses.replace(alone.held, weights=100, buffers=60)
+    assert divide(packed, Shares(parameters=2)).weights == 80  # codes are no parameters
 
 
 def linears(hidden, kv, mlp):

@@ -72,6 +72,7 @@ def sample(pattern: str) -> str:
         "task": "mmlu",
         "draws": "2",
         "place": "3",
+        "collective": "all_reduce",
         "percent": "50",
     }
     return pattern.format(**fields, metric="bleu")
