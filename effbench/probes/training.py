@@ -34,6 +34,11 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     if run.log.merge_lost:
         how = "norm of what rounding took over that of the product, worst step of the recipe"
         reading.add("merge_lost", max(run.log.merge_lost.values()), how)
+    for when, where in (("first", "of its first step"), ("mean", "mean over its steps"), ("last", "of its last step")):
+        loss = report[f"loss_{when}"]  # type: ignore[literal-required]
+        reading.add(f"fit_loss_{when}", loss, f"{last}; {where}, all terms, of what was learned in that step")
+    if "skipped" in report:
+        reading.add("fit_skipped", report["skipped"], f"{last}; each was taken again with the same examples")
     reading.add("fit_tokens", report["tokens"], f"{last}; tokens that were learned")
     reading.add("fit_seconds", cost["seconds"], f"{last}; wall clock, beside other cells")
     for part in ("parameter", "buffer", "gradient", "optimizer"):
@@ -51,6 +56,9 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     if "activation_bytes" in cost:
         how = "by torch's allocator" if run.device.type == "cuda" else "by hooks on saved tensors, each storage once"
         reading.add("fit_activation_bytes", cost["activation_bytes"], f"{last}; saved by one forward pass, {how}")
+    if "step_peak_bytes" in cost:
+        how = "most of what one step made and held at a time: activations, gradients and what is between them"
+        reading.add("fit_step_peak_bytes", cost["step_peak_bytes"], f"{last}; {how}, each storage once")
     if "step_ms" in cost:
         timed = f"{last}; with the machine to itself"
         reading.add("fit_step_ms", cost["step_ms"], f"{timed}, median of {len(cost['timed_ms'])} steps")

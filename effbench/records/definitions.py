@@ -35,6 +35,7 @@ FIELDS = {
     "phase": "prefill|decode",
     "collective": "all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|send",
     "percent": r"\d+",
+    "moment": "first|mean|last",  # of a fit
 }
 
 SELECTED = {"kept": "that are kept", "pool": "of the pool"}
@@ -342,6 +343,11 @@ DEFINITIONS: tuple[Definition, ...] = (
         "calibration_tokens", "cost", "tokens", "lower",
         "The tokens of calibration text that statistics were taken from.",
     ),
+    Definition(
+        "fit_loss_{moment}", "cost", "nats", "lower",
+        "The loss of the last fit, of its first or last step or their mean: what it learned from, not held-out text.",
+    ),
+    Definition("fit_skipped", "cost", "", "lower", "How often a step of the last fit was skipped and taken again."),
     Definition("fit_tokens", "cost", "tokens", "lower", "The tokens that the last fit learned, in all its epochs."),
     Definition("fit_seconds", "cost", "s", "lower", "Time of the last fit, beside other cells but not waiting."),
     Definition("fit_step_ms", "cost", "ms", "lower", "Time of one step of training, with the machine to itself."),
@@ -381,6 +387,10 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "fit_activation_bytes", "cost", "bytes", "lower",
         "The bytes that a forward pass of training saves for its backward pass.",
+    ),
+    Definition(
+        "fit_step_peak_bytes", "cost", "bytes", "lower",
+        "The most bytes that one step of training makes and holds at a time, beside what is there between steps.",
     ),
     Definition(
         "fit_flops_per_token", "cost", "FLOP", "lower",

@@ -71,6 +71,7 @@ CACHE = "cache_bytes_per_token"
 SERVED = (CACHE, "prompt_kept", "drafted_speedup", "compressor_ms_per_prompt", "accepted_per_pass")
 COSTS = (
     *("fit_trained_parameters", "fit_trained_share", "fit_tok_per_s", "fit_tokens", "fit_seconds"),
+    *("fit_loss_first", "fit_loss_mean", "fit_loss_last", "fit_skipped"),
     *("fit_flops_per_token", "fit_flops_rule", "fit_energy_j", "merge_lost"),
 )
 # What tables of selections are about; quantiles of lengths other than the median are among the others.

@@ -48,6 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _llama(4096, 36, 32, 8, 12288, 151936, **_rope(1e6)) | _QWEN3,
     "qwen3-14b": _llama(5120, 40, 40, 8, 17408, 151936, **_rope(1e6)) | _QWEN3,
     "qwen3-32b": _llama(5120, 64, 64, 8, 25600, 151936, **_rope(1e6)) | _QWEN3,
+    # Not a published model: as deep as one of 7 billion parameters, and narrow enough for two cores.
+    "deep-tiny": _llama(128, 32, 4, 4, 256, 1024, max_position_embeddings=2048, tie_word_embeddings=True, **_rope(1e6)),
     # Not a published model: a mixture of experts small enough for two cores.
     "moe-tiny": _llama(128, 4, 4, 4, 256, 1024, max_position_embeddings=2048, **_rope(1e6))
     | {

@@ -73,6 +73,7 @@ def sample(pattern: str) -> str:
         "draws": "2",
         "place": "3",
         "collective": "all_reduce",
+        "moment": "mean",
         "percent": "50",
     }
     return pattern.format(**fields, metric="bleu")

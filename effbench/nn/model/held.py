@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -37,3 +41,28 @@ def count_bytes(tensors: Iterable[Tensor]) -> int:
             total += max(0, last - max(first, end))
             end = max(end, last)
     return total
+
+
+class Made(TorchDispatchMode):
+    """Follows the bytes of the tensors that are made inside: `now` those that are still there, `peak` the most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {identify(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (key := identify(tensor)) not in self._known | given:
+                storage = local(tensor).untyped_storage()
+                self._known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, key, storage.nbytes())
+        return out
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

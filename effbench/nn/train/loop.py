@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -190,6 +191,7 @@ class Loop:
             "lr": self.settings.rates[0],
             "groups": self.trained,
             "loss_first": self.lines[0]["loss"],
+            "loss_mean": statistics.fmean(line["loss"] for line in self.lines),
             "loss_last": self.lines[-1]["loss"],
             "cost": self.cost,
         }

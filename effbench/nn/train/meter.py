@@ -18,7 +18,7 @@ from effbench.core.errors import Unsupported
 from effbench.core.run import FitCost
 from effbench.machine import nvml
 from effbench.nn.model.flops import count_flops
-from effbench.nn.model.held import count_bytes, identify, local
+from effbench.nn.model.held import Made, count_bytes, identify, local
 from effbench.nn.model.linear import Replaced, matrix_shape
 from effbench.nn.train.batches import Batch
 from effbench.nn.train.collectives import Collectives
@@ -45,6 +45,7 @@ class Meter:
         self._gradients: int | None = None  # bytes
         self._gathered = 0  # bytes
         self._collectives = Collectives()
+        self._made = Made()
         self._tokens = 0  # that the step read which is looked into, in all of its passes
         self._alone = contextlib.ExitStack()
         self.earlier = {"seconds": 0.0, "joules": 0.0}  # spent before a checkpoint that the fit goes on from
@@ -150,6 +151,8 @@ class Meter:
             }
         if self._saved:
             cost["activation_bytes"] = self._saved
+        if self._made.peak:
+            cost["step_peak_bytes"] = self._made.peak
         if self._milliseconds:
             cost["step_ms"] = statistics.median(self._milliseconds)
             cost["timed_ms"] = self._milliseconds
@@ -172,8 +175,8 @@ class Meter:
         }
 
     def _listen(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Take a step, and count what it tells other processes."""
-        with self._collectives:
+        """Take a step, and count what it tells other processes, and what it makes."""
+        with self._collectives, self._made:
             return step()
 
     def _predict(self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: Any) -> float | None:
