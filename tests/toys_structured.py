@@ -13,7 +13,7 @@ from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import replace
 from effbench.nn.run import ModelRun
 
-ARCHITECTURES = list(checks.TOYS)
+ARCHITECTURES = list(checks.DENSE)
 
 
 IDS = torch.arange(48).view(2, 24) * 7 % 95 + 1

@@ -316,6 +316,6 @@ def _give_examples(definition: Definition) -> Iterator[str]:
     """Names of metrics as the pattern has them: every choice of a field, else its own name or a number."""
     names = [definition.pattern]
     for field, values in FIELDS.items():
-        given = values.split("|") if re.fullmatch(r"[a-z|]+", values) else [field if re.match(values, field) else "1"]
+        given = values.split("|") if re.fullmatch(r"[a-z_|]+", values) else [field if re.match(values, field) else "1"]
         names = [name.replace(f"{{{field}}}", value) for name in names for value in given]
     yield from dict.fromkeys(names)

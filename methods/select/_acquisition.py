@@ -18,7 +18,6 @@ from effbench.core.views import Example
 from effbench.nn.infer.engine import Engine, open_engine
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.feed import feed
-from effbench.nn.model.linear import matrix_shape
 from effbench.nn.train.batches import collate
 from effbench.nn.train.examples import batches, looking
 from effbench.nn.train.samples import Asked, sample
@@ -109,9 +108,9 @@ def dropping(run: Run, rate: float, member: int) -> Iterator[None]:
     blocks = Blocks(run.model)
     with contextlib.ExitStack() as stack:
         for number, block in enumerate(blocks.blocks):
-            for inside in (blocks.names.out, blocks.names.down):
+            for inside in (blocks.names.out, blocks.names.down or blocks.names.mlp):  # the sum over experts
                 module = block.get_submodule(inside)
-                kept = draw_kept(matrix_shape(module)[0], rate, run.seed, member, blocks.path(number, inside))
+                kept = draw_kept(run.model.config.hidden_size, rate, run.seed, member, blocks.path(number, inside))
                 mask = (kept / (1 - rate)).to(run.device)
 
                 def drop(module: torch.nn.Module, given: object, out: Tensor, mask: Tensor = mask) -> Tensor:

@@ -185,6 +185,7 @@ def test_claims_state_the_right_figures():
     assert {claim.name: claim.figure for claim in CLAIMS} == figures()
 
 
+@pytest.mark.slow
 def test_llama_2_70b_is_foretold_as_by_hand():
     held = foretell("nf4(double_quant=True), lora(rank=16), fit()", "shape:llama-2-70b", torch.bfloat16, 1, 4096)
     by_hand = figures()

@@ -367,7 +367,7 @@ def test_docs_leave_out_what_is_broken_and_say_so(here, monkeypatch, capsys):
         (["new", "method", "Weights", "toy", "too=x"], "unknown option 'too'; did you mean 'to'?"),
         (["new", "method", "Weights", "toy", "extra"], "unexpected 'extra'"),
         (["check"], "required: name"),
-        (["check", "gtpq"], "unknown method 'gtpq'; did you mean 'gptq'?"),
+        (["check", "gptqq"], "unknown method 'gptqq'; did you mean 'gptq'?"),
         (["check", "nowhere.py"], "nowhere.py: no such file"),
         (["check", "there.py"], "there.py: defines no method"),
         (["check", "two.py"], "two.py: name the class, two.py:One or two.py:Two"),

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from effbench.bench import compile as compiling
 from effbench.bench import document as command
@@ -266,9 +267,9 @@ def test_small_cases_are_right(name: str) -> None:
     for op_, case in bench.plan_cases([name], CPU):
         error, fine = op_.check(case, "reference")
         assert fine, error
-    described = op.describe_arguments(op.timed[-1], torch.bfloat16)
-    one = next(value for value in described.values() if isinstance(value, Tensor) and value.is_floating_point())
-    assert one.device.type == "meta" and one.dtype == torch.bfloat16
+    described = [*filter(torch.is_tensor, tree_leaves(op.describe_arguments(op.timed[-1], torch.bfloat16)))]
+    assert {tensor.device.type for tensor in described} == {"meta"}
+    assert (torch.bfloat16 in {tensor.dtype for tensor in described}) == (name != "fp8_product")  # of codes of 8 bits
 
 
 # ---- the command ----

@@ -161,7 +161,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (["run", "suite=" + "a" * 5000 + ".yaml"], "File name too long"),
         (["run", "suite=../quant"], "unknown suite '../quant'"),
         (["list", "method"], "cannot list 'method'; did you mean 'methods'?"),
-        (["show", "gtpq"], "unknown name 'gtpq'; did you mean 'gptq'?"),
+        (["show", "gptqq"], "unknown name 'gptqq'; did you mean 'gptq'?"),
         (["show"], "required: name"),
         (["report", "suite=quant"], "no records"),
         (["report", "fromat=md"], "unknown option 'fromat'; did you mean 'format'?"),

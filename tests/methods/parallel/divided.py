@@ -237,12 +237,14 @@ def work(rank: int, ranks: int, folder: Path) -> None:
 
 
 def start(ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """What each of so many ranks has found."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, ranks, folder)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0] * (ranks - 1) + [-signal.SIGKILL]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+    """What each of so many ranks has found; they are started where the folder does not know it."""
+    files = [folder / f"{rank}.pt" for rank in range(ranks)]
+    if not all(file.exists() for file in files):
+        context = multiprocessing.get_context("spawn")
+        processes = [context.Process(target=work, args=(rank, ranks, folder)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0] * (ranks - 1) + [-signal.SIGKILL]
+    return [torch.load(file, weights_only=False) for file in files]

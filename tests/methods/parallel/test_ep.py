@@ -15,7 +15,7 @@ from effbench.methods.parallel.ep import EP
 from effbench.nn.model.experts import list_experts
 
 CASES = [(2, name) for name in divided.CASES if name.startswith("ep")]
-CASES += [(4, name) for name in divided.EVERYWHERE if name.startswith("ep")]
+CASES += [pytest.param(4, name, marks=pytest.mark.slow) for name in divided.EVERYWHERE if name.startswith("ep")]
 
 
 @pytest.mark.parametrize(("number", "name"), CASES)
@@ -68,8 +68,8 @@ def test_killed_ranks_go_on_to_the_same_bits(pair: list[dict[str, Any]]) -> None
         assert all(torch.equal(whole[name], value) for name, value in resumed.items())
 
 
-def test_a_killed_rank_is_an_error_of_the_others_within_seconds(start: Any) -> None:
-    for rank in start(4)[:-1]:
+def test_a_killed_rank_is_an_error_of_the_others_within_seconds(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks[:-1]:
         error, seconds = rank["died"]
         assert error == "RuntimeError" and seconds < 5
 

@@ -20,16 +20,18 @@ def test_two_ranks_train_what_one_trains(name: str, two: list[Any]) -> None:
     check(name, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in engines.FOUR if name in engines.FSDP])
 def test_four_ranks_train_what_one_trains(name: str, four: list[Any]) -> None:
     check(name, four)
 
 
-def test_norm_counts_what_is_replicated_once(two: list[Any], four: list[Any]) -> None:
+@pytest.mark.parametrize("ranks", ["two", pytest.param("four", marks=pytest.mark.slow)])
+def test_norm_counts_what_is_replicated_once(ranks: str, request: pytest.FixtureRequest) -> None:
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(5, 3, dtype=torch.float64, generator=generator) for _ in range(4)]
     norm = float(torch.linalg.vector_norm(torch.stack(whole)))
-    for told in [*two, *four]:
+    for told in request.getfixturevalue(ranks):
         found, clipped = told["mixed"]
         assert found == pytest.approx(norm, rel=1e-14)
         for gradient, plain in zip(clipped, whole, strict=True):

@@ -14,7 +14,7 @@ from effbench.core.recipe import parse, parse_step
 from effbench.methods.parallel.pp import cut
 
 CASES = [(2, name) for name in divided.CASES if name.startswith("pp")]
-CASES += [(4, name) for name in divided.EVERYWHERE if name.startswith("pp")]
+CASES += [pytest.param(4, name, marks=pytest.mark.slow) for name in divided.EVERYWHERE if name.startswith("pp")]
 
 
 def find_difference(name: str, ranks: list[dict[str, Any]]) -> float:

@@ -16,6 +16,7 @@ def test_two_ranks_train_what_one_trains(name: str, two: list[Any]) -> None:
     check(name, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in engines.FOUR if name in engines.SP])
 def test_four_ranks_train_what_one_trains(name: str, four: list[Any]) -> None:
     check(name, four)

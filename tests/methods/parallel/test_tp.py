@@ -20,6 +20,7 @@ def test_two_ranks_train_what_one_trains(name: str, two: list[Any]) -> None:
     check(name, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in engines.FOUR if name in engines.TP])
 def test_four_ranks_train_what_one_trains(name: str, four: list[Any]) -> None:
     check(name, four)
@@ -45,7 +46,7 @@ def test_blocks_cost_two_reductions_each_way(two: list[Any]) -> None:
     assert told["all_reduce"]["bytes"] == 10 * 4 * tokens * WIDTH + 8
 
 
-def test_what_cannot_be_divided_is_unsupported(two: list[Any], four: list[Any]) -> None:
+def test_what_cannot_be_divided_is_unsupported(two: list[Any]) -> None:
     reasons = two[0]["refused"]
     assert "LoRALinear: only plain linears" in reasons["tp()"]
     assert "whole activations of a block" in reasons["tp(ranks=2)"]

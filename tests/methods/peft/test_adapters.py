@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from toys_training import fit
 
-from effbench.checks import TOYS, probe, toy_run
+from effbench.checks import DENSE, probe, toy_run
 from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.recipe import parse, parse_step
 from effbench.methods.peft.adalora import SVDLinear
@@ -49,7 +49,7 @@ PAIRS = [
 ]
 PLACES = [
     (kind, architecture)
-    for kind, architecture in itertools.product([*KINDS, *MODULES], TOYS)
+    for kind, architecture in itertools.product([*KINDS, *MODULES], DENSE)
     if not (architecture == "opt" and kind.startswith(("adapter", "parallel_adapter")))  # which has no MLP to stand at
 ]
 

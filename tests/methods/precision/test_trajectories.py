@@ -88,7 +88,8 @@ def test_softmax_norms_and_loss_are_float32(steps: str, architecture: str) -> No
     assert {"_log_softmax", "nll_loss_forward", "nll_loss_backward"} <= watch.looked
     norms = {"native_layer_norm", "native_layer_norm_backward"}, {"rsqrt", "mean"}
     assert any(norm <= watch.looked for norm in norms)
-    assert ("_softmax" in watch.looked) == ("attention" in steps)  # else it is fused, see below
+    routed = architecture == "mixtral"  # by a softmax over experts
+    assert ("_softmax" in watch.looked) == (routed or "attention" in steps)  # that of attention is fused, see below
 
 
 def test_narrow_ones_are_found() -> None:

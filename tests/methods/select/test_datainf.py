@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from toys_attribution import GOLDEN, attributed, gradient, losses, target_loss
 
-from effbench.checks import TOYS, toy_run
+from effbench.checks import DENSE, toy_run
 from effbench.core.errors import Unsupported, Usage
 from effbench.core.recipe import parse_step
 from effbench.methods.select import datainf
@@ -107,7 +107,7 @@ def test_a_layer_without_gradients_has_no_say() -> None:
     torch.testing.assert_close(found, score(run, rest))
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_factors_are_fitted_on_every_architecture_and_leave_no_trace(architecture: str) -> None:
     run = toy_run(architecture)
     run.apply(parse_step("lora_plus()"))

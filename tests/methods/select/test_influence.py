@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from toys_attribution import GOLDEN, attributed, gradient, losses, target_loss
 
-from effbench.checks import TOYS, toy_run
+from effbench.checks import DENSE, toy_run
 from effbench.core.errors import Unsupported, Usage
 from effbench.core.views import Example
 from effbench.methods.select import influence
@@ -64,7 +64,7 @@ def test_learning_the_best_ranked_helps_the_target_and_the_worst_ranked_hurts(he
     assert changes[0] < 0 < changes[1]  # g . g_z with the other sign, as -g . H^-1 g_z is, ranks the other way round
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_every_architecture_agrees_with_autograd(architecture: str) -> None:
     run = toy_run(architecture)
     run.data.pool = [Example(e.id, e.ids[: 6 + i], i) for i, e in enumerate(run.data.pool[:3])]

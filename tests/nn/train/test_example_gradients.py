@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
-from effbench.checks import TOYS, toy_run
+from effbench.checks import DENSE, toy_run
 from effbench.core.recipe import parse_step
 from effbench.core.views import Example
 from effbench.nn.model.beside import Beside
@@ -54,7 +54,7 @@ def by_hand(run: ModelRun, parts: list[Matrix], examples: list[Example]) -> Tens
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("architecture", TOYS)
+@pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize("roles", [("v",), ROLES])
 def test_they_are_those_of_each_example_alone(architecture: str, roles: Any) -> None:
     run = toy_run(architecture)
