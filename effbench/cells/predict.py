@@ -23,7 +23,6 @@ from effbench.records.store import Store, latest
 
 if TYPE_CHECKING:
     from effbench.nn.rehearse import Held
-    from effbench.nn.train.slots import Shares
     from effbench.sources import Source
 
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -156,18 +155,15 @@ def _predict(
     from effbench.nn.model.linear import matrix_dtype
     from effbench.nn.rehearse import Batch, rehearse
     from effbench.nn.train.settings import FitSettings
-    from effbench.nn.train.slots import Parallel, Shares
+    from effbench.nn.train.slots import Parallel
 
     ranks = engine.ranks if engine is not None else 1
     divider = None if engine is None else engine.slot_values().get("parallel", engine)
-    shares = divider.shares() if isinstance(divider, Parallel) else Shares()
     fits = [step for step in recipe.steps if isinstance(step, FitSettings)]
     batch = options.batch or (fits[-1].batch_size if fits else 1)
     context = options.context or (fits[-1].max_length if fits else 512)
     made = Prediction(recipe.name, source.name, "", batch, context, ranks, engine.label if engine is not None else "")
     try:
-        if shares is None:
-            raise Unsupported(f"how {made.engine} divides a model is not foreseen")
         config, _, storage = describe_model(source)
         if source.path is not None and (source.path / artifact.CONFIG).is_file():
             raise Unsupported("the model is packed already: name what it was made of, and the recipe")
@@ -181,7 +177,7 @@ def _predict(
             recipe.steps,
             Batch(options.batch, options.context),
             Batch(batch, context),
-            shares.examples,
+            divider if isinstance(divider, Parallel) else Parallel(),
             tuple(settings.get("skip") or ()),
         )
     except Outcome as error:
@@ -190,19 +186,7 @@ def _predict(
         raise
     except Exception as error:  # of a step that needs values, and says so in a way of its own
         return dataclasses.replace(made, outcome=f"cannot be foreseen: {type(error).__name__}: {error}".split("\n")[0])
-    held = divide(held, shares)
     return dataclasses.replace(made, held=held, errors=_compare(held, made, records))
-
-
-def divide(held: Held, shares: Shares) -> Held:
-    """What each of several processes holds of what one would; engines divide parameters, and no buffers."""
-    return dataclasses.replace(
-        held,
-        weights=held.buffers + round((held.weights - held.buffers) / shares.parameters),
-        gradients=round(held.gradients / shares.gradients),
-        optimizer=round(held.optimizer / shares.optimizer),
-        activations=round(held.activations / shares.activations),
-    )
 
 
 def _records(options: PlanOptions, source: Source) -> list[Record]:

@@ -19,6 +19,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from effbench.nn.model.held import count_bytes
 from effbench.nn.model.linear import Replaced, Storage, matrix_shape, replace, stored_bytes
 from effbench.nn.run import ModelRun
 from effbench.nn.train.settings import FitSettings
+from effbench.nn.train.slots import Parallel, Shares
 
 if TYPE_CHECKING:
     from effbench.core.run import FitReport
@@ -62,7 +64,6 @@ class Held:
 
     opened: int = 0  # the model before the recipe
     weights: int = 0  # of the model in training, the last fit's, with what decodes packed ones
-    buffers: int = 0  # of these what is no parameter: codes of packed weights, and what decodes them
     constants: int = 0  # of these what only decodes: scales, zero-points, indices, masks
     gradients: int = 0
     optimizer: int = 0
@@ -153,24 +154,25 @@ def rehearse(
     steps: Sequence[Method],
     batch: Batch,
     cached: Batch,
-    examples: int = 1,
+    engine: Parallel,
     skip: tuple[str, ...] = (),
 ) -> Held:
     """Bytes that a recipe's steps hold on a model of this configuration that computes in `dtype`.
 
-    `batch` is what a step of its fits reads, dealt out to so many processes as `examples` says; `cached` what is in the
-    cache when it generates. Raises as a run of the recipe would.
+    `batch` is what a step of its fits reads, dealt out to the processes of `engine`; `cached` what is in the cache when
+    it generates. Raises as a run of the recipe would.
     """
-    find = functools.partial(_find, source, config, storage, dtype, steps, batch, cached, examples, skip)
+    find = functools.partial(_find, source, config, storage, dtype, steps, batch, cached, engine, skip)
     depth = int(config.num_hidden_layers)
     sampled = _sample(source, config, storage, dtype, steps, skip)
-    if depth <= max(DEPTHS):
-        return find(sampled, depth)
-    with contextlib.suppress(Unsupported):  # of a step that names more blocks than these
-        two, three, five = (dataclasses.astuple(find(sampled, blocks)) for blocks in DEPTHS)
-        if all(f - t == (DEPTHS[2] - DEPTHS[1]) * (t - s) for s, t, f in zip(two, three, five, strict=True)):
-            return Held(*(s + (depth - DEPTHS[0]) * (t - s) for s, t in zip(two, three, strict=True)))
-    return find(sampled, depth)
+    if depth > max(DEPTHS):
+        with contextlib.suppress(Unsupported):  # of a step that names more blocks than these
+            two, three, five = (dataclasses.astuple(find(sampled, blocks)) for blocks in DEPTHS)
+            if all(
+                math.isclose(f - t, (DEPTHS[2] - DEPTHS[1]) * (t - s)) for s, t, f in zip(two, three, five, strict=True)
+            ):
+                return Held(*(round(s + (depth - DEPTHS[0]) * (t - s)) for s, t in zip(two, three, strict=True)))
+    return Held(*map(round, dataclasses.astuple(find(sampled, depth))))
 
 
 def _find(
@@ -181,23 +183,24 @@ def _find(
     steps: Sequence[Method],
     batch: Batch,
     cached: Batch,
-    examples: int,
+    engine: Parallel,
     skip: tuple[str, ...],
     sampled: Sequence[dict[str, nn.Module]],
     depth: int,
 ) -> Held:
-    """As `rehearse`, with so many blocks."""
+    """As `rehearse`, with so many blocks; bytes that are divided may be fractions."""
     with hollow():
-        run = _open(Rehearsal, source, _deepen(config, depth), storage, dtype, steps, batch, examples, skip)
+        run = _open(Rehearsal, source, _deepen(config, depth), storage, dtype, steps, batch, skip)
         assert isinstance(run, Rehearsal)
         found = Held(opened=_hold(run.model), parameters=run.original.parameters)
+        examples = _divide(engine, run.model).examples
         try:
             for step, samples in zip(steps, sampled, strict=False):
                 run.sampled = samples
                 if _counts(step):
                     run.apply(_shorten(step, batch, examples))
                 if step.consumes and run.log.fits:
-                    found = dataclasses.replace(found, **_measure_fit(run, run.log.fits[-1]))
+                    found = dataclasses.replace(found, **_measure_fit(run, run.log.fits[-1], engine))
             run.sampled = sampled[-1] if sampled else {}
             run.settle()
             view = Blocks(run.model)
@@ -216,15 +219,22 @@ def _find(
     return dataclasses.replace(found, cache=_fill_cache(plan, shapes, cached, kept))
 
 
-def _measure_fit(run: Rehearsal, report: FitReport) -> dict[str, int]:
-    cost = report["cost"]
+def _divide(engine: Parallel, model: nn.Module) -> Shares:
+    shares = engine.shares(model)
+    if shares is None:
+        raise Unsupported(f"how {engine} divides a model is not foreseen")
+    return shares
+
+
+def _measure_fit(run: Rehearsal, report: FitReport, engine: Parallel) -> dict[str, Any]:
+    """What one process holds in a fit; engines divide parameters, and no buffers."""
+    cost, shares = report["cost"], _divide(engine, run.model)
     return {
-        "weights": cost["parameter_bytes"] + cost["buffer_bytes"],
-        "buffers": cost["buffer_bytes"],
+        "weights": cost["buffer_bytes"] + cost["parameter_bytes"] / shares.parameters,
         "constants": stored_bytes(run.model, run.storage).metadata,
-        "gradients": cost["gradient_bytes"],
-        "optimizer": cost["optimizer_bytes"],
-        "activations": cost.get("activation_bytes", 0),
+        "gradients": cost["gradient_bytes"] / shares.gradients,
+        "optimizer": cost["optimizer_bytes"] / shares.optimizer,
+        "activations": cost.get("activation_bytes", 0) / shares.activations,
         "teachers": sum(map(_hold, run.teachers())),
         "trained": sum(group["parameters"] for group in report["groups"]),
     }
@@ -242,7 +252,7 @@ def _sample(
     if not any(kind_of(type(step)) == "Weights" for step in steps):
         return [{} for _ in range(len(steps) + 1)]
     batch = Batch(2, 16)
-    run = _open(ModelRun, source, _shrink(config), storage, dtype, steps, batch, 1, skip)
+    run = _open(ModelRun, source, _shrink(config), storage, dtype, steps, batch, skip)
     found = []
     try:
         for step in steps:
@@ -269,7 +279,6 @@ def _open(
     dtype: torch.dtype,
     steps: Sequence[Method],
     batch: Batch,
-    examples: int,
     skip: tuple[str, ...],
 ) -> ModelRun:
     """A run on random weights, hollow or not."""
@@ -277,7 +286,7 @@ def _open(
 
     device = torch.device("cpu")
     build = functools.partial(build_random, config, device, dtype)
-    fits = [_shorten(step, batch, examples) for step in steps if isinstance(step, FitSettings)]
+    fits = [_shorten(step, batch, 1) for step in steps if isinstance(step, FitSettings)]
     number = max((STEPS * fit.batch_size for fit in fits), default=2)
     length = min(int(config.max_position_embeddings), max((fit.max_length for fit in fits), default=64))
     return kind(

@@ -62,6 +62,28 @@ def check_linears(run: Run, ranks: int) -> None:
                 raise Unsupported(f"block {index}: {width} rows of {name} cannot be dealt out evenly to {ranks} ranks")
 
 
+def has_divided_tables(view: Blocks) -> bool:
+    """Whether embeddings and head are divided by the vocabulary.
+
+    A row for padding has no gradient, which a table in parts could not tell by its own numbers.
+    """
+    embedding = view.embedding
+    return type(embedding) is nn.Embedding and embedding.padding_idx is None and type(view.head) is nn.Linear
+
+
+def list_divided(model: Any) -> set[nn.Parameter]:
+    """The parameters of which `divide_blocks` leaves each rank a part."""
+    view = Blocks(model)
+    names = view.names
+    found: set[nn.Parameter] = set()
+    for block in view.blocks:
+        found |= {p for name in (*names.qkv, *names.up) for p in block.get_submodule(name).parameters()}
+        found |= {block.get_submodule(name).get_parameter("weight") for name in (names.out, names.down)}
+    if has_divided_tables(view):
+        found |= {view.embedding.get_parameter("weight"), *view.head.parameters()}
+    return found
+
+
 @contextlib.contextmanager
 def divide_blocks(run: Run, mesh: DeviceMesh, by_sequence: bool) -> Iterator[None]:
     """Linears in parts inside: of attention by head, of the MLP by unit, tables of the vocabulary by row.
@@ -86,8 +108,7 @@ def divide_blocks(run: Run, mesh: DeviceMesh, by_sequence: bool) -> Iterator[Non
         parallelize_module(block, mesh, plan, src_data_rank=None)
     embedding, head = view.embedding, view.head
     tied = head.weight is embedding.weight
-    if type(embedding) is nn.Embedding and embedding.padding_idx is None and type(head) is nn.Linear:
-        # A row for padding has no gradient, which a table in parts could not tell by its own numbers.
+    if has_divided_tables(view):
         parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
         parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()), src_data_rank=None)
         if tied:

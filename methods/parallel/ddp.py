@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from effbench.core.run import Run
 from effbench.methods.parallel._ranks import Replicas
 from effbench.nn.train.shards import check_alike
@@ -31,7 +33,7 @@ class DDP(Replicas):
     claims = ("train.parallel",)
     trials = ({"ranks": 1},)
 
-    def shares(self) -> Shares:
+    def shares(self, model: nn.Module) -> Shares:
         return Shares(examples=self.ranks)
 
     @contextlib.contextmanager

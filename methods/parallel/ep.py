@@ -19,7 +19,7 @@ from effbench.core.run import Run
 from effbench.methods.parallel._ranks import Replicas
 from effbench.nn.model.experts import TENSORS, compute_expert, list_experts
 from effbench.nn.train.shards import is_part
-from effbench.nn.train.slots import Shares
+from effbench.nn.train.slots import Shares, find_shares
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class EP(Replicas):
             tokens = int(number)
         return super().flops_per_token(flops, tokens)
 
-    def shares(self) -> Shares | None:
-        """None where there is more than one rank: how much of a model its experts are, sums do not tell."""
-        return None if self.ranks > 1 else Shares()
+    def shares(self, model: nn.Module) -> Shares:
+        experts = {parameter for module in list_experts(model) for parameter in module.parameters()}
+        return find_shares(model, lambda p: 1 / self.ranks if p in experts else 1.0, examples=self.ranks)
 
 
 def compute_apart(experts: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

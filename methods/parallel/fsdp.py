@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -94,7 +95,7 @@ class FSDP(Replicas):
             raise Unsupported(f"{self}: ZeroRedundancyOptimizer builds optimizers of torch, not {type(plain).__name__}")
         return Dealt(plain)
 
-    def shares(self) -> Shares:
+    def shares(self, model: nn.Module) -> Shares:
         states, gradients, parameters = (self.ranks if self.stage >= stage else 1 for stage in (1, 2, 3))
         return Shares(parameters, gradients, states, examples=self.ranks)
 

@@ -23,7 +23,7 @@ from effbench.nn.train.groups import Groups, describe_group
 from effbench.nn.train.loss import sum_weights
 from effbench.nn.train.outputs import Outputs
 from effbench.nn.train.shards import check_alike
-from effbench.nn.train.slots import Parallel
+from effbench.nn.train.slots import Parallel, Shares, find_shares
 
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
@@ -206,8 +206,14 @@ class Pipeline(Parallel):
         norm = self._sum(squares).sqrt()
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
-    def shares(self) -> None:
-        """None: how much of a model its embeddings are, sums do not tell."""
+    def shares(self, model: nn.Module) -> Shares | None:
+        """Of the stage that holds most; None in a fit, where a process has its own stage alone."""
+        if self.owners:
+            return None
+        owners = self._divide(Blocks(model))
+        size = [sum(t.nbytes for t, stages in owners.items() if stage in stages) for stage in range(self.stages)]
+        most = size.index(max(size))
+        return find_shares(model, lambda p: float(most in owners[p]), activations=self.stages)
 
     def _counts(self, parameter: nn.Parameter) -> bool:
         """Whether a tensor that stages share counts in this one."""

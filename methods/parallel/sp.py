@@ -24,13 +24,14 @@ from effbench.methods.parallel._megatron import (
     check_heads,
     check_linears,
     divide_blocks,
+    list_divided,
     mark,
 )
 from effbench.methods.parallel._ranks import Ranks
 from effbench.nn.model.attention import route_attention
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.train.shards import settle_gradients, sum_plain
-from effbench.nn.train.slots import Shares
+from effbench.nn.train.slots import Shares, find_shares
 
 ULYSSES = "effbench-ulysses"  # attention of that name
 
@@ -89,8 +90,11 @@ class SP(Ranks):
             settle_gradients(parameters)
             sum_plain([parameter for parameter in parameters if hasattr(parameter, SUMMAND)])
 
-    def shares(self) -> Shares | None:
-        return Shares(activations=self.ranks) if self.kind == "ulysses" else None
+    def shares(self, model: nn.Module) -> Shares:
+        if self.kind == "ulysses":
+            return Shares(activations=self.ranks)
+        parts = list_divided(model)
+        return find_shares(model, lambda p: 1 / self.ranks if p in parts else 1.0, activations=self.ranks)
 
 
 class Tokens:

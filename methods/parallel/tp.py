@@ -11,10 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from effbench.core.run import Run
-from effbench.methods.parallel._megatron import SUMMAND, check_heads, check_linears, divide_blocks
+from effbench.methods.parallel._megatron import SUMMAND, check_heads, check_linears, divide_blocks, list_divided
 from effbench.methods.parallel._ranks import Ranks
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.train.shards import settle_gradients, sum_plain
+from effbench.nn.train.slots import Shares, find_shares
 
 
 @dataclass(frozen=True)
@@ -55,5 +56,6 @@ class TP(Ranks):
             settle_gradients(parameters)
             sum_plain([parameter for parameter in parameters if hasattr(parameter, SUMMAND)])
 
-    def shares(self) -> None:
-        return None
+    def shares(self, model: nn.Module) -> Shares:
+        parts = list_divided(model)
+        return find_shares(model, lambda p: 1 / self.ranks if p in parts else 1.0)

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from effbench import sources
 from effbench.cells.claims import CLAIMS
-from effbench.cells.predict import PlanOptions, divide, parse_memory, predict
+from effbench.cells.predict import PlanOptions, parse_memory, predict
 from effbench.cli.main import main
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse
@@ -16,8 +17,9 @@ from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.held import count_bytes
 from effbench.nn.model.linear import stored_bytes
 from effbench.nn.rehearse import Batch, Rows, rehearse
-from effbench.nn.train.slots import Shares
+from effbench.nn.train.slots import Parallel
 from effbench.probes.memory import resident_bytes
+from effbench.sources import TINY
 
 ROWS, TOKENS = 2, 48
 
@@ -51,11 +53,17 @@ def measure(steps):
 PARTS = {"gradients": "gradient", "optimizer": "optimizer", "activations": "activation"}
 
 
-def foretell(steps, model="tiny", dtype=torch.float32, batch=None, context=None, examples=1):
+def foretell(steps, model="tiny", dtype=torch.float32, batch=None, context=None, engine=""):
     source = sources.model(model)
     config, _, storage = describe_model(source)
     own, cached = Batch(batch, context), Batch(batch or ROWS, context or TOKENS)
-    return rehearse(source, config, storage, dtype, parse(steps).steps, own, cached, examples)
+    return rehearse(source, config, storage, dtype, parse(steps).steps, own, cached, divider(engine))
+
+
+def divider(engine):
+    """What divides by this step; one process for none."""
+    (step,) = parse(engine).steps if engine else (None,)
+    return Parallel() if step is None else step.slot_values().get("parallel", step)
 
 
 FIT = f"fit(steps=7, batch_size={ROWS}, max_length={TOKENS})"
@@ -136,9 +144,32 @@ def test_an_engine_says_what_it_divides():
     )
     assert pair.held.weights == alone.held.weights and pair.held.optimizer == alone.held.optimizer
     assert pair.held.activations == pytest.approx(alone.held.activations / 2, rel=0.1)
-    assert divide(alone.held, Shares(optimizer=2)).optimizer == alone.held.optimizer / 2
-    packed = dataclasses.replace(alone.held, weights=100, buffers=60)
-    assert divide(packed, Shares(parameters=2)).weights == 80  # codes are no parameters
+
+
+def test_engines_divide_what_they_say():
+    """In float32 on the embedded model, whose table has a row for padding and stays whole where linears are divided."""
+    model = load_file(TINY / "model" / "model.safetensors")
+    table, last = (4 * model[f"model.{name}.weight"].numel() for name in ("embed_tokens", "norm"))
+    norms = 4 * sum(tensor.numel() for tensor in model.values() if tensor.ndim == 1)
+    whole = foretell(FIT)
+    frequencies = whole.weights - whole.gradients  # of rotary positions, which every process has
+    matrices = whole.gradients - norms - table
+    assert whole.optimizer >= 2 * whole.gradients
+    found = foretell(FIT, engine="tp(ranks=4)")
+    assert found.gradients == norms + table + matrices / 4 and found.weights == found.gradients + frequencies
+    found = foretell(FIT, engine="fsdp(ranks=4, stage=2)")
+    assert found.weights == whole.weights and found.gradients == whole.gradients / 4
+    found = foretell(FIT, engine="pp(ranks=3)")  # the last stage has the table too, and the norm
+    assert found.gradients == table + last + (whole.gradients - table - last) / 3
+    packed = "nf4(), lora(rank=4), " + FIT
+    assert foretell(packed, engine="fsdp(ranks=2)").weights > foretell(packed).weights / 2  # codes are no parameters
+
+
+def test_experts_are_divided_and_all_else_is_not():
+    whole, found = (foretell(FIT, "tiny:moe", engine=engine) for engine in ("", "ep(ranks=4)"))
+    experts = 6 * 4 * 3 * 4 * 384 * 128
+    assert whole.gradients - found.gradients == experts * 3 / 4
+    assert found.activations == pytest.approx(whole.activations / 2, rel=0.01)  # a rank reads one of two examples
 
 
 def linears(hidden, kv, mlp):

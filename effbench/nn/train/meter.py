@@ -187,7 +187,7 @@ class Meter:
         trained = sum(parameter.nbytes for parameter in parameters)
         weights = sum(parameter.nbytes for parameter in model.parameters())
         parallel: Parallel = self._run.train.slot("parallel", Parallel())
-        shares = parallel.shares()
+        shares = parallel.shares(model)
         return None if shares is None else shares.sum(weights, trained, 2 * trained)
 
     def _look(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -68,13 +68,14 @@ class Activations:
 class Shares:
     """By what an engine divides what one process would hold in training, by its formula.
 
-    What is held between forward and backward pass is meant: what is gathered for a moment is not in it.
+    What is held between forward and backward pass is meant: what is gathered for a moment is not in it. The process is
+    that which holds most.
     """
 
     parameters: float = 1
     gradients: float = 1
     optimizer: float = 1
-    activations: float = 1  # of the examples that a process sees
+    activations: float = 1  # of the examples that a process sees; more may be saved, and no less
     examples: int = 1  # processes that the examples of a step are dealt out to
 
     def sum(self, parameters: float, gradients: float, optimizer: float) -> float:
@@ -82,11 +83,24 @@ class Shares:
         return parameters / self.parameters + gradients / self.gradients + optimizer / self.optimizer
 
 
+def find_shares(model: nn.Module, held: Callable[[nn.Parameter], float], **more: Any) -> Shares:
+    """Shares of an engine by which a process holds of each parameter a fraction of its own."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+
+    def divide(tensors: Sequence[nn.Parameter]) -> float:
+        part = sum(tensor.nbytes * held(tensor) for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors) / part if part else 1.0
+
+    return Shares(divide(parameters), divide(trained), divide(trained), **more)
+
+
 class Parallel:
     """How several processes train one model together (`train.parallel`); here there is one."""
 
-    def shares(self) -> Shares | None:
-        """How processes divide what one would hold; None where it does not follow from sums over a model."""
+    def shares(self, model: nn.Module) -> Shares | None:
+        """How processes divide what one would hold of a model that is whole, or whose parts tell of the whole; else
+        None."""
         return Shares()
 
     @property

@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_formula(two: list[Any]) -> None:
 @pytest.mark.parametrize("ranks", [2, 64])
 def test_formula_is_that_of_16_bit_training(ranks: int) -> None:
     """Weights and gradients of 2 bytes, 12 of states (figure 1 of the paper): d + 12 d / N would be of no stage."""
-    found = [FSDP(ranks=ranks, stage=stage).shares().sum(2.0, 2.0, 12.0) for stage in (1, 2, 3)]
+    found = [FSDP(ranks=ranks, stage=stage).shares(toy_run().model).sum(2.0, 2.0, 12.0) for stage in (1, 2, 3)]
     assert found == [4 + 12 / ranks, 2 + 14 / ranks, 16 / ranks]
     if ranks == 64:  # of 7.5 billion parameters, in GB
         assert [round(7.5 * each, 1) for each in found] == [31.4, 16.6, 1.9]

@@ -34,7 +34,7 @@ def test_ranks_hold_their_part_of_matrices_and_all_norms(two: list[Any]) -> None
         for engine in ("tp()", "sp()"):
             cost = told["costs"][engine]
             assert cost["parameter_bytes"] == cost["gradient_bytes"] == matrices // 2 + vectors
-            assert "rule_bytes" not in cost
+            assert cost["rule_bytes"] == 4 * cost["parameter_bytes"]  # with the gradients and two states
 
 
 def test_blocks_cost_two_reductions_each_way(two: list[Any]) -> None:
