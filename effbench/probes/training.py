@@ -57,7 +57,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         how = "by torch's allocator" if run.device.type == "cuda" else "by hooks on saved tensors, each storage once"
         reading.add("fit_activation_bytes", cost["activation_bytes"], f"{last}; saved by one forward pass, {how}")
     if "step_peak_bytes" in cost:
-        how = "most of what one step made and held at a time: activations, gradients and what is between them"
+        how = "most of what forward and backward passes of one step made and held at a time, gradients too"
         reading.add("fit_step_peak_bytes", cost["step_peak_bytes"], f"{last}; {how}, each storage once")
     if "step_ms" in cost:
         timed = f"{last}; with the machine to itself"

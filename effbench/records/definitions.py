@@ -390,7 +390,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition(
         "fit_step_peak_bytes", "cost", "bytes", "lower",
-        "The most bytes that one step of training makes and holds at a time, beside what is there between steps.",
+        "The most bytes that the passes of one step of training make and hold at a time: activations and gradients.",
     ),
     Definition(
         "fit_flops_per_token", "cost", "FLOP", "lower",

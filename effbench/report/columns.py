@@ -69,6 +69,11 @@ PHASES = ("decode", "prefill")
 CACHE = "cache_bytes_per_token"
 # What tables of inference are about, beside quality and speed, in the order of their importance.
 SERVED = (CACHE, "prompt_kept", "drafted_speedup", "compressor_ms_per_prompt", "accepted_per_pass")
+# What tables of training are about where no other speed is measured, in the order of their importance.
+TRAINED = (
+    *("fit_loss_last", STEP, "fit_activation_bytes", "fit_step_peak_bytes"),
+    *("fit_parameter_bytes", "fit_gradient_bytes", "fit_optimizer_bytes"),
+)
 COSTS = (
     *("fit_trained_parameters", "fit_trained_share", "fit_tok_per_s", "fit_tokens", "fit_seconds"),
     *("fit_loss_first", "fit_loss_mean", "fit_loss_last", "fit_skipped"),
@@ -153,6 +158,11 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         summary[:0] = [zeros, bits] if len(summary) + 2 <= beside else [zeros]
     else:
         summary.insert(0, bits)
+        if STEP in measured and not speeds:  # how the model was trained is what the table is about
+            summary = [column for column in summary if {*column.metrics} & {*measured}]
+            trained = [name for name in TRAINED if name in measured]
+            summary += [_size(name) if name.endswith("_bytes") else measure(name) for name in trained]
+            summary = summary[:beside]
     return {
         "summary": summary,
         "quality": [

@@ -49,6 +49,16 @@ class Ranks(Train, Parallel):
             distributed.all_reduce(values, distributed.ReduceOp.MAX)
         return values
 
+    def flops_per_token(self, flops: float, tokens: int) -> float:
+        """Those of all ranks over the tokens that they read, each once."""
+        if self.ranks > 1:
+            device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+            both = torch.tensor([flops, tokens], dtype=torch.float64, device=device)
+            distributed.all_reduce(both)
+            flops, read = both.tolist()
+            tokens = round(read * self.data_ranks / self.ranks)
+        return super().flops_per_token(flops, tokens)
+
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
         clip(parameters, most) if self.ranks > 1 else super().clip(parameters, most)
 

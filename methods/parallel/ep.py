@@ -82,14 +82,6 @@ class EP(Replicas):
                 plain.param_groups += [group | {"params": chosen}] if chosen else []
         return plain
 
-    def flops_per_token(self, flops: float, tokens: int) -> float:
-        """What ranks compute of each other's tokens evens out over all of them."""
-        if self.ranks > 1:
-            device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-            flops, number = self.total(torch.tensor([flops, tokens], dtype=torch.float64, device=device)).tolist()
-            tokens = int(number)
-        return super().flops_per_token(flops, tokens)
-
     def shares(self, model: nn.Module) -> Shares:
         experts = {parameter for module in list_experts(model) for parameter in module.parameters()}
         return find_shares(model, lambda p: 1 / self.ranks if p in experts else 1.0, examples=self.ranks)

@@ -27,6 +27,7 @@ from effbench.nn.train.slots import Parallel
 if TYPE_CHECKING:
     from effbench.core.run import Run
 
+FOLLOWED = 0  # place of the step whose tensors are followed: counting operations keeps some of them alive
 LOOKED = 1  # place of the step that is looked into: the first one makes the optimizer's states
 TIMED = range(2, 7)  # places of the steps that are timed; a fit of fewer is neither looked into nor timed
 
@@ -46,6 +47,7 @@ class Meter:
         self._gathered = 0  # bytes
         self._collectives = Collectives()
         self._made = Made()
+        self._peak = 0  # bytes
         self._tokens = 0  # that the step read which is looked into, in all of its passes
         self._alone = contextlib.ExitStack()
         self.earlier = {"seconds": 0.0, "joules": 0.0}  # spent before a checkpoint that the fit goes on from
@@ -58,6 +60,9 @@ class Meter:
         """Take the step at a place, from 0, and its cost; gives what the step gives."""
         if place == self._looked:
             return self._look(step)
+        if place == FOLLOWED and self._looked is not None:
+            with self._made:
+                return step()
         if place == self._timed.start and self._timed:
             asked = time.monotonic()
             self._alone.enter_context(self._run.alone())
@@ -100,7 +105,8 @@ class Meter:
             self._saved = max(self._saved, sum(sizes.values()))
 
     def hold(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take note of the gradients that this process holds before the optimizer's step."""
+        """Take note of what this process has made and held before the optimizer's step, and of its gradients."""
+        self._peak = self._peak or self._made.peak  # of the step that is followed, and not of its optimizer
         if self._looking:
             self._gradients = count_bytes(p.grad for p in parameters if p.grad is not None)
 
@@ -151,8 +157,8 @@ class Meter:
             }
         if self._saved:
             cost["activation_bytes"] = self._saved
-        if self._made.peak:
-            cost["step_peak_bytes"] = self._made.peak
+        if self._peak:
+            cost["step_peak_bytes"] = self._peak
         if self._milliseconds:
             cost["step_ms"] = statistics.median(self._milliseconds)
             cost["timed_ms"] = self._milliseconds
@@ -175,8 +181,8 @@ class Meter:
         }
 
     def _listen(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Take a step, and count what it tells other processes, and what it makes."""
-        with self._collectives, self._made:
+        """Take a step, and count what it tells other processes."""
+        with self._collectives:
             return step()
 
     def _predict(self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: Any) -> float | None:

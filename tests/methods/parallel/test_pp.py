@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse, parse_step
-from effbench.methods.parallel.pp import cut
+from effbench.nn.train.pipeline import cut
 
 CASES = [(2, name) for name in divided.CASES if name.startswith("pp")]
 CASES += [pytest.param(4, name, marks=pytest.mark.slow) for name in divided.EVERYWHERE if name.startswith("pp")]

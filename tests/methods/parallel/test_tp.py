@@ -37,6 +37,16 @@ def test_ranks_hold_their_part_of_matrices_and_all_norms(two: list[Any]) -> None
             assert cost["rule_bytes"] == 4 * cost["parameter_bytes"]  # with the gradients and two states
 
 
+def test_operations_are_those_of_all_ranks_over_tokens_that_count_once(two: list[Any]) -> None:
+    """One rank's would be half of them; rows that are filled up, and products by the table, cost a few percent."""
+    flops = {
+        engine: cost["flops_per_token"] / two[0]["costs"]["ddp()"]["flops_per_token"]
+        for engine, cost in two[0]["costs"].items()
+    }
+    assert all(ratio == pytest.approx(1) for engine, ratio in flops.items() if engine.startswith("fsdp"))
+    assert all(0.999 < ratio < 1.2 for ratio in flops.values()), flops
+
+
 def test_blocks_cost_two_reductions_each_way(two: list[Any]) -> None:
     """Section 3 of the paper: of [B, T, H] for attention and MLP of two blocks, forward and backward; further one for
     the rows of the table, one for what the head gives back, and one number for the norm of gradients."""

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from toys_training import fit
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,6 +19,7 @@ from effbench.core.recipe import parse
 from effbench.core.run import FitReport
 from effbench.nn.model.attention import own_attention
 from effbench.nn.model.flops import count_flops
+from effbench.nn.model.held import Made
 from effbench.nn.run import ModelRun
 from effbench.nn.train import meter
 
@@ -61,33 +58,11 @@ def test_fewer_bytes_are_kept_for_one_more_forward_pass(monkeypatch: pytest.Monk
         for policy in ("", "every", "sqrt")
     }
     assert costs["sqrt"]["activation_bytes"] < costs["every"]["activation_bytes"] < costs[""]["activation_bytes"] / 4
+    peak = {policy: cost["step_peak_bytes"] - cost["gradient_bytes"] for policy, cost in costs.items()}
+    assert peak["every"] < peak["sqrt"] < peak[""] / 2  # a block at a time, or three, beside what is kept
     for policy in ("every", "sqrt"):
         # The head is not computed again, nor what is only a block's output.
         assert 1.2 < costs[policy]["flops_per_token"] / costs[""]["flops_per_token"] < 4 / 3
-
-
-class Live(TorchDispatchMode):
-    """Follows the bytes of what is made inside and still there, but for `known` tensors."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(out)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return out
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def look(policy: str) -> tuple[int, int, int, Counter[str]]:
@@ -107,8 +82,7 @@ def look(policy: str) -> tuple[int, int, int, Counter[str]]:
 
     run.model.train()
     (method,) = parse(f"checkpointing(policy='{policy}')").steps
-    known = [tensor for p in run.model.parameters() for tensor in (p, p.grad)]
-    with method.saving(run), Live(known) as live:  # type: ignore[attr-defined]
+    with method.saving(run), Made() as live:  # type: ignore[attr-defined]
         loss = compute()
         kept = live.now
         loss.backward()
@@ -172,7 +146,7 @@ def test_selective_saves_the_weights_of_attention_that_is_watched() -> None:
         (method,) = parse(f"checkpointing(policy='{policy}')").steps
         run.model.train()
         ids = torch.arange(256).view(2, 128) % 95 + 1
-        with own_attention(run.model, run.infer), method.saving(run), Live(run.model.parameters()) as live:  # type: ignore[attr-defined]
+        with own_attention(run.model, run.infer), method.saving(run), Made() as live:  # type: ignore[attr-defined]
             loss = run.model(ids, use_cache=False).logits.sum()
             kept.clear()
             found[policy] = live.now
