@@ -40,6 +40,7 @@ def check_heads(view: Blocks, ranks: int) -> None:
 def check_linears(run: Run, ranks: int) -> None:
     """Raise `Unsupported` where blocks are not made of plain linears in rows that can be dealt out by head."""
     view = Blocks(run.model)
+    view.check_dense()
     names, config = view.names, view.model.config
     for path, linear in view.linears():
         if type(linear) is not nn.Linear:
@@ -72,8 +73,9 @@ def has_divided_tables(view: Blocks) -> bool:
 
 
 def list_divided(model: Any) -> set[nn.Parameter]:
-    """The parameters of which `divide_blocks` leaves each rank a part."""
+    """The parameters of which `divide_blocks` leaves each rank a part. Raises `Unsupported` for mixtures of experts."""
     view = Blocks(model)
+    view.check_dense()
     names = view.names
     found: set[nn.Parameter] = set()
     for block in view.blocks:

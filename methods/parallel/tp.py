@@ -57,5 +57,5 @@ class TP(Ranks):
             sum_plain([parameter for parameter in parameters if hasattr(parameter, SUMMAND)])
 
     def shares(self, model: nn.Module) -> Shares:
-        parts = list_divided(model)
+        parts = list_divided(model) if self.ranks > 1 else set()
         return find_shares(model, lambda p: 1 / self.ranks if p in parts else 1.0)

@@ -12,6 +12,7 @@ from same import check
 from effbench.checks import VOCABULARY, WIDTH, toy, toy_run
 from effbench.core.errors import Unsupported
 from effbench.methods.parallel._megatron import check_heads, check_linears
+from effbench.methods.parallel.tp import TP
 from effbench.nn.model.blocks import Blocks
 
 
@@ -62,6 +63,9 @@ def test_what_cannot_be_divided_is_unsupported(two: list[Any]) -> None:
     assert "whole activations of a block" in reasons["tp(ranks=2)"]
     with pytest.raises(Unsupported, match="Conv1D"):
         check_linears(toy_run("gpt2"), 2)
+    for what in (lambda run: check_linears(run, 2), lambda run: TP().shares(run.model)):
+        with pytest.raises(Unsupported, match="experts hold their weights in one tensor"):
+            what(toy_run("mixtral"))
     with pytest.raises(Unsupported, match="4 ranks are more than 2 heads of keys"):
         check_heads(Blocks(toy("qwen2")), 4)
     with pytest.raises(Unsupported, match="4 heads cannot be dealt out evenly to 3 ranks"):
