@@ -18,8 +18,9 @@ from effbench.core.views import Example
 from effbench.nn.infer.engine import Engine, open_engine
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.feed import feed
-from effbench.nn.train.batches import collate
-from effbench.nn.train.examples import batches, looking
+from effbench.nn.train.batches import Batch, collate
+from effbench.nn.train.examples import looking
+from effbench.nn.train.passes import go_through
 from effbench.nn.train.samples import Asked, sample
 
 
@@ -65,13 +66,17 @@ class Acquisition(Select):
         rows = self._list_rows(examples, engine, run)
         engine.check_room(max(len(row.prompt) + len(row.text) for row in rows))
         sums = torch.zeros(2, len(examples), dtype=torch.float64)  # of scores, and of tokens
+
+        def visit(places: list[int], _: Batch) -> None:
+            part = [rows[place] for place in places]
+            slices = zip(*(engine.slice_logits(states) for states in self.members(part, run)), strict=True)
+            scores = torch.cat([self.judge(logits).double().cpu() for logits in slices])
+            owners = torch.tensor([row.example for row in part for _ in range(1 + len(row.text))])
+            sums.index_add_(1, owners, torch.stack([scores, torch.ones_like(scores)]))
+
+        read = [Example("", row.prompt + row.text) for row in rows]
         with looking(run.model):
-            for places, _ in batches(run, [Example("", row.prompt + row.text) for row in rows]):
-                part = [rows[place] for place in places]
-                slices = zip(*(engine.slice_logits(states) for states in self.members(part, run)), strict=True)
-                scores = torch.cat([self.judge(logits).double().cpu() for logits in slices])
-                owners = torch.tensor([row.example for row in part for _ in range(1 + len(row.text))])
-                sums.index_add_(1, owners, torch.stack([scores, torch.ones_like(scores)]))
+            go_through(run, f"{self.key}-{len(run.log.fits)}", read, {"sums": sums}, visit)
         return sums[0] / sums[1]
 
     def _list_rows(self, examples: Sequence[Example], engine: Engine, run: Run) -> list[Row]:

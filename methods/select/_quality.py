@@ -12,7 +12,8 @@ from torch import Tensor
 
 from effbench.core.run import Run
 from effbench.core.views import Example
-from effbench.nn.train.examples import list_words, measure_losses
+from effbench.nn.train.examples import list_words
+from effbench.nn.train.passes import score_losses
 
 ENDS = (".", "!", "?", "…", "。", "！", "？")
 OPENERS, CLOSERS = "\"'“‘([«", "\"'”’)]»"
@@ -45,7 +46,8 @@ def rate_coherence(run: Run, examples: Sequence[Example], losses: Tensor) -> Ten
     places = [place for place, example in enumerate(shuffled) if example is not None]
     gaps = torch.zeros(len(examples), dtype=torch.float64)
     if places:
-        after = measure_losses(run, run.reference, [example for example in shuffled if example is not None])
+        mixed = [example for example in shuffled if example is not None]
+        after = score_losses(run, "coherence", run.reference, mixed)
         gaps[places] = (after - losses[places]).double()
     return gaps
 

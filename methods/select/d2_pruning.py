@@ -14,7 +14,7 @@ from effbench.core.run import Run
 from effbench.core.views import Example
 from effbench.methods.select._diverse import score_places
 from effbench.nn.train.embeddings import embed, list_files
-from effbench.nn.train.examples import measure_losses
+from effbench.nn.train.passes import score_losses
 
 ROWS = 1024  # of distances at a time
 
@@ -51,7 +51,7 @@ class D2Pruning(Select):
         return list_files(self.by)
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
-        difficulty = measure_losses(run, run.reference, examples).double()
+        difficulty = score_losses(run, "difficulty", run.reference, examples).double()
         embeddings = embed(run, examples, self.by)
         easiest_first = difficulty.argsort(stable=True)
         number = len(examples) - int(self.cutoff * len(examples))

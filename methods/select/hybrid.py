@@ -18,7 +18,7 @@ from effbench.methods.select._diverse import score_places, spread
 from effbench.methods.select._kdpp import build_kernel, rank
 from effbench.methods.select._quality import even_out, rate_coherence, rate_form, rate_perplexity
 from effbench.nn.train.embeddings import cluster, embed, list_files
-from effbench.nn.train.examples import measure_losses
+from effbench.nn.train.passes import score_losses
 
 ROWS = 1024  # of similarities at a time
 
@@ -81,7 +81,7 @@ class Hybrid(Select):
 
     def _rate(self, examples: Sequence[Example], embeddings: Tensor, run: Run) -> Tensor:
         """The score of each example [N], in [0, 1]."""
-        losses = measure_losses(run, run.reference, examples)
+        losses = score_losses(run, "difficulty", run.reference, examples)
         score = self.difficulty * even_out(losses)
         if self.quality:
             terms = rate_perplexity(losses), rate_form(run, examples), rate_coherence(run, examples, losses)

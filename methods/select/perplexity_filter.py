@@ -67,6 +67,6 @@ class PerplexityFilter(Select):
             return score_losses(run, f"perplexity-{self.reference}", model, examples)
         curated = run.data.target
         self.require(bool(curated), f"{run.data.name} has no target part to train on: name a model with reference=")
-        with run.aside(f"perplexity-{len(run.log.steps)}"), training_on(run, curated):
+        with run.aside("perplexity"), training_on(run, curated):
             fit(run, FitSettings(steps=self.steps, lr=self.lr))
             return score_losses(run, "perplexity", run.model, examples)

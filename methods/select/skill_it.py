@@ -71,7 +71,7 @@ class SkillIt(Select):
         rows = []
         for number, skill in enumerate(skills):
             own = [example for example in examples if example.meta.get("skill") == skill]
-            with run.aside(f"skill-{len(run.log.steps)}-{number}"), training_on(run, own):
+            with run.aside(f"skill-{number}"), training_on(run, own):
                 fit(run, FitSettings(steps=self.probing_steps, lr=self.probing_lr))
                 rows.append((before - self.measure(run)) / before)
         return torch.stack(rows).clamp(min=0)

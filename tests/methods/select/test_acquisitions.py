@@ -24,6 +24,7 @@ from effbench.methods.select.entropy import Entropy
 from effbench.methods.select.variation_ratio import VariationRatio
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.run import ModelRun
+from effbench.nn.train import passes
 from effbench.nn.train.examples import measure_losses
 from effbench.nn.train.unlabelled import withhold
 
@@ -256,3 +257,28 @@ def test_a_pool_without_prompts_is_unsupported() -> None:
 def test_settings_that_mean_nothing_are_wrong_usage(steps: str, reason: str) -> None:
     with pytest.raises(Usage, match=reason):
         parse_step(steps)
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("method", [Entropy(), BALD(samples=2)])
+def test_a_killed_one_reads_on_to_the_same_scores(
+    method: Acquisition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "EVERY", 0.0)
+    monkeypatch.setattr("effbench.nn.train.examples.TOKENS", 32)
+    whole, killed, again = score(method, asking()), asking(), asking()
+    read: list[int] = []
+    killed.folder = again.folder = tmp_path
+
+    def stop(unit: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise Killed
+
+    killed.progress = stop
+    with pytest.raises(Killed):
+        score(method, killed)
+    again.progress = lambda unit, done, total: read.append(done)
+    assert torch.equal(score(method, again), whole) and read[0] > 8

@@ -46,7 +46,7 @@ def test_the_order_is_that_of_the_equations(seed: int) -> None:
 def score(monkeypatch: pytest.MonkeyPatch, points: Any, losses: Any, method: D2Pruning) -> list[int]:
     run = pooled(draw_rows(len(points)))
     monkeypatch.setattr(file, "embed", lambda run, examples, by: points)
-    monkeypatch.setattr(file, "measure_losses", lambda run, model, examples: losses)
+    monkeypatch.setattr(file, "score_losses", lambda run, name, model, examples: losses)
     return ranked(method.score(run.data.pool, run))
 
 

@@ -150,7 +150,9 @@ def test_a_pass_that_was_killed_goes_on_and_counts_what_it_took(
     assert seen[0] == 4  # other examples are read from the first on
 
 
-@pytest.mark.parametrize("step", ["curriculum()", "anti_curriculum()", "perplexity_filter(reference='reference')"])
+@pytest.mark.parametrize(
+    "step", ["curriculum()", "anti_curriculum()", "d2_pruning()", "perplexity_filter(reference='reference')"]
+)
 def test_a_killed_selection_goes_on_to_the_same_choice(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
