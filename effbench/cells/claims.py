@@ -10,7 +10,6 @@ class Claim:
     """One figure."""
 
     name: str
-    section: str  # of the survey that states it
     what: str
     stated: str
     figure: int  # the right one
@@ -21,7 +20,6 @@ class Claim:
 CLAIMS = (
     Claim(
         "lora_matrix",
-        "3.2.1",
         "numbers that LoRA of rank 16 trains beside a matrix of 4096 x 4096",
         "131,072, 0.78 % of the matrix",
         131_072,
@@ -30,7 +28,6 @@ CLAIMS = (
     ),
     Claim(
         "prefix_heads",
-        "3.5.1",
         "numbers in prefixes of 20 tokens for 32 blocks of width 4096 where each head has its own keys and values",
         "5,242,880",
         5_242_880,
@@ -39,7 +36,6 @@ CLAIMS = (
     ),
     Claim(
         "prefix_groups",
-        "3.5.1",
         "the same for Llama-3.1-8B, whose 32 query heads share 8 heads of keys and values",
         "5,242,880",
         1_310_720,
@@ -48,7 +44,6 @@ CLAIMS = (
     ),
     Claim(
         "llama65b_weights",
-        "3.3.1",
         "weights of LLaMA-65B in 16 bits",
         "130 GB",
         130_571_321_344,
@@ -57,7 +52,6 @@ CLAIMS = (
     ),
     Claim(
         "llama65b_optimizer",
-        "3.3.1",
         "optimizer of a full fine-tuning of LLaMA-65B with AdamW",
         "260 GB",
         783_427_928_064,
@@ -66,7 +60,6 @@ CLAIMS = (
     ),
     Claim(
         "llama65b_total",
-        "3.3.1",
         "a full fine-tuning of LLaMA-65B, without activations",
         "~520 GB",
         1_044_570_570_752,
@@ -75,7 +68,6 @@ CLAIMS = (
     ),
     Claim(
         "qlora65b_weights",
-        "3.3.1",
         "weights of LLaMA-65B in NF4",
         "32.5 GB",
         34_459_538_624,
@@ -85,7 +77,6 @@ CLAIMS = (
     ),
     Claim(
         "qlora65b_optimizer",
-        "3.3.1",
         "optimizer of QLoRA of rank 16 on all linears of LLaMA-65B",
         "~1 GB",
         1_599_078_400,
@@ -94,7 +85,6 @@ CLAIMS = (
     ),
     Claim(
         "qlora65b_gradients",
-        "3.3.1",
         "gradients of the same",
         "~0.5 GB",
         799_539_200,
@@ -103,7 +93,6 @@ CLAIMS = (
     ),
     Claim(
         "qlora65b_total",
-        "3.3.1",
         "QLoRA of rank 16 on LLaMA-65B, without activations",
         "~34 GB",
         37_657_695_424,
@@ -112,7 +101,6 @@ CLAIMS = (
     ),
     Claim(
         "qlora70b_total",
-        "5",
         "QLoRA of rank 16 on Llama-2-70B, without activations, which is to train on 2 GPUs of 24 GB",
         "fits 2 x 24 GB",
         39_677_105_344,
@@ -122,12 +110,11 @@ CLAIMS = (
     ),
     Claim(
         "llama70b_cache",
-        "4.7.1",
         "keys and values of 4096 tokens of Llama-2-70B in 16 bits, 8 heads for 64 of queries",
         "8x less than with 64 heads",
         1_342_177_280,
         "bytes",
-        "the ratio is right (10.7 GB with 64 heads); the size that 2.3.7 gives, B L H T d, lacks the factor 2 for keys "
-        "and values and the bytes of a number",
+        "the ratio is right (10.7 GB with 64 heads); the size B L H T d, which is often given, lacks the factor 2 for "
+        "keys and values and the bytes of a number",
     ),
 )

@@ -153,7 +153,7 @@ def _predict(
     from effbench.nn.files import artifact
     from effbench.nn.files.load import describe_model
     from effbench.nn.model.linear import matrix_dtype
-    from effbench.nn.rehearse import Batch, rehearse
+    from effbench.nn.rehearse import Batch, Case, rehearse
     from effbench.nn.train.settings import FitSettings
     from effbench.nn.train.slots import Parallel
 
@@ -170,15 +170,17 @@ def _predict(
         dtype = getattr(torch, options.dtype) if options.dtype else matrix_dtype(storage)
         made = dataclasses.replace(made, dtype=str(dtype).removeprefix("torch."))
         held = rehearse(
-            source,
-            config,
-            storage,
-            dtype,
-            recipe.steps,
-            Batch(options.batch, options.context),
-            Batch(batch, context),
-            divider if isinstance(divider, Parallel) else Parallel(),
-            tuple(settings.get("skip") or ()),
+            Case(
+                source,
+                config,
+                storage,
+                dtype,
+                recipe.steps,
+                Batch(options.batch, options.context),
+                Batch(batch, context),
+                divider if isinstance(divider, Parallel) else Parallel(),
+                tuple(settings.get("skip") or ()),
+            )
         )
     except Outcome as error:
         return dataclasses.replace(made, outcome=f"{error.name}: {error}")

@@ -238,9 +238,7 @@ class FitReport(TypedDict):
     loss_mean: float  # over all steps
     loss_last: float
     cost: FitCost
-    skipped: NotRequired[
-        int
-    ]  # passes that the precision gave up because gradients overflowed; their steps were taken again
+    skipped: NotRequired[int]  # passes that were given up because gradients overflowed; their steps were taken again
     resumed: NotRequired[list[int]]  # steps after which it was taken up again from a checkpoint
     left_out: NotRequired[str]  # what of the train set could not be learned, or was not needed
     rates: NotRequired[dict[str, float | None]]  # validation loss by the learning rates tried; None: it diverged

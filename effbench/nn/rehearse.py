@@ -59,6 +59,21 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Case:
+    """A recipe's steps on a model of a configuration, which computes in `dtype`."""
+
+    source: Source
+    config: Any
+    storage: torch.dtype | Storage  # in which an artifact keeps dense parameters
+    dtype: torch.dtype
+    steps: Sequence[Method]
+    batch: Batch  # what a step of its fits reads, dealt out to the processes of the engine
+    cached: Batch  # what is in the cache when it generates
+    engine: Parallel
+    skip: tuple[str, ...] = ()  # patterns of linears that methods leave alone
+
+
+@dataclasses.dataclass(frozen=True)
 class Held:
     """Bytes of one process by what holds them."""
 
@@ -146,68 +161,41 @@ def inflate(sample: Replaced, shape: tuple[int, int], others: Any) -> nn.Module:
     return module
 
 
-def rehearse(
-    source: Source,
-    config: Any,
-    storage: torch.dtype | Storage,
-    dtype: torch.dtype,
-    steps: Sequence[Method],
-    batch: Batch,
-    cached: Batch,
-    engine: Parallel,
-    skip: tuple[str, ...] = (),
-) -> Held:
-    """Bytes that a recipe's steps hold on a model of this configuration that computes in `dtype`.
-
-    `batch` is what a step of its fits reads, dealt out to the processes of `engine`; `cached` what is in the cache when
-    it generates. Raises as a run of the recipe would.
-    """
-    find = functools.partial(_find, source, config, storage, dtype, steps, batch, cached, engine, skip)
-    depth = int(config.num_hidden_layers)
-    sampled = _sample(source, config, storage, dtype, steps, skip)
+def rehearse(case: Case) -> Held:
+    """Bytes that the steps hold. Raises as a run of the recipe would."""
+    find = functools.partial(_find, case, _sample(case))
+    depth = int(case.config.num_hidden_layers)
     if depth > max(DEPTHS):
         with contextlib.suppress(Unsupported):  # of a step that names more blocks than these
-            two, three, five = (dataclasses.astuple(find(sampled, blocks)) for blocks in DEPTHS)
+            two, three, five = (dataclasses.astuple(find(blocks)) for blocks in DEPTHS)
             if all(
                 math.isclose(f - t, (DEPTHS[2] - DEPTHS[1]) * (t - s)) for s, t, f in zip(two, three, five, strict=True)
             ):
                 return Held(*(round(s + (depth - DEPTHS[0]) * (t - s)) for s, t in zip(two, three, strict=True)))
-    return Held(*map(round, dataclasses.astuple(find(sampled, depth))))
+    return Held(*map(round, dataclasses.astuple(find(depth))))
 
 
-def _find(
-    source: Source,
-    config: Any,
-    storage: torch.dtype | Storage,
-    dtype: torch.dtype,
-    steps: Sequence[Method],
-    batch: Batch,
-    cached: Batch,
-    engine: Parallel,
-    skip: tuple[str, ...],
-    sampled: Sequence[dict[str, nn.Module]],
-    depth: int,
-) -> Held:
+def _find(case: Case, sampled: Sequence[dict[str, nn.Module]], depth: int) -> Held:
     """As `rehearse`, with so many blocks; bytes that are divided may be fractions."""
     with hollow():
-        run = _open(Rehearsal, source, _deepen(config, depth), storage, dtype, steps, batch, skip)
+        run = _open(Rehearsal, case, _deepen(case.config, depth), case.batch)
         assert isinstance(run, Rehearsal)
         found = Held(opened=_hold(run.model), parameters=run.original.parameters)
-        examples = _divide(engine, run.model).examples
+        examples = _divide(case.engine, run.model).examples
         try:
-            for step, samples in zip(steps, sampled, strict=False):
+            for step, samples in zip(case.steps, sampled, strict=False):
                 run.sampled = samples
                 if _counts(step):
-                    run.apply(_shorten(step, batch, examples))
+                    run.apply(_shorten(step, case.batch, examples))
                 if step.consumes and run.log.fits:
-                    found = dataclasses.replace(found, **_measure_fit(run, run.log.fits[-1], engine))
+                    found = dataclasses.replace(found, **_measure_fit(run, run.log.fits[-1], case.engine))
             run.sampled = sampled[-1] if sampled else {}
             run.settle()
             view = Blocks(run.model)
             packed = {p: m for p, m in view.linears() if isinstance(m, Replaced)}
             run.take_over({p: m for p, m in packed.items() if type(m) is not type(run.sampled.get(view.role(p)))})
             run.finish(recipe_is_empty=True)
-            stored = stored_bytes(run.model, storage)
+            stored = stored_bytes(run.model, case.storage)
             found = dataclasses.replace(
                 found, resident=_hold(run.model), stored=sum(stored), stored_constants=stored.metadata
             )
@@ -216,7 +204,7 @@ def _find(
             kept = run.model.dtype
         finally:
             run.close()
-    return dataclasses.replace(found, cache=_fill_cache(plan, shapes, cached, kept))
+    return dataclasses.replace(found, cache=_fill_cache(plan, shapes, case.cached, kept))
 
 
 def _divide(engine: Parallel, model: nn.Module) -> Shares:
@@ -240,22 +228,15 @@ def _measure_fit(run: Rehearsal, report: FitReport, engine: Parallel) -> dict[st
     }
 
 
-def _sample(
-    source: Source,
-    config: Any,
-    storage: torch.dtype | Storage,
-    dtype: torch.dtype,
-    steps: Sequence[Method],
-    skip: tuple[str, ...],
-) -> list[dict[str, nn.Module]]:
+def _sample(case: Case) -> list[dict[str, nn.Module]]:
     """What a small model has in the place of its linears after each step and at the end, by role."""
-    if not any(kind_of(type(step)) == "Weights" for step in steps):
-        return [{} for _ in range(len(steps) + 1)]
+    if not any(kind_of(type(step)) == "Weights" for step in case.steps):
+        return [{} for _ in range(len(case.steps) + 1)]
     batch = Batch(2, 16)
-    run = _open(ModelRun, source, _shrink(config), storage, dtype, steps, batch, skip)
+    run = _open(ModelRun, case, _shrink(case.config), batch)
     found = []
     try:
-        for step in steps:
+        for step in case.steps:
             if _counts(step):
                 run.apply(_shorten(step, batch, 1))
             found.append(_list_roles(run.model))
@@ -271,27 +252,17 @@ def _list_roles(model: nn.Module) -> dict[str, nn.Module]:
     return {view.role(path): copy.deepcopy(module) for path, module in view.linears() if isinstance(module, Replaced)}
 
 
-def _open(
-    kind: type[ModelRun],
-    source: Source,
-    config: Any,
-    storage: torch.dtype | Storage,
-    dtype: torch.dtype,
-    steps: Sequence[Method],
-    batch: Batch,
-    skip: tuple[str, ...],
-) -> ModelRun:
+def _open(kind: type[ModelRun], case: Case, config: Any, batch: Batch) -> ModelRun:
     """A run on random weights, hollow or not."""
     from effbench.nn.files.load import build_random
 
     device = torch.device("cpu")
-    build = functools.partial(build_random, config, device, dtype)
-    fits = [_shorten(step, batch, 1) for step in steps if isinstance(step, FitSettings)]
+    build = functools.partial(build_random, config, device, case.dtype)
+    fits = [_shorten(step, batch, 1) for step in case.steps if isinstance(step, FitSettings)]
     number = max((STEPS * fit.batch_size for fit in fits), default=2)
     length = min(int(config.max_position_embeddings), max((fit.max_length for fit in fits), default=64))
-    return kind(
-        source, build(), build, None, Rows(number, length), device=device, storage=storage, length=64, skip=skip
-    )
+    rows = Rows(number, length)
+    return kind(case.source, build(), build, None, rows, device=device, storage=case.storage, length=64, skip=case.skip)
 
 
 def _shorten(step: Any, batch: Batch, examples: int) -> Any:

@@ -118,9 +118,12 @@ class ModelRun(Run):
         return not matches_any(path, self._skip)
 
     def linears(self) -> dict[str, nn.Module]:
-        view = Blocks(self.model)
-        view.check_dense()
-        return {path: module for path, module in view.linears() if self.targeted(path)}
+        Blocks(self.model).check_dense()
+        return self._list_targeted()
+
+    def _list_targeted(self) -> dict[str, nn.Module]:
+        """The linears that methods may replace, beside mixtures of experts too."""
+        return {path: module for path, module in Blocks(self.model).linears() if self.targeted(path)}
 
     def calibration(self) -> Tensor:
         sequences, length = self._calibration
@@ -264,8 +267,7 @@ class ModelRun(Run):
         self._shared.clear()
         if method.settles:
             self.settle()
-        linears = {path: module for path, module in Blocks(self.model).linears() if self.targeted(path)}
-        method.check_shapes({path: matrix_shape(module) for path, module in linears.items()})
+        method.check_shapes({path: matrix_shape(module) for path, module in self._list_targeted().items()})
         self.teacher = next((role for role in method.reads if role != "model"), method.makes or self.teacher)
         waiting = set(self.waiting)
         with own_attention(self.model, InferPlan()):  # what was trained in attention takes part in calibration, too

@@ -38,11 +38,13 @@ class Ranks(Train, Parallel):
         """The number of this process."""
         return distributed.get_rank() if self.ranks > 1 else 0
 
+    @property
+    def device(self) -> str:
+        """Where collectives take numbers from."""
+        return "cuda" if distributed.get_backend() == "nccl" else "cpu"
+
     def agree(self, finite: bool) -> bool:
-        if self.ranks == 1:
-            return finite
-        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-        return not self.largest(torch.tensor([float(not finite)], device=device))
+        return finite if self.ranks == 1 else not self.largest(torch.tensor([float(not finite)], device=self.device))
 
     def largest(self, values: Tensor) -> Tensor:
         if self.ranks > 1:
@@ -52,8 +54,7 @@ class Ranks(Train, Parallel):
     def flops_per_token(self, flops: float, tokens: int) -> float:
         """Those of all ranks over the tokens that they read, each once."""
         if self.ranks > 1:
-            device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-            both = torch.tensor([flops, tokens], dtype=torch.float64, device=device)
+            both = torch.tensor([flops, tokens], dtype=torch.float64, device=self.device)
             distributed.all_reduce(both)
             flops, read = both.tolist()
             tokens = round(read * self.data_ranks / self.ranks)

@@ -16,7 +16,7 @@ from effbench.nn.files.load import describe_model, open_run
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.held import count_bytes
 from effbench.nn.model.linear import stored_bytes
-from effbench.nn.rehearse import Batch, Rows, rehearse
+from effbench.nn.rehearse import Batch, Case, Rows, rehearse
 from effbench.nn.train.slots import Parallel
 from effbench.probes.memory import resident_bytes
 from effbench.sources import TINY
@@ -57,7 +57,7 @@ def foretell(steps, model="tiny", dtype=torch.float32, batch=None, context=None,
     source = sources.model(model)
     config, _, storage = describe_model(source)
     own, cached = Batch(batch, context), Batch(batch or ROWS, context or TOKENS)
-    return rehearse(source, config, storage, dtype, parse(steps).steps, own, cached, divider(engine))
+    return rehearse(Case(source, config, storage, dtype, parse(steps).steps, own, cached, divider(engine)))
 
 
 def divider(engine):

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from effbench.cells.predict import PlanOptions
 from effbench.cli.command import JSON, Command, print_columns
 from effbench.core.usage import parse
+from effbench.report.text import bytes_text
 
 if TYPE_CHECKING:
     from effbench.cells.predict import Prediction
 
 CLAIMS = "claims"
 PARTS = ("weights", "gradients", "optimizer", "activations", "teachers")  # in training
-UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -53,19 +53,19 @@ def _print(prediction: Prediction, memory: int | None) -> None:
     rows = []
     for phase, parts, total in phases:
         rows += [
-            (f"  {phase if not number else ''}", part, show_bytes(size), _note(prediction, phase, part))
+            (f"  {phase if not number else ''}", part, bytes_text(size), _note(prediction, phase, part))
             for number, (part, size) in enumerate(parts.items())
             if size or part != "teachers"
         ]
         verdict = (
             ""
             if memory is None
-            else f"fits, {show_bytes(memory - total)} are left"
+            else f"fits, {bytes_text(memory - total)} are left"
             if total <= memory
-            else (f"does not fit: {show_bytes(total - memory)} too much")
+            else (f"does not fit: {bytes_text(total - memory)} too much")
         )
-        rows.append(("  ", "all", show_bytes(total), verdict))
-    rows.append(("  stored", "artifact", show_bytes(held.stored), _constants(held.stored_constants)))
+        rows.append(("  ", "all", bytes_text(total), verdict))
+    rows.append(("  stored", "artifact", bytes_text(held.stored), _constants(held.stored_constants)))
     print(f"  at {at}; {held.parameters:,} parameters, {held.trained:,} trained")
     print_columns(rows)
 
@@ -81,15 +81,7 @@ def _note(prediction: Prediction, phase: str, part: str) -> str:
 
 
 def _constants(size: int) -> str:
-    return f"of which {show_bytes(size)} only decode" if size else ""
-
-
-def show_bytes(size: float) -> str:
-    """A number of bytes as a person reads it, in powers of 1000."""
-    unit = 0
-    while abs(size) >= 999.5 and unit < len(UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.0f} B" if not unit else f"{size:.3g} {UNITS[unit]}"
+    return f"of which {bytes_text(size)} only decode" if size else ""
 
 
 def _to_json(prediction: Prediction, memory: int | None) -> dict[str, object]:
@@ -109,7 +101,7 @@ def _print_claims(as_json: bool) -> int:
         print(json.dumps([dataclasses.asdict(claim) for claim in claims], indent=1))
         return 0
     for claim in claims:
-        print(f"{claim.what} ({claim.section})")
+        print(claim.what)
         print_columns([("  stated", claim.stated), ("  right", f"{claim.figure:,} {claim.unit}"), ("  why", claim.why)])
     return 0
 

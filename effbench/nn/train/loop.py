@@ -132,7 +132,7 @@ class Loop:
             self.held = [(module, cut_like(module.kept(), module.weight)) for module in trained]
             self.known = [*run.model.parameters(), *run.model.buffers()]
             self.names = _name_methods(plan.chain("loss"))
-            self.meter = Meter(run, self.settings.steps)
+            self.meter = Meter(run, self.settings.steps, self.parallel)
             yield
             self.cost = self.meter.report(run.model, self.numbers, self.parameters, self.optimizer)
 

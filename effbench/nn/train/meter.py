@@ -35,10 +35,11 @@ TIMED = range(2, 7)  # places of the steps that are timed; a fit of fewer is nei
 class Meter:
     """Takes the cost of a loop, step by step."""
 
-    def __init__(self, run: Run, steps: int) -> None:
+    def __init__(self, run: Run, steps: int, parallel: Parallel) -> None:
         self._run = run
         self._looked = LOOKED if steps >= TIMED.stop or run.hollow else None
         self._timed = TIMED if steps >= TIMED.stop and not run.hollow else range(0)
+        self._parallel = parallel
         self._looking = False
         self._milliseconds: list[float] = []
         self._saved = 0
@@ -163,8 +164,7 @@ class Meter:
             cost["step_ms"] = statistics.median(self._milliseconds)
             cost["timed_ms"] = self._milliseconds
         if self._looked is not None:
-            parallel: Parallel = self._run.train.slot("parallel", Parallel())
-            flops = parallel.flops_per_token(math.nan if self._flops is None else self._flops, self._tokens)
+            flops = self._parallel.flops_per_token(math.nan if self._flops is None else self._flops, self._tokens)
             if math.isfinite(flops):
                 cost["flops_per_token"] = flops
         if spent["joules"] > 0:
@@ -192,8 +192,7 @@ class Meter:
             return None
         trained = sum(parameter.nbytes for parameter in parameters)
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        parallel: Parallel = self._run.train.slot("parallel", Parallel())
-        shares = parallel.shares(model)
+        shares = self._parallel.shares(model)
         return None if shares is None else shares.sum(weights, trained, 2 * trained)
 
     def _look(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -234,17 +233,3 @@ def work(rank: int, ranks: int, folder: Path) -> None:
     found["died"] = die(CASES["pp" if ranks == 2 else "ep"], ranks)
     torch.save(found, folder / f"{rank}.pt")
     os._exit(0)  # there is nobody left to take leave of
-
-
-def start(ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """What each of so many ranks has found; they are started where the folder does not know it."""
-    files = [folder / f"{rank}.pt" for rank in range(ranks)]
-    if not all(file.exists() for file in files):
-        context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=work, args=(rank, ranks, folder)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(300)
-        assert [process.exitcode for process in processes] == [0] * (ranks - 1) + [-signal.SIGKILL]
-    return [torch.load(file, weights_only=False) for file in files]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import multiprocessing
 import shutil
 from collections.abc import Iterator
 from datetime import timedelta
@@ -246,7 +245,7 @@ def measure_mixed(rank: int, ranks: int) -> tuple[float, list[Tensor]]:
     return norm, [getattr(grad, "full_tensor", lambda grad=grad: grad)() for grad in grads]
 
 
-def work(rank: int, ranks: int, folder: str) -> None:
+def work(rank: int, ranks: int, folder: Path) -> None:
     """Do everything as one of several ranks and write down what came of it."""
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", ranks)
@@ -255,23 +254,9 @@ def work(rank: int, ranks: int, folder: str) -> None:
     told: dict[str, Any] = {"cases": {name: train(CASES[name], ranks) for name in names}}
     told["mixed"] = measure_mixed(rank, ranks)
     if ranks == 2:
-        told["resumed"] = {engine: resume(engine, Path(folder)) for engine in KILLED}
+        told["resumed"] = {engine: resume(engine, folder) for engine in KILLED}
         told["refused"] = {engine: refuse(engine, steps) for engine, steps in UNSUPPORTED.items()}
         costs = (train(Case(engine, single=True, adam=True, changes={"steps": 7}), ranks)[1] for engine in COST)
         told["costs"] = {engine: report["cost"] for engine, report in zip(COST, costs, strict=True)}
     torch.save(told, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
-
-
-def start(ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """What each of so many ranks has to tell; they are started where the folder does not know it."""
-    files = [folder / f"{rank}.pt" for rank in range(ranks)]
-    if not all(file.exists() for file in files):
-        context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=work, args=(rank, ranks, str(folder))) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(600)
-        assert [process.exitcode for process in processes] == [0] * ranks
-    return [torch.load(file, weights_only=False) for file in files]
