@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from effbench.cells.options import RunOptions
 from effbench.cells.suite import Suite, Tier, seeded
 from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.files import file_digest
-from effbench.core.kinds import kind_of, service
+from effbench.core.kinds import Select, kind_of, service
 from effbench.core.method import Method
 from effbench.core.packages import module_file
 from effbench.core.paths import PUBLISHED
 from effbench.core.provenance import digest_source
-from effbench.core.recipe import Recipe
+from effbench.core.recipe import Recipe, parse
 from effbench.core.registry import blame_method
 from effbench.core.usage import one_of
 from effbench.machine import environment
@@ -83,6 +84,7 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     todo = [cell.job for cell in cells if cell.done is None]
     if todo:
         _check_tasks(tier.settings.get("tasks"), todo[0].data)
+        check_parts(todo)
     for source in dict.fromkeys(job.source for job in todo):
         check_files(source, tier.settings["probes"])
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
@@ -261,6 +263,23 @@ def check_files(source: Source, taken: Sequence[str]) -> None:
     except (Refused, Unsupported) as error:
         prefix = "gguf:" if source.kind == "gguf" else ""
         raise Usage(f"model={prefix}{source.location}: {error}") from None
+
+
+def check_parts(jobs: Iterable[Job]) -> None:
+    """Raise `Usage` for a selection that looks at a part that the data does not have. The Hub is not asked."""
+    asking = dict[tuple[DataSource, bool], dict[Select, None]]()
+    for job in jobs:
+        steps = parse(job.cell.steps, job.cell.recipe).steps
+        for step in itertools.chain.from_iterable((step, *step.parts) for step in steps):
+            if isinstance(step, Select) and step.needs_part and (job.data.learned or job.data).kind != "hub":
+                asking.setdefault((job.data, job.source.kind == "shape"), {})[step] = None
+    for (source, random), asked in asking.items():
+        from effbench.nn.data import RandomTokens, open_data  # torch, which other plans do without
+
+        data = RandomTokens(1) if random else open_data(source, None)
+        for select in asked:
+            assert select.needs_part
+            select.require_part(data.has(select.needs_part), data.name if random else (source.learned or source).name)
 
 
 def _check_tasks(tasks: Sequence[str] | None, data: DataSource) -> None:

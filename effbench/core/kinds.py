@@ -35,6 +35,15 @@ class Select(Method):
     # Share of the pool that stays, in (0, 1]; None: as many as an earlier selection left, else `usual`.
     keep: float | None = None
 
+    @property
+    def needs_part(self) -> str | None:
+        """The part of the data, besides what is trained on, that it cannot do without."""
+        return None
+
+    def require_part(self, there: bool, data: str) -> None:
+        """Raise `Usage` naming this step unless the part that it needs is there in the data of this name."""
+        self.require(there, f"{data} has no {self.needs_part} part, which it looks at; give data= that has one")
+
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
         """[N]: the larger, the more worth keeping."""
         raise NotImplementedError

@@ -236,6 +236,7 @@ class FitReport(TypedDict):
     groups: list[GroupReport]
     loss_first: float
     loss_mean: float  # over all steps
+    loss_quarters: list[float]  # means over the quarters of the steps, where there are four
     loss_last: float
     cost: FitCost
     skipped: NotRequired[int]  # passes that were given up because gradients overflowed; their steps were taken again

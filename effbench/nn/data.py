@@ -102,8 +102,7 @@ class Data:
         self.width = width
         self._learned = name  # whose text it calibrates and trains on
         self._parts = {part: Part(()) for part in PARTS} | parts
-        if "validation" not in parts:
-            self._parts |= carve(self._parts["train"])
+        self._parts |= carve(self._parts["train"], [part for part in ("target", "validation") if part not in parts])
         self._tokenizer = tokenizer
         self._examined = self
         self._closed: frozenset[str] = frozenset()
@@ -221,6 +220,11 @@ class Data:
         if part == "heldout":
             raise Refused("held-out text is what the model is measured on: a selection must not look at it")
         raise Refused(f"{WITHHELD}, and must not look at the {part} part")
+
+    def has(self, part: str) -> bool:
+        """Whether there is something of a part."""
+        stream = self._stream(part)
+        return bool(stream.examples or len(stream.documents))
 
     def count_near_duplicates(self) -> int | None:
         """How many held-out documents share most of their words with one that is learned or chosen by.
@@ -382,19 +386,20 @@ class Lazy(Sequence[Document]):
 
 
 class Share(Sequence[Document]):
-    """What a part has of documents that are counted when they are first asked for."""
+    """What a part has of documents that are counted when they are first asked for: a tenth, or what some have left."""
 
-    def __init__(self, documents: Sequence[Document], place: int) -> None:
+    def __init__(self, documents: Sequence[Document], after: int, first: bool = False) -> None:
         self._documents = documents
-        self._place = place
+        self._after = after  # tenths behind it
+        self._first = first
 
     @functools.cached_property
     def _range(self) -> range:
-        """Places of the documents: the last tenth, the tenth before it, and the rest."""
+        """Places of the documents."""
         number = len(self._documents)
         few = max(1, number // 10) if number > 2 else 0
-        ends = (0, number - 2 * few, number - few, number)
-        return range(ends[self._place], ends[self._place + 1])
+        end = number - self._after * few
+        return range(0 if self._first else end - few, end)
 
     def __len__(self) -> int:
         return len(self._range)
@@ -405,12 +410,11 @@ class Share(Sequence[Document]):
         return self._documents[self._range[index]]
 
 
-def carve(part: Part) -> dict[str, Part]:
-    """A part for training as three: training, what is aimed at, and what choices are made by."""
-    return {
-        name: part._replace(documents=Share(part.documents, place))
-        for place, name in enumerate(("train", "target", "validation"))
-    }
+def carve(part: Part, names: Sequence[str]) -> dict[str, Part]:
+    """A part for training, and others of these names that take a tenth of it each, from its end."""
+    shares = {"train": Share(part.documents, len(names), first=True)}
+    shares |= {name: Share(part.documents, after) for after, name in enumerate(reversed(names))}
+    return {name: part._replace(documents=share) for name, share in shares.items()}
 
 
 class Column(Sequence[Document]):

@@ -37,6 +37,8 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     for when, where in (("first", "of its first step"), ("mean", "mean over its steps"), ("last", "of its last step")):
         loss = report[f"loss_{when}"]  # type: ignore[literal-required]
         reading.add(f"fit_loss_{when}", loss, f"{last}; {where}, all terms, of what was learned in that step")
+    for number, loss in enumerate(report["loss_quarters"], 1):
+        reading.add(f"fit_loss_quarter_{number}", loss, f"{last}; mean over that quarter of its steps, all terms")
     if "skipped" in report:
         reading.add("fit_skipped", report["skipped"], f"{last}; each was taken again with the same examples")
     reading.add("fit_tokens", report["tokens"], f"{last}; tokens that were learned")

@@ -36,6 +36,7 @@ FIELDS = {
     "collective": "all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|send",
     "percent": r"\d+",
     "moment": "first|mean|last",  # of a fit
+    "quarter": "[1-4]",  # of its steps
 }
 
 SELECTED = {"kept": "that are kept", "pool": "of the pool"}
@@ -346,6 +347,10 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "fit_loss_{moment}", "cost", "nats", "lower",
         "The loss of the last fit, of its first or last step or their mean: what it learned from, not held-out text.",
+    ),
+    Definition(
+        "fit_loss_quarter_{quarter}", "cost", "nats", "lower",
+        "The mean loss of a quarter of the last fit's steps: how it went from the first step to the last.",
     ),
     Definition("fit_skipped", "cost", "", "lower", "How often a step of the last fit was skipped and taken again."),
     Definition("fit_tokens", "cost", "tokens", "lower", "The tokens that the last fit learned, in all its epochs."),

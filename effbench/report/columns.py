@@ -76,7 +76,7 @@ TRAINED = (
 )
 COSTS = (
     *("fit_trained_parameters", "fit_trained_share", "fit_tok_per_s", "fit_tokens", "fit_seconds"),
-    *("fit_loss_first", "fit_loss_mean", "fit_loss_last", "fit_skipped"),
+    *("fit_loss_first", *(f"fit_loss_quarter_{quarter}" for quarter in (1, 2, 3, 4)), "fit_loss_last", "fit_skipped"),
     *("fit_flops_per_token", "fit_flops_rule", "fit_energy_j", "merge_lost"),
 )
 # What tables of selections are about; quantiles of lengths other than the median are among the others.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections import Counter
@@ -221,8 +222,9 @@ def _write_caption(table: Table, differing: Sequence[str], stale: Stale | None) 
     if table.older:
         left = "1 record" if table.older == 1 else f"{table.older} records"
         parts.append(f"{left} of an older source, model or data left out.")
-    if kernels := sorted({name for record in records for backends in record.kernels.values() for name in backends}):
-        parts.append(f"Packed weights computed by the backend {', '.join(kernels)}.")
+    ran = sorted({(name, op) for record in records for op, names in record.kernels.items() for name in names})
+    for backend, each in itertools.groupby(ran, lambda pair: pair[0]):
+        parts.append(f"Kernels by the backend {backend}: {', '.join(op for _, op in each)}.")
     return " ".join(parts)
 
 

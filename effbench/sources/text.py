@@ -23,11 +23,11 @@ from effbench.core.errors import Usage
 from effbench.core.usage import list_some
 
 SPEECHES = Path(__file__).parent / "speeches" / "addresses.jsonl.gz"
-FIELDS = ("prompt", "completion", "text")  # of a line of JSON; what else it holds describes the example
+FIELDS = ("prompt", "completion", "text")  # of a line of JSON; its part may stand beside them, what else describes it
 SUFFIXES = ("", ".md", ".rst", ".tex", ".text", ".txt")  # of the files of a folder that are read
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READ = ("train", "calibration", "heldout")  # parts that documents are told into
-PARTS = ("train", "validation", "target", "calibration", "heldout")  # validation and target are carved from the first
+PARTS = ("train", "validation", "target", "calibration", "heldout")  # two are carved from the first if nobody has told
 WORDS, PASSAGES = 80, 40  # of a passage, and of an address at most
 PRESIDENTS = {"Bush": "George H. W. Bush", "GWBush": "George W. Bush"}  # others are called by one name
 NAMED = re.compile(r"truman|eisenhower|kennedy|johnson|nixon|\bford\b|carter|reagan|bush|clinton", re.IGNORECASE)
@@ -41,6 +41,7 @@ class Document(NamedTuple):
     name: str = ""  # where it comes from
     prompt: int | None = None  # characters of the prompt; None for plain text
     meta: Mapping[str, Any] | None = None  # what else its source says of it
+    part: str | None = None  # that its source puts it in
 
     @property
     def digest(self) -> str:
@@ -52,7 +53,7 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents in three parts that share none."""
+    """Documents in parts that share none: three of them, and those that documents are told into."""
 
     parts: dict[str, list[Document]]
     notes: str = ""  # how they were read
@@ -89,7 +90,8 @@ def read_folder(folder: Path) -> Corpus:
 
 
 def read_lines(path: Path) -> Corpus:
-    """The documents of a file with one JSON object a line: {"prompt": ..., "completion": ...} or {"text": ...}.
+    """The documents of a file with one JSON object a line: {"prompt": ..., "completion": ...} or {"text": ...}, and
+    perhaps the "part" that it belongs to.
 
     Raises `Usage` that names the lines that are neither.
     """
@@ -176,38 +178,66 @@ def split_text(document: Document, pieces: int) -> list[Document]:
 
 
 def _corpus(path: Path, documents: Sequence[Document], what: str, counts: dict[str, int], skipped: str) -> Corpus:
-    """The documents in parts: each once, its part chosen by its digest, so that adding documents moves no other.
+    """The documents in parts: each once, in the part that it names. Those that name none are divided among the parts to
+    train on, to calibrate on and to measure on that no document names.
 
-    Where that leaves a part empty, the three documents lowest in the order of digests are spread over the parts; of
-    fewer than three the text is cut. Raises `Usage` where that cannot be.
+    Of fewer than three documents the text is cut. Raises `Usage` where a part to train or to measure on stays empty.
     """
     by_digest = {document.digest: document for document in reversed(documents)}  # the first of equal ones
     chosen = dict(sorted(by_digest.items()))
+    told: dict[str, list[Document]] = {}
+    for document in chosen.values():
+        if document.part is not None:
+            told.setdefault(document.part, []).append(document)
+    free = {digest: document for digest, document in chosen.items() if document.part is None}
+    divided = _divide(free, [part for part in READ if part not in told])
+    parts = {part: divided.get(part, []) for part in READ} | told
     counts = counts | {"repeated": len(documents) - len(chosen)}
+    counts |= {f"told into {part}": len(found) for part, found in told.items()}
     read = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
     notes = f", {len(documents)} {what}{f' ({read})' if read else ''}{skipped}"
-    parts: dict[str, list[Document]] = {part: [] for part in READ}
-    for digest, document in chosen.items():
-        place = int(digest[:8], 16) % 10
-        parts["heldout" if place == 0 else "calibration" if place == 1 else "train"].append(document)
-    if not all(parts.values()):
-        left = list(chosen.values())
-        if len(left) >= 3:
-            parts = {"heldout": left[:1], "calibration": left[1:2], "train": left[2:]}
-        elif any(document.prompt is not None for document in left):
-            raise Usage(f"{path}: {len(left)} different examples do not fall in three parts: give at least 3")
-        else:
-            whole = "\n\n".join(document.text for document in left)
-            ends = (0, len(whole) // 5, 2 * len(whole) // 5, len(whole))
-            names = ("heldout", "calibration", "train")
-            parts = {name: [Document(whole[ends[i] : ends[i + 1]], name)] for i, name in enumerate(names)}
-            parts["train"] = split_text(parts["train"][0], PIECES)
-            notes += ", cut in three for want of documents"
+    if told:
+        if free and {*READ} <= {*told}:
+            raise Usage(f"{path}: {len(free)} examples name no part, and others name all that these could fall in")
+        if lacking := [part for part in ("train", "heldout") if not parts[part]]:
+            raise Usage(f"{path}: no example is of the part {' or '.join(lacking)}, and too few name no part")
+    elif not all(parts[part] for part in READ):
+        if any(document.prompt is not None for document in free.values()):
+            raise Usage(f"{path}: {len(free)} different examples do not fall in three parts: give at least 3")
+        parts = _cut(list(free.values()))
+        notes += ", cut in three for want of documents"
     return Corpus(parts, notes, _digest(chosen.values()))
 
 
+def _divide(documents: Mapping[str, Document], parts: Sequence[str]) -> dict[str, list[Document]]:
+    """Documents by digest, told into some of `READ` by it, so that adding documents moves no other.
+
+    Where that leaves one empty, one document goes into each part but the first, and the others into that.
+    """
+    divided: dict[str, list[Document]] = {part: [] for part in parts}
+    for digest, document in documents.items() if parts else ():
+        wanted = {0: "heldout", 1: "calibration"}.get(int(digest[:8], 16) % 10, "train")
+        divided[wanted if wanted in divided else parts[0]].append(document)
+    left = list(documents.values())
+    if not all(divided.values()) and len(left) >= len(parts):
+        ends = [0, *range(1, len(parts)), len(left)]
+        turns = zip(reversed(parts), itertools.pairwise(ends), strict=True)
+        divided = {part: left[start:end] for part, (start, end) in turns}
+    return divided
+
+
+def _cut(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """Three parts of what few documents say."""
+    whole = "\n\n".join(document.text for document in documents)
+    ends = (0, len(whole) // 5, 2 * len(whole) // 5, len(whole))
+    pieces = zip(reversed(READ), itertools.pairwise(ends), strict=True)
+    parts = {part: [Document(whole[start:end], part)] for part, (start, end) in pieces}
+    return parts | {"train": split_text(parts["train"][0], PIECES)}
+
+
 def _digest(documents: Iterable[Document]) -> str:
-    return hashlib.sha256("\n".join(document.digest for document in documents).encode()).hexdigest()
+    said = (f"{document.digest} {document.part or ''}".rstrip() for document in documents)
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def _parse(line: str, name: str) -> Document:
@@ -229,12 +259,14 @@ def _parse(line: str, name: str) -> Document:
         "".join(values).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a character (a lone surrogate)") from None
-    meta = {key: value for key, value in row.items() if key not in FIELDS}
+    if (part := row.get("part")) not in (None, *PARTS):
+        raise ValueError(f"part is {part!r}: it must be one of {', '.join(PARTS)}, or be left out")
+    meta = {key: value for key, value in row.items() if key not in (*FIELDS, "part")}
     if keys == ["text"]:
-        return Document(values[0], name, None, meta)
+        return Document(values[0], name, None, meta, part)
     if not values[1].strip():
         raise ValueError("completion is empty: there is nothing to learn")
-    return Document("".join(values), name, len(values[0]), meta)
+    return Document("".join(values), name, len(values[0]), meta, part)
 
 
 def _decode(path: Path) -> tuple[str, bool]:

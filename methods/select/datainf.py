@@ -11,10 +11,9 @@ from torch import Tensor
 
 from effbench.core import registry
 from effbench.core.errors import Unsupported
-from effbench.core.kinds import Select
 from effbench.core.run import Run
 from effbench.core.views import Example
-from effbench.methods.select._target import Aim, find_target
+from effbench.methods.select._target import Aimed
 from effbench.nn.model.beside import Beside
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.train.batches import Batch
@@ -28,7 +27,7 @@ HELD = 2**27  # numbers of gradients that are kept from one pass to the next, at
 
 
 @dataclass(frozen=True)
-class DataInf(FitSettings, Select):
+class DataInf(FitSettings, Aimed):
     """Ranks by how fast the target's loss falls as an example counts more (the paper's influence with the sign turned,
     so that larger is better), on LoRA factors that are fitted for it and leave no trace.
 
@@ -49,7 +48,6 @@ class DataInf(FitSettings, Select):
     alpha: float = 32.0  # their product counts alpha / rank times
     roles: tuple[str, ...] = ("q", "v")  # of the linears that they stand beside; a fused one has several
     damping: float = 0.1  # lambda of a layer is so many times the mean of all squared numbers of its gradients
-    aim: Aim = "target"  # the part whose loss is to fall
 
     def check(self) -> None:
         super().check()
@@ -59,7 +57,7 @@ class DataInf(FitSettings, Select):
         self.require(bool(self.roles) and {*self.roles} <= {*ROLES}, f"roles are some of {', '.join(ROLES)}")
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
-        target = find_target(self, run, self.aim)
+        target = self.find_target(run)
         with run.aside(self.key), training_on(run, list(examples)):
             factors = self._place(run)
             fit(run, self)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effbench.core.kinds import Select
 from effbench.core.run import Run
 from effbench.core.views import Example
-from effbench.methods.select._target import Aim, find_target
+from effbench.methods.select._target import Aimed
 from effbench.nn.train.examples import spell
 
 WORDS = re.compile(r"\w+|[^\w\s]+")  # runs of letters and digits, and runs of punctuation
@@ -23,7 +22,7 @@ SMOOTHING = 1e-8  # is added to each probability before its logarithm is taken, 
 
 
 @dataclass(frozen=True)
-class DSIR(Select):
+class DSIR(Aimed):
     """A sample without replacement by importance weights w = p(z) / q(z) of features z, of which p is fitted on the
     target and q on the pool (section 3).
 
@@ -42,7 +41,6 @@ class DSIR(Select):
 
     ngrams: int = 2  # words in an n-gram, at most; shorter ones count, too
     buckets: int = 10_000  # that n-grams are hashed into
-    aim: Aim = "target"  # the part that p is fitted on
 
     def check(self) -> None:
         super().check()
@@ -55,7 +53,7 @@ class DSIR(Select):
 
     def weigh_up(self, examples: Sequence[Example], run: Run) -> Tensor:
         """[N] float64: log w of each example."""
-        target = [self.hash_text(spell(run, example)) for example in find_target(self, run, self.aim)]
+        target = [self.hash_text(spell(run, example)) for example in self.find_target(run)]
         pool = [self.hash_text(spell(run, example)) for example in examples]
         ratio = self._fit(target) - self._fit(pool)
         return torch.stack([ratio[each].sum() for each in pool])

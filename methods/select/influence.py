@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from effbench.core.errors import Unsupported
-from effbench.core.kinds import Select
 from effbench.core.run import Run
 from effbench.core.views import Example
-from effbench.methods.select._target import Aim, find_target
+from effbench.methods.select._target import Aimed
 from effbench.nn.train.example_gradients import (
     ROLES,
     Matrix,
@@ -32,7 +31,7 @@ ENOUGH = 1e-5  # of the norm of the right-hand side that may be left then
 
 
 @dataclass(frozen=True)
-class Influence(Select):
+class Influence(Aimed):
     """Ranks by g . H^-1 g_z: how fast the target's loss falls as example z counts more (eq. 2 with the sign turned,
     so that larger is better).
 
@@ -55,7 +54,6 @@ class Influence(Select):
     sample: int = 256  # examples that the Hessian is a mean over, drawn by the seed
     blocks: int = 1  # the last ones, whose linears are looked at
     roles: tuple[str, ...] = ("v",)  # of the linears: q, k, v, o, gate, up, down
-    aim: Aim = "target"  # the part whose loss is to fall
 
     def check(self) -> None:
         super().check()
@@ -65,7 +63,7 @@ class Influence(Select):
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
         parts = find_matrices(run, self.blocks, self.roles)
-        aim = self.solve(self._mean_gradient(find_target(self, run, self.aim), parts, run), parts, examples, run)
+        aim = self.solve(self._mean_gradient(self.find_target(run), parts, run), parts, examples, run)
         state = {"scores": torch.zeros(len(examples), dtype=torch.float64)}
 
         def visit(places: list[int], batch: dict[str, Tensor]) -> None:

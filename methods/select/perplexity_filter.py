@@ -45,6 +45,10 @@ class PerplexityFilter(Select):
     steps: int = 50  # that the copy is trained
     lr: float = 1e-3  # that it is trained with
 
+    @property
+    def needs_part(self) -> str | None:
+        return CURATED if self.reference == CURATED else None
+
     def check(self) -> None:
         super().check()
         self.require(0 <= self.low < self.high <= 100, "low and high are percentiles, the one below the other")
@@ -66,7 +70,7 @@ class PerplexityFilter(Select):
             count_shared(run, self.reference)
             return score_losses(run, f"perplexity-{self.reference}", model, examples)
         curated = run.data.target
-        self.require(bool(curated), f"{run.data.name} has no target part to train on: name a model with reference=")
+        self.require_part(bool(curated), run.data.name)
         with run.aside("perplexity"), training_on(run, curated):
             fit(run, FitSettings(steps=self.steps, lr=self.lr))
             return score_losses(run, "perplexity", run.model, examples)

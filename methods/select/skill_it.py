@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from effbench.core.errors import Unsupported
-from effbench.core.kinds import Select
 from effbench.core.run import Run
 from effbench.core.views import Example
+from effbench.methods.select._target import Aimed
 from effbench.nn.train.examples import measure_losses
 from effbench.nn.train.fit import fit
 from effbench.nn.train.settings import FitSettings
@@ -21,7 +21,7 @@ from effbench.nn.train.windows import training_on
 
 
 @dataclass(frozen=True)
-class SkillIt(Select):
+class SkillIt(Aimed):
     """A fit is cut into rounds. In round t a share p_t of what is read is of each skill, as `meta` calls it.
 
     p_1 ~ exp(eta A 1), and p_{t+1} ~ exp(eta A (L_{t-w+1} + ... + L_t)): always from the same start, with the losses
@@ -43,7 +43,6 @@ class SkillIt(Select):
     graph: Literal["learned", "identity"] = "learned"  # identity: every skill teaches itself alone
     probing_steps: int = 10  # of the fit on each skill that the graph is learned by
     probing_lr: float = 1e-3  # of these fits
-    aim: Literal["target", "validation"] = "target"  # whose losses are to fall
 
     def check(self) -> None:
         super().check()
@@ -53,7 +52,7 @@ class SkillIt(Select):
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
         """[N] at random, if not all are to be kept; what it is about is the graph, which is made here."""
-        skills, aimed = list_skills(examples), list_skills(getattr(run.data, self.aim))
+        skills, aimed = list_skills(examples), list_skills(self.find_target(run))
         self.require(bool(aimed), f"{run.data.name} has no {self.aim} part whose skills are known")
         if not skills:
             raise Unsupported(f"{run.data.name} does not say of what skill its examples are: meta has no skill")
@@ -78,7 +77,7 @@ class SkillIt(Select):
 
     def measure(self, run: Run) -> Tensor:
         """[M] the mean loss of each skill aimed at, in nats."""
-        examples: list[Example] = getattr(run.data, self.aim)
+        examples = self.find_target(run)
         losses = measure_losses(run, run.model, examples)
         skills = [example.meta.get("skill") for example in examples]
         of_each = [

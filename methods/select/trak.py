@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from effbench.core.kinds import Select
 from effbench.core.run import Run
 from effbench.core.views import Example
-from effbench.methods.select._target import Aim, find_target
+from effbench.methods.select._target import Aimed
 from effbench.nn.train.batches import Batch
 from effbench.nn.train.example_gradients import (
     ROLES,
@@ -33,7 +32,7 @@ from effbench.nn.train.windows import training_on
 
 
 @dataclass(frozen=True)
-class TRAK(FitSettings, Select):
+class TRAK(FitSettings, Aimed):
     """Ranks by how much an example raises the margin of the target, averaged over the target's examples.
 
     Features phi = P^T grad f of the margin f = log(p / (1 - p)) (section 3.2, steps 1 and 2), Phi those of the train
@@ -59,7 +58,6 @@ class TRAK(FitSettings, Select):
     threshold: float = 0.0  # by which each example's effect on one of the target is moved towards 0, at most to it
     blocks: int = 1  # the last ones, whose linears are looked at
     roles: tuple[str, ...] = ("v",)  # of the linears: q, k, v, o, gate, up, down
-    aim: Aim = "target"  # the part whose margins are to rise
 
     def check(self) -> None:
         super().check()
@@ -73,7 +71,7 @@ class TRAK(FitSettings, Select):
         self.require(bool(self.roles) and {*self.roles} <= {*ROLES}, f"roles are some of {', '.join(ROLES)}")
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
-        target = find_target(self, run, self.aim)
+        target = self.find_target(run)
         effects = torch.zeros(len(examples), len(target), dtype=torch.float64)
         doubts = torch.zeros(len(examples), dtype=torch.float64)
         for number in range(self.ensemble):

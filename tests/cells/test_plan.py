@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import string
 
 import pytest
@@ -14,6 +15,7 @@ from effbench.cells.options import RunOptions
 from effbench.cells.plan import Batch, find_jobs, plan
 from effbench.cli.main import main
 from effbench.core.errors import Usage
+from effbench.core.paths import PACKAGE
 from effbench.records.metric import Metric
 from effbench.records.record import OUTCOMES, RETRIED, Record
 from effbench.records.store import Store
@@ -204,6 +206,30 @@ def test_a_selection_needs_a_fit_behind_it(options, tmp_path, monkeypatch):
     with pytest.raises(Usage, match="acts through the fit that follows it"):
         plan(dataclasses.replace(options, recipe=step))
     plan(dataclasses.replace(options, recipe=f"{step}, fit()"))
+
+
+AIMING = ("dsir()", "influence()", "datainf()", "trak()", "skill_it()", "perplexity_filter()")
+
+
+@pytest.mark.parametrize("recipe", AIMING)
+def test_a_selection_needs_what_it_aims_at(options, tmp_path, recipe):
+    """Own data without a target, and random weights, which have no text: nothing has to run to tell."""
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(f'{{"text": "{n}", "part": "{part}"}}' for n, part in enumerate(("train", "heldout"))))
+    asked = dataclasses.replace(options, suite=None, recipes=None, recipe=f"{recipe}, fit()")
+    for changes in ({"data": f"jsonl:{file}"}, {"calibration_data": f"jsonl:{file}"}, {"model": "shape:deep-tiny"}):
+        with pytest.raises(Usage, match=r"^\w+\(\): .* has no target part"):
+            plan(dataclasses.replace(asked, **changes))
+    assert plan(dataclasses.replace(asked, data="tiny:planted")).todo
+    file.write_text(file.read_text() + '\n{"text": "aim", "part": "target"}')
+    assert plan(dataclasses.replace(asked, data=f"jsonl:{file}")).todo
+
+
+def test_methods_that_aim_are_all_known(options):
+    """Who reads the target is found in source, so that the list above lacks none."""
+    asks = re.compile(r"Aimed|data\.target").search
+    reading = {path.stem for path in (PACKAGE / "methods" / "select").glob("[!_]*.py") if asks(path.read_text())}
+    assert reading == {recipe.removesuffix("()") for recipe in AIMING}
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,16 @@ def test_a_caption_says_at_which_commits_and_how_many_rows_are_older():
     )
 
 
+def test_a_caption_tells_which_operation_each_backend_computed():
+    ran = {"int_linear": {"triton": 3, "reference": 1}, "fp8_product": {"reference": 8}}
+    records = [make(kernels=ran), make("a()", kernels={"kv_attend": {"reference": 2}}), make("b()")]
+    (sheet,) = make_sheets(group_records(records))
+    by = ("reference: fp8_product, int_linear, kv_attend", "triton: int_linear")
+    assert sheet.caption.endswith(" ".join(f"Kernels by the backend {each}." for each in by))
+    (sheet,) = make_sheets(group_records([make(), make("a()")]))
+    assert "Kernels" not in sheet.caption
+
+
 def alike(record, row):
     """Whether a record has the name or the steps of one in the row."""
     names, steps = {other.cell.recipe for other in row.values()}, {other.cell.steps for other in row.values()}

@@ -121,9 +121,58 @@ def test_completions_and_plain_text_from_lines(tmp_path: Path) -> None:
     assert sources.data(f"jsonl:{tmp_path / 'a.jsonl'}").digest == corpus.digest
 
 
+def test_lines_name_their_parts(tmp_path: Path) -> None:
+    """A part that lines name holds just these; the others fall as they would without them."""
+    plain = read_lines(lines(tmp_path / "a.jsonl", ROWS))
+    aimed = [{"text": f"Target {n}.", "part": "target"} for n in range(3)]
+    corpus = read_lines(lines(tmp_path / "b.jsonl", [*ROWS, *aimed]))
+    assert {document.text for document in corpus.parts.pop("target")} == {row["text"] for row in aimed}
+    told = {part: {document.text for document in documents} for part, documents in corpus.parts.items()}
+    assert told == {part: {document.text for document in documents} for part, documents in plain.parts.items()}
+    assert corpus.notes == ", 23 lines (3 told into target)" and corpus.digest != plain.digest
+    whole = ("train", "validation", "target", "heldout")
+    rows = [row | {"part": whole[place % 4]} for place, row in enumerate(ROWS)]
+    full = read_lines(lines(tmp_path / "c.jsonl", rows))
+    assert {part: len(found) for part, found in full.parts.items()} == dict.fromkeys(whole, 5) | {"calibration": 0}
+    assert not any("part" in (document.meta or {}) for document in full.parts["train"])
+    moved = read_lines(lines(tmp_path / "d.jsonl", [rows[0] | {"part": "target"}, *rows[1:]]))
+    assert moved.digest != full.digest  # the same text in another part is other data
+
+
+@pytest.mark.parametrize("named", [("heldout",), ("train",), ("heldout", "calibration"), ("train", "calibration")])
+def test_what_names_no_part_falls_into_those_that_nobody_names(tmp_path: Path, named: tuple[str, ...]) -> None:
+    told = [{"text": f"Told {part} {n}.", "part": part} for part in named for n in range(2)]
+    for number in (2, 20):
+        parts = read_lines(lines(tmp_path / "a.jsonl", [*ROWS[:number], *told])).parts
+        for part in named:
+            assert {document.text for document in parts[part]} == {f"Told {part} {n}." for n in range(2)}
+        assert sum(map(len, parts.values())) == number + len(told) and all(parts.values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"text": "a", "part": "target"}, {"text": "b"}],
+            "no example is of the part heldout, and too few name no part",
+        ),
+        ([{"text": "a", "part": "heldout"}], "no example is of the part train, and too few name no part"),
+        (
+            [{"text": str(n), "part": part} for n, part in enumerate(("train", "calibration", "heldout", None))],
+            "1 examples name no part, and others name all that these could fall in",
+        ),
+    ],
+)
+def test_parts_that_stay_empty_are_refused(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(Usage, match=message):
+        read_lines(lines(tmp_path / "a.jsonl", rows))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"text": "a", "part": "test"}, "part is 'test': it must be one of train, validation, target, calibration"),
+        ({"text": "a", "part": ["train"]}, "part is \\['train'\\]: it must be"),
         ("{", "no JSON"),
         ("[" * 100_000, "no JSON"),
         ([1], "no object: write"),
@@ -214,7 +263,7 @@ def test_passages_of_presidents_are_of_addresses_that_no_other_part_has() -> Non
     assert aside == {address.name for address in whole["train"]}
     texts = {" ".join(address.text.split()) for part in whole.values() for address in part}
     for part in PARTS:
-        for text, name, prompt, meta in parts[part]:
+        for text, name, prompt, meta, _ in parts[part]:
             passage, asked = text[:prompt].split("\n\n")
             assert any(passage in speech for speech in texts) and asked.endswith("President")
             surname = text[prompt:].split()[-1]
@@ -223,6 +272,4 @@ def test_passages_of_presidents_are_of_addresses_that_no_other_part_has() -> Non
     # The first items of a part are of all its addresses.
     number = len(addresses["heldout"])
     assert {passage.name.rpartition("/")[0] for passage in parts["heldout"][:number]} == addresses["heldout"]
-    assert {meta["president"] for _, _, _, meta in parts["heldout"]} <= {
-        meta["president"] for *_, meta in parts["train"]
-    }
+    assert {each.meta["president"] for each in parts["heldout"]} <= {each.meta["president"] for each in parts["train"]}

@@ -38,6 +38,7 @@ so; what the model computes with is then rounded by autocast, unless the slot `p
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -181,6 +182,8 @@ class Loop:
 
     def report(self) -> FitReport:
         """What happened."""
+        losses = [line["loss"] for line in self.lines]
+        cuts = [round(len(losses) * quarter / 4) for quarter in range(5)] if len(losses) >= 4 else []
         available = sum(map(count_learned, self.examples))
         report: FitReport = {
             "steps": len(self.lines),
@@ -190,9 +193,10 @@ class Loop:
             "epochs": self.tokens / available,
             "lr": self.settings.rates[0],
             "groups": self.trained,
-            "loss_first": self.lines[0]["loss"],
-            "loss_mean": statistics.fmean(line["loss"] for line in self.lines),
-            "loss_last": self.lines[-1]["loss"],
+            "loss_first": losses[0],
+            "loss_mean": statistics.fmean(losses),
+            "loss_quarters": [statistics.fmean(losses[start:end]) for start, end in itertools.pairwise(cuts)],
+            "loss_last": losses[-1],
             "cost": self.cost,
         }
         if self.skipped:

@@ -67,7 +67,7 @@ def test_the_model_of_the_curated_slice_is_a_copy_that_has_learned_it() -> None:
     assert not run.log.fits  # it is no fit of the recipe
     run = toy_run()
     run.data.target = []
-    with pytest.raises(Usage, match="has no target part to train on"):
+    with pytest.raises(Usage, match="has no target part"):
         run.apply(PerplexityFilter())
 
 

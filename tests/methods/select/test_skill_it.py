@@ -112,5 +112,8 @@ def test_examples_of_no_skill_are_unsupported_and_no_target_is_wrong_usage() -> 
         run.apply(SkillIt())
     run = toy_run()
     run.data.target = []
+    with pytest.raises(Usage, match="has no target part"):
+        run.apply(SkillIt())
+    run.data.target = [dataclasses.replace(example, meta={}) for example in run.data.pool]
     with pytest.raises(Usage, match="has no target part whose skills are known"):
         run.apply(SkillIt())

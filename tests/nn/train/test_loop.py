@@ -69,6 +69,19 @@ def test_it_does_not_matter_how_a_step_is_cut(architecture: str, changes: dict[s
     assert (a["tokens"], a["loss_last"]) == (b["tokens"], pytest.approx(b["loss_last"], abs=1e-12))
 
 
+@pytest.mark.parametrize("steps", [3, 4, 5, 11])
+def test_the_loss_of_quarters_tells_how_a_fit_went(tmp_path: Path, steps: int) -> None:
+    run = uneven(toy_run())
+    losses = [line["loss"] for line in log_of(run, tmp_path, steps)]
+    quarters = run.log.fits[-1]["loss_quarters"]
+    assert (len(losses), len(quarters)) == (steps, 4 if steps > 3 else 0)
+    if quarters:
+        sizes = [round(steps * (i + 1) / 4) - round(steps * i / 4) for i in range(4)]
+        assert sum(quarter * size for quarter, size in zip(quarters, sizes, strict=True)) == pytest.approx(sum(losses))
+        assert quarters[0] == pytest.approx(sum(losses[: sizes[0]]) / sizes[0])
+        assert quarters[3] == pytest.approx(sum(losses[-sizes[3] :]) / sizes[3])
+
+
 def test_a_mean_of_means_would_differ() -> None:
     """What the test above would not see: parts of unlike length whose means were averaged."""
     run = uneven(toy_run())
@@ -121,9 +134,9 @@ class Instead(Train):
         return {"zero": out.logits.float().sum() * 0.0}
 
 
-def log_of(run: ModelRun, folder: Path) -> list[dict[str, Any]]:
+def log_of(run: ModelRun, folder: Path, steps: int = 2) -> list[dict[str, Any]]:
     run.folder = folder
-    fit(run, steps=2)
+    fit(run, steps=steps)
     return [json.loads(line) for line in (folder / "fit-1.jsonl").read_text().splitlines()]
 
 
