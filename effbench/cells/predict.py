@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from effbench import sources
 from effbench.cells import suite as suites
-from effbench.cells.options import DTYPES, RunOptions
+from effbench.cells.options import DTYPES
 from effbench.core import registry
-from effbench.core.errors import Outcome, Unsupported, Usage
+from effbench.core.errors import Outcome, Usage
 from effbench.core.method import Method
-from effbench.core.paths import PUBLISHED, RUNS
 from effbench.core.recipe import Recipe
 from effbench.core.usage import Count, one_of
-from effbench.records.record import Record
-from effbench.records.store import Store, latest
 
 if TYPE_CHECKING:
     from effbench.nn.rehearse import Held
@@ -27,14 +24,6 @@ if TYPE_CHECKING:
 
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-MEASURED = {  # readings of a record that a part of a prediction foretells: their sum
-    "weights": ("fit_parameter_bytes", "fit_buffer_bytes"),
-    "gradients": ("fit_gradient_bytes",),
-    "optimizer": ("fit_optimizer_bytes",),
-    "activations": ("fit_activation_bytes",),
-    "resident": ("resident_bytes",),
-    "stored": ("stored_bytes",),
-}
 
 
 @dataclasses.dataclass
@@ -51,7 +40,6 @@ class PlanOptions:
     context: Count | None = None  # tokens of each; by default the max_length of the fit
     dtype: str | None = None  # of the arithmetic: float32, bfloat16, float16; by default as stored, as on a GPU
     tier: str = "quick"  # of the suite
-    results: str = RUNS  # folder with records that predictions are compared with
 
     def check(self) -> None:
         """Raise `Usage` for values that cannot be right."""
@@ -68,14 +56,13 @@ class Prediction:
 
     recipe: str
     model: str
-    dtype: str
-    batch: int
-    context: int
     ranks: int
     engine: str  # the step that says how processes divide what they hold; empty for one process
+    dtype: str = ""
+    batch: int | None = None
+    context: int | None = None
     held: Held | None = None
     outcome: str = ""  # why there is nothing to tell
-    errors: dict[str, float] = dataclasses.field(default_factory=dict)  # predicted over measured, less 1, by part
 
 
 def parse_memory(text: str) -> int:
@@ -93,10 +80,9 @@ def predict(options: PlanOptions) -> list[Prediction]:
     found = []
     for name in models:
         source = sources.model(name)
-        records = _records(options, source) if options.suite is not None else []
         for recipe in recipes:
             for engine in _engines(recipe, options.ranks):
-                found.append(_predict(options, recipe, source, engine, tier, records))
+                found.append(_predict(options, recipe, source, engine, tier))
     return found
 
 
@@ -141,73 +127,33 @@ def _with_ranks(step: Method, ranks: int) -> Method:
 
 
 def _predict(
-    options: PlanOptions,
-    recipe: Recipe,
-    source: Source,
-    engine: Method | None,
-    settings: Mapping[str, Any],
-    records: Sequence[Record],
+    options: PlanOptions, recipe: Recipe, source: Source, engine: Method | None, settings: Mapping[str, Any]
 ) -> Prediction:
     import torch
 
-    from effbench.nn.files import artifact
-    from effbench.nn.files.load import describe_model
-    from effbench.nn.model.linear import matrix_dtype
-    from effbench.nn.rehearse import Batch, Case, rehearse
-    from effbench.nn.train.settings import FitSettings
-    from effbench.nn.train.slots import Parallel
+    from effbench.nn.rehearse import Batch, make_case, rehearse
 
-    ranks = engine.ranks if engine is not None else 1
-    divider = None if engine is None else engine.slot_values().get("parallel", engine)
-    fits = [step for step in recipe.steps if isinstance(step, FitSettings)]
-    batch = options.batch or (fits[-1].batch_size if fits else 1)
-    context = options.context or (fits[-1].max_length if fits else 512)
-    made = Prediction(recipe.name, source.name, "", batch, context, ranks, engine.label if engine is not None else "")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    batch, skip = Batch(options.batch, options.context), tuple(settings.get("skip") or ())
+    made = Prediction(
+        recipe.name,
+        source.name,
+        engine.ranks if engine is not None else 1,
+        engine.label if engine is not None else "",
+    )
     try:
-        config, _, storage = describe_model(source)
-        if source.path is not None and (source.path / artifact.CONFIG).is_file():
-            raise Unsupported("the model is packed already: name what it was made of, and the recipe")
-        dtype = getattr(torch, options.dtype) if options.dtype else matrix_dtype(storage)
-        made = dataclasses.replace(made, dtype=str(dtype).removeprefix("torch."))
-        held = rehearse(
-            Case(
-                source,
-                config,
-                storage,
-                dtype,
-                recipe.steps,
-                Batch(options.batch, options.context),
-                Batch(batch, context),
-                divider if isinstance(divider, Parallel) else Parallel(),
-                tuple(settings.get("skip") or ()),
-            )
-        )
+        case = make_case(source, recipe.steps, dtype, batch, engine, skip)
+        held = rehearse(case)
     except Outcome as error:
         return dataclasses.replace(made, outcome=f"{error.name}: {error}")
     except Usage:
         raise
     except Exception as error:  # of a step that needs values, and says so in a way of its own
         return dataclasses.replace(made, outcome=f"cannot be foreseen: {type(error).__name__}: {error}".split("\n")[0])
-    return dataclasses.replace(made, held=held, errors=_compare(held, made, records))
-
-
-def _records(options: PlanOptions, source: Source) -> list[Record]:
-    """The newest records of a suite's rows on a model, one's own before those that are published."""
-    assert options.suite is not None
-    suite = suites.load(options.suite)
-    folders = [RunOptions(results=options.results).folder, *([PUBLISHED] if PUBLISHED is not None else [])]
-    read = [Store(folder).read(suite.name, suite.version)[0] for folder in folders if folder.is_dir()]
-    found = [record for records in read for record in latest(records).values()]
-    return [record for record in found if record.cell.model == source.name and record.outcome == "ok"]
-
-
-def _compare(held: Held, made: Prediction, records: Sequence[Record]) -> dict[str, float]:
-    """By how much each part differs from what was measured of the same row in the same arithmetic."""
-    alike = [r for r in records if r.cell.recipe == made.recipe and r.cell.settings.get("dtype") == made.dtype]
-    if not alike:
-        return {}
-    metrics, errors = alike[0].metrics, {}
-    for part, names in MEASURED.items():
-        if all(name in metrics for name in names) and (measured := sum(metrics[name].value for name in names)):
-            errors[part] = getattr(held, part) / measured - 1
-    return errors
+    return dataclasses.replace(
+        made,
+        dtype=str(case.dtype).removeprefix("torch."),
+        batch=case.cached.batch,
+        context=case.cached.context,
+        held=held,
+    )

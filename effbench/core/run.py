@@ -217,6 +217,7 @@ class FitCost(TypedDict):
     rule_bytes: NotRequired[float]  # of weights, gradients and AdamW's states by the formula of the engine
     collectives: NotRequired[dict[str, Told]]  # of one step, by kind
     activation_bytes: NotRequired[int]  # that a forward pass saved for its backward pass
+    length: NotRequired[int]  # tokens of the longest row of the step that was looked into, with padding
     step_peak_bytes: NotRequired[int]  # most of what the passes of one step made and held at a time, gradients too
     step_ms: NotRequired[float]  # median, with the machine to itself
     timed_ms: NotRequired[list[float]]  # of each step that was timed

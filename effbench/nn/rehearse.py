@@ -35,7 +35,7 @@ from effbench.nn.hollow import hollow
 from effbench.nn.infer.cache import SlotCache
 from effbench.nn.model.blocks import Blocks, count_heads
 from effbench.nn.model.held import count_bytes
-from effbench.nn.model.linear import Replaced, Storage, matrix_shape, replace, stored_bytes
+from effbench.nn.model.linear import Replaced, Storage, matrix_dtype, matrix_shape, replace, stored_bytes
 from effbench.nn.run import ModelRun
 from effbench.nn.train.settings import FitSettings
 from effbench.nn.train.slots import Parallel, Shares
@@ -159,6 +159,46 @@ def inflate(sample: Replaced, shape: tuple[int, int], others: Any) -> nn.Module:
             if isinstance(tensor, nn.Parameter):
                 made[name] = nn.Parameter(made[name].detach(), tensor.requires_grad)
     return module
+
+
+def make_case(
+    source: Source,
+    steps: Sequence[Method],
+    dtype: torch.dtype | None = None,
+    batch: Batch = Batch(),
+    engine: Method | None = None,
+    skip: tuple[str, ...] = (),
+) -> Case:
+    """The rehearsal of a recipe's steps on a model, computing in `dtype`, by default as stored.
+
+    engine  that processes divide the model by, instead of that of the steps
+    Raises as `open_run`, and `Unsupported` for a model that is packed already.
+    """
+    from effbench.nn.files import artifact
+    from effbench.nn.files.load import describe_model
+
+    config, _, storage = describe_model(source)
+    if source.path is not None and (source.path / artifact.CONFIG).is_file():
+        raise Unsupported("the model is packed already: name what it was made of, and the recipe")
+    engine = (
+        next((step for step in reversed(steps) if "train.parallel" in step.slots()), None) if engine is None else engine
+    )
+    parallel = None if engine is None else engine.slot_values().get("parallel", engine)
+    fit = next((step for step in reversed(steps) if isinstance(step, FitSettings)), None)
+    cached = Batch(
+        batch.batch or (1 if fit is None else fit.batch_size), batch.context or (512 if fit is None else fit.max_length)
+    )
+    return Case(
+        source,
+        config,
+        storage,
+        matrix_dtype(storage) if dtype is None else dtype,
+        steps,
+        batch,
+        cached,
+        parallel if isinstance(parallel, Parallel) else Parallel(),
+        skip,
+    )
 
 
 def rehearse(case: Case) -> Held:

@@ -97,7 +97,8 @@ class ModelRun(Run):
         self._roles: Roles | None = None  # of the fit that goes on
         self._swapped: list[Swapped] = []
         self._calibration = (sequences, length or min(LONGEST, count_positions(self.model)))
-        self._skip = skip
+        self.skip = skip
+        self.steps: list[Method] = []  # that were applied
         narrow(self.model, storage)
         self.original = Original(sum(stored_bytes(model, storage)), sum(p.numel() for p in model.parameters()))
         self._before = take_fingerprint(model)
@@ -115,7 +116,7 @@ class ModelRun(Run):
         return 0 if pad is None else int(pad)
 
     def targeted(self, path: str) -> bool:
-        return not matches_any(path, self._skip)
+        return not matches_any(path, self.skip)
 
     def linears(self) -> dict[str, nn.Module]:
         Blocks(self.model).check_dense()
@@ -273,6 +274,7 @@ class ModelRun(Run):
         with own_attention(self.model, InferPlan()):  # what was trained in attention takes part in calibration, too
             method.apply(self)
         self._check_waiting(method, waiting)
+        self.steps.append(method)
         if method.asked_sparsity is not None:
             self.log.sparsity_asked = max(self.log.sparsity_asked or 0.0, method.asked_sparsity)
 

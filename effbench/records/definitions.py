@@ -35,6 +35,7 @@ FIELDS = {
     "phase": "prefill|decode",
     "collective": "all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|send",
     "percent": r"\d+",
+    "foretold": "weights|gradients|optimizer|activations|training|resident|stored",
     "moment": "first|mean|last",  # of a fit
     "quarter": "[1-4]",  # of its steps
 }
@@ -380,6 +381,11 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "fit_rule_bytes", "cost", "bytes", "lower",
         "The bytes of parameters, gradients and two states a trained number in one process, by the engine's formula.",
+    ),
+    Definition(
+        "plan_{foretold}_off", "cost", "fraction", "lower",
+        "By which share of what was held the prediction of `effbench plan` is off, of a fit's weights, gradients, "
+        "optimizer, activations or all of these, or of the model as computed with or as stored.",
     ),
     Definition(
         "fit_comm_{collective}_calls", "cost", "", "lower",

@@ -78,6 +78,7 @@ COSTS = (
     *("fit_trained_parameters", "fit_trained_share", "fit_tok_per_s", "fit_tokens", "fit_seconds"),
     *("fit_loss_first", *(f"fit_loss_quarter_{quarter}" for quarter in (1, 2, 3, 4)), "fit_loss_last", "fit_skipped"),
     *("fit_flops_per_token", "fit_flops_rule", "fit_energy_j", "merge_lost"),
+    *(f"plan_{part}_off" for part in ("training", "weights", "gradients", "optimizer", "activations")),
 )
 # What tables of selections are about; quantiles of lengths other than the median are among the others.
 SELECTED = (

@@ -12,12 +12,11 @@ from effbench.cells.predict import PlanOptions, parse_memory, predict
 from effbench.cli.main import main
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse
-from effbench.nn.files.load import describe_model, open_run
+from effbench.nn.files.load import open_run
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.held import count_bytes
 from effbench.nn.model.linear import stored_bytes
-from effbench.nn.rehearse import Batch, Case, Rows, rehearse
-from effbench.nn.train.slots import Parallel
+from effbench.nn.rehearse import Batch, Rows, make_case, rehearse
 from effbench.probes.memory import resident_bytes
 from effbench.sources import TINY
 
@@ -54,16 +53,10 @@ PARTS = {"gradients": "gradient", "optimizer": "optimizer", "activations": "acti
 
 
 def foretell(steps, model="tiny", dtype=torch.float32, batch=None, context=None, engine=""):
-    source = sources.model(model)
-    config, _, storage = describe_model(source)
-    own, cached = Batch(batch, context), Batch(batch or ROWS, context or TOKENS)
-    return rehearse(Case(source, config, storage, dtype, parse(steps).steps, own, cached, divider(engine)))
-
-
-def divider(engine):
-    """What divides by this step; one process for none."""
-    (step,) = parse(engine).steps if engine else (None,)
-    return Parallel() if step is None else step.slot_values().get("parallel", step)
+    """What is foretold; without a fit and without `batch` and `context`, for so many rows in the cache."""
+    (divider,) = parse(engine).steps if engine else (None,)
+    case = make_case(sources.model(model), parse(steps).steps, dtype, Batch(batch, context), divider)
+    return rehearse(dataclasses.replace(case, cached=Batch(batch or ROWS, context or TOKENS)))
 
 
 FIT = f"fit(steps=7, batch_size={ROWS}, max_length={TOKENS})"

@@ -53,7 +53,12 @@ def _print(prediction: Prediction, memory: int | None) -> None:
     rows = []
     for phase, parts, total in phases:
         rows += [
-            (f"  {phase if not number else ''}", part, bytes_text(size), _note(prediction, phase, part))
+            (
+                f"  {phase if not number else ''}",
+                part,
+                bytes_text(size),
+                _constants(held.constants if (phase, part) == ("training", "weights") else 0),
+            )
             for number, (part, size) in enumerate(parts.items())
             if size or part != "teachers"
         ]
@@ -68,16 +73,6 @@ def _print(prediction: Prediction, memory: int | None) -> None:
     rows.append(("  stored", "artifact", bytes_text(held.stored), _constants(held.stored_constants)))
     print(f"  at {at}; {held.parameters:,} parameters, {held.trained:,} trained")
     print_columns(rows)
-
-
-def _note(prediction: Prediction, phase: str, part: str) -> str:
-    held = prediction.held
-    assert held is not None
-    notes = [_constants(held.constants)] if (phase, part) == ("training", "weights") else []
-    name = "resident" if (phase, part) == ("generating", "weights") else part if phase == "training" else ""
-    if name in prediction.errors:
-        notes.append(f"{prediction.errors[name]:+.2%} of what was measured")
-    return ", ".join(note for note in notes if note)
 
 
 def _constants(size: int) -> str:

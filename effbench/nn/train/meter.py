@@ -50,6 +50,7 @@ class Meter:
         self._made = Made()
         self._peak = 0  # bytes
         self._tokens = 0  # that the step read which is looked into, in all of its passes
+        self._length = 0  # of the longest row that it read, with padding
         self._alone = contextlib.ExitStack()
         self.earlier = {"seconds": 0.0, "joules": 0.0}  # spent before a checkpoint that the fit goes on from
         self._waited = 0.0  # seconds, for the machine
@@ -82,6 +83,7 @@ class Meter:
         """Take note of what a pass reads in this process: all tokens, prompts too, but no padding."""
         if self._looking:
             self._tokens += sum(int((batch["example"] >= 0).sum()) for batch in parts)
+            self._length = max(self._length, *(batch["example"].shape[1] for batch in parts))
 
     @contextlib.contextmanager
     def forward(self, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -158,6 +160,8 @@ class Meter:
             }
         if self._saved:
             cost["activation_bytes"] = self._saved
+        if self._length:
+            cost["length"] = self._length
         if self._peak:
             cost["step_peak_bytes"] = self._peak
         if self._milliseconds:

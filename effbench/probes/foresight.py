@@ -1,0 +1,47 @@
+"""How far `effbench plan` is off: the bytes that it foretells of a recipe, beside those that this run has held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from effbench.nn.model.linear import stored_bytes
+from effbench.nn.rehearse import Batch, make_case, rehearse
+from effbench.probes import Reading
+from effbench.probes.memory import resident_bytes
+
+if TYPE_CHECKING:
+    from effbench.nn.run import ModelRun
+
+HOW = "foretold without weights, for rows as long as the longest of a step, over what the first process held, less 1"
+SEES = {"weights", "cache", "attention", "prompt", "decoder"}
+
+
+def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
+    """`plan_*_off`, of each part that was measured and is not empty."""
+    held = rehearse(make_case(run.source, run.steps, run.model.dtype, Batch(context=_find_length(run)), skip=run.skip))
+    pairs = {
+        "resident": (held.resident, resident_bytes(run.model)),
+        "stored": (held.stored, sum(stored_bytes(run.model, run.storage))),
+    }
+    if run.log.fits:
+        cost = run.log.fits[-1]["cost"]
+        training = {
+            "weights": (held.weights, cost["parameter_bytes"] + cost["buffer_bytes"]),
+            "gradients": (held.gradients, cost["gradient_bytes"]),
+            "optimizer": (held.optimizer, cost["optimizer_bytes"]),
+        }
+        if "activation_bytes" in cost:
+            training["activations"] = held.activations, cost["activation_bytes"]
+            pairs["training"] = sum(pair[0] for pair in training.values()), sum(pair[1] for pair in training.values())
+        pairs |= training
+    reading = Reading()
+    for part, (foretold, measured) in pairs.items():
+        if measured:
+            reading.add(f"plan_{part}_off", abs(foretold / measured - 1), HOW)
+    return reading
+
+
+def _find_length(run: ModelRun) -> int | None:
+    """Tokens of the longest row of the step that the last fit has looked into."""
+    return run.log.fits[-1]["cost"].get("length") if run.log.fits else None
