@@ -117,4 +117,53 @@ CLAIMS = (
         "the ratio is right (10.7 GB with 64 heads); the size B L H T d, which is often given, lacks the factor 2 for "
         "keys and values and the bytes of a number",
     ),
+    Claim(
+        "checkpointing_every_compute",
+        "operations of a step of training whose every block is computed again, for 3 without",
+        "~2x: 6",
+        4,
+        "operations",
+        "a backward pass takes twice a forward pass, and one forward pass is added: 1.33x",
+    ),
+    Claim(
+        "checkpointing_every_memory",
+        "bytes that 32 blocks of width 4096 keep of 4096 tokens in 16 bits, each computed again, beside one block's",
+        "O(1)",
+        1_073_741_824,
+        "bytes",
+        "the input of each block is kept, L of them: what is constant is the one block that is computed again",
+    ),
+    Claim(
+        "checkpointing_sqrt_memory",
+        "the same where every sixth block keeps its input, beside those of the six that are computed again",
+        "O(sqrt L)",
+        201_326_592,
+        "bytes",
+        "it is right for the inputs that are kept, 6 of 32; while six blocks are computed again, what these keep is "
+        "there too, and a block keeps more than its input",
+    ),
+    Claim(
+        "zero1",
+        "bytes of each of 64 processes under ZeRO stage 1 for 7.5 billion parameters, without activations",
+        "d + 12 d / N: 8.9 GB",
+        31_406_250_000,
+        "bytes",
+        "weights and gradients are 2 + 2 bytes a parameter, whole in every process: 4 + 12 / N",
+    ),
+    Claim(
+        "zero2",
+        "the same under stage 2",
+        "d + 14 d / N or 2 d + 12 d / N: 9.1 or 16.4 GB",
+        16_640_625_000,
+        "bytes",
+        "gradients are divided as well: 2 + 14 / N",
+    ),
+    Claim(
+        "zero3",
+        "the same under stage 3",
+        "16 d / N: 1.9 GB",
+        1_875_000_000,
+        "bytes",
+        "it is right; the weights of one block are whole for a moment, in the forward and in the backward pass",
+    ),
 )

@@ -202,6 +202,12 @@ def figures():
         "qlora65b_total": found["nf465"] + 16 * found["lora65"],
         "qlora70b_total": found["nf470"] + 16 * found["lora70"],
         "llama70b_cache": 2 * 80 * 8 * 128 * 2 * 4096,
+        "checkpointing_every_compute": 1 + 1 + 2,  # forward, again, backward
+        "checkpointing_every_memory": 32 * 4096 * 4096 * 2,
+        "checkpointing_sqrt_memory": -(-32 // 6) * 4096 * 4096 * 2,
+        "zero1": 7_500_000_000 * (4 + 12 / 64),
+        "zero2": 7_500_000_000 * (2 + 14 / 64),
+        "zero3": 7_500_000_000 * 16 / 64,
     }
 
 
