@@ -35,12 +35,20 @@ FIELDS = {
     "phase": "prefill|decode",
     "collective": "all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|send",
     "percent": r"\d+",
-    "foretold": "weights|gradients|optimizer|activations|training|resident|stored",
     "moment": "first|mean|last",  # of a fit
-    "quarter": "[1-4]",  # of its steps
 }
 
 SELECTED = {"kept": "that are kept", "pool": "of the pool"}
+QUARTERS = ("first", "second", "third", "last")  # of the steps of a fit
+FORETOLD = {  # by `effbench plan`
+    "weights": "weights of the model in the last fit",
+    "gradients": "gradients of the last fit",
+    "optimizer": "optimizer's states of the last fit",
+    "activations": "activations that the last fit saved",
+    "training": "weights, gradients, states and activations of the last fit together",
+    "resident": "model as it is computed with",
+    "stored": "model as it is stored",
+}
 PLANTED = {  # in a pool to select from
     "in": "that are like the target",
     "off": "that are off its domain",
@@ -349,9 +357,12 @@ DEFINITIONS: tuple[Definition, ...] = (
         "fit_loss_{moment}", "cost", "nats", "lower",
         "The loss of the last fit, of its first or last step or their mean: what it learned from, not held-out text.",
     ),
-    Definition(
-        "fit_loss_quarter_{quarter}", "cost", "nats", "lower",
-        "The mean loss of a quarter of the last fit's steps: how it went from the first step to the last.",
+    *(
+        Definition(
+            f"fit_loss_quarter_{number}", "cost", "nats", "lower",
+            f"The mean loss of the {quarter} quarter of the last fit's steps.",
+        )
+        for number, quarter in enumerate(QUARTERS, 1)
     ),
     Definition("fit_skipped", "cost", "", "lower", "How often a step of the last fit was skipped and taken again."),
     Definition("fit_tokens", "cost", "tokens", "lower", "The tokens that the last fit learned, in all its epochs."),
@@ -382,10 +393,12 @@ DEFINITIONS: tuple[Definition, ...] = (
         "fit_rule_bytes", "cost", "bytes", "lower",
         "The bytes of parameters, gradients and two states a trained number in one process, by the engine's formula.",
     ),
-    Definition(
-        "plan_{foretold}_off", "cost", "fraction", "lower",
-        "By which share of what was held the prediction of `effbench plan` is off, of a fit's weights, gradients, "
-        "optimizer, activations or all of these, or of the model as computed with or as stored.",
+    *(
+        Definition(
+            f"plan_{part}_off", "cost", "fraction", "lower",
+            f"By which share of the bytes that were held the prediction of `effbench plan` is off: the {what}.",
+        )
+        for part, what in FORETOLD.items()
     ),
     Definition(
         "fit_comm_{collective}_calls", "cost", "", "lower",

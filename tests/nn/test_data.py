@@ -46,8 +46,8 @@ def texts(number: int, words: int = 40) -> list[Document]:
 
 
 def data(tokenizer: Any, train: list[Document], width: int = 16, **parts: list[Document]) -> Data:
-    """Data of which nothing is set aside for validation."""
-    named = {"validation": [], "train": train} | parts
+    """Data of which nothing is set aside."""
+    named = {"validation": [], "target": [], "train": train} | parts
     return Data("d", {name: Part(documents) for name, documents in named.items()}, tokenizer, "", width)
 
 
