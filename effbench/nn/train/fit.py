@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.core.errors import Diverged
-from effbench.core.run import FitReport
+from effbench.core.run import FitCost, FitReport
 from effbench.core.views import Example
 from effbench.nn.train.checkpoint import agree, count_ranks, read_state, write_state
 from effbench.nn.train.loop import Loop
@@ -62,18 +62,24 @@ def fit(run: Run, settings: FitSettings, start: int = 0) -> FitReport:
 
 
 def choose_rate(run: Run, settings: FitSettings, start: int) -> Fitted:
-    """Train with each learning rate and leave the run as the one with the least validation loss made it."""
+    """Train with each learning rate and leave the run as the one with the least validation loss made it.
+
+    What a step costs does not depend on the rate: the first one is looked into, and waits for the machine, for all.
+    """
     width = find_width(run, settings)
     windows, number = windows_to_choose_by(run, width, "a learning rate", "give more text, or one lr")
     losses: dict[str, float] = {}
     lines: list[dict[str, Any]] = []
     best: tuple[float, FitReport, Callable[[], None]] | None = None
+    seen: FitCost | None = None
     before = run.remember()
     for tried, lr in enumerate(settings.rates):
         before()
         try:
             with count_from(run, settings.steps * tried, settings.steps * len(settings.rates)):
-                report, told = train(run, dataclasses.replace(settings, lr=lr), start)
+                report, told = train(run, dataclasses.replace(settings, lr=lr), start, look=seen is None)
+            seen = seen or report["cost"]
+            report["cost"] = seen | report["cost"]
             lines += [line | {"rate": lr} for line in told]
             loss = measure_loss(run, windows, settings.batch_size)
         except Diverged:
@@ -90,12 +96,13 @@ def choose_rate(run: Run, settings: FitSettings, start: int) -> Fitted:
     return Fitted(report | {"rates": rates, "validation_tokens": number}, lines)
 
 
-def train(run: Run, settings: FitSettings, start: int) -> Fitted:
-    """One loop, at one learning rate, from its checkpoint if it has left one."""
+def train(run: Run, settings: FitSettings, start: int, look: bool = True) -> Fitted:
+    """One loop, at one learning rate, from its checkpoint if it has left one; steps are looked into and timed unless
+    told."""
     width = find_width(run, settings)
     unread = run.data.extend((settings.steps - start) * settings.batch_size * width)
     examples, left_out = cut_all(run.data.train, width, unread)
-    loop = Loop(run, settings, examples, width)
+    loop = Loop(run, settings, examples, width, look)
     with training_on(run, examples), loop.open():
         go(loop, start, validation_windows(run, width) if settings.validate else ())
     report = loop.report()

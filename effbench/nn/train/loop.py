@@ -80,11 +80,14 @@ PASSES = 1000  # of one step, at most; a precision that scales gives up long bef
 class Loop:
     """One fit at one learning rate, from the first step to the last."""
 
-    def __init__(self, run: Run, settings: FitSettings, examples: Sequence[Example], width: int) -> None:
+    def __init__(
+        self, run: Run, settings: FitSettings, examples: Sequence[Example], width: int, look: bool = True
+    ) -> None:
         self.run = run
         self.settings = settings
         self.examples = examples
         self.width = width
+        self.look = look  # into what a step costs
         self.number = len(run.log.fits)  # of this fit in the run
         self.lines: list[dict[str, Any]] = []  # of the log: a step each
         self.tokens = 0  # learned
@@ -133,7 +136,7 @@ class Loop:
             self.held = [(module, cut_like(module.kept(), module.weight)) for module in trained]
             self.known = [*run.model.parameters(), *run.model.buffers()]
             self.names = _name_methods(plan.chain("loss"))
-            self.meter = Meter(run, self.settings.steps, self.parallel)
+            self.meter = Meter(run, self.settings.steps if self.look else 0, self.parallel)
             yield
             self.cost = self.meter.report(run.model, self.numbers, self.parameters, self.optimizer)
 

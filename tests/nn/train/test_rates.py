@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -125,6 +127,27 @@ def test_progress_counts_the_steps_of_all_fits(step: str, expected: list[int]) -
     run.progress = lambda *news: told.append(news)
     run.apply(parse_step(step))
     assert told == [("training step", done, expected[-1]) for done in expected]
+
+
+@pytest.mark.parametrize("rates", [(1e-5, 3e-3), (3e-3, 1e-5), (1e18, 1e-5, 3e-3)])
+def test_one_rate_is_looked_into_and_waits_for_the_machine(rates: tuple[float, ...]) -> None:
+    run, alone = toy_run(), toy_run()
+    waits = list[str]()
+
+    @contextlib.contextmanager
+    def wait() -> Iterator[None]:
+        waits.append("begin")
+        yield
+        waits.append("end")
+
+    run.alone = wait
+    report = fit(run, lr=rates, steps=8)
+    expected = fit(alone, lr=report["lr"], steps=8)
+    assert waits == ["begin", "end"] and torch.equal(probe(run), probe(alone))
+    assert report["cost"].keys() == expected["cost"].keys()
+    for key in ("activation_bytes", "step_peak_bytes", "flops_per_token", "gradient_bytes", "optimizer_bytes"):
+        assert report["cost"][key] == expected["cost"][key]  # type: ignore[literal-required]
+    assert len(report["cost"]["timed_ms"]) == 5
 
 
 def test_a_rate_that_diverges_is_passed_over() -> None:
