@@ -21,20 +21,23 @@ from effbench.core.run import Run
 from effbench.nn.model.attention import NAME, SLOTS
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import Added, Around, find_inner, matrix_shape
+from effbench.nn.model.structure import heads
 
 SUMMAND = "_effbench_summand"  # of parameters whose gradient is a sum over ranks
 
 
 def check_heads(view: Blocks, ranks: int) -> None:
     """Raise `Unsupported` where the heads of an attention do not come out even."""
-    config: Any = view.model.config
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    for what, number in (("heads", heads), ("heads of keys", groups)):
-        if ranks > number:
-            raise Unsupported(f"{ranks} ranks are more than {number} {what}: each rank needs one of its own")
-        if number % ranks:
-            raise Unsupported(f"{number} {what} cannot be dealt out evenly to {ranks} ranks")
+    divisions = {heads(view, index) for index in range(len(view))}
+    for what, numbers in (
+        ("heads", {division.queries for division in divisions}),
+        ("heads of keys", {division.groups for division in divisions}),
+    ):
+        for number in sorted(numbers):
+            if ranks > number:
+                raise Unsupported(f"{ranks} ranks are more than {number} {what}: each rank needs one of its own")
+            if number % ranks:
+                raise Unsupported(f"{number} {what} cannot be dealt out evenly to {ranks} ranks")
 
 
 def check_linears(run: Run, ranks: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effbench.core.errors import Unsupported
 from effbench.core.kinds import Swap
 from effbench.core.run import Run
 from effbench.core.views import Site
@@ -15,6 +16,7 @@ from effbench.nn.model.adapters import NAMED, is_name, join_name
 from effbench.nn.model.beside import Beside, Merge
 from effbench.nn.model.blocks import Blocks, count_heads
 from effbench.nn.model.linear import dense_weight, kept, matrix_shape
+from effbench.nn.model.structure import heads
 
 FUSED = 3  # queries, keys and values in one projection
 
@@ -96,8 +98,15 @@ class IA3(Swap):
         return (join_name("ia3", self.adapter),) if self.adapter else ()  # without a name they are merged
 
     def prepare(self, run: Run) -> int | None:
-        """Width of each head, where a fused projection holds queries, keys and values head by head."""
+        """Width of each head, where a fused projection holds queries, keys and values head by head.
+
+        Raises `Unsupported` where a fused projection holds fewer keys than queries.
+        """
         view = Blocks(run.model)
+        if len(view.names.qkv) == 1 and any(heads(view, index).share > 1 for index in range(len(view))):
+            raise Unsupported(
+                f"{view.names.qkv[0]}: (IA)³ finds keys behind as many queries, and here heads share them"
+            )
         return count_heads(view.blocks[0].get_submodule(view.names.attention))[1] if view.names.interleaved else None
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:

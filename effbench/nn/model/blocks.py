@@ -220,8 +220,8 @@ def count_heads(attention: nn.Module) -> tuple[int, int]:
     for name in ("k_proj", "v_proj"):
         if hasattr(attention, name):
             return matrix_shape(getattr(attention, name))[0] // width, width
-    found: Any = attention
-    return int(found.num_heads if hasattr(found, "num_heads") else found.config.num_attention_heads), width
+    fused = next(getattr(attention, name) for name in ("c_attn", "query_key_value") if hasattr(attention, name))
+    return matrix_shape(fused)[0] // ((getattr(attention, "num_key_value_groups", 1) + 2) * width), width
 
 
 def project_keys(attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,9 +235,10 @@ def project_keys(attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = (proj.forward(hidden).view(-1, heads, width) for proj in (module.k_proj, module.v_proj))
         keys = module.k_norm(keys) if hasattr(attention, "k_norm") else keys
     elif hasattr(attention, "c_attn"):
-        _, keys, values = module.c_attn.forward(hidden).view(-1, 3, heads, width).unbind(1)
+        keys, values = module.c_attn.forward(hidden)[:, -2 * heads * width :].view(-1, 2, heads, width).unbind(1)
     else:
-        _, keys, values = module.query_key_value.forward(hidden).view(-1, heads, 3, width).unbind(2)
+        by_head = module.query_key_value.forward(hidden).view(len(hidden), heads, -1, width)
+        keys, values = by_head[:, :, -2:].unbind(2)
     return keys.transpose(0, 1), values.transpose(0, 1)
 
 

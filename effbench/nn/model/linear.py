@@ -288,6 +288,19 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def put_matrix(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a dense linear, in place, another weight [out, in], and another bias [out] unless that is None."""
+    old = linear.get_parameter("weight")
+    if isinstance(linear, Conv1D):
+        weight = weight.T
+        linear.nx, linear.nf = weight.shape
+    else:
+        linear.out_features, linear.in_features = weight.shape  # type: ignore[assignment]
+    linear.weight = nn.Parameter(weight.to(old.dtype).contiguous(), old.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(old.dtype), old.requires_grad)
+
+
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at `path`."""
     parent, _, name = path.rpartition(".")

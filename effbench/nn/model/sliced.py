@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
 from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.linear import put_matrix
 from effbench.nn.model.tied import untie
 
 POSITIONS = {"opt": "model.decoder.embed_positions", "gpt2": "transformer.wpe"}  # learned, by type of model
@@ -209,7 +210,7 @@ def _fuse_norm(parent: nn.Module, path: str, readers: list[nn.Module]) -> None:
         weight, bias = _matrix(linear), cast("Tensor | None", linear.bias)
         if shift is not None:
             bias = weight @ shift.double() + (0 if bias is None else bias)
-        _put(linear, weight if gain is None else weight * gain.double(), bias)
+        put_matrix(linear, weight if gain is None else weight * gain.double(), bias)
     parent.set_submodule(path, RMS(*_shape_of_norm(parent, path)))
 
 
@@ -222,13 +223,13 @@ def slice_block(block: nn.Module) -> Sliced:
 
 def turn_inputs(linear: nn.Module, basis: Tensor) -> None:
     """Have a linear [out, in] read its input in `basis` (float64 [in, kept], orthonormal columns)."""
-    _put(linear, _matrix(linear) @ basis, None)
+    put_matrix(linear, _matrix(linear) @ basis, None)
 
 
 def turn_outputs(linear: nn.Module, basis: Tensor) -> None:
     """Have a linear [out, in] write its output in `basis` (float64 [out, kept], orthonormal columns)."""
     bias = cast("Tensor | None", linear.bias)
-    _put(linear, basis.T @ _matrix(linear), None if bias is None else bias.double() @ basis)
+    put_matrix(linear, basis.T @ _matrix(linear), None if bias is None else bias.double() @ basis)
 
 
 def turn_embeddings(view: Blocks, basis: Tensor) -> None:
@@ -244,16 +245,3 @@ def _matrix(linear: nn.Module) -> Tensor:
     """The dense weight, float64 [out, in]."""
     weight = linear.get_parameter("weight").detach().double()
     return weight.T if isinstance(linear, Conv1D) else weight
-
-
-def _put(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a linear another weight [out, in], and another bias [out] unless that is None."""
-    old = linear.get_parameter("weight")
-    if isinstance(linear, Conv1D):
-        weight = weight.T
-        linear.nx, linear.nf = weight.shape
-    else:
-        linear.out_features, linear.in_features = weight.shape  # type: ignore[assignment]
-    linear.weight = nn.Parameter(weight.to(old.dtype).contiguous(), old.requires_grad)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(old.dtype), old.requires_grad)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.core.errors import Unsupported
+from effbench.nn.model.attention import AttentionExtra
 from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.linear import find_inner
 from effbench.nn.model.sliced import Sliced
 
 if TYPE_CHECKING:
@@ -46,6 +48,15 @@ def require_dense(view: Blocks, index: int, names: Iterable[str]) -> None:
         if not isinstance(module, (nn.Linear, Conv1D)):
             kind = type(module).__name__
             raise Unsupported(f"{view.path(index, name)}: a {kind} cannot be made smaller; put this step first")
+
+
+def require_no_prefix(view: Blocks, index: int) -> None:
+    """Raise `Unsupported` where keys and values of its own stand in front of those of block `index`."""
+    attention = find_inner(view.blocks[index].get_submodule(view.names.attention))
+    for child in attention.children():
+        if isinstance(child, AttentionExtra) and type(child).before is not AttentionExtra.before:
+            path, kind = view.path(index, view.names.attention), type(child).__name__
+            raise Unsupported(f"{path}: a {kind} holds keys and values of the heads there are; put this step first")
 
 
 def find_cuttable(run: Run, view: Blocks, names: Sequence[str]) -> list[int]:
@@ -89,29 +100,41 @@ def heads(view: Blocks, index: int) -> Heads:
     attention = block.get_submodule(names.attention)
     size = int(getattr(attention, "head_dim", None) or attention.head_size)  # type: ignore[arg-type]
     queries = shape(block.get_submodule(names.out))[1] // size
-    groups = queries if len(names.qkv) == 1 else shape(block.get_submodule(names.qkv[1]))[0] // size
+    if len(names.qkv) == 1:
+        groups = (shape(block.get_submodule(names.qkv[0]))[0] // size - queries) // 2
+    else:
+        groups = shape(block.get_submodule(names.qkv[1]))[0] // size
     return Heads(queries, groups, size)
+
+
+def fused_rows(view: Blocks, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of the outputs of a fused projection that are queries, keys and values, each in the order of heads."""
+    division = heads(view, index)
+    queries, groups = division.queries * division.size, division.groups * division.size
+    places = torch.arange(queries + 2 * groups)
+    if not view.names.interleaved:
+        found, keys, values = places.split([queries, groups, groups])
+        return found, keys, values
+    by_head = places.view(division.groups, division.share + 2, division.size)
+    return by_head[:, :-2].flatten(), by_head[:, -2].flatten(), by_head[:, -1].flatten()
 
 
 def keep_groups(view: Blocks, index: int, keep: Tensor) -> None:
     """Leave block `index` the key-value heads at `keep`, in ascending order, with the query heads they serve.
 
     Keys and values of all others are gone from projections and caches alike. Raises `Unsupported` where a
-    projection is not dense.
+    projection is not dense, or where a prefix stands before the heads.
     """
     block, names = view.blocks[index], view.names
     require_dense(view, index, (*names.qkv, names.out))
+    require_no_prefix(view, index)
     division = heads(view, index)
     attention = block.get_submodule(names.attention)
-    served = channels(keep, division.share * division.size)
-    outputs: tuple[Tensor, ...]
-    if len(names.qkv) == 3:
-        key_value = channels(keep, division.size)
-        outputs = (served, key_value, key_value)
-    elif names.interleaved:
-        outputs = (channels(keep, 3 * division.size),)
-    else:
-        outputs = (torch.cat([served + part * division.queries * division.size for part in range(3)]),)
+    served, key_value = channels(keep, division.share * division.size), channels(keep, division.size)
+    outputs: tuple[Tensor, ...] = (served, key_value, key_value)
+    if len(names.qkv) == 1:
+        parts = zip(fused_rows(view, index), outputs, strict=True)
+        outputs = (torch.cat([rows[kept] for rows, kept in parts]).sort().values,)
     for name, rows in zip(names.qkv, outputs, strict=True):
         keep_outputs(block.get_submodule(name), rows)
     keep_inputs(block.get_submodule(names.out), served)

@@ -21,7 +21,7 @@ from effbench.nn.model.beside import Beside
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.feed import feed
 from effbench.nn.model.linear import matrix_shape
-from effbench.nn.model.structure import heads
+from effbench.nn.model.structure import fused_rows
 from effbench.nn.precision import widen
 from effbench.nn.train.batches import Batch
 from effbench.nn.train.loss import learned, learned_logits, token_losses
@@ -107,16 +107,12 @@ def find_matrices(run: Run, blocks: int, roles: Sequence[str]) -> list[Matrix]:
         if role in roles:
             found.append(Matrix(path, module))
         elif role == "qkv":
-            found += [Matrix(path, module, _find_rows(view, block, module, part)) for part in "qkv" if part in roles]
+            found += [
+                Matrix(path, module, r) for p, r in zip("qkv", fused_rows(view, block), strict=True) if p in roles
+            ]
     if not found:
         raise Unsupported(f"the last {blocks} blocks have no linear of roles {', '.join(roles)} that may be touched")
     return found
-
-
-def _find_rows(view: Blocks, block: int, module: nn.Module, role: str) -> Tensor:
-    """Places of the outputs of a fused projection that are queries, keys or values."""
-    size = heads(view, block).size if view.names.interleaved else matrix_shape(module)[0] // 3
-    return torch.arange(matrix_shape(module)[0]).view(-1, 3, size)[:, "qkv".index(role)].flatten()
 
 
 def mean_loss(logits: Tensor, batch: Batch) -> Tensor:
