@@ -69,6 +69,8 @@ FIT = f"fit(steps=7, batch_size={ROWS}, max_length={TOKENS})"
         f"lora(rank=4), {FIT}",
         f"nf4(double_quant=True), lora(rank=4), {FIT}",
         f"galore(rank=8), {FIT}",
+        f"gqa(), {FIT}",
+        "gqa(kv_heads=2), kv_quant()",
         f"paged_adamw(bits=8), {FIT}",
         f"checkpointing(), {FIT}",
         f"bf16(), {FIT}",
