@@ -21,6 +21,7 @@ from effbench.core.recipe import parse
 from effbench.methods.attention.gqa import GQA
 from effbench.methods.attention.mqa import MQA
 from effbench.nn.files import artifact
+from effbench.nn.files.load import open_run
 from effbench.nn.infer.engine import open_engine
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.structure import heads
@@ -281,6 +282,20 @@ def test_a_fit_uptrains_what_was_pooled(architecture: str) -> None:
 
 
 KEYS = ("k_proj", "v_proj", "c_attn", "query_key_value")
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_the_mean_is_nearer_than_the_first_and_that_than_chance(left: int) -> None:
+    """The paper's order (figure 4), in nats a token of the embedded model on held-out text, before any training."""
+    losses = []
+    for pool in ("mean", "first", "random"):
+        run = open_run(sources.model("tiny"), sources.data(None), "cpu", "float32", 0, {"calibration_sequences": 2})
+        run.apply(parse(f"gqa(kv_heads={left}, pool={pool!r})").steps[0])
+        ids = run.data.heldout_ids(2048).view(-1, 256)
+        with torch.no_grad():
+            losses.append(float(run.model(ids, labels=ids).loss))
+        run.close()
+    assert losses[0] + 0.5 < losses[1] < losses[2] - 0.5
 
 
 @pytest.mark.parametrize(
