@@ -26,12 +26,13 @@ HOOKS = ("batch", "loss", "param_groups", "context", "on_step")  # each a chain 
 BUILDERS = ("optimizer", "sampler")  # hooks that write the slot of their name
 Output = Literal["logits", "hidden", "attention", "scores"]
 Part = Literal["cache", "attention", "prompt", "decoder"]  # of inference
-TRAIN_SLOTS = ("precision", "activations", "parallel", "optimizer", "sampler", "loss")  # of the train plan
+TRAIN_SLOTS = ("precision", "activations", "parallel", "optimizer", "sampler", "forward", "loss")  # of the train plan
 SLOTS: dict[str, Part] = {  # of the inference plan, and the part that each changes
     "encoder": "cache",
     "reach": "cache",
     "rope": "attention",
     "decoder": "decoder",
+    "memory": "prompt",
 }
 Alternatives = tuple[tuple[str, ...], ...]
 

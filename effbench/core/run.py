@@ -96,7 +96,8 @@ class TrainPlan(Plan):
     """The plan of the next fit, which uses it up; `effbench.nn.train.loop` says where each entry acts.
 
     Slots: `precision`, `activations` and `parallel` hold what `effbench.nn.train.slots` describes; `optimizer` and
-    `sampler` the method that builds one; `loss` the method whose terms stand in the place of the cross-entropy.
+    `sampler` the method that builds one; `forward` the method that feeds batches to the model in a way of its own, by
+    `forward(batch, run)`; `loss` the method whose terms stand in the place of the cross-entropy.
     Chains: methods, called through the hook of the chain's name.
     """
 
@@ -109,7 +110,8 @@ class InferPlan(Plan):
     """How scoring and generation go; lives until the probes are done.
 
     Slots: `rope` says where cached keys are rotated to, `encoder` stores keys and values in fewer bytes, `reach` bounds
-    how far back queries see, `decoder` generates. Chains: `cache_keep` evicts, `prompt` rewrites prompts,
+    how far back queries see, `decoder` generates, `memory` makes what is fed in the place of a prompt's beginning, by
+    `remember(ids, run)`. Chains: `cache_keep` evicts, `prompt` rewrites prompts,
     `attend_observe` sees attention weights and `attend_scores` their scores, as `effbench.nn.model.attention` says.
     """
 

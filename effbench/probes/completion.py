@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.core.views import Example
 from effbench.nn.infer.engine import Engine, open_engine
+from effbench.nn.infer.memory import Tokens, find_lead, remember
 from effbench.probes import Reading
 from effbench.probes.inputs import require_effect, require_quality
 from effbench.stats import intervals
@@ -84,14 +85,16 @@ def score_constant(learned: Sequence[Sequence[int]], answers: Sequence[Sequence[
     return found
 
 
-def _shorten(run: ModelRun, example: Example) -> list[int]:
+def _shorten(run: ModelRun, example: Example) -> Tokens:
     """Its prompt as the recipe has it read."""
-    if example.segments is None or not run.infer.chain("prompt"):
+    if example.segments is None or "prompt" not in run.infer.touches:
         return list(example.ids[: example.prompt])
-    return run.data.encode_prompt(run.rewrite(example.segments).text())
+    short = run.rewrite(example.segments)
+    ids = run.data.encode_prompt(short.text())
+    return remember(run, ids, find_lead(run.data.encode_prompt, short, ids))
 
 
-def find_exact(engine: Engine, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+def find_exact(engine: Engine, pairs: Sequence[tuple[Tokens, list[int]]]) -> list[float]:
     """1 for each prompt whose greedy continuation is its answer to the last token, which is where it has to stop."""
     right: list[float] = []
     for start in range(0, len(pairs), ROWS):

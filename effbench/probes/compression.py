@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from effbench.nn.infer.memory import count_kept, find_lead, remember
 from effbench.probes import Reading
 from effbench.probes.inputs import require_quality
 from effbench.probes.prompts import divided
@@ -27,7 +28,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     a recipe without prompt methods."""
     require_quality(run)
     reading = Reading()
-    if not run.infer.chain("prompt"):
+    if "prompt" not in run.infer.touches:
         return reading
     prompts = [one for one in itertools.chain.from_iterable(divided(run, settings, ITEMS)) if one.contexts]
     milliseconds: list[float] = []
@@ -35,10 +36,16 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     for number, segments in enumerate([*prompts[:WARM], *prompts]):
         begin = time.perf_counter()
         short = run.rewrite(segments)
+        seconds = time.perf_counter() - begin
+        ids = run.data.encode_prompt(short.text())
+        lead = find_lead(run.data.encode_prompt, short, ids)
+        begin = time.perf_counter()
+        fed = remember(run, ids, lead)
+        seconds += time.perf_counter() - begin
         if number >= WARM:
-            milliseconds.append(1000 * (time.perf_counter() - begin))
+            milliseconds.append(1000 * seconds)
             before += len(run.data.encode_prompt(segments.text()))
-            after += len(run.data.encode_prompt(short.text()))
+            after += count_kept(fed)
     if not milliseconds:
         return reading
     what = f"{len(milliseconds)} prompts with a context, one at a time"

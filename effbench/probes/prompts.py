@@ -12,6 +12,7 @@ from lm_eval.utils import apply_template
 from effbench.core.errors import Unsupported
 from effbench.core.usage import nearest
 from effbench.core.views import Segments
+from effbench.nn.infer.memory import Tokens, count_kept, find_lead, remember
 from effbench.probes.lm_tasks import load, quiet
 
 if TYPE_CHECKING:
@@ -25,20 +26,26 @@ EvictAt = Literal["prompt", "context"]  # where caches settle: before the prompt
 class Ask:
     """A prompt as it is fed."""
 
-    ids: list[int]
+    ids: Tokens  # memory may stand in the place of the first
     given: list[int]  # as the task gives it
     hold: int = 1  # last tokens of it that are fed once the cache has settled
 
     @property
     def shortened(self) -> bool:
         """Whether prompt methods changed it."""
-        return self.ids != self.given
+        return not all(isinstance(token, int) for token in self.ids) or [*self.ids] != self.given
+
+    @property
+    def kept(self) -> int:
+        """Its tokens; those of a memory count."""
+        return count_kept(self.ids)
 
 
 class Asker:
     """Reads prompts of tasks: divides them, has prompt methods rewrite them, and says what is held back.
 
-    `encode` gives the ids of a prompt. A task names the parts of its prompts in `metadata.segments`, each a template of
+    `encode` gives the ids of a prompt, and `remember` has memory stand in the place of so many of the first of them. A
+    task names the parts of its prompts in `metadata.segments`, each a template of
     a document, or `{field: NAME}` for a field as it is; other prompts are whole. Few-shot examples are contexts.
     """
 
@@ -47,8 +54,10 @@ class Asker:
         encode: Callable[[str], list[int]],
         rewrite: Callable[[Segments], Segments] | None,
         evict_at: EvictAt = "prompt",
+        remember: Callable[[list[int], int], Tokens] | None = None,
     ) -> None:
         self._encode = encode
+        self._remember = remember
         self._rewrite = rewrite
         self._evict_at = evict_at
         self._known: dict[tuple[str, str], Ask] = {}
@@ -62,23 +71,30 @@ class Asker:
 
     def _read(self, name: str, task: Any, document: Mapping[str, Any], prompt: str) -> Ask:
         ids = self._encode(prompt)
-        if self._rewrite is None and self._evict_at == "prompt":
+        if self._rewrite is None and self._remember is None and self._evict_at == "prompt":
             return Ask(ids, ids)
         segments = divide(task, document, prompt)
         if segments.whole:
             self.whole.add(name)
-        given, hold = ids, 1
+        given = ids
         if self._rewrite is not None:
             segments = self._rewrite(segments)
             ids = self._encode(segments.text())
             ids += given[-1:] if ids[-1:] != given[-1:] else []  # what is scored stands behind the same token
-        if self._evict_at == "context":
-            if not segments.question:
-                raise Unsupported(f"{name}: evict_at=context, and a prompt has no question of its own: see `segments`")
-            lead = self._encode(dataclasses.replace(segments, question="").text().rstrip())
-            same = next((i for i, pair in enumerate(zip(lead, ids, strict=False)) if pair[0] != pair[1]), len(lead))
-            hold = max(1, len(ids) - same)
-        return Ask(ids, given, hold)
+        if self._evict_at == "prompt" and self._remember is None:
+            return Ask(ids, given)
+        lead = find_lead(self._encode, segments, ids)
+        if self._evict_at == "context" and not segments.question:
+            raise Unsupported(f"{name}: evict_at=context, and a prompt has no question of its own: see `segments`")
+        hold = 1 if self._evict_at == "prompt" else len(ids) - lead
+        return Ask(ids if self._remember is None else self._remember(ids, lead), given, hold)
+
+
+def open_asker(run: ModelRun, encode: Callable[[str], list[int]], evict_at: EvictAt) -> Asker:
+    """What reads prompts under the plan of a run."""
+    rewrite = run.rewrite if run.infer.chain("prompt") else None
+    memory = functools.partial(remember, run) if run.infer.slot("memory") is not None else None
+    return Asker(encode, rewrite, evict_at, memory)
 
 
 def divide(task: Any, document: Mapping[str, Any], prompt: str) -> Segments:
@@ -109,8 +125,7 @@ def divided(run: ModelRun, settings: Mapping[str, Any], most: int) -> Iterator[l
 
 def ask_tasks(run: ModelRun, settings: Mapping[str, Any], most: int) -> Iterator[list[Ask]]:
     """The same as they are fed under the plan of a run."""
-    rewrite = run.rewrite if run.infer.chain("prompt") else None
-    asker = Asker(run.data.encode_prompt, rewrite, settings.get("evict_at") or "prompt")
+    asker = open_asker(run, run.data.encode_prompt, settings.get("evict_at") or "prompt")
     for task, items in _list_items(run, settings, most):
         yield [
             asker.ask(str(task.config.task), task, document, prompt.rstrip()) for document, prompt in items if prompt

@@ -22,10 +22,11 @@ from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.method import Part
 from effbench.nn.files.checkpoint import stop_ids
 from effbench.nn.infer.engine import Use, open_engine
+from effbench.nn.infer.memory import Tokens
 from effbench.probes import Reading
 from effbench.probes.inputs import require_effect, require_quality, score_block
 from effbench.probes.lm_tasks import load, quiet
-from effbench.probes.prompts import Ask, Asker, EvictAt
+from effbench.probes.prompts import Ask, EvictAt, open_asker
 from effbench.records.metric import Finding, Metric
 from effbench.stats import intervals
 
@@ -133,8 +134,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             raise Unsupported("chat_template: the model's tokenizer has none")
         if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             raise Unsupported("the tokenizer has neither a BOS nor an EOS token to begin a text with")
-        rewrite = run.rewrite if run.infer.chain("prompt") else None
-        self.asker = Asker(self.tok_encode, rewrite, self.evict_at)
+        self.asker = open_asker(run, self.tok_encode, self.evict_at)
 
     @property
     def suffix(self) -> str:
@@ -214,7 +214,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         owners = [(str(request.task_name), int(request.doc_id or 0)) for request in requests]
         for owner, ids in zip(owners, continuations, strict=True):
             longest[owner] = max(longest[owner], len(ids))
-        pairs: list[tuple[list[int], list[int]]] = []
+        pairs: list[tuple[Tokens, list[int]]] = []
         for owner, ask, ids in zip(owners, asks, continuations, strict=True):
             if not ids:
                 raise Unsupported(f"{owner[0]}: a continuation of no tokens cannot be scored")
@@ -236,7 +236,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self.met[name].asks[int(request.doc_id or 0)] = ask
         return ask
 
-    def _cut(self, ask: Ask, more: int, name: str, document: int) -> list[int]:
+    def _cut(self, ask: Ask, more: int, name: str, document: int) -> Tokens:
         """The last tokens of a prompt for which there are positions before `more` tokens."""
         if self.engine.room is None:
             return ask.ids
@@ -273,7 +273,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuation up to the first stop string."""
         texts = [""] * len(requests)
-        groups: dict[tuple[int, tuple[str, ...]], list[tuple[int, list[int], int]]] = defaultdict(list)
+        groups: dict[tuple[int, tuple[str, ...]], list[tuple[int, Tokens, int]]] = defaultdict(list)
         for index, request in enumerate(requests):
             prompt, options = request.args
             options = normalize_gen_kwargs(options)
@@ -364,7 +364,7 @@ def _report_met(reading: Reading, name: str, met: Met, how: str, through_cache: 
     """Add what the items of a task met: how much of prompts and caches was left."""
     asks = list(met.asks.values())
     if any(ask.shortened for ask in asks):
-        kept = sum(len(ask.ids) for ask in asks) / sum(len(ask.given) for ask in asks)
+        kept = sum(ask.kept for ask in asks) / sum(len(ask.given) for ask in asks)
         reading.add(f"{name}_prompt_kept", Metric(kept, n=len(asks)), f"tokens of the prompts after over before; {how}")
     if met.uses and through_cache:
         what = f"where the last token was read, mean over what was scored; {how}"

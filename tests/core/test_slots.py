@@ -15,6 +15,7 @@ from effbench.core.kinds import Cache
 from effbench.core.run import HOOKS, InferPlan, Plan, TrainPlan
 from effbench.core.views import Codec, Slots
 from effbench.nn.infer.engine import open_engine
+from effbench.nn.infer.memory import remember
 from effbench.nn.run import ModelRun
 
 Read = set[tuple[str, str]]  # plans and their entries
@@ -58,6 +59,7 @@ def infer(run: ModelRun) -> None:
     engine = open_engine(run)
     engine.generate([list(range(1, 25))], 4, set())
     run.rewrite(PROMPT)
+    remember(run, [5, 6, 7], 2)
 
 
 def test_a_fit_reads_all_of_its_plan(read: Read) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from effbench.nn.infer.engine import Engine, Tokens
+    from effbench.nn.infer.engine import Engine
+    from effbench.nn.infer.memory import Tokens
 
 ANSWER = 8  # tokens of an answer that are compared
 

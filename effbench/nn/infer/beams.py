@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from effbench.nn.infer.memory import count_places
+
 if TYPE_CHECKING:
-    from effbench.nn.infer.engine import Engine, Tokens
+    from effbench.nn.infer.engine import Engine
+    from effbench.nn.infer.memory import Tokens
 
 
 class Beams:
@@ -69,7 +72,7 @@ def search(
     """
     if not prompts or not max_new_tokens:
         return [[] for _ in prompts]
-    engine.check_room(max(map(len, prompts)) + max_new_tokens)
+    engine.check_room(max(map(count_places, prompts)) + max_new_tokens)
     found = [Beams(beams, length_penalty) for _ in prompts]
     state, last = engine.read(prompts)
     uses = engine.read_uses

@@ -53,6 +53,10 @@ class Layer(CacheLayerMixin):
         self.is_initialized = True
         return real
 
+    def skip(self, count: Tensor) -> None:
+        """Have the first token stand behind so many [B] that were offered and are gone; before any is."""
+        self.seen = even(count)
+
     def spread(self, count: Count) -> Tensor:
         """A number of each row as [B]."""
         return torch.as_tensor(count, device=self.fresh.device).expand(len(self.fresh))
@@ -92,6 +96,7 @@ class SlotLayer(Layer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens [B, Hkv, T, D]; return all keys and values held, [B, Hkv, S, D]."""
         batch, heads, length, _ = key_states.shape
+        skipped = self.stores is None and not (isinstance(self.seen, int) and self.seen == 0)
         real = self.offer(key_states)
         new = [states.flatten(0, 1) for states in (key_states, value_states)]
         if self.joined:
@@ -102,6 +107,7 @@ class SlotLayer(Layer):
             empty = [Store(codec, states[:, :0], 0) for codec, states in zip(self.codecs, new, strict=True)]
             self.stores = (empty[0], empty[1])
             self.mass = new[0].new_zeros(len(new[0]), 0, dtype=torch.float32) if self.observing else None
+            self.place = new[0].new_zeros(len(new[0]), 0, dtype=torch.int32) if skipped else None
         held = self.stores[0].lengths
         if self.place is not None:
             self.place = self._grow(self.place, held, self.fresh.int().repeat_interleave(each, 0), rows)
@@ -478,6 +484,11 @@ class SlotCache(Cache):
         """Say which of the next tokens [B, T] are real."""
         for layer in self.slot_layers:
             layer.real = real
+
+    def skip(self, count: Tensor) -> None:
+        """Have the first token of each row stand behind so many [B] that are gone already."""
+        for layer in self.slot_layers:
+            layer.skip(count)
 
     def settle(self, ends_prompt: bool = False) -> None:
         """Evict and encode in every layer. The first time that the prompt is said to have ended counts."""

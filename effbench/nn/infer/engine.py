@@ -10,23 +10,24 @@ grow with text times vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from effbench.core.errors import Unsupported
 from effbench.core.run import InferPlan, Run
 from effbench.nn.infer.beams import search
 from effbench.nn.infer.cache import SlotCache
+from effbench.nn.infer.memory import KeyValues, Tokens, count_places
 from effbench.nn.infer.sampling import Sampling
 from effbench.nn.model import attention
 from effbench.nn.model.blocks import Blocks, count_positions
 from effbench.nn.model.feed import count_front, count_soft, feed
-
-Tokens = Sequence[int | Tensor]  # of a prompt: ids, and embeddings [H] that stand in the place of one
 
 SLICE_BYTES = {"cpu": 2**24, "cuda": 2**27}  # of the float32 logits that scoring makes at a time
 
@@ -67,6 +68,7 @@ class State:
     ids: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))  # [B] the token to be fed next
     length: int = 0  # tokens in the cache
     padding: Tensor | None = None  # bool [B, length], True where real; None when nothing is padded
+    gone: Tensor | None = None  # [B] tokens that stood before those in the cache; None: none, or the cache knows
 
     def select(self, rows: Tensor) -> None:
         """Go on with rows [M] of the batch, each as often as it is named; between forward passes that have settled."""
@@ -76,6 +78,7 @@ class State:
             self.cache.batch_select_indices(rows)
         self.ids = self.ids[rows] if len(self.ids) else self.ids
         self.padding = None if self.padding is None else self.padding[rows]
+        self.gone = None if self.gone is None else self.gone[rows]
 
 
 def open_engine(run: Run, model: Any = None, vocabulary: int | None = None) -> Engine:
@@ -155,8 +158,8 @@ class Engine:
             scored: list[Scored] = decoder.verifier.score(pairs, block, batch_tokens)
             return scored
         self.uses = []
-        self.check_room(max((len(context) + len(more) - 1 for context, more in pairs), default=0))
-        if self.plan.streams or block is not None or any(map(_has_embeddings, (context for context, _ in pairs))):
+        self.check_room(max((count_places(context) + len(more) - 1 for context, more in pairs), default=0))
+        if self.plan.streams or block is not None or any(map(_has_states, (context for context, _ in pairs))):
             found: dict[int, Scored] = {}
             for i, states in self.stream(pairs, block or 1, batch_tokens, hold):
                 target = torch.tensor(pairs[i][1])
@@ -250,7 +253,7 @@ class Engine:
         if decoder is not None:
             verified: list[Tensor] = decoder.verifier.predict(pairs, block=block)
             return verified
-        self.check_room(max((len(context) + len(more) - 1 for context, more in pairs), default=0))
+        self.check_room(max((count_places(context) + len(more) - 1 for context, more in pairs), default=0))
         found = {i: torch.cat([*self.slice_logits(states)]) for i, states in self.stream(pairs, block, hold=hold)}
         return [found[i] for i in range(len(pairs))]
 
@@ -291,6 +294,7 @@ class Engine:
         state may be cropped, also where the model's own window has passed.
         """
         state = State(self._cache(croppable))
+        prompts = self._put_in_front(state, prompts)
         rests = prompts
         if apart or isinstance(state.cache, SlotCache):
             ends = [
@@ -311,6 +315,36 @@ class Engine:
         self.settle(state)
         return state, out.last_hidden_state[:, -1]
 
+    def _put_in_front(self, state: State, prompts: Sequence[Tokens]) -> Sequence[Tokens]:
+        """Put keys and values that stand in front of prompts into a cache that is empty; the rest of the prompts.
+
+        Raises `Unsupported` where the cache holds keys of another form.
+        """
+        fronts = [[token for token in prompt if isinstance(token, KeyValues)] for prompt in prompts]
+        some = next(itertools.chain.from_iterable(fronts), None)
+        if some is None:
+            return prompts
+        if count_soft(self.model) or self.plan.slot("rope") or attention.find_holder(self.model):
+            raise Unsupported("keys and values of a memory stand behind no soft prompt, and cannot be rotated anew")
+        none = KeyValues([keys[:, :0] for keys in some.keys], [values[:, :0] for values in some.values], 0)
+        given = [front[0] if front else none for front in fronts]
+        width = max(memory.kept for memory in given)
+        gaps = [width - memory.kept for memory in given]
+        real = torch.arange(width, device=self.device) >= torch.tensor([gaps], device=self.device).T
+        gone = torch.tensor([memory.before for memory in given], device=self.device)
+        if isinstance(state.cache, SlotCache):
+            state.cache.skip(gone)
+            state.cache.expect(real if any(gaps) else None)
+        else:
+            state.padding, state.gone = real, gone
+        for layer in range(len(some.keys)):
+            held = [(memory.keys[layer], memory.values[layer]) for memory in given]
+            padded = [[pad(part, (0, 0, gap, 0)) for part in parts] for parts, gap in zip(held, gaps, strict=True)]
+            keys, values = (torch.stack(parts) for parts in zip(*padded, strict=True))
+            state.cache.update(keys, values, layer)
+        state.length = width
+        return [prompt[len(front) :] for prompt, front in zip(prompts, fronts, strict=True)]
+
     def _batch(self, rows: Sequence[Tokens], left: bool = True) -> tuple[Tensor, Tensor | None]:
         """Tokens of rows, [B, T] ids or [B, T, H] embeddings, padded on one side; which are real, None if all are."""
         width = max(map(len, rows))
@@ -322,13 +356,13 @@ class Engine:
         if any(gaps):
             place, sizes = torch.arange(width, device=self.device), torch.tensor([gaps], device=self.device).T
             real = place >= sizes if left else place < width - sizes
-        if not any(map(_has_embeddings, rows)):
+        if not any(map(_has_states, rows)):
             return ids.view(len(rows), width), real
         embedded = self.model.get_input_embeddings()(ids).detach()
         for row, tokens in zip(embedded, even, strict=True):
             for place_, token in enumerate(tokens):
                 if isinstance(token, Tensor):
-                    row[place_] = token
+                    row[place_] = token.detach()
         return embedded, real
 
     def generate(
@@ -349,7 +383,7 @@ class Engine:
         if not prompts:
             return []
         numbers = range(len(prompts)) if numbers is None else numbers
-        self.check_room(max(map(len, prompts)) + max_new_tokens)
+        self.check_room(max(map(count_places, prompts)) + max_new_tokens)
         decoder = self.plan.slot("decoder")
         if decoder is not None:
             self.plan.act(self.plan.owner("decoder"))
@@ -427,19 +461,19 @@ class Engine:
         if isinstance(cache, SlotCache):
             shown = real
             if real is not None and not cache.get_seq_length():
-                shown = torch.nn.functional.pad(real, (count_soft(self.model), 0), value=True)
+                shown = pad(real, (count_soft(self.model), 0), value=True)
             cache.expect(shown)
             soft = count_soft(self.model) if cache.get_seq_length() else 0
             seen = torch.as_tensor(cache.seen, device=ids.device).expand(batch)[:, None] - soft
             new = torch.ones(batch, width, dtype=torch.bool, device=ids.device) if real is None else real
             inputs["position_ids"] = (seen + new.cumsum(1) - 1).clamp(min=0)
-        elif real is not None or state.padding is not None:
+        elif real is not None or state.padding is not None or state.gone is not None:
             held = state.padding
             if held is None:
                 held = torch.ones(batch, state.length, dtype=torch.bool, device=ids.device)
             new = torch.ones(batch, width, dtype=torch.bool, device=ids.device) if real is None else real
             state.padding = torch.cat([held, new], 1)
-            inputs |= self._describe_padding(state.padding, width)
+            inputs |= self._describe_padding(state.padding, width, state.gone)
         state.length += width
         with torch.no_grad():
             return feed(self.model, inputs, cache, body, plan=self.plan, **options)
@@ -484,21 +518,25 @@ class Engine:
         return DynamicCache() if croppable else DynamicCache(config=self.model.config)
 
     @staticmethod
-    def _describe_padding(mask: Tensor | None, last: int | None = None) -> dict[str, Tensor]:
-        """Arguments that tell the model which tokens [B, T] are padding; positions count real tokens only."""
-        if mask is None or bool(mask.all()):
+    def _describe_padding(
+        mask: Tensor | None, last: int | None = None, gone: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Arguments that tell the model which tokens [B, T] are padding; positions count real tokens only, and those
+        [B] that are gone from in front of them."""
+        if mask is None or (bool(mask.all()) and gone is None):
             return {}
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        positions = positions if gone is None else positions + gone[:, None]
         return {"attention_mask": mask.long(), "position_ids": positions[:, -(last or mask.shape[1]) :]}
 
 
-def _has_embeddings(tokens: Tokens) -> bool:
-    return any(isinstance(token, Tensor) for token in tokens)
+def _has_states(tokens: Tokens) -> bool:
+    return any(not isinstance(token, int) for token in tokens)
 
 
 def _name(tokens: Tokens) -> tuple[int, ...]:
     """What tells prompts apart."""
-    return tuple(id(token) if isinstance(token, Tensor) else token for token in tokens)
+    return tuple(token if isinstance(token, int) else id(token) for token in tokens)
 
 
 def score_targets(logits: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effbench.nn.infer.engine import Engine, State, Tokens, Use
+from effbench.nn.infer.engine import Engine, State, Use
+from effbench.nn.infer.memory import Tokens
 
 
 @dataclasses.dataclass

@@ -19,7 +19,10 @@ STEP = 0.1  # by which a refined method keeps more
 
 
 def apply(run: Run, method: Prompt) -> None:
-    """Have `run.rewrite` call the method."""
+    """Have `run.rewrite` call the method. Raises `Unsupported` behind a step that makes memory of prompts."""
+    memory = run.infer.owner("memory")
+    if memory is not None:
+        raise Unsupported(f"{memory} makes memory of prompts, which leaves no text to shorten: put {method} before it")
     run.infer.chain("prompt").append(method)
 
 

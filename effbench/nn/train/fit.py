@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from effbench.core.errors import Diverged
+from effbench.core.errors import Diverged, Unsupported
 from effbench.core.run import FitCost, FitReport
 from effbench.core.views import Example
 from effbench.nn.train.checkpoint import agree, count_ranks, read_state, write_state
@@ -45,8 +45,10 @@ def fit(run: Run, settings: FitSettings, start: int = 0) -> FitReport:
 
     Of several learning rates each is tried from the same state, and what the best one left is kept. The first `start`
     steps count as taken: the data and the learning rate go on from there. Raises `Unsupported` when nothing is
-    trainable, `Diverged` on a loss that is not finite, `Refused` when a hook loses a tensor.
+    trainable, or where a step needs batches to be fed in the usual way and another does not, `Diverged` on a loss that
+    is not finite, `Refused` when a hook loses a tensor.
     """
+    _check_feeder(run, settings)
     if run.log.near_duplicates is None:
         run.log.near_duplicates = run.data.count_near_duplicates()
     try:
@@ -59,6 +61,27 @@ def fit(run: Run, settings: FitSettings, start: int = 0) -> FitReport:
         (run.folder / f"fit-{len(run.log.fits) + 1}.jsonl").write_text(text)
     run.note_fit(report)
     return report
+
+
+def _check_feeder(run: Run, settings: FitSettings) -> None:
+    """Raise `Unsupported` where a method feeds batches its own way and something else needs them as they are."""
+    plan, feeder = run.train, run.train.owner("forward")
+    if feeder is None:
+        return
+    if settings.validate or len(settings.rates) > 1:
+        raise Unsupported(f"the validation loss is of plain text, and {feeder} is not: give one lr, and no validate")
+    engine = plan.owner("parallel")
+    readers = [
+        method
+        for method in plan.chain("loss")
+        if any(role != "model" or outputs - {"logits"} for role, outputs in method.reads.items())
+    ]
+    for other in filter(None, (engine, *readers)):
+        raise Unsupported(f"{feeder} feeds batches in a way of its own, in which {other} cannot have a part")
+    rewriters = plan.chain("batch")
+    later = rewriters[rewriters.index(feeder) + 1 :] if feeder in rewriters else []
+    if later:
+        raise Unsupported(f"{later[0]} changes batches that {feeder} has laid out: put it before")
 
 
 def choose_rate(run: Run, settings: FitSettings, start: int) -> Fitted:

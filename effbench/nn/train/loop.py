@@ -14,6 +14,7 @@
                 until it is taken:
                     for each part:
                         precision.forward    a context of its own
+                            forward      of the method that has claimed it, else the model's own
                         loss             terms of methods; cross-entropy unless one has claimed `train.loss`
                         precision.scale, backward
                     gradients of weights held at zero are zeroed
@@ -116,6 +117,7 @@ class Loop:
                 stack.enter_context(method.context(run))
             self._check_layout()
             self.roles = Roles(run, plan.chain("loss"))
+            self.feeder: Any = plan.slot("forward")
             stack.enter_context(run.reading(self.roles))
             stack.enter_context(self.roles.open())
             stack.enter_context(own_attention(run.model, run.infer))
@@ -336,7 +338,8 @@ class Loop:
 
     def _feed(self, batch: Batch) -> Outputs:
         with self.precision.forward(self.run):
-            return self.roles.feed(batch)
+            out: Outputs = self.roles.feed(batch) if self.feeder is None else self.feeder.forward(batch, self.run)
+            return out
 
     def _bring_back(self) -> bool:
         """Have the gradients of the whole step, unscaled; False, and no gradients, where they overflowed anywhere."""
