@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -16,60 +17,44 @@ import torch
 from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
-import divided
-import engines
+from ranks import Program, work
 
-Ranks = list[dict[str, Any]]  # what each has found
+Found = list[dict[str, Any]]  # by each rank
 
 
-def start_once(
-    factory: pytest.TempPathFactory, work: Callable[[int, int, Path], None], ranks: int, last: int = 0
-) -> Ranks:
-    """What so many ranks have found, who are started by the first process of the tests that asks.
-
-    Each is to end well, the last one with the exit code `last`.
-    """
+def start_once(factory: pytest.TempPathFactory, program: Program, ranks: int) -> Found:
+    """What so many ranks have found, who are started by the first process of the tests that asks; all end well, but
+    for a last one that is killed."""
     base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{work.__module__}-{ranks}"
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"{rank}.pt" for rank in range(ranks)]
-    with FileLock(folder / "lock"):
-        if not all(file.exists() for file in files):
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{program.name}-{ranks}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():  # else they were started, and may have failed
+            folder.mkdir()
             context = multiprocessing.get_context("spawn")
-            processes = [context.Process(target=work, args=(rank, ranks, folder)) for rank in range(ranks)]
+            processes = [context.Process(target=work, args=(program, rank, ranks, folder)) for rank in range(ranks)]
             for process in processes:
                 process.start()
             for process in processes:
-                process.join(300)
+                process.join(600)  # ranks that wait for another one end after 120 seconds by themselves
+            last = -signal.SIGKILL if ranks in program.fatal else 0
             assert [process.exitcode for process in processes] == [0] * (ranks - 1) + [last]
-    return [torch.load(file, weights_only=False) for file in files]
+            shutil.rmtree(folder / "scratch", ignore_errors=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="session")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """What each of two ranks has to tell of engines that divide tensors, see `engines.work`."""
-    return start_once(tmp_path_factory, engines.work, 2)
-
-
-@pytest.fixture(scope="session")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """The same of four ranks."""
-    return start_once(tmp_path_factory, engines.work, 4)
-
-
-@pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ranks]:
-    """What so many ranks have found of stages and experts, see `divided.work`."""
-    return functools.cache(lambda ranks: start_once(tmp_path_factory, divided.work, ranks, -signal.SIGKILL))
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Program, int], Found]:
+    """What so many ranks have found in a program."""
+    return functools.cache(functools.partial(start_once, tmp_path_factory))
 
 
 @pytest.fixture
-def pair(start: Callable[[int], Ranks]) -> Ranks:
-    """What each of two ranks has found."""
-    return start(2)
+def two(request: pytest.FixtureRequest, start: Callable[[Program, int], Found]) -> Found:
+    """What each of two ranks has found in the program of the tests."""
+    return start(request.module.PROGRAM, 2)
 
 
 @pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["2 ranks", "4 ranks"])
-def ranks(request: pytest.FixtureRequest, start: Callable[[int], Ranks]) -> Ranks:
-    """What each of two, and of four ranks has found."""
-    return start(request.param)
+def ranks(request: pytest.FixtureRequest, start: Callable[[Program, int], Found]) -> Found:
+    """What each of two, and of four ranks has found in it."""
+    return start(request.module.PROGRAM, request.param)

@@ -7,34 +7,28 @@ from typing import Any
 import divided
 import pytest
 import torch
-from test_pp import find_difference
+from divided import PROGRAM
+from ranks import prepare
+from same import check_overflowed, check_refused, check_resumed, check_trained, list_cases
 from torch import nn
 
 from effbench.core.recipe import parse
 from effbench.methods.parallel.ep import EP
 from effbench.nn.model.experts import list_experts
 
-CASES = [(2, name) for name in divided.CASES if name.startswith("ep")]
-CASES += [pytest.param(4, name, marks=pytest.mark.slow) for name in divided.EVERYWHERE if name.startswith("ep")]
 
-
-@pytest.mark.parametrize(("number", "name"), CASES)
-def test_divided_experts_train_what_one_process_trains(number: int, name: str, start: Any) -> None:
-    exact = divided.CASES[name].dtype is torch.float64
-    assert find_difference(name, start(number)) < (1e-10 if exact else 1e-6)
+@pytest.mark.parametrize(("ranks", "name"), list_cases(PROGRAM, divided.EP), indirect=["ranks"])
+def test_divided_experts_train_what_one_process_trains(ranks: list[dict[str, Any]], name: str) -> None:
+    check_trained(PROGRAM, name, ranks)
 
 
 def test_an_overflow_on_one_rank_is_skipped_by_all(ranks: list[dict[str, Any]]) -> None:
-    found = [rank["overflowed"]["ep"] for rank in ranks]
-    for parameters, report, kept in found:
-        assert report["skipped"] == 1 and kept == {"scale": 65536.0, "clean": 1}
-        assert all(torch.equal(found[0][0][name], value) for name, value in parameters.items())
+    check_overflowed("ep overflow", ranks)
 
 
-@pytest.mark.parametrize("name", [name for name in divided.REFUSED if name.startswith("ep")])
-def test_what_has_no_experts_to_divide_is_unsupported_on_all_ranks(name: str, pair: list[dict[str, Any]]) -> None:
-    said = {rank["refused"][name] for rank in pair}
-    assert len(said) == 1 and divided.REFUSED[name][1] in said.pop()
+@pytest.mark.parametrize("name", divided.EP_REFUSED)
+def test_what_has_no_experts_to_divide_is_unsupported_on_all_ranks(name: str, two: list[dict[str, Any]]) -> None:
+    check_refused(PROGRAM, [name], two)
 
 
 def test_what_is_dispatched_and_combined_is_counted(ranks: list[dict[str, Any]]) -> None:
@@ -53,7 +47,7 @@ def test_what_is_dispatched_and_combined_is_counted(ranks: list[dict[str, Any]])
 
 
 def test_each_rank_holds_its_experts_and_all_else(ranks: list[dict[str, Any]]) -> None:
-    whole = divided.prepare(divided.CASES["ep"], 1).model
+    whole = prepare(divided.EP["ep"], 1).model
     experts = sum(p.nbytes for module in list_experts(whole) for p in module.parameters())
     rest = sum(p.nbytes for p in whole.parameters()) - experts
     for rank in ranks:
@@ -61,11 +55,8 @@ def test_each_rank_holds_its_experts_and_all_else(ranks: list[dict[str, Any]]) -
         assert cost["parameter_bytes"] == cost["gradient_bytes"] == rest + experts // len(ranks)
 
 
-def test_killed_ranks_go_on_to_the_same_bits(pair: list[dict[str, Any]]) -> None:
-    for rank in pair:
-        whole, resumed, report = rank["resumed"]["ep"]
-        assert report["resumed"] == [1]
-        assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+def test_killed_ranks_go_on_to_the_same_bits(two: list[dict[str, Any]]) -> None:
+    check_resumed(PROGRAM, "ep", two)
 
 
 def test_a_killed_rank_is_an_error_of_the_others_within_seconds(ranks: list[dict[str, Any]]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import engines
 import pytest
+import sharded
 import torch
-from same import check
+from same import check_refused, check_resumed, check_trained, list_cases
+from sharded import PROGRAM
 
 from effbench.checks import toy_run
 from effbench.core.errors import Unsupported, Usage
@@ -15,35 +16,25 @@ from effbench.core.recipe import parse, parse_step
 from effbench.methods.parallel.fsdp import FSDP
 
 
-@pytest.mark.parametrize("name", engines.FSDP)
-def test_two_ranks_train_what_one_trains(name: str, two: list[Any]) -> None:
-    check(name, two)
+@pytest.mark.parametrize(("ranks", "name"), list_cases(PROGRAM, sharded.FSDP), indirect=["ranks"])
+def test_ranks_train_what_one_trains(ranks: list[Any], name: str) -> None:
+    check_trained(PROGRAM, name, ranks)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in engines.FOUR if name in engines.FSDP])
-def test_four_ranks_train_what_one_trains(name: str, four: list[Any]) -> None:
-    check(name, four)
-
-
-@pytest.mark.parametrize("ranks", ["two", pytest.param("four", marks=pytest.mark.slow)])
-def test_norm_counts_what_is_replicated_once(ranks: str, request: pytest.FixtureRequest) -> None:
+def test_norm_counts_what_is_replicated_once(ranks: list[Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(5, 3, dtype=torch.float64, generator=generator) for _ in range(4)]
     norm = float(torch.linalg.vector_norm(torch.stack(whole)))
-    for told in request.getfixturevalue(ranks):
+    for told in ranks:
         found, clipped = told["mixed"]
         assert found == pytest.approx(norm, rel=1e-14)
         for gradient, plain in zip(clipped, whole, strict=True):
             torch.testing.assert_close(gradient, plain / (norm + 1e-6), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("engine", engines.KILLED)
+@pytest.mark.parametrize("engine", PROGRAM.killed)
 def test_killed_ranks_go_on_to_the_same_bits(engine: str, two: list[Any]) -> None:
-    for told in two:
-        whole, resumed, report = told["resumed"][engine]
-        assert report["resumed"] == [2]
-        assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+    check_resumed(PROGRAM, engine, two)
 
 
 def test_bytes_are_those_of_the_formula(two: list[Any]) -> None:
@@ -81,7 +72,7 @@ def test_collectives_are_those_of_the_paper(two: list[Any]) -> None:
     """Psi parameters: a reduction of them, or (7.2) one gathering and one scattering, and at stage 3 a second one."""
     size = 4 * sum(parameter.numel() for parameter in toy_run().model.parameters())
     least = 200  # bytes of bookkeeping: counts of tokens and losses
-    told = {engine: two[0]["costs"][engine]["collectives"] for engine in engines.COST}
+    told = {engine: two[0]["costs"][engine]["collectives"] for engine in sharded.COST}
 
     def near(engine: str, kind: str, times: int) -> None:
         found = told[engine].get(kind, {"bytes": 0})["bytes"]
@@ -93,11 +84,7 @@ def test_collectives_are_those_of_the_paper(two: list[Any]) -> None:
 
 
 def test_what_needs_whole_tensors_is_unsupported(two: list[Any]) -> None:
-    reasons = two[0]["refused"]
-    assert "passes its own examples through the model" in reasons["fsdp()"]
-    assert "keeps states of whole matrices" in reasons["fsdp(stage=3)"]
-    assert "soft prompt reads the table" in reasons["fsdp(ranks=2)"]
-    assert "reads whole gradients after each step" in reasons["fsdp(stage=2)"]
+    check_refused(PROGRAM, sharded.FSDP_REFUSED, two)
 
 
 def test_ranks_that_are_not_there_are_unsupported() -> None:

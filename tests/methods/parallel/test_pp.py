@@ -7,56 +7,37 @@ from typing import Any
 import divided
 import pytest
 import torch
+from divided import PROGRAM
+from ranks import prepare, train
+from same import check_overflowed, check_refused, check_resumed, check_trained, list_cases
 from torch import Tensor
 
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse, parse_step
 from effbench.nn.train.pipeline import cut
 
-CASES = [(2, name) for name in divided.CASES if name.startswith("pp")]
-CASES += [pytest.param(4, name, marks=pytest.mark.slow) for name in divided.EVERYWHERE if name.startswith("pp")]
 
-
-def find_difference(name: str, ranks: list[dict[str, Any]]) -> float:
-    """The largest between the parameters of any rank and those of one process alone."""
-    alone, report = divided.train(divided.CASES[name], 1)
-    found = [rank["trained"][name] for rank in ranks]
-    for parameters, told in found:
-        assert all(torch.equal(found[0][0][key], value) for key, value in parameters.items())
-        assert told["loss_last"] == pytest.approx(report["loss_last"], abs=1e-6)
-        for key in ("steps", "tokens", "distinct_tokens", "epochs", "groups"):
-            assert told[key] == report[key]
-        assert told["cost"]["parameters"] == report["cost"]["parameters"]
-    return max(float((found[0][0][key] - value).abs().max()) for key, value in alone.items())
-
-
-@pytest.mark.parametrize(("number", "name"), CASES)
-def test_stages_train_what_one_process_trains(number: int, name: str, start: Any) -> None:
-    exact = divided.CASES[name].dtype is torch.float64
-    assert find_difference(name, start(number)) < (1e-10 if exact else 1e-6)
+@pytest.mark.parametrize(("ranks", "name"), list_cases(PROGRAM, divided.PP), indirect=["ranks"])
+def test_stages_train_what_one_process_trains(ranks: list[dict[str, Any]], name: str) -> None:
+    check_trained(PROGRAM, name, ranks)
 
 
 def test_gradients_are_clipped_and_steps_are_taken() -> None:
     """By descent along gradients as they are: a factor of them, or of their norm, shows in the weights."""
-    case = divided.CASES["pp"]
-    first, last = divided.copy_parameters(divided.prepare(case, 1)), divided.train(case, 1, steps=1)[0]
-    moved = torch.stack([(last[name] - value).square().sum() for name, value in first.items()]).sum().sqrt()
-    assert divided.SETTINGS.clip is not None
-    assert float(moved) == pytest.approx(divided.SETTINGS.clip * 0.5, rel=1e-5)  # norm times rate: clipping was active
+    case = divided.PP["pp"]._replace(changes={"steps": 1})
+    first, last = prepare(case, 1).model.named_parameters(), train(case, 1).parameters
+    moved = torch.stack([(last[name] - value.detach()).square().sum() for name, value in first]).sum().sqrt()
+    assert case.settings.clip is not None
+    assert float(moved) == pytest.approx(case.settings.clip * 0.5, rel=1e-5)  # norm times rate: clipping was active
 
 
 def test_an_overflow_in_one_stage_is_skipped_by_all(ranks: list[dict[str, Any]]) -> None:
-    found = [rank["overflowed"]["pp"] for rank in ranks]
-    for parameters, report, kept in found:
-        assert report["skipped"] == 1 and report["steps"] == divided.SETTINGS.steps
-        assert kept == {"scale": 65536.0, "clean": 1}  # halved once, and doubled after two steps without
-        assert all(torch.equal(found[0][0][name], value) for name, value in parameters.items())
+    check_overflowed("pp overflow", ranks)
 
 
-@pytest.mark.parametrize("name", [name for name in divided.REFUSED if name.startswith("pp")])
-def test_what_sees_more_than_a_stage_is_unsupported_on_all_ranks(name: str, pair: list[dict[str, Any]]) -> None:
-    said = {rank["refused"][name] for rank in pair}
-    assert len(said) == 1 and divided.REFUSED[name][1].format(ranks=2) in said.pop()
+@pytest.mark.parametrize("name", divided.PP_REFUSED)
+def test_what_sees_more_than_a_stage_is_unsupported_on_all_ranks(name: str, two: list[dict[str, Any]]) -> None:
+    check_refused(PROGRAM, [name], two)
 
 
 def test_what_stages_send_is_counted(ranks: list[dict[str, Any]]) -> None:
@@ -71,7 +52,7 @@ def test_what_stages_send_is_counted(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_each_rank_holds_its_stage_and_what_is_tied_is_one_tensor_of_the_whole(ranks: list[dict[str, Any]]) -> None:
-    whole = divided.prepare(divided.CASES["pp"], 1).model
+    whole = prepare(divided.PP["pp"], 1).model
     table = whole.get_input_embeddings().weight.nbytes
     held = [rank["counted"]["pp"]["cost"] for rank in ranks]
     norm = whole.model.norm.weight.nbytes
@@ -84,15 +65,12 @@ def test_each_rank_holds_its_stage_and_what_is_tied_is_one_tensor_of_the_whole(r
     assert sum(expected) - table == sum(p.nbytes for p in whole.parameters())
 
 
-def test_killed_stages_go_on_to_the_same_bits(pair: list[dict[str, Any]]) -> None:
-    for rank in pair:
-        whole, resumed, report = rank["resumed"]["pp"]
-        assert report["resumed"] == [1]
-        assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+def test_killed_stages_go_on_to_the_same_bits(two: list[dict[str, Any]]) -> None:
+    check_resumed(PROGRAM, "pp", two)
 
 
-def test_a_killed_stage_is_an_error_of_the_others_within_seconds(pair: list[dict[str, Any]]) -> None:
-    error, seconds = pair[0]["died"]
+def test_a_killed_stage_is_an_error_of_the_others_within_seconds(two: list[dict[str, Any]]) -> None:
+    error, seconds = two[0]["died"]
     assert error == "RuntimeError" and seconds < 5
 
 

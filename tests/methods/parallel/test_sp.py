@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import engines
 import pytest
-from same import check
+import sharded
+from same import check_refused, check_trained, list_cases
+from sharded import PROGRAM
 
 from effbench.checks import toy_run
 
 
-@pytest.mark.parametrize("name", engines.SP)
-def test_two_ranks_train_what_one_trains(name: str, two: list[Any]) -> None:
-    check(name, two)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in engines.FOUR if name in engines.SP])
-def test_four_ranks_train_what_one_trains(name: str, four: list[Any]) -> None:
-    check(name, four)
+@pytest.mark.parametrize(("ranks", "name"), list_cases(PROGRAM, sharded.SP), indirect=["ranks"])
+def test_ranks_train_what_one_trains(ranks: list[Any], name: str) -> None:
+    check_trained(PROGRAM, name, ranks)
 
 
 def test_megatron_gathers_and_scatters_where_tp_reduces(two: list[Any]) -> None:
@@ -46,6 +41,4 @@ def test_activations_are_divided(two: list[Any]) -> None:
 
 
 def test_what_needs_all_tokens_is_unsupported(two: list[Any]) -> None:
-    assert "PrunedLinear: only plain linears" in two[0]["refused"]["sp()"]
-    assert "changes how linears compute" in two[0]["refused"]["sp(ranks=2)"]
-    assert "each rank has some tokens of it" in two[0]["refused"]["sp(kind='ulysses')"]
+    check_refused(PROGRAM, sharded.SP_REFUSED, two)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import engines
 import pytest
+import sharded
 import torch
-from same import check
+from ranks import Case, prepare, take_steps, train
+from same import check_refused, check_trained, list_cases
+from sharded import PROGRAM
 
 from effbench.checks import VOCABULARY, WIDTH, toy, toy_run
 from effbench.core.errors import Unsupported
+from effbench.core.recipe import parse_step
 from effbench.methods.parallel._megatron import check_heads, check_linears
 from effbench.methods.parallel.tp import TP
 from effbench.nn.model.blocks import Blocks
 
 
-@pytest.mark.parametrize("name", engines.TP)
-def test_two_ranks_train_what_one_trains(name: str, two: list[Any]) -> None:
-    check(name, two)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in engines.FOUR if name in engines.TP])
-def test_four_ranks_train_what_one_trains(name: str, four: list[Any]) -> None:
-    check(name, four)
+@pytest.mark.parametrize(("ranks", "name"), list_cases(PROGRAM, sharded.TP), indirect=["ranks"])
+def test_ranks_train_what_one_trains(ranks: list[Any], name: str) -> None:
+    check_trained(PROGRAM, name, ranks)
 
 
 def test_ranks_hold_their_part_of_matrices_and_all_norms(two: list[Any]) -> None:
@@ -58,9 +55,7 @@ def test_blocks_cost_two_reductions_each_way(two: list[Any]) -> None:
 
 
 def test_what_cannot_be_divided_is_unsupported(two: list[Any]) -> None:
-    reasons = two[0]["refused"]
-    assert "LoRALinear: only plain linears" in reasons["tp()"]
-    assert "whole activations of a block" in reasons["tp(ranks=2)"]
+    check_refused(PROGRAM, sharded.TP_REFUSED, two)
     with pytest.raises(Unsupported, match="Conv1D"):
         check_linears(toy_run("gpt2"), 2)
     for what in (lambda run: check_linears(run, 2), lambda run: TP().shares(run.model)):
@@ -73,10 +68,10 @@ def test_what_cannot_be_divided_is_unsupported(two: list[Any]) -> None:
 
 
 def test_one_rank_is_no_rank() -> None:
-    for engine in ("tp(ranks=1)", "sp(ranks=1)", "sp(ranks=1, kind='ulysses')", "fsdp(ranks=1)"):
-        alone, _ = engines.train(engines.Case("ddp()"), 1)
-        run = engines.prepare(engines.Case("ddp()"), 1)
-        run.apply(engines.parse(engine).steps[0])
-        with engines.stepping(False):
-            engines.fit(run, engines.SETTINGS)
-        assert all(torch.equal(value, alone[name]) for name, value in engines.read(run).items())
+    engines = ("tp(ranks=1)", "sp(ranks=1)", "sp(ranks=1, kind='ulysses')", "fsdp(ranks=1)", "pp(ranks=1)")
+    for plain, steps in ((Case(""), engines), (Case("", "mixtral"), ("ep(ranks=1)",))):
+        alone = train(plain, 1).parameters
+        for engine in steps:
+            run = prepare(plain, 1)
+            run.apply(parse_step(engine))
+            assert all(torch.equal(value, alone[name]) for name, value in take_steps(run, plain).parameters.items())
