@@ -165,6 +165,24 @@ def model(name: str, tokenizer: str | None = None) -> Source:
     return dataclasses.replace(source, name=name, digest=_joined([source.digest, digest]))
 
 
+def fixed_model(name: str) -> Source:
+    """The model of that name for a step that reads another than the run's: it is there, and stays what it is.
+
+    Raises `Usage`.
+    """
+    source = model(name)
+    if source.kind == "shape":
+        raise Usage(f"model={name}: a shape has random weights: there is nothing in it")
+    if source.kind == "hub" and source.digest == UNRESOLVED:
+        raise Usage("what a name on the Hub stands for may change: write org/name@COMMIT, with all 40 digits")
+    if source.kind == "gguf":
+        try:
+            open_file(source)
+        except Unavailable as error:
+            raise Usage(str(error)) from None
+    return source
+
+
 def find_model(shown: str) -> Source | None:
     """The model that was shown under this name; None where a folder or file of that name is not in the working folder.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effbench import sources
-from effbench.core.errors import Unavailable, Usage
+from effbench.core.errors import Usage
 from effbench.core.method import Method
 from effbench.core.run import Run
 from effbench.nn.files.load import open_beside
@@ -35,23 +35,11 @@ class Snapshot(Method):
         return self.name
 
     def files(self) -> tuple[Path, ...]:
-        if self.model is None:
-            return ()
-        source = self._find(self.model)
-        self.require(
-            source.kind != "hub" or source.digest != sources.UNRESOLVED,
-            "what a name on the Hub stands for may change: write org/name@COMMIT, with all 40 digits",
-        )
-        if source.kind == "gguf":
-            try:
-                sources.open_file(source)
-            except Unavailable as error:
-                self.require(False, str(error))
-        return source.files
+        return () if self.model is None else self._find(self.model).files
 
     def _find(self, model: str) -> sources.Source:
         try:
-            return sources.model(model)
+            return sources.fixed_model(model)
         except Usage as error:
             raise Usage(f"{self}: {error}") from None
 
