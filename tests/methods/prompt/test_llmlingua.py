@@ -16,7 +16,7 @@ from effbench import tiny
 from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.recipe import parse
 from effbench.core.views import Segments
-from effbench.methods.prompt import llmlingua
+from effbench.methods.prompt import _common
 from effbench.methods.prompt.llmlingua import LLMLingua
 from effbench.nn.infer.engine import Scored
 from effbench.nn.run import ModelRun
@@ -32,13 +32,15 @@ def say(words: str) -> str:
 @pytest.fixture(autouse=True)
 def fakes_are_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake model is its own engine."""
-    real = llmlingua.open_engine
+    real = _common.open_engine
     opened = lambda run, model: model if isinstance(model, Losses) else real(run, model)  # noqa: E731
-    monkeypatch.setattr(llmlingua, "open_engine", opened)
+    monkeypatch.setattr(_common, "open_engine", opened)
 
 
 class Losses:
     """Stands for an engine: the loss of a token is its word's, whatever stands before it."""
+
+    max_length = 1000
 
     def __init__(self, run: ModelRun, losses: dict[str, float]) -> None:
         self.losses = {run.tokenizer(" " + word)["input_ids"][0]: loss for word, loss in losses.items()}
@@ -52,7 +54,10 @@ class Losses:
 
 def fake(run: ModelRun, losses: dict[str, float]) -> tuple[Any, Losses]:
     engine = Losses(run, losses)
-    return SimpleNamespace(tokenizer=run.tokenizer, role=lambda name: engine, seed=0), engine
+    log = SimpleNamespace(notes={})
+    asked = SimpleNamespace(tokenizer=run.tokenizer, role=lambda name: engine, seed=0, log=log)
+    asked.tokenizer_of = lambda name: asked.tokenizer
+    return asked, engine
 
 
 RISING = {word: float(i) for i, word in enumerate(WORDS)}
