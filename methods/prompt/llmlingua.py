@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Literal
 
 from effbench.core.run import Run
 from effbench.core.views import Segments
 from effbench.methods.prompt._common import (
     Judge,
-    Judged,
     Piece,
     count_tokens,
     cut,
@@ -21,12 +20,24 @@ from effbench.methods.prompt._common import (
     note_chunks,
     open_judge,
 )
-
-COARSE = 2.0  # k of the paper: demonstrations are first kept to so many times their budget
+from effbench.methods.prompt._lingua import (
+    COARSE,
+    PACKAGE_ROOM,
+    Lingua,
+    compress_stream,
+    find_package_room,
+    list_ids,
+    select,
+    select_as_package,
+    share_budget,
+    split,
+    strip_end,
+    take_within,
+)
 
 
 @dataclass(frozen=True)
-class LLMLingua(Judged):
+class LLMLingua(Lingua):
     """Budget controller (algorithm 1 of the paper), then iterative token-level compression (algorithm 2).
 
     Contexts are the paper's demonstrations, the system prompt counts as instruction. The white space behind a part
@@ -44,18 +55,14 @@ class LLMLingua(Judged):
     )
     type = "prompt compression"
     identity = {"keep": 1.0}
+    trials = ({}, {"order": "topk", "instruction": 0.9, "question": 1.0}, {"tail": "package", "step": 8})
 
-    keep: float = 0.5  # tau: share of the tokens of the whole prompt that stay, in (0, 1]
-    instruction: float = 0.85  # tau_ins: share of the instruction's tokens that stay, or more where contexts leave room
-    question: float = 0.9  # tau_que: the same of the question
-    step: int = 200  # tokens that are judged in one forward pass, of which a share stays; the paper has 100
-    force: bool = False  # whether digits, names, words of the question and special tokens stay, as whole words
+    order: Literal["iterative", "topk"] = "iterative"  # topk: of each part the tokens with the largest losses in the
+    # whole prompt; no choice of demonstrations, and nothing is judged behind what was kept
 
     def check(self) -> None:
         super().check()
-        self.require(0 < self.instruction <= 1, "instruction is a share of its tokens, in (0, 1]")
-        self.require(0 < self.question <= 1, "question is a share of its tokens, in (0, 1]")
-        self.require(self.step >= 1, "step must be at least 1")
+        self.require(self.order == "iterative" or self.tail == "compressed", "the package's order is iterative")
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
         if self.keep >= 1:
@@ -63,80 +70,90 @@ class LLMLingua(Judged):
         judge = open_judge(run, self.compressor)
         pieces = cut(segments, judge.tokenizer)
         forced = {pieces[i] for i in find_forced(segments, pieces, self.force)}
-        parts = [[piece for piece in pieces if piece.part == i] for i in range(len(segments.contexts) + 3)]
-        instruction, contexts, question = parts[0] + parts[1], parts[2:-1], parts[-1]
-
-        # Budget controller. Lengths L in tokens; room is tau_dems L_dems.
-        total, ins, que = map(count_tokens, (pieces, instruction, question))
-        room = find_room(self, self.keep, total, self.instruction * ins + self.question * que)
-        chosen = choose_contexts(judge, contexts, COARSE * room)
-        demonstrations = [piece for i in sorted(chosen) for piece in contexts[i]]
-        dems = count_tokens(demonstrations)
-        # What is left of k tau_dems L_dems is shared by instruction and question: delta tau. Of their budget
-        # demonstrations keep at least a k-th, so that the prompt meets its own.
-        unused = max(0.0, min(COARSE * room - dems, room - room / COARSE))
-        more = unused / (ins + que) if ins + que else 0.0
-        rates = [min(1.0, self.instruction + more), 0.0, min(1.0, self.question + more)]
-        rates[1] = min(1.0, (self.keep * total - rates[0] * ins - rates[2] * que) / dems) if dems else 0.0
-
-        # Iterative token-level compression: each segment is judged behind what has been kept of those before it.
-        kept: list[Piece] = []
-        prefix: list[int] = []
-        for stream, rate in zip((instruction, demonstrations, question), rates, strict=True):
-            for segment in cut_segments(stream, self.step):
-                stay = compress(judge, prefix, segment, rate, forced)
-                kept += stay
-                prefix += [token for piece in stay for token in piece.ids]
+        instruction, contexts, question = split(segments, pieces)
+        if self.tail == "package":
+            demonstrations = follow_package(self, judge, instruction, contexts, question)
+            kept = [*instruction, *demonstrations, *question]
+        elif self.order == "topk":
+            kept = self._rank(judge, instruction, [*itertools.chain.from_iterable(contexts)], question, forced)
+        else:
+            kept = self._iterate(judge, instruction, contexts, question, forced)
         if pieces and (not kept or kept[-1] is not pieces[-1]):  # of a prompt that ends with a context that went
             kept.append(pieces[-1])
         note_chunks(run, self, judge.chunks)
         return join(segments, kept, apart=self.force)
 
+    def _iterate(
+        self,
+        judge: Judge,
+        instruction: list[Piece],
+        contexts: list[list[Piece]],
+        question: list[Piece],
+        forced: Set[Piece],
+    ) -> list[Piece]:
+        # Budget controller. Lengths L in tokens; room is tau_dems L_dems.
+        ins, que, *sizes = map(count_tokens, (instruction, question, *contexts))
+        total = ins + que + sum(sizes)
+        room = find_room(self, self.keep, total, self.instruction * ins + self.question * que)
+        chosen = choose_contexts(judge, contexts, COARSE * room)
+        demonstrations = [piece for i in sorted(chosen) for piece in contexts[i]]
+        dems = count_tokens(demonstrations)
+        tau_ins, tau_que, left = share_budget(self, total, ins, que, dems, room)
 
-def choose_contexts(judge: Judge, contexts: Sequence[Sequence[Piece]], budget: float) -> set[int]:
+        # Iterative token-level compression: each segment is judged behind what has been kept of those before it.
+        kept: list[Piece] = []
+        for stream, rate in ((instruction, tau_ins), (demonstrations, left / max(1, dems)), (question, tau_que)):
+            kept += compress_stream(judge, list_ids(kept), stream, rate, self.step, forced)
+        return kept
+
+    def _rank(
+        self,
+        judge: Judge,
+        instruction: list[Piece],
+        context: list[Piece],
+        question: list[Piece],
+        forced: Set[Piece],
+    ) -> list[Piece]:
+        ins, que, size = map(count_tokens, (instruction, question, context))
+        room = find_room(self, self.keep, ins + que + size, self.instruction * ins + self.question * que)
+        (losses,) = judge.losses([([judge.first], [], list_ids([*instruction, *context, *question]))])
+        kept: list[Piece] = []
+        left = iter(losses)
+        for part, rate in (instruction, self.instruction), (context, room / max(1, size)), (question, self.question):
+            kept += select(part, [*itertools.islice(left, count_tokens(part))], rate, forced)
+        return kept
+
+
+def choose_contexts(judge: Judge, contexts: Sequence[Sequence[Piece]], budget: float, bos: bool = True) -> list[int]:
     """Demonstration-level compression: by perplexity, highest first, up to the one with which the budget is used up."""
-    ids = {i: [token for piece in context for token in piece.ids] for i, context in enumerate(contexts) if context}
-    judged = len(ids) > 1 and sum(map(len, ids.values())) > budget
-    losses = judge.losses([([judge.first], [], tokens) for tokens in ids.values()]) if judged else []
-    surprisal = {i: sum(row) / len(row) for i, row in zip(ids, losses, strict=False)}  # logarithms of perplexities
-    chosen: set[int] = set()
-    for i in sorted(ids, key=lambda i: -surprisal.get(i, 0.0)):
-        if budget <= 0:
-            break
-        chosen.add(i)
-        budget -= len(ids[i])
-    return chosen
+    sizes = [*map(count_tokens, contexts)]
+    there = [i for i, size in enumerate(sizes) if size]
+    if len(there) < 2 or sum(sizes) <= budget:
+        return take_within(there, sizes, budget)
+    found = measure_perplexity(judge, contexts, bos)
+    return take_within(sorted(found, key=lambda i: -found[i]), sizes, budget)
 
 
-def cut_segments(pieces: Sequence[Piece], step: int) -> Iterator[list[Piece]]:
-    """Runs of pieces of `step` tokens, or a few more where the last make one character."""
-    segment: list[Piece] = []
-    for piece in pieces:
-        segment.append(piece)
-        if count_tokens(segment) >= step:
-            yield segment
-            segment = []
-    if segment:
-        yield segment
+def measure_perplexity(judge: Judge, contexts: Sequence[Sequence[Piece]], bos: bool = True) -> dict[int, float]:
+    """Mean loss of the tokens of each context that has any, the logarithm of its perplexity.
+
+    Without `bos` the first token of a context begins the text, and is not judged.
+    """
+    ids = {i: list_ids(strip_end(context) if not bos else context) for i, context in enumerate(contexts) if context}
+    losses = judge.losses([([judge.first], [], row) if bos else (row[:1], [], row[1:]) for row in ids.values()])
+    return {i: sum(row) / max(1, len(row)) for i, row in zip(ids, losses, strict=True)}
 
 
-def compress(
-    judge: Judge, prefix: list[int], segment: list[Piece], rate: float, forced: Set[Piece] = frozenset()
+def follow_package(
+    method: LLMLingua,
+    judge: Judge,
+    instruction: Sequence[Piece],
+    contexts: Sequence[Sequence[Piece]],
+    question: Sequence[Piece],
 ) -> list[Piece]:
-    """The pieces of a segment with a token whose loss behind the compressed `prefix` is above the threshold."""
-    if rate >= 1:
-        return segment
-    (found,) = judge.losses([([judge.first], prefix, [token for piece in segment for token in piece.ids])])
-    left = iter(found)
-    losses = [
-        [math.inf if piece in forced else loss for loss in itertools.islice(left, len(piece.ids))] for piece in segment
-    ]
-    gamma = find_threshold([*itertools.chain.from_iterable(losses)], rate)
-    pairs = zip(segment, losses, strict=True)
-    return [piece for piece, own in pairs if piece.stays or piece in forced or max(own) > gamma]
-
-
-def find_threshold(losses: Sequence[float], rate: float) -> float:
-    """gamma_j: the percentile of the losses above which a share `rate` of them lies, to the nearest token."""
-    dropped = len(losses) - int(rate * len(losses) + 0.5)
-    return sorted(losses)[dropped - 1] if dropped else -float("inf")
+    """What `PromptCompressor.compress_prompt` keeps of the contexts; instruction and question stay as they are."""
+    room, sizes = find_package_room(method, instruction, contexts, question)
+    chosen = choose_contexts(judge, [*map(strip_end, contexts)], room + PACKAGE_ROOM, bos=False)
+    taken = [contexts[i] for i in sorted(chosen)]
+    tau = min(1.0, room / (sum(sizes[i] + 2 for i in chosen) + 1))  # two tokens for the empty line between contexts
+    return select_as_package(judge, [], taken, [tau] * len(taken), method.step)
