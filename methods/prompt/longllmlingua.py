@@ -59,6 +59,8 @@ class LongLLMLingua(Lingua):
     dynamic: float = 0.3  # delta tau: how far the rates of the first and the last document are from their mean
     reorder: bool = True  # whether documents stand in the order of their ranks; False: in that of the prompt
 
+    restrict: bool = True  # whether the question is ranked by with the restrictive statement behind it
+
     def check(self) -> None:
         super().check()
         self.require(0 <= self.dynamic <= 1, "dynamic is a difference of shares, in [0, 1]")
@@ -79,7 +81,7 @@ class LongLLMLingua(Lingua):
             room = find_room(self, self.keep, total, self.instruction * ins + self.question * que)
 
         # Coarse: documents by r_k, the mean loss of the question behind them (equation 2).
-        losses = measure_question(judge, contexts, asked, bos=not package)
+        losses = measure_question(judge, contexts, asked + RESTRICT * self.restrict, bos=not package)
         order = sorted(losses, key=losses.__getitem__)
         taken = take_within(order, own if package else sizes, room + PACKAGE_ROOM if package else COARSE * room)
         stay = taken if self.reorder else sorted(taken)
@@ -115,12 +117,12 @@ class LongLLMLingua(Lingua):
 def measure_question(
     judge: Judge, contexts: Sequence[Sequence[Piece]], asked: str, bos: bool = True
 ) -> dict[int, float]:
-    """r_k: the mean loss of the tokens of question and restrictive statement behind each context that says anything.
+    """r_k: the mean loss of the tokens of what is asked behind each context that says anything.
 
     Without `bos` the first token of a context begins the text.
     """
     ids = {i: list_ids(strip_end(context)) for i, context in enumerate(contexts) if strip_end(context)}
-    wanted = encode(judge, asked + RESTRICT)
+    wanted = encode(judge, asked)
     losses = judge.losses(
         [([judge.first], tokens, wanted) if bos else (tokens[:1], tokens[1:], wanted) for tokens in ids.values()]
     )

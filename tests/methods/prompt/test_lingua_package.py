@@ -16,7 +16,7 @@ from effbench.core.views import Segments
 from effbench.methods.prompt._common import cut, open_judge
 from effbench.methods.prompt._lingua import split
 from effbench.methods.prompt.llmlingua import LLMLingua, measure_perplexity
-from effbench.methods.prompt.longllmlingua import LongLLMLingua, measure_question
+from effbench.methods.prompt.longllmlingua import RESTRICT, LongLLMLingua, measure_question
 from effbench.nn.run import ModelRun
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llmlingua.safetensors"
@@ -66,7 +66,7 @@ def test_numbers_of_the_package(number: int, run: ModelRun) -> None:
     judge = open_judge(run, "reference")
     segments = write(MANY[number])
     _, contexts, _ = split(segments, cut(segments, judge.tokenizer))
-    asked = measure_question(judge, contexts, segments.question, bos=False)
+    asked = measure_question(judge, contexts, segments.question + RESTRICT, bos=False)
     assert [*asked.values()] == pytest.approx(TENSORS[f"rank/asked/{number}"].tolist(), abs=1e-4)
     plain = measure_perplexity(judge, contexts, bos=False)
     assert [*plain.values()] == pytest.approx(TENSORS[f"rank/plain/{number}"].tolist(), abs=1e-4)

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from effbench import tiny
+from effbench.checks import toy
 from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.recipe import parse
 from effbench.core.views import Segments
@@ -261,7 +265,76 @@ class Plain:
         return self._tokenizer(*args, **options)
 
 
-@pytest.mark.parametrize("settings", [{"instruction": 0.0}, {"question": 1.1}, {"step": 0}, {"keep": 1.5}])
+def test_plain_topk_by_transformers(run: ModelRun, model: Any) -> None:
+    """The seed's form, by name: one pass over the whole prompt; of each part the tokens with the largest losses."""
+    row = NEEDLES[0]
+    prompt = " ".join((row["instruction"], row["context"], row["question"]))
+    ids = run.tokenizer(prompt)["input_ids"]
+    ins, que = len(run.tokenizer(row["instruction"])["input_ids"]), len(row["question"].split())
+    losses = surprisal(model, [0, *ids], 1)
+    number = int(0.4 * len(ids) - ins - que + 0.5)
+    best = sorted(range(ins, len(ids) - que), key=lambda i: -losses[i])[:number]
+    topk = LLMLingua(keep=0.4, order="topk", instruction=1.0, question=1.0)
+    new = topk.rewrite(Segments.divide(prompt, row), run)
+    wanted = [*ids[:ins], *(ids[i] for i in sorted(best)), *ids[-que:]]
+    assert run.tokenizer(new.text())["input_ids"] == wanted
+    assert LLMLingua(keep=0.4, instruction=1.0, question=1.0, step=50).rewrite(Segments.divide(prompt, row), run) != new
+
+
+def measure_kept(method: LLMLingua, run: ModelRun) -> float:
+    before = after = 0
+    for row in NEEDLES:
+        prompt = Segments.divide(" ".join((row["instruction"], row["context"], row["question"])), row)
+        before += len(run.tokenizer(prompt.text())["input_ids"])
+        after += len(run.tokenizer(method.rewrite(prompt, run).text())["input_ids"])
+    return after / before
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.5])
+def test_every_piece_is_compressed_so_that_the_prompt_meets_its_budget(keep: float, run: ModelRun) -> None:
+    assert measure_kept(LLMLingua(keep=keep), run) == pytest.approx(keep, abs=0.05)
+    assert measure_kept(LLMLingua(keep=keep, order="topk"), run) == pytest.approx(keep, abs=0.05)
+
+
+def test_the_package_leaves_the_last_piece_and_misses_its_budget(run: ModelRun) -> None:
+    assert 0.35 < measure_kept(LLMLingua(keep=0.25, tail="package"), run) < 0.5
+
+
+def test_forced_words_stay_within_the_budget(run: ModelRun) -> None:
+    """The question's words are worth more than any loss, and take the place of others."""
+    asked, _ = fake(run, RISING | {"fog": -1.0})
+    prompt = write("", rising(20), "fog")
+    left, kept = (LLMLingua(keep=0.5, question=1.0, force=force).rewrite(prompt, asked) for force in (False, True))
+    assert left.contexts[0].split().count("fog") == 0 and kept.contexts[0].split().count("fog") == 2
+    assert count(left) == count(kept)
+
+
+def test_another_tokenizer_judges_the_text(run: ModelRun) -> None:
+    """A compressor that reads bytes: what stays are characters of the prompt, and the text is tokenised anew."""
+    small = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    small.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bytewise = PreTrainedTokenizerFast(tokenizer_object=small, bos_token="!")
+    run.shelve("bytes", toy(vocab_size=256, max_position_embeddings=128), bytewise)
+    row = NEEDLES[0]
+    prompt = Segments.divide(" ".join((row["instruction"], row["context"], row["question"])), row)
+    new = LLMLingua(compressor="bytes", question=1.0).rewrite(prompt, run)
+    rest = iter(prompt.text())
+    assert all(letter in rest for letter in new.text())
+    assert len(new.text()) / len(prompt.text()) == pytest.approx(0.5, abs=0.05)
+    assert run.log.notes["chunks"]["llmlingua"] >= 5  # its window is 128 bytes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"instruction": 0.0},
+        {"question": 1.1},
+        {"step": 0},
+        {"keep": 1.5},
+        {"order": "topk", "tail": "package"},
+        {"force": True, "tail": "package"},
+    ],
+)
 def test_settings_that_mean_nothing(settings: dict[str, Any]) -> None:
     with pytest.raises(Usage):
         LLMLingua(**settings)

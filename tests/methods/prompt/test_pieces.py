@@ -18,6 +18,7 @@ from effbench.core.kinds import Shorten
 from effbench.core.views import Segments
 from effbench.methods.prompt._common import cut, join, list_parts
 from effbench.methods.prompt.llmlingua import LLMLingua
+from effbench.methods.prompt.longllmlingua import LongLLMLingua
 from effbench.methods.prompt.random_tokens import RandomTokens
 from effbench.methods.prompt.retrieval import Retrieval
 from effbench.nn.run import ModelRun
@@ -41,7 +42,15 @@ PROMPTS = {
     "question first": Segments.divide(f"Why? {STORY}", {"context": STORY, "question": "Why?"}),
     "whole": Segments(contexts=(PASSAGE + " ",), whole=True),
 }
-METHODS = (RandomTokens(), RandomTokens(keep=0.1), Retrieval(keep=0.7), LLMLingua(), LLMLingua(keep=0.6, step=7))
+METHODS = (
+    RandomTokens(),
+    RandomTokens(keep=0.1),
+    Retrieval(keep=0.7),
+    LLMLingua(),
+    LLMLingua(keep=0.6, step=7),
+    LLMLingua(keep=0.6, order="topk"),
+    LongLLMLingua(keep=0.6, reorder=False),
+)
 
 
 @functools.cache
@@ -81,7 +90,7 @@ def test_kept_tokens_are_those_of_the_rewritten_text(name: str, method: Shorten,
         assert is_subsequence(after, before)
     assert "\ufffd" not in new.text()
     assert new.whole == prompt.whole and all(new.contexts)
-    if not isinstance(method, LLMLingua):
+    if not isinstance(method, LLMLingua | LongLLMLingua):
         assert (new.system, new.question.strip()) == (prompt.system, prompt.question.strip())
         assert new.instruction.strip() == prompt.instruction.strip()
         shortened = len(encode("".join(prompt.contexts)))
@@ -89,13 +98,13 @@ def test_kept_tokens_are_those_of_the_rewritten_text(name: str, method: Shorten,
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-@pytest.mark.parametrize("cls", [RandomTokens, Retrieval, LLMLingua])
+@pytest.mark.parametrize("cls", [RandomTokens, Retrieval, LLMLingua, LongLLMLingua])
 def test_all_is_kept_exactly_as_it_is(name: str, cls: type[Shorten], run: ModelRun) -> None:
     assert cls.identity == {"keep": 1.0}
     assert cls(keep=1.0).rewrite(PROMPTS[name], run) == PROMPTS[name]
 
 
-@pytest.mark.parametrize("cls", [RandomTokens, Retrieval, LLMLingua])
+@pytest.mark.parametrize("cls", [RandomTokens, Retrieval, LLMLingua, LongLLMLingua])
 def test_rewriting_depends_on_nothing_but_prompt_and_seed(cls: type[Shorten], run: ModelRun) -> None:
     first, second = (cls(keep=0.6).rewrite(PROMPTS["several contexts"], run) for _ in range(2))
     assert first == second != PROMPTS["several contexts"]
