@@ -102,7 +102,7 @@ class LongLLMLingua(Lingua):
         pieces = cut(segments, judge.tokenizer)
         forced = {pieces[i] for i in find_forced(segments, pieces, self.force)}
         instruction, contexts, question = split(segments, pieces)
-        condition = encode(judge, asked + "\n\n")
+        condition = encode(judge, asked + "\n\n", "".join(segments.contexts))
         if package:
             kept = [*instruction, *select_as_package(judge, condition, contexts, rates, self.step), *question]
         else:
@@ -129,10 +129,11 @@ def measure_question(
     return {i: sum(row) / len(row) for i, row in zip(ids, losses, strict=True)}
 
 
-def encode(judge: Judge, text: str) -> list[int]:
-    """Tokens of a text that is read beside the prompt."""
-    ids: list[int] = judge.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+def encode(judge: Judge, text: str, behind: str = "") -> list[int]:
+    """Tokens of a text that is read beside the prompt, as they are where another text stands `behind` it."""
+    encoded = judge.tokenizer(text + behind, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [token for token, (_, end) in pairs if end <= len(text)]
 
 
 def solve_rate(documents: Sequence[tuple[int, float]], budget: float) -> float:
