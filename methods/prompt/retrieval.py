@@ -1,4 +1,4 @@
-"""Retrieval: the contexts, or the sentences, that match the question best by BM25 (Robertson et al., 1994)."""
+"""Retrieval: contexts or sentences that match the question best, by BM25 (Robertson et al., 1994) or embeddings."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from effbench.core.errors import Refused
 from effbench.core.kinds import Shorten
 from effbench.core.run import Run
 from effbench.core.views import Segments
-from effbench.methods.prompt._common import cut, find_budget
+from effbench.methods.prompt._units import compare, cut_units, keep_best
+from effbench.nn.embedders import list_files
 
 WORD = re.compile(r"\w+")
-SENTENCE = re.compile(r".+?(?:[.!?][\"'”’)\]]*\s+|[。！？]\s*|\n\s*|\Z)", re.DOTALL)  # with the white space behind it
+BM25 = "bm25"
 
 
 @dataclass(frozen=True)
 class Retrieval(Shorten):
-    """Units are ranked by BM25 against the question, and the best stay, in the order of the prompt, until the next has
-    no room in the budget. A prompt whose best unit has no room is refused.
+    """Units are ranked against the question; the best that have room in the budget stay, in the order of the prompt.
 
     The inverse document frequency is Lucene's, ln(1 + (N - n + 0.5) / (n + 0.5)) for a word in n of N units, which is
-    positive for every word; Robertson's has no 1 in it and is negative for words in more than half of the units.
+    positive for every word. Robertson's has no 1 in it and is negative for words in more than half of the units; with
+    `idf="okapi"` such words count a quarter of the mean of all words, as in the package rank-bm25.
     """
 
     paper = "Robertson et al., 1994, Okapi at TREC-3"
@@ -36,57 +37,36 @@ class Retrieval(Shorten):
     type = "prompt compression"
     identity = {"keep": 1.0}
     asks = True
+    tuned = {"by": (BM25, "model", "all-minilm-l6-v2")}
 
     k1: float = 1.2  # how soon a repeated word counts no more; 0: at once
     b: float = 0.75  # how far long units are counted down, in [0, 1]
+    idf: Literal["lucene", "okapi"] = "lucene"  # inverse document frequency
     unit: Literal["auto", "context", "sentence"] = "auto"  # what stays or goes; auto: contexts where there are several
+    by: str = BM25  # or, by cosine, what embeds: model (its states), all-minilm-l6-v2 or a folder as in extractive
 
     def check(self) -> None:
         super().check()
         self.require(self.k1 >= 0, "k1 must be at least 0")
         self.require(0 <= self.b <= 1, "b must be in [0, 1]")
 
+    def files(self) -> tuple[Path, ...]:
+        return () if self.by == BM25 else list_files(self.by)
+
     def rewrite(self, segments: Segments, run: Run) -> Segments:
-        whole = self.unit == "context" or (
-            self.unit == "auto" and sum(bool(text.strip()) for text in segments.contexts) > 1
-        )
-        units = [  # (number of the context, text)
-            (i, text)
-            for i, context in enumerate(segments.contexts)
-            for text in ([context] if whole else split_sentences(context))
-        ]
-        texts = [text for _, text in units]
-        if self.keep >= 1 or not "".join(texts).strip():
+        if self.keep >= 1 or not "".join(segments.contexts).strip():
             return segments
-        sizes = [0] * len(units)
-        for piece in cut(replace(segments, contexts=tuple(texts)), run.tokenizer):
-            if 2 <= piece.part < 2 + len(units):
-                sizes[piece.part - 2] += len(piece.ids)
-        scores = score(texts, segments.question, self.k1, self.b)
-        room = left = find_budget(self.keep, sum(sizes))
-        kept: set[int] = set()
-        for i in sorted(range(len(units)), key=lambda i: -scores[i]):  # equal ones in the order of the prompt
-            left -= sizes[i]
-            if left < 0:
-                break
-            kept.add(i)
-        if not any(texts[i].strip() for i in kept):
-            raise Refused(
-                f"{self}: the {'context' if whole else 'sentence'} that matches best has more than {room} tokens"
-            )
-        stay = [
-            "".join(text for j, (of, text) in enumerate(units) if of == i and j in kept)
-            for i in range(len(segments.contexts))
-        ]
-        return segments.with_contexts(stay)
+        several = sum(bool(text.strip()) for text in segments.contexts) > 1
+        unit = self.unit if self.unit != "auto" else "context" if several else "sentence"
+        units = cut_units(segments, unit)
+        if self.by == BM25:
+            scores = score([text for _, text in units], segments.question, self.k1, self.b, self.idf)
+        else:
+            scores = compare(run, self, units, segments.question, self.by)
+        return keep_best(self, segments, run.tokenizer, units, scores)
 
 
-def split_sentences(text: str) -> list[str]:
-    """Sentences and lines with the white space behind them; joined they are the text."""
-    return SENTENCE.findall(text)
-
-
-def score(units: Sequence[str], question: str, k1: float, b: float) -> list[float]:
+def score(units: Sequence[str], question: str, k1: float, b: float, kind: str = "lucene") -> list[float]:
     """BM25 of each unit: the sum over the words of the question, each as often as it is there, of
 
     idf(word) f (k1 + 1) / (f + k1 (1 - b + b length / mean length)), where f is how often the unit has the word.
@@ -94,11 +74,21 @@ def score(units: Sequence[str], question: str, k1: float, b: float) -> list[floa
     bags = [Counter(WORD.findall(unit.lower())) for unit in units]
     lengths = [bag.total() for bag in bags]
     mean = sum(lengths) / max(1, len(lengths))
+    idf = weigh(bags, kind)
     scores = [0.0] * len(units)
     for word in WORD.findall(question.lower()):
-        holding = sum(word in bag for bag in bags)
-        idf = math.log(1 + (len(bags) - holding + 0.5) / (holding + 0.5))
         for i, (bag, length) in enumerate(zip(bags, lengths, strict=True)):
             if bag[word]:
-                scores[i] += idf * bag[word] * (k1 + 1) / (bag[word] + k1 * (1 - b + b * length / mean))
+                scores[i] += idf[word] * bag[word] * (k1 + 1) / (bag[word] + k1 * (1 - b + b * length / mean))
     return scores
+
+
+def weigh(bags: Sequence[Counter[str]], kind: str) -> dict[str, float]:
+    """The inverse document frequency of each word."""
+    held = Counter(word for bag in bags for word in bag)
+    odds = {word: (len(bags) - number + 0.5) / (number + 0.5) for word, number in held.items()}
+    if kind == "lucene":
+        return {word: math.log(1 + value) for word, value in odds.items()}
+    idf = {word: math.log(value) for word, value in odds.items()}
+    least = 0.25 * sum(idf.values()) / max(1, len(idf))
+    return {word: least if value < 0 else value for word, value in idf.items()}

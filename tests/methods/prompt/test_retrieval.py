@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from effbench.core.errors import Refused, Unsupported, Usage
 from effbench.core.views import Segments
-from effbench.methods.prompt.retrieval import Retrieval, score, split_sentences
+from effbench.methods.prompt._units import split_sentences
+from effbench.methods.prompt.retrieval import Retrieval, score
 from effbench.nn.kinds.prompt import rewrite
 from effbench.nn.run import ModelRun
 
@@ -41,6 +45,20 @@ def test_extremes_of_the_parameters() -> None:
     plain = score(UNITS, "code", 1.2, 0.0)  # whatever the length
     assert plain[3] / plain[1] == pytest.approx(3 * 2.2 / 4.2)
     assert score([], "code", 1.2, 0.75) == [] and score(["", " "], "code", 1.2, 0.75) == [0.0, 0.0]
+
+
+def test_scores_of_rank_bm25() -> None:
+    """With its own floor for words that are in more than half of the documents."""
+    golden = load_file(Path(__file__).parents[2] / "golden" / "bm25.safetensors")
+    spell = lambda row: " ".join(f"w{word}" for word in row.tolist() if word >= 0)  # noqa: E731
+    documents, questions = ([*map(spell, golden[name])] for name in ("documents", "questions"))
+    settings = golden.keys() - {"documents", "questions"}
+    for name in settings:
+        k1, b = re.fullmatch(r"(\d\.\d+)\.(\d\.\d+)", name).groups()  # type: ignore[union-attr]
+        ours = [score(documents, question, float(k1), float(b), "okapi") for question in questions]
+        assert np.allclose(ours, golden[name].numpy(), rtol=1e-12, atol=1e-12)
+        assert not np.allclose([score(documents, question, float(k1), float(b)) for question in questions], ours)
+    assert len(settings) == 3
 
 
 @pytest.mark.parametrize(
@@ -110,7 +128,7 @@ def test_without_a_match_the_first_stay(run: ModelRun) -> None:
 
 def test_prompts_that_it_cannot_take(run: ModelRun) -> None:
     prompt, method = ask(FACTS[0], FACTS[3], keep=0.4)
-    with pytest.raises(Refused, match="the context that matches best has more than 4 tokens"):
+    with pytest.raises(Refused, match="nothing that could stay whole has room in 4 tokens"):
         method.rewrite(prompt, run)
     with pytest.raises(Unsupported, match="reads the question"):
         rewrite(run, method, Segments(contexts=("The code krox",), whole=True))
@@ -118,7 +136,7 @@ def test_prompts_that_it_cannot_take(run: ModelRun) -> None:
     assert method.rewrite(bare, run) == bare
 
 
-@pytest.mark.parametrize("settings", [{"k1": -0.1}, {"b": 1.1}, {"keep": 0.0}, {"unit": "word"}])
+@pytest.mark.parametrize("settings", [{"k1": -0.1}, {"b": 1.1}, {"keep": 0.0}, {"unit": "word"}, {"idf": "plain"}])
 def test_settings_that_mean_nothing(settings: dict[str, Any]) -> None:
     with pytest.raises(Usage):
         Retrieval(**settings)
