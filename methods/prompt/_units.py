@@ -105,16 +105,21 @@ def keep_best(
 ) -> Segments:
     """A prompt whose contexts are the units with the highest scores that have room in the budget, in their order.
 
-    Of equal ones the first stay; `forced` ones, by their numbers, stay whatever room there is. A space goes between
-    words that would become one. Raises `Refused` where nothing has room.
+    One that has no room is passed over; in the end the smallest of these stays, too, if the budget is then missed by
+    less. Of equal ones the first stay; `forced` ones, by their numbers, stay whatever room there is. A space goes
+    between words that would become one. Raises `Refused` where nothing has room.
     """
     sizes = measure(segments, tokenizer, units)
     budget = find_budget(method.keep, sum(sizes))
     kept, room = set(forced), budget - sum(sizes[i] for i in forced)
-    for i in sorted(set(range(len(units))) - kept, key=lambda i: (-scores[i], i)):
+    ranked = sorted(set(range(len(units))) - kept, key=lambda i: (-scores[i], i))
+    for i in ranked:
         if sizes[i] <= room:
             kept.add(i)
             room -= sizes[i]
+    small = min((i for i in ranked if i not in kept), key=lambda i: sizes[i], default=None)
+    if small is not None and sizes[small] - room < room:
+        kept.add(small)
     if not any(units[i].text.strip() for i in kept):
         raise Refused(f"{method}: nothing that could stay whole has room in {budget} tokens")
     return join_units(segments, units, kept)

@@ -41,8 +41,9 @@ def find_nearness(model: Any, tokenizer: Any, sentences: list[str], question: st
 
 
 @pytest.mark.parametrize("number", range(len(NEEDLES)))
-def test_no_set_within_the_budget_has_a_nearer_sentence(number: int, run: ModelRun, model: Any) -> None:
-    """Of eight sentences every set is tried: the one that is kept comes first when sets are compared best first."""
+def test_the_nearest_sentences_stay(number: int, run: ModelRun, model: Any) -> None:
+    """Every set of eight sentences is tried. Of those that have room, the one that comes first when sets are compared
+    best sentence first is kept, and the smallest of the rest, if the budget is then missed by less."""
     row = NEEDLES[number]
     sentences = [text + ". " for text in row["context"].rstrip(".").split(". ")][:8]
     prompt = Segments("", "Notes: ", ("".join(sentences),), row["question"])
@@ -52,9 +53,12 @@ def test_no_set_within_the_budget_has_a_nearer_sentence(number: int, run: ModelR
         room = int(share * sum(sizes))
         sets = [some for size in range(1, 9) for some in combinations(range(8), size)]
         fit = [some for some in sets if sum(sizes[i] for i in some) <= room]
-        best = max(fit, key=lambda some: sorted((near[i] for i in some), reverse=True))
+        best = [*max(fit, key=lambda some: sorted((near[i] for i in some), reverse=True))]
+        left = room - sum(sizes[i] for i in best)
+        small = min(set(range(8)) - {*best}, key=lambda i: (sizes[i], -near[i]))
+        best += [small] if sizes[small] - left < left else []
         new = Extractive(keep=share).rewrite(prompt, run)
-        assert "".join(new.contexts).split() == "".join(sentences[i] for i in best).split()
+        assert "".join(new.contexts).split() == "".join(sentences[i] for i in sorted(best)).split()
         assert (new.instruction, new.question) == ("Notes: ", row["question"])
 
 

@@ -90,14 +90,14 @@ def test_best_contexts_stay_in_their_order(run: ModelRun) -> None:
     """7, 5, 7 and 5 tokens; the last has krox, the second code."""
     prompt, method = ask(*FACTS, keep=10 / 24)
     assert method.rewrite(prompt, run).contexts == (FACTS[1], FACTS[3])
-    prompt, method = ask(*FACTS, keep=9.9 / 24)
+    prompt, method = ask(*FACTS, keep=7.9 / 24)
     assert method.rewrite(prompt, run).contexts == (FACTS[3],)
 
 
 def test_a_larger_budget_keeps_what_a_smaller_one_kept(run: ModelRun) -> None:
     kept = [
         set(method.rewrite(prompt, run).contexts)
-        for share in range(5, 24)
+        for share in range(5, 21)
         for prompt, method in [ask(*FACTS, keep=share / 24)]
     ]
     assert all(small <= large for small, large in itertools.pairwise(kept)) and len(kept[-1]) == 3
@@ -117,7 +117,7 @@ def test_sentences_across_contexts(run: ModelRun) -> None:
 def test_words_of_the_template_around_a_context_go_with_it(run: ModelRun) -> None:
     named = {"context": "".join(FACTS).strip(), "question": "The code krox?"}
     prompt = Segments.divide(f"Passage: {named['context']}\nQuestion: The code krox?\nAnswer:", named)
-    new = Retrieval(keep=0.3).rewrite(prompt, run)
+    new = Retrieval(keep=0.25).rewrite(prompt, run)
     assert new.text() == "The code krox quurma.\nQuestion: The code krox?\nAnswer:"
 
 
@@ -127,8 +127,8 @@ def test_without_a_match_the_first_stay(run: ModelRun) -> None:
 
 
 def test_prompts_that_it_cannot_take(run: ModelRun) -> None:
-    prompt, method = ask(FACTS[0], FACTS[3], keep=0.4)
-    with pytest.raises(Refused, match="nothing that could stay whole has room in 4 tokens"):
+    prompt, method = ask(FACTS[0], FACTS[3], keep=0.2)
+    with pytest.raises(Refused, match="nothing that could stay whole has room in 2 tokens"):
         method.rewrite(prompt, run)
     with pytest.raises(Unsupported, match="reads the question"):
         rewrite(run, method, Segments(contexts=("The code krox",), whole=True))

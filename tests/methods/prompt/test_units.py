@@ -89,6 +89,24 @@ def test_the_best_that_have_room_stay_in_their_order(run: ModelRun) -> None:
     assert keep(2 / 7, [1.0] * 4, run) == (WORDS[0], WORDS[3])
     assert keep(3 / 7, scores, run, forced={0}) == (WORDS[0], WORDS[1])
     assert keep(1 / 7, scores, run, forced={0, 2}) == (WORDS[0], WORDS[2])
+
+
+def test_the_smallest_of_the_rest_stays_if_the_budget_is_missed_by_less(run: ModelRun) -> None:
+    """5, 7 and 4 of 16 tokens."""
+    words = ("fog mole code rope hall ", "coin tower parrot seeds kitchen glove judge ", "attic winter drummer stage ")
+    prompt, scores = Segments("", "Notes: ", words, "The code"), [0.1, 0.3, 0.2]
+    for budget, kept in ((7, [1]), (9, [1]), (10, [1, 2]), (13, [1, 2]), (14, [0, 1, 2]), (3, [2]), (2, None)):
+        method = Extractive(keep=budget / 16)
+        if kept is None:  # 0 are as near to 2 as 4
+            with pytest.raises(Refused, match="has room in 2 tokens"):
+                keep_best(method, prompt, run.tokenizer, cut_units(prompt, "context"), scores)
+            continue
+        new = keep_best(method, prompt, run.tokenizer, cut_units(prompt, "context"), scores)
+        assert new.contexts == tuple(words[i] for i in kept), budget
+
+
+def test_nothing_has_room(run: ModelRun) -> None:
+    scores = [0.1, 0.3, 0.4, 0.3]
     with pytest.raises(Refused, match="has room in 0 tokens"):
         keep(0.1, scores, run)
 
