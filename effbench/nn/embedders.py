@@ -78,11 +78,13 @@ def cut_text(text: str, tokenizer: Any, window: int) -> list[str]:
         raise Unsupported("texts are cut by their tokens, for which a fast tokenizer is needed")
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     begins = [0, *(end for _, end in spans)]  # of tokens, with the white space in front
+    whole = [start >= begin for (start, _), begin in zip(spans, begins, strict=False)]  # False inside of a character
     parts: list[str] = []
     first = 0
     while len(spans) - first > window:
-        spaces = (i for i in range(first + window, first, -1) if text[begins[i] : begins[i] + 1].isspace())
-        end = next(spaces, first + max(1, window // 2))
+        half = first + max(1, window // 2)
+        spaces = (i for i in range(first + window, first, -1) if whole[i] and text[begins[i]].isspace())
+        end = next(spaces, next((i for i in range(half, first, -1) if whole[i]), half))
         parts.append(text[begins[first] : begins[end]])
         first = end
     return [part for part in (*parts, text[begins[first] :]) if part.strip()]

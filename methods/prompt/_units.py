@@ -102,12 +102,13 @@ def keep_best(
     units: Sequence[Unit],
     scores: Sequence[float],
     forced: Set[int] = frozenset(),
+    apart: bool = True,
 ) -> Segments:
     """A prompt whose contexts are the units with the highest scores that have room in the budget, in their order.
 
     One that has no room is passed over; in the end the smallest of these stays, too, if the budget is then missed by
-    less. Of equal ones the first stay; `forced` ones, by their numbers, stay whatever room there is. A space goes
-    between words that would become one. Raises `Refused` where nothing has room.
+    less. Of equal ones the first stay; `forced` ones, by their numbers, stay whatever room there is. See `join_units`.
+    Raises `Refused` where nothing has room.
     """
     sizes = measure(segments, tokenizer, units)
     budget = find_budget(method.keep, sum(sizes))
@@ -122,7 +123,7 @@ def keep_best(
         kept.add(small)
     if not any(units[i].text.strip() for i in kept):
         raise Refused(f"{method}: nothing that could stay whole has room in {budget} tokens")
-    return join_units(segments, units, kept)
+    return join_units(segments, units, kept, apart)
 
 
 def measure(segments: Segments, tokenizer: Any, units: Sequence[Unit]) -> list[int]:
@@ -134,11 +135,11 @@ def measure(segments: Segments, tokenizer: Any, units: Sequence[Unit]) -> list[i
     return sizes
 
 
-def join_units(segments: Segments, units: Sequence[Unit], kept: Set[int]) -> Segments:
-    """A prompt whose contexts are the units with these numbers."""
+def join_units(segments: Segments, units: Sequence[Unit], kept: Set[int], apart: bool = True) -> Segments:
+    """A prompt whose contexts are the units with these numbers; a space keeps words `apart` that would become one."""
     contexts = [""] * len(segments.contexts)
     for i in sorted(kept):
         before, new = contexts[units[i].context], units[i].text
-        glued = i - 1 not in kept and TAIL.search(before[-2:]) and HEAD.match(new)
+        glued = apart and i - 1 not in kept and TAIL.search(before[-2:]) and HEAD.match(new)
         contexts[units[i].context] += f" {new}" if glued else new
     return segments.with_contexts(contexts)

@@ -64,9 +64,13 @@ class SelectiveContext(Judged):
         if not segments.question.strip():  # the prompt keeps its end
             stay.add(len(units) - 1)
         note_chunks(run, self, judge.chunks)
+        apart = self.unit != "token" or self.force
         if self.share == "tokens":
-            return keep_best(self, segments, run.tokenizer, units, scores, stay)
-        return join_units(segments, units, stay | find_high(scores, self.keep))
+            counted = (
+                judge.tokenizer if self.unit == "token" else run.tokenizer
+            )  # a token of the model's may hold several
+            return keep_best(self, segments, counted, units, scores, stay, apart)
+        return join_units(segments, units, stay | find_high(scores, self.keep), apart)
 
     def cut(self, sentences: Sequence[str], places: Sequence[int], length: int) -> list[int]:
         """Where the units of a context of this length end, whose tokens end at these places."""

@@ -128,6 +128,32 @@ def test_the_share_of_tokens_is_met(run: ModelRun) -> None:
             assert abs(len(run.tokenizer(new.contexts[0])["input_ids"]) / total - keep) < 0.04
 
 
+class Letters:
+    """A compressor that reads letters, the white space in front with each, and expects all but consonants."""
+
+    is_fast, all_special_ids, first, chunks = True, [], 0, 1
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        spans = [match.span() for match in re.finditer(r"\s*\S|\s+\Z", text)]
+        return {"input_ids": [ord(text[end - 1]) for _, end in spans], "offset_mapping": spans}
+
+    def losses(self, texts: Any) -> list[list[float]]:
+        return [[0.0 if chr(token) in "aeiou ." else 1.0 + i / 1e3 for i, token in enumerate(ids)] for *_, ids in texts]
+
+
+def test_a_compressor_with_other_tokens(run: ModelRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are the compressor's own, and a share of them stays; sentences are counted by the tokens of the model."""
+    monkeypatch.setattr(selective_context, "open_judge", lambda told, name: Letters())
+    prompt = Segments("", "Notes: ", ("The code zisk. A rope. ",), "The code")
+    new = SelectiveContext(unit="token", keep=0.5).rewrite(prompt, run)
+    assert new.contexts == ("Th cd zsk rp ",)  # 9 of 18 letters and signs
+    new = SelectiveContext(unit="sentence", keep=0.6).rewrite(prompt, run)
+    assert new.contexts == ("The code zisk. ",)  # 4 of 7 words and signs
+
+
 def test_numbers_and_names_are_whole_words_of_the_source(run: ModelRun) -> None:
     """Over 100 contexts: all forced words stay, and no other number or name comes about."""
     method = SelectiveContext(keep=0.3, unit="token", force=True)
