@@ -63,6 +63,7 @@ TICK = 0.2  # seconds between looks at clocks and at whether to stop
 
 
 GRACE = 5.0  # seconds for a process to end once its record is here
+DYING = 2.0  # seconds, fewer than these, for a process that was killed to be gone
 
 
 TAIL = 4000  # bytes of a failed cell's output that are kept
@@ -252,10 +253,15 @@ class Worker:
 
     def _blame(self, record: Record) -> Record:
         """The record of a crash with its reason: a rank that was killed, which the first one only misses."""
-        self._find_dead()  # asks all of them
+        others = self._processes[1:]
+        if record.outcome != "crashed" or not others:
+            return record
+        # One that is killed is missed before the system has cleared it away. One that fails alike ends later than this.
+        if alive := [process.sentinel for process in others if process.is_alive()]:
+            connection.wait(alive, DYING)
         codes = [process.exitcode or 0 for process in self._processes]
         killed = next((rank for rank, code in enumerate(codes) if code < 0), None)
-        if record.outcome != "crashed" or not killed:
+        if not killed:
             return record
         return dataclasses.replace(record, reason=f"rank {killed}: {_exit_reason(codes[killed])}; {record.reason}")
 
