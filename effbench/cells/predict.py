@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from effbench.sources import Source
 
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)", re.IGNORECASE)
 
 
 @dataclasses.dataclass
@@ -68,7 +68,8 @@ class Prediction:
 def parse_memory(text: str) -> int:
     """Bytes of a size such as 24GB (10^9) or 80GiB (2^30). Raises `Usage`."""
     match = SIZE.fullmatch(text.strip())
-    if match is None or not (size := float(match[1]) * (1024 if match[3] else 1000) ** UNITS[match[2].upper()]) >= 1:
+    unit = "" if match is None or match[2] is None else match[2].upper()
+    if match is None or not (size := float(match[1]) * (1024 if match[3] else 1000) ** UNITS[unit]) >= 1:
         raise Usage(f"memory={text}: must be a size such as 24GB (10^9 bytes) or 80GiB (2^30)")
     return int(size)
 

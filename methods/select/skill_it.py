@@ -69,7 +69,7 @@ class SkillIt(Aimed):
         before = self.measure(run)
         rows = []
         for number, skill in enumerate(skills):
-            own = [example for example in examples if example.meta.get("skill") == skill]
+            own = [example for example in examples if read_skill(example) == skill]
             with run.aside(f"skill-{number}"), training_on(run, own):
                 fit(run, FitSettings(steps=self.probing_steps, lr=self.probing_lr))
                 rows.append((before - self.measure(run)) / before)
@@ -79,7 +79,7 @@ class SkillIt(Aimed):
         """[M] the mean loss of each skill aimed at, in nats."""
         examples = self.find_target(run)
         losses = measure_losses(run, run.model, examples)
-        skills = [example.meta.get("skill") for example in examples]
+        skills = [read_skill(example) for example in examples]
         of_each = [
             [loss for loss, one in zip(losses, skills, strict=True) if one == skill] for skill in list_skills(examples)
         ]
@@ -103,7 +103,7 @@ class Rounds:
         self.state = run.state(method)
         self.state["losses"] = {}
         self.places = [
-            [place for place, example in enumerate(examples) if example.meta.get("skill") == skill]
+            [place for place, example in enumerate(examples) if read_skill(example) == skill]
             for skill in self.state["skills"]
         ]
         self._made: tuple[int, int] | None = None  # round and batch size of the order here
@@ -145,8 +145,16 @@ class Rounds:
 
 
 def list_skills(examples: Sequence[Example]) -> list[str]:
-    """The skills of examples, sorted."""
-    return sorted({example.meta["skill"] for example in examples if example.meta.get("skill")})
+    """The skills of examples, sorted. Raises `Unsupported`."""
+    return sorted({skill for example in examples if (skill := read_skill(example))})
+
+
+def read_skill(example: Example) -> str:
+    """What `meta` calls the skill of an example, as text; empty where it says nothing. Raises `Unsupported`."""
+    skill = example.meta.get("skill")
+    if not isinstance(skill, str | int | float | None):
+        raise Unsupported(f"example {example.id}: its skill is a {type(skill).__name__}, and must be text or a number")
+    return "" if skill is None else str(skill)
 
 
 def divide(shares: Tensor, number: int) -> list[int]:

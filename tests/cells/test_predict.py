@@ -94,13 +94,14 @@ def test_foretells_what_is_measured(steps):
 
 
 def test_sizes_are_read_in_powers_of_1000_or_1024():
-    assert [parse_memory(text) for text in ("24GB", "80GiB", "1.5 tb", "512")] == [
+    assert [parse_memory(text) for text in ("24GB", "80GiB", "1.5 tb", "512B", "24g")] == [
         24 * 10**9,
         80 * 2**30,
         15 * 10**11,
         512,
+        24 * 10**9,
     ]
-    for text in ("abc", "24XB", "-1GB", "0", ""):
+    for text in ("abc", "24XB", "-1GB", "0", "0GB", "24", "24iB", ""):
         with pytest.raises(Usage, match="memory="):
             parse_memory(text)
 

@@ -121,9 +121,9 @@ class Meter:
         added: dict[nn.Module, set[int]] = {}
 
         def enter(module: nn.Module, *_: Any) -> None:
-            pointers = {p.untyped_storage().data_ptr() for p in module.parameters() if not isinstance(p, DTensor)}
-            added[module] = pointers - known
-            known.update(pointers)
+            whole = {identify(parameter) for parameter in module.parameters() if not isinstance(parameter, DTensor)}
+            added[module] = whole - known
+            known.update(whole)
             self._gathered = max(self._gathered, _count_whole(self._run.model) - ever)
 
         def leave(module: nn.Module, *_: Any) -> None:

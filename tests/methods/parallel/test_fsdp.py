@@ -55,6 +55,8 @@ def test_bytes_are_those_of_the_formula(two: list[Any]) -> None:
             assert cost["optimizer_bytes"] == 4 * numbers + 4 * tensors
         assert costs["fsdp(stage=2)"]["gathered_bytes"] == 4 * numbers
         assert costs["fsdp()"]["gathered_bytes"] < 4 * numbers
+        for engine in ("fsdp(stage=1)", "fsdp(stage=2)", "fsdp()"):  # what is gathered is no activation
+            assert costs[engine]["activation_bytes"] == costs["ddp()"]["activation_bytes"]
     dealt = [told["costs"]["fsdp(stage=1)"]["optimizer_bytes"] for told in two]
     assert sum(dealt) == 8 * numbers + 4 * tensors and max(dealt) < 1.1 * sum(dealt) / 2
 

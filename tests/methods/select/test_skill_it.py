@@ -14,7 +14,7 @@ from toys_training import fit
 from effbench.checks import Reading, toy_run
 from effbench.core.errors import Unsupported, Usage
 from effbench.core.views import Example
-from effbench.methods.select.skill_it import SkillIt, divide
+from effbench.methods.select.skill_it import SkillIt, divide, list_skills
 from effbench.nn.run import ModelRun
 from effbench.nn.train.examples import measure_losses
 
@@ -103,6 +103,37 @@ def test_shares_become_whole_numbers() -> None:
     assert divide(torch.tensor([1.0, 0.0]), 5) == [5, 0]
     assert sum(divide(torch.softmax(torch.randn(9), 0), 1000)) == 1000
     assert math.isclose(divide(torch.tensor([1.0, 1.0]), 2)[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("skills", "names"),
+    [
+        ((0, 1, 2), ["0", "1", "2"]),
+        ((0.5, "a"), ["0.5", "a"]),
+        (("", "a"), ["a"]),
+        ((None, 0), ["0"]),
+        ((False, True), ["False", "True"]),
+        ((3, "3"), ["3"]),
+    ],
+)
+def test_skills_may_be_called_by_numbers(skills: tuple[Any, ...], names: list[str]) -> None:
+    run = toy_run()
+    for part in ("pool", "target"):
+        examples = enumerate(getattr(run.data, part))
+        called = [dataclasses.replace(each, meta={"skill": skills[i % len(skills)]}) for i, each in examples]
+        setattr(run.data, part, called)
+    assert list_skills(run.data.pool) == names
+    method = SkillIt(probing_steps=1, rounds=1)
+    run.apply(method)
+    assert run.state(method)["skills"] == names and run.state(method)["graph"].shape == (len(names), len(names))
+
+
+@pytest.mark.parametrize("skill", [["a"], {"a": 1}])
+def test_a_skill_that_is_a_list_is_unsupported(skill: Any) -> None:
+    run = toy_run()
+    run.data.pool = [dataclasses.replace(example, meta={"skill": skill}) for example in run.data.pool]
+    with pytest.raises(Unsupported, match=r"example \S+: its skill is a (list|dict), and must be text or a number"):
+        run.apply(SkillIt())
 
 
 def test_examples_of_no_skill_are_unsupported_and_no_target_is_wrong_usage() -> None:
