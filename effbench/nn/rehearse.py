@@ -221,10 +221,13 @@ def _find(case: Case, sampled: Sequence[dict[str, nn.Module]], depth: int) -> He
         run = _open(Rehearsal, case, _deepen(case.config, depth), case.batch)
         assert isinstance(run, Rehearsal)
         found = Held(opened=_hold(run.model), parameters=run.original.parameters)
+        case.engine.check_run(run)
         examples = _divide(case.engine, run.model).examples
         try:
             for step, samples in zip(case.steps, sampled, strict=False):
                 run.sampled = samples
+                if step.consumes:
+                    case.engine.check_run(run)
                 if _counts(step):
                     run.apply(_shorten(step, case.batch, examples))
                 if step.consumes and run.log.fits:

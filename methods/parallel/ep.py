@@ -47,14 +47,17 @@ class EP(Replicas):
 
     @contextlib.contextmanager
     def wrap(self, run: Run) -> Iterator[Any]:
+        with self.holding_parts(run):
+            yield
+
+    def check_whole(self, run: Run) -> None:
         experts = list_experts(run.model)
-        if self.ranks > 1 and not experts:
+        if not experts:
             raise Unsupported(f"{self}: a {run.model.config.model_type} has no experts to divide; give ddp() or fsdp()")
         for module in experts:
             if module.num_experts % self.ranks:
                 raise Unsupported(f"{self}: {module.num_experts} experts cannot be divided by {self.ranks} ranks")
-        with self.holding_parts(run):
-            yield
+        super().check_whole(run)
 
     @contextlib.contextmanager
     def divide(self, run: Run) -> Iterator[None]:

@@ -142,6 +142,22 @@ def test_an_engine_says_what_it_divides():
     assert pair.held.activations == pytest.approx(alone.held.activations / 2, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ("ep(ranks=2), fit()", "a llama has no experts to divide"),
+        ("tp(ranks=8), fit()", "8 ranks are more than 4 heads"),
+        ("sp(ranks=3), fit()", "4 heads cannot be dealt out evenly to 3 ranks"),
+        ("pp(ranks=8), fit()", "8 stages are wanted, and the model has 6 blocks"),
+        ("lora(), tp(), fit()", "only plain linears are divided"),
+        ("galore(rank=8), fsdp(), fit()", "keeps states of whole matrices"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(steps, said):
+    (found,) = predict(PlanOptions(recipe=steps, batch=2, context=16))
+    assert found.held is None and found.outcome.startswith("unsupported: ") and said in found.outcome
+
+
 def test_engines_divide_what_they_say():
     """In float32 on the embedded model, whose table has a row for padding and stays whole where linears are divided."""
     model = load_file(TINY / "model" / "model.safetensors")

@@ -60,7 +60,7 @@ class Pipeline(Parallel):
 
     @contextlib.contextmanager
     def wrap(self, run: Run) -> Iterator[None]:
-        self._check(run)
+        self.check_run(run)
         view = Blocks(run.model)
         table = view.embedding.get_parameter("weight")
         self.device, self.width = run.device, int(run.model.config.hidden_size)
@@ -202,7 +202,7 @@ class Pipeline(Parallel):
 
     # The division.
 
-    def _check(self, run: Run) -> None:
+    def check_run(self, run: Run) -> None:
         """Raise `Unsupported` where a model has too few blocks, or a method sees what lies in other stages."""
         view, plan = Blocks(run.model), run.train
         if self.stages > len(view):

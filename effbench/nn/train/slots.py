@@ -103,6 +103,10 @@ class Parallel:
         None."""
         return Shares()
 
+    def check_run(self, run: Run) -> None:
+        """Raise `Unsupported` where this model, or a method of the fit, cannot be divided so; asked by predictions
+        too, which have one process."""
+
     @property
     def data_ranks(self) -> int:
         """Processes that see different examples."""
