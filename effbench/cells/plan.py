@@ -84,7 +84,7 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     todo = [cell.job for cell in cells if cell.done is None]
     if todo:
         _check_tasks(tier.settings.get("tasks"), todo[0].data)
-        check_parts(todo)
+        _check_parts(todo)
     for source in dict.fromkeys(job.source for job in todo):
         check_files(source, tier.settings["probes"])
     return Batch(suite, placement.tier, tier.budget_minutes, placement, cells, (*placement.notes, *notes))
@@ -265,7 +265,7 @@ def check_files(source: Source, taken: Sequence[str]) -> None:
         raise Usage(f"model={prefix}{source.location}: {error}") from None
 
 
-def check_parts(jobs: Iterable[Job]) -> None:
+def _check_parts(jobs: Iterable[Job]) -> None:
     """Raise `Usage` for a selection that looks at a part that the data does not have. The Hub is not asked."""
     asking = dict[tuple[DataSource, bool], dict[Select, None]]()
     for job in jobs:

@@ -68,8 +68,8 @@ class Prediction:
 def parse_memory(text: str) -> int:
     """Bytes of a size such as 24GB (10^9) or 80GiB (2^30). Raises `Usage`."""
     match = SIZE.fullmatch(text.strip())
-    unit = "" if match is None or match[2] is None else match[2].upper()
-    if match is None or not (size := float(match[1]) * (1024 if match[3] else 1000) ** UNITS[unit]) >= 1:
+    size = 0.0 if match is None else float(match[1]) * (1024 if match[3] else 1000) ** UNITS[(match[2] or "").upper()]
+    if size < 1:
         raise Usage(f"memory={text}: must be a size such as 24GB (10^9 bytes) or 80GiB (2^30)")
     return int(size)
 

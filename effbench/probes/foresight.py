@@ -19,13 +19,14 @@ SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`plan_*_off`, of each part that was measured and is not empty."""
-    held = rehearse(make_case(run.source, run.steps, run.model.dtype, Batch(context=_find_length(run)), skip=run.skip))
+    cost = run.log.fits[-1]["cost"] if run.log.fits else None
+    read = Batch(context=None if cost is None else cost.get("length"))
+    held = rehearse(make_case(run.source, run.steps, run.model.dtype, read, skip=run.skip))
     pairs = {
         "resident": (held.resident, resident_bytes(run.model)),
         "stored": (held.stored, sum(stored_bytes(run.model, run.storage))),
     }
-    if run.log.fits:
-        cost = run.log.fits[-1]["cost"]
+    if cost is not None:
         training = {
             "weights": (held.weights, cost["parameter_bytes"] + cost["buffer_bytes"]),
             "gradients": (held.gradients, cost["gradient_bytes"]),
@@ -40,8 +41,3 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         if measured:
             reading.add(f"plan_{part}_off", abs(foretold / measured - 1), HOW)
     return reading
-
-
-def _find_length(run: ModelRun) -> int | None:
-    """Tokens of the longest row of the step that the last fit has looked into."""
-    return run.log.fits[-1]["cost"].get("length") if run.log.fits else None

@@ -113,8 +113,13 @@ def join(segments: Segments, pieces: Iterable[Piece], apart: bool = False) -> Se
 
 
 def count_tokens(pieces: Iterable[Piece]) -> int:
-    """Tokens of pieces."""
+    """How many tokens pieces have."""
     return sum(len(piece.ids) for piece in pieces)
+
+
+def list_ids(pieces: Iterable[Piece]) -> list[int]:
+    """Tokens of pieces."""
+    return [token for piece in pieces for token in piece.ids]
 
 
 def find_budget(keep: float, tokens: int) -> int:
@@ -136,6 +141,11 @@ def find_room(method: Method, keep: float, total: int, fixed: float) -> float:
     return max(0.0, room)
 
 
+def is_named(word: str) -> bool:
+    """Whether it has a digit or a capital letter."""
+    return any(letter.isdigit() or letter.isupper() for letter in word)
+
+
 def find_forced(segments: Segments, pieces: Sequence[Piece], force: bool) -> set[int]:
     """Numbers of the pieces that stay whatever they are worth, none without `force`.
 
@@ -149,7 +159,7 @@ def find_forced(segments: Segments, pieces: Sequence[Piece], force: bool) -> set
     forced = {i for i, piece in enumerate(pieces) if piece.special}
     for match in WORD.finditer(segments.text()):
         word = match[0]
-        if word.lower() in asked or any(letter.isdigit() or letter.isupper() for letter in word):
+        if word.lower() in asked or is_named(word):
             first, last = (bisect.bisect_right(starts, place) - 1 for place in (match.start(), match.end() - 1))
             if first < last or word.lower() not in COMMON:  # a common word in two pieces must not be halved
                 forced.update(range(first, last + 1))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence, Set
 from typing import Literal
 
 from effbench.core.views import Segments
-from effbench.methods.prompt._common import Judge, Judged, Piece, count_tokens, find_room, list_parts
+from effbench.methods.prompt._common import Judge, Judged, Piece, count_tokens, find_room, list_ids, list_parts
 
 COARSE = 2.0  # k of the papers: demonstrations are first kept to so many times their budget
 PACKAGE_ROOM = 100 + 1e-9  # tokens beyond the budget up to which, and with which, the package takes contexts
@@ -64,11 +64,6 @@ def take_within(order: Sequence[int], sizes: Sequence[int], budget: float) -> li
         taken.append(i)
         budget -= sizes[i]
     return taken
-
-
-def list_ids(pieces: Sequence[Piece]) -> list[int]:
-    """Tokens of pieces."""
-    return [token for piece in pieces for token in piece.ids]
 
 
 def cut_segments(pieces: Sequence[Piece], step: int) -> Iterator[list[Piece]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,13 +14,13 @@ from effbench.core.views import Segments
 from effbench.methods.prompt._common import (
     Judge,
     Judged,
-    Piece,
     chunk,
     count_tokens,
     cut,
     find_budget,
     find_forced,
     join,
+    list_ids,
     note_chunks,
     open_judge,
 )
@@ -106,8 +105,3 @@ class Watch:
 
     observes = True
     observed = 0
-
-
-def list_ids(pieces: Sequence[Piece]) -> list[int]:
-    """The tokens of pieces."""
-    return [token for piece in pieces for token in piece.ids]

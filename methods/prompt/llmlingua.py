@@ -17,6 +17,7 @@ from effbench.methods.prompt._common import (
     find_forced,
     find_room,
     join,
+    list_ids,
     note_chunks,
     open_judge,
 )
@@ -26,7 +27,6 @@ from effbench.methods.prompt._lingua import (
     Lingua,
     compress_stream,
     find_package_room,
-    list_ids,
     select,
     select_as_package,
     share_budget,

@@ -15,6 +15,7 @@ from effbench.methods.prompt._common import (
     find_forced,
     find_room,
     join,
+    list_ids,
     note_chunks,
     open_judge,
 )
@@ -24,7 +25,6 @@ from effbench.methods.prompt._lingua import (
     Lingua,
     compress_stream,
     find_package_room,
-    list_ids,
     select_as_package,
     share_budget,
     split,

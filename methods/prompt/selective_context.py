@@ -66,9 +66,8 @@ class SelectiveContext(Judged):
         note_chunks(run, self, judge.chunks)
         apart = self.unit != "token" or self.force
         if self.share == "tokens":
-            counted = (
-                judge.tokenizer if self.unit == "token" else run.tokenizer
-            )  # a token of the model's may hold several
+            # Of the model's tokens one may hold several of the compressor's.
+            counted = judge.tokenizer if self.unit == "token" else run.tokenizer
             return keep_best(self, segments, counted, units, scores, stay, apart)
         return join_units(segments, units, stay | find_high(scores, self.keep), apart)
 

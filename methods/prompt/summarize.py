@@ -15,6 +15,7 @@ from effbench.methods.prompt._common import (
     Judge,
     Judged,
     find_budget,
+    is_named,
     note_chunks,
     open_judge,
 )
@@ -104,11 +105,6 @@ def count(tokenizer: Any, text: str) -> int:
 def find_words(text: str) -> set[str]:
     """The words of a text, in lower case."""
     return {word.lower() for word in WORD.findall(text)}
-
-
-def is_named(word: str) -> bool:
-    """Whether it has a digit or a capital letter."""
-    return any(letter.isdigit() or letter.isupper() for letter in word)
 
 
 def find_missing(segments: Segments, summary: str) -> list[str]:
