@@ -52,7 +52,8 @@ class Gate:
     """Cells work side by side; a probe that times something has the device to itself.
 
     A lock on one file per device: shared while working, exclusive while timing. Any number of programs on one
-    machine may use it, and it opens when a process dies.
+    machine may use it, and it opens when a process dies. Who waits to be alone holds a second file meanwhile, which
+    others pass before they begin: cells that come and go without end keep nobody waiting.
     """
 
     def __init__(self, path: Path, tell: Tell) -> None:
@@ -61,10 +62,11 @@ class Gate:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Work beside other cells, once none of them is timing."""
-        self._file = _open(self._path)
+        """Work beside other cells, once none of them is timing or waits to."""
+        with self._turn(fcntl.LOCK_SH):
+            self._file = _open(self._path)
+            _lock(self._file, fcntl.LOCK_SH, self._tell)
         try:
-            self._lock(fcntl.LOCK_SH)
             yield
         finally:
             os.close(self._file)
@@ -72,16 +74,28 @@ class Gate:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Inside `shared`: wait until no other cell works, and keep them all waiting."""
-        self._lock(fcntl.LOCK_EX)
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # else two that wait for their turn keep each other waiting
+        with self._turn(fcntl.LOCK_EX):
+            _lock(self._file, fcntl.LOCK_EX, self._tell)
         try:
             yield
         finally:
-            self._lock(fcntl.LOCK_SH)
+            _lock(self._file, fcntl.LOCK_SH, self._tell)
 
-    def _lock(self, mode: int) -> None:
+    @contextlib.contextmanager
+    def _turn(self, mode: int) -> Iterator[None]:
+        file = _open(self._path.with_suffix(".turn"))
         try:
-            fcntl.flock(self._file, mode | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._tell(waiting=True)
-            fcntl.flock(self._file, mode)
-            self._tell(waiting=False)
+            _lock(file, mode, self._tell)
+            yield
+        finally:
+            os.close(file)
+
+
+def _lock(file: int, mode: int, tell: Tell) -> None:
+    try:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tell(waiting=True)
+        fcntl.flock(file, mode)
+        tell(waiting=False)
