@@ -40,27 +40,28 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     environment: dict[str, Any] = {}
     log = RunLog()
     simulated = False
-    gate = Gate(job.place.gate, tell)
+    gate = Gate(job.place.gate, tell) if not job.rank else None  # what the first of several processes waits for, all do
     findings.enter("wait")
-    with gate.shared() if not job.rank else contextlib.nullcontext(), findings.guard():
+    with gate.shared() if gate else contextlib.nullcontext(), findings.guard():
         findings.enter("open")
         from effbench.machine.environment import describe
 
         devices.check_room(device)
         environment = describe(device)
         tell(environment=environment)
-        tuning = list(_tune(job, findings)) if "tune" in settings else []
+        tuning = list(_tune(job, gate, findings)) if "tune" in settings else []
         if tuning:
             recipe = parse(min(tuning, key=_rank)["steps"], job.cell.recipe)
         run = open_cell(job)
-        log, run.progress = run.log, findings.progress
+        log = run.log
         log.tuning = tuning
         run.folder, run.cache = job.scratch, job.cache
-        if not job.rank:
-            run.alone = functools.partial(_wait_alone, gate, findings)
+        run.progress = functools.partial(_go_on, run, gate, findings)
+        if gate:
+            run.alone = functools.partial(_wait_alone, run, gate, findings)
         try:
-            _apply(recipe.trained_part if job.rank else recipe, run, findings)
-            if not job.rank:
+            _apply(recipe if gate else recipe.trained_part, run, findings)
+            if gate:
                 run.finish(recipe_is_empty=not recipe.steps)
                 emulates = any(getattr(module, "simulated", False) for module in run.model.modules())
                 simulated = emulates or log.simulated
@@ -93,7 +94,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     )
 
 
-def _tune(job: Job, findings: Findings) -> Iterator[TuningPoint]:
+def _tune(job: Job, gate: Gate | None, findings: Findings) -> Iterator[TuningPoint]:
     """Every point of the job's grid, with its validation loss, what probes of tasks say of it, and what it cost.
 
     Raises `Diverged` where none is finite. Points are tried one after the other, so that a cell has what all of them
@@ -109,9 +110,7 @@ def _tune(job: Job, findings: Findings) -> Iterator[TuningPoint]:
         run = open_cell(job)
         run.folder = None if job.scratch is None else job.scratch / f"point-{number}"
         run.cache = job.cache
-        run.progress = lambda unit, done, total, at=number: findings.progress(  # type: ignore[misc]
-            f"point {at} of {len(points)}, {unit}", done, total
-        )
+        run.progress = functools.partial(_go_on, run, gate, findings, at=f"point {number} of {len(points)}, ")
         loss: float | None = None
         metrics: dict[str, float] = {}
         try:
@@ -129,7 +128,7 @@ def _tune(job: Job, findings: Findings) -> Iterator[TuningPoint]:
             run.close()
         losses.append(loss)
         tokens = sum(report["tokens"] for report in run.log.fits)
-        seconds = time.monotonic() - begin
+        seconds = time.monotonic() - begin - run.waited
         yield {"steps": steps, "loss": loss, "seconds": seconds, "tokens": tokens, "metrics": metrics}
     if not any(loss is not None for loss in losses):
         raise Diverged(f"the loss is not finite at any of {len(points)} points of the grid")
@@ -162,22 +161,43 @@ def _apply(recipe: Recipe, run: ModelRun, findings: Findings) -> None:
 
     for step in recipe.steps:
         findings.enter(step.label)
-        begin, waited = time.perf_counter(), findings.seconds.get("wait", 0.0)
+        begin = time.perf_counter() - run.waited
         with PeakMemory(run.device) as peak:
             run.apply(step)
-        seconds = time.perf_counter() - begin - (findings.seconds.get("wait", 0.0) - waited)
+        seconds = time.perf_counter() - run.waited - begin
         run.log.steps.append({"step": step.label, "seconds": seconds, "peaks": peak.bytes})
     findings.enter("finish")
 
 
+def _go_on(
+    run: ModelRun, gate: Gate | None, findings: Findings, unit: str, done: int, total: int, at: str = ""
+) -> None:
+    """Tell how far the run has come, and let those pass who wait to have the machine to themselves."""
+    findings.progress(at + unit, done, total)
+    if gate and gate.wanted:
+        with _waiting(run, findings):
+            gate.give_way()
+
+
 @contextlib.contextmanager
-def _wait_alone(gate: Gate, findings: Findings) -> Iterator[None]:
-    """The machine to itself inside; the time that a step waits for it is not the step's own."""
-    phase = findings.phase
-    findings.enter("wait")
-    with gate.alone():
-        findings.enter(phase)
+def _wait_alone(run: ModelRun, gate: Gate, findings: Findings) -> Iterator[None]:
+    """The machine to itself inside."""
+    with contextlib.ExitStack() as stack:
+        with _waiting(run, findings):
+            stack.enter_context(gate.alone())
         yield
+
+
+@contextlib.contextmanager
+def _waiting(run: ModelRun, findings: Findings) -> Iterator[None]:
+    """Inside it waits: that time is no step's own."""
+    phase, begin = findings.phase, time.monotonic()
+    findings.enter("wait")
+    try:
+        yield
+    finally:
+        findings.enter(phase)
+        run.waited += time.monotonic() - begin
 
 
 def _measure(run: ModelRun, job: Job, gate: Gate, findings: Findings) -> None:

@@ -337,7 +337,9 @@ class Run(abc.ABC):
         self.folder: Path | None = None  # of this run's own, for checkpoints; gone once its record is written
         self.cache: Path | None = None  # for what other runs may use, too, such as predictions of a teacher
         self.alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # the machine to oneself
-        self.progress: Callable[[str, int, int], None] = lambda unit, done, total: None  # told how far a step has come
+        self.progress: Callable[[str, int, int], None] = lambda unit, done, total: None  # told how far a step has come;
+        # returns once those have had their turn who wait to have the machine to themselves
+        self.waited = 0.0  # seconds that this run has waited for the machine, inside of `alone` and `progress`
         self.recovered = 0.0  # seconds of scoring that a killed run had done before and that this one has taken over
         self._states: dict[int, tuple[Method, dict[str, Any]]] = {}
         self._shared: dict[Hashable, Any] = {}

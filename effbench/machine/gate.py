@@ -13,7 +13,7 @@ from effbench.machine.devices import Device
 
 
 def idle(gate: Path) -> bool:
-    """Whether no cell is timing on the device: starting a process now disturbs nobody."""
+    """Whether no cell holds the file alone: of a device, that none is timing, so that a new process disturbs nobody."""
     file = _open(gate)
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -52,21 +52,22 @@ class Gate:
     """Cells work side by side; a probe that times something has the device to itself.
 
     A lock on one file per device: shared while working, exclusive while timing. Any number of programs on one
-    machine may use it, and it opens when a process dies. Who waits to be alone holds a second file meanwhile, which
-    others pass before they begin: cells that come and go without end keep nobody waiting.
+    machine may use it, and it opens when a process dies. Who waits to be alone holds a second file meanwhile, the
+    turn, which others pass before they begin, and for which those at work give way.
     """
 
     def __init__(self, path: Path, tell: Tell) -> None:
         self._path = path
+        self._turn_path = path.with_suffix(".turn")
         self._tell = tell
+        self._alone = False
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Work beside other cells, once none of them is timing or waits to."""
-        with self._turn(fcntl.LOCK_SH):
-            self._file = _open(self._path)
-            _lock(self._file, fcntl.LOCK_SH, self._tell)
+        self._file = _open(self._path)
         try:
+            self._come_in(fcntl.LOCK_SH)
             yield
         finally:
             os.close(self._file)
@@ -74,17 +75,31 @@ class Gate:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Inside `shared`: wait until no other cell works, and keep them all waiting."""
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # else two that wait for their turn keep each other waiting
-        with self._turn(fcntl.LOCK_EX):
-            _lock(self._file, fcntl.LOCK_EX, self._tell)
+        self._come_in(fcntl.LOCK_EX)
+        self._alone = True
         try:
             yield
         finally:
+            self._alone = False
             _lock(self._file, fcntl.LOCK_SH, self._tell)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits to be alone while this cell works beside others."""
+        return not self._alone and not idle(self._turn_path)
+
+    def give_way(self) -> None:
+        """Inside `shared`, between two pieces of work: let those pass who wait to be alone."""
+        self._come_in(fcntl.LOCK_SH)
+
+    def _come_in(self, mode: int) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # else two that wait for their turn keep each other waiting
+        with self._turn(mode):
+            _lock(self._file, mode, self._tell)
 
     @contextlib.contextmanager
     def _turn(self, mode: int) -> Iterator[None]:
-        file = _open(self._path.with_suffix(".turn"))
+        file = _open(self._turn_path)
         try:
             _lock(file, mode, self._tell)
             yield

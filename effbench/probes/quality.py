@@ -297,6 +297,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                     texts[index] = postprocess_generated_text(text, list(stops), None)
                 for (index, _, _), use in zip(part, self.engine.uses, strict=False):
                     self.met[requests[index].task_name].uses.append(use)
+                self.engine.progress("answer", start + len(part), len(members))
         return texts
 
     @property

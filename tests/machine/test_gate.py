@@ -65,3 +65,36 @@ def test_two_that_want_to_be_alone_take_turns(tmp_path):
     assert len(alone) == 2
     (_, ended), (begin, _) = sorted(alone)
     assert ended <= begin
+
+
+def test_a_cell_at_work_gives_way_between_two_pieces_of_work(tmp_path):
+    """A cell of an hour does not keep another waiting for an hour; nobody works while that one is alone."""
+    begun, told, done, worked = threading.Event(), threading.Event(), threading.Event(), list[float]()
+
+    def work():
+        gate = make_gate(tmp_path)
+        with gate.shared():
+            begun.set()
+            while not done.is_set():
+                worked.append(time.monotonic())
+                time.sleep(0.01)
+                if gate.wanted:
+                    told.set()
+                    gate.give_way()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    begun.wait(5)
+    gate = make_gate(tmp_path)
+    with gate.shared():
+        time.sleep(0.05)
+        assert not told.is_set(), "it gave way to a cell that works beside it"
+        with gate.alone():
+            assert told.is_set() and not gate.wanted
+            begin = time.monotonic()
+            time.sleep(0.1)
+            end = time.monotonic()
+    time.sleep(0.1)
+    done.set()
+    worker.join(5)
+    assert not [at for at in worked if begin < at < end] and worked[-1] > end

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +87,9 @@ def open_engine(run: Run, model: Any = None, vocabulary: int | None = None) -> E
     Of its tokens the first so many, or all.
     """
     plan = run.infer if model is None else attention.adopt(InferPlan(), model)
-    return Engine(run.model if model is None else model, plan, run.pad, vocabulary=vocabulary)
+    engine = Engine(run.model if model is None else model, plan, run.pad, vocabulary=vocabulary)
+    engine.progress = run.progress
+    return engine
 
 
 class Engine:
@@ -102,6 +104,7 @@ class Engine:
         self.chunk = chunk  # tokens of a prompt in one forward pass; None: all
         self.vocabulary = vocabulary  # ids from 0 on that it predicts; None: all rows of the head
         self.device = next(model.parameters()).device
+        self.progress: Callable[[str, int, int], None] = lambda unit, done, total: None  # told after batches it scores
         self.uses: list[Use] = []  # of the prompts of the last call, where caches settle
         self.read_uses: list[Use] = []  # of those that were read last
 
@@ -187,6 +190,7 @@ class Engine:
             parts = (values.split(list(map(len, targets))) for values in scored)
             for (i, _), logprobs, likeliest in zip(owners, *parts, strict=True):
                 results[i] = Scored.of(logprobs, likeliest)
+            self.progress("text", len(rows) - len(order), len(rows))
         return [entry for entry in results if entry is not None]
 
     def _score_at(self, states: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,6 +248,7 @@ class Engine:
                 for i in members:
                     self.uses[i] = uses[place]
                     yield i, states[place]
+            self.progress("context", len(owners) - len(groups), len(owners))
 
     def predict(
         self, pairs: Sequence[tuple[Tokens, list[int]]], hold: Sequence[int] | None = None, block: int = 1

@@ -53,8 +53,7 @@ class Meter:
         self._length = 0  # of the longest row that it read, with padding
         self._alone = contextlib.ExitStack()
         self.earlier = {"seconds": 0.0, "joules": 0.0}  # spent before a checkpoint that the fit goes on from
-        self._waited = 0.0  # seconds, for the machine
-        self._began = time.monotonic()
+        self._began = time.monotonic() - run.waited
         self._counter = nvml.energy_joules(run.device)
         self._joules = self._counter() if self._counter is not None else 0.0
 
@@ -66,9 +65,7 @@ class Meter:
             with self._made:
                 return step()
         if place == self._timed.start and self._timed:
-            asked = time.monotonic()
             self._alone.enter_context(self._run.alone())
-            self._waited = time.monotonic() - asked
         begin = time.perf_counter()
         line = step()
         if place in self._timed:
@@ -180,7 +177,7 @@ class Meter:
         joules = self._counter() - self._joules if self._counter is not None else 0.0
         told = joules > 0 and (self.earlier["joules"] > 0 or not self.earlier["seconds"])
         return {
-            "seconds": self.earlier["seconds"] + time.monotonic() - self._began - self._waited,
+            "seconds": self.earlier["seconds"] + time.monotonic() - self._run.waited - self._began,
             "joules": self.earlier["joules"] + joules if told else 0.0,
         }
 

@@ -1,0 +1,71 @@
+"""A cell at work lets those pass who wait to have the machine to themselves, and counts no time that it waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effbench.cells import execute as cells
+from effbench.cells.job import Place
+from effbench.cells.options import RunOptions
+from effbench.cells.plan import plan
+from effbench.machine.gate import Gate
+
+LONG = 1.0  # seconds that another has the machine to itself
+
+
+@pytest.mark.parametrize(
+    ("phase", "recipe", "changes"),
+    [
+        ("fit", "fit(steps=6, max_length=16)", {}),
+        (
+            "point 1 of 2",
+            "fit(steps=4, max_length=16)",
+            {"tune": ["fit(steps=4, max_length=16)", "fit(steps=5, max_length=16)"]},
+        ),
+        ("gptq", "gptq(bits=4)", {"calibration_sequences": 8}),
+        ("quality", "rtn(bits=4)", {"probes": ["quality"], "tasks": ["tiny_facts"], "limit": 100}),
+    ],
+)
+def test_others_pass_while_a_cell_works(tmp_path: Path, phase: str, recipe: str, changes: dict[str, Any]) -> None:
+    options = RunOptions(recipe=recipe, device="cpu", results=str(tmp_path / "runs"))
+    tune = changes.pop("tune", None)
+    job = (
+        plan(options, {"probes": ["perplexity"], "text_tokens": 2048} | changes)
+        .todo[-1]
+        .at([Place("cpu", tmp_path / "gate.lock")])
+    )
+    if tune:
+        job = dataclasses.replace(job, cell=dataclasses.replace(job.cell, settings=job.cell.settings | {"tune": tune}))
+    asked, passed = threading.Event(), list[float]()
+
+    def pass_by() -> None:
+        gate = Gate(tmp_path / "gate.lock", lambda **news: None)
+        asked.wait(60)
+        with gate.shared(), gate.alone():
+            time.sleep(LONG)
+            passed.append(time.monotonic())
+
+    other = threading.Thread(target=pass_by, daemon=True)
+    other.start()
+
+    def tell(**news: Any) -> None:
+        if str(news.get("phase", "")).startswith(phase) or phase in str(news.get("progress", "")):
+            asked.set()
+
+    begin = time.monotonic()
+    record = cells.execute(job, tell)
+    end = time.monotonic()
+    other.join(5)
+    assert record.outcome == "ok", record.reason
+    assert passed and passed[0] < end, "the other waited until the cell had ended"
+    waited = record.log["phases"]["wait"]
+    assert waited > 0.8 * LONG and record.seconds < end - begin - 0.8 * LONG
+    assert sum(step["seconds"] for step in record.log["steps"]) < end - begin - 0.8 * LONG
+    own = sum(seconds for name, seconds in record.log["phases"].items() if name != "wait")
+    assert own < end - begin - 0.8 * LONG
