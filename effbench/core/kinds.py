@@ -302,11 +302,11 @@ class Shorten(Prompt):
 
     must_define: ClassVar[Alternatives] = (("rewrite",),)
 
-    keep: float = 0.5  # share of the tokens of the contexts that stay, in (0, 1]
+    keep: float = 0.5  # share of the tokens of the whole prompt that stay, in (0, 1]; contexts have what others leave
     bound: float | None = None  # KL of the answer, in nats a token, up to which it goes: `keep` grows by 0.1 until then
 
     def check(self) -> None:
-        self.require(0 < self.keep <= 1, "keep is a share of the contexts, in (0, 1]")
+        self.require(0 < self.keep <= 1, "keep is a share of the prompt, in (0, 1]")
         self.require(self.bound is None or self.bound >= 0, "bound is a divergence in nats, at least 0")
 
 

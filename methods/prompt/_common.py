@@ -83,6 +83,11 @@ def cut(segments: Segments, tokenizer: Any) -> list[Piece]:
     return pieces
 
 
+def is_context(piece: Piece, segments: Segments) -> bool:
+    """Whether it is of a context of this prompt."""
+    return 2 <= piece.part < 2 + len(segments.contexts)
+
+
 def join(segments: Segments, pieces: Iterable[Piece], apart: bool = False) -> Segments:
     """A prompt of these of its pieces. A part of which only white space is left goes, but for the end of the prompt.
 
@@ -122,23 +127,36 @@ def list_ids(pieces: Iterable[Piece]) -> list[int]:
     return [token for piece in pieces for token in piece.ids]
 
 
-def find_budget(keep: float, tokens: int) -> int:
-    """Whole tokens in a share of them, whatever binary fractions make of it."""
-    return int(keep * tokens + 1e-9)
-
-
-def find_room(method: Method, keep: float, total: int, fixed: float) -> float:
+def find_room(method: Shorten, total: int, fixed: float) -> float:
     """Tokens that are left to the contexts of a prompt of which a share stays and `fixed` are of other parts.
 
     Raises `Refused` where those alone are more.
     """
-    room = keep * total - fixed
-    if room < -1e-9:  # what binary fractions make of 0
+    most = method.keep * total
+    if most - fixed < -1e-9:  # what binary fractions make of 0
         raise Refused(
-            f"{method}: of {total} tokens instruction and question alone need more than the {keep * total:.0f} that "
-            "may stay"
+            f"{method}: of {total} tokens instruction and question alone need more than the {most:.0f} that may stay"
         )
-    return max(0.0, room)
+    return max(0.0, most - fixed)
+
+
+def measure_room(method: Shorten, segments: Segments, pieces: Sequence[Piece]) -> tuple[float, int]:
+    """Tokens that are left to the contexts of a prompt where all else stays, and how many these have.
+
+    Raises as `find_room`.
+    """
+    total, size = count_tokens(pieces), count_tokens(piece for piece in pieces if is_context(piece, segments))
+    return find_room(method, total, total - size), size
+
+
+def round_down(tokens: float) -> int:
+    """Whole tokens, whatever binary fractions make of them."""
+    return int(tokens + 1e-9)
+
+
+def count_text(tokenizer: Any, text: str) -> int:
+    """Tokens of a text, without special ones."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def is_named(word: str) -> bool:
@@ -146,23 +164,21 @@ def is_named(word: str) -> bool:
     return any(letter.isdigit() or letter.isupper() for letter in word)
 
 
-def find_forced(segments: Segments, pieces: Sequence[Piece], force: bool) -> set[int]:
-    """Numbers of the pieces that stay whatever they are worth, none without `force`.
+def find_forced(segments: Segments, pieces: Sequence[Piece]) -> set[Piece]:
+    """The pieces that stay whatever they are worth where `force` is set.
 
     Special tokens, and whole words with a digit or a capital letter, or that the question has, too. Common words do
     not count. Who uses it joins `apart`: then every word with a digit or a capital letter is one of the prompt.
     """
-    if not force:
-        return set()
     asked = {word.lower() for word in WORD.findall(segments.question)} - COMMON
     starts = [piece.place for piece in pieces]
-    forced = {i for i, piece in enumerate(pieces) if piece.special}
+    forced = {piece for piece in pieces if piece.special}
     for match in WORD.finditer(segments.text()):
         word = match[0]
         if word.lower() in asked or is_named(word):
             first, last = (bisect.bisect_right(starts, place) - 1 for place in (match.start(), match.end() - 1))
             if first < last or word.lower() not in COMMON:  # a common word in two pieces must not be halved
-                forced.update(range(first, last + 1))
+                forced.update(pieces[first : last + 1])
     return forced
 
 
@@ -261,6 +277,8 @@ class Judged(Shorten):
 
     compressor: str = "reference"  # the model that judges: reference, model, the name of a snapshot, or another model's
     # place, such as ./folder, gguf:FILE or org/name@COMMIT
+    force: bool = False  # whether digits, names, words of the question and special tokens stay, as whole words, also
+    # where there is no room for them: of a prompt with many more than `keep` stays
 
     @property
     def reads(self) -> Mapping[str, Set[Output]]:
@@ -273,3 +291,8 @@ class Judged(Shorten):
             return sources.fixed_model(self.compressor).files
         except Usage as error:
             raise Usage(f"{self}: compressor: {error}") from None
+
+    def read(self, segments: Segments, judge: Judge) -> tuple[list[Piece], set[Piece]]:
+        """The pieces of a prompt for its judge, and those of them that stay whatever they are worth."""
+        pieces = cut(segments, judge.tokenizer)
+        return pieces, find_forced(segments, pieces) if self.force else set()

@@ -19,13 +19,11 @@ PACKAGE_ROOM = 100 + 1e-9  # tokens beyond the budget up to which, and with whic
 class Lingua(Judged):
     """Settings of both papers."""
 
-    keep: float = 0.5  # tau: share of the tokens of the whole prompt that stay, in (0, 1]
     instruction: float = 0.85  # tau_ins: share of the instruction's tokens that stay, or more where contexts leave room
     question: float = 0.9  # tau_que: the same of the question
     step: int = 200  # tokens that are judged in one forward pass, of which a share stays
     tail: Literal["compressed", "package"] = "compressed"  # package: as the authors' package does it, which compresses
     # contexts alone, and no more of them than whole steps
-    force: bool = False  # whether digits, names, words of the question and special tokens stay, as whole words
 
     def check(self) -> None:
         super().check()
@@ -183,7 +181,7 @@ def find_package_room(
     """
     sizes = [count_tokens(strip_end(context)) for context in contexts]
     fixed = count_tokens(strip_end(instruction)) + count_tokens(strip_end(question))
-    return find_room(method, method.keep, fixed + sum(sizes), fixed), sizes
+    return find_room(method, fixed + sum(sizes), fixed), sizes
 
 
 def plan_package(lengths: Sequence[int], rates: Sequence[float], step: int) -> list[list[tuple[int, float]]]:

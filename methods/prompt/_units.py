@@ -14,7 +14,7 @@ from effbench.core.errors import Refused, Unavailable, first_line
 from effbench.core.kinds import Shorten
 from effbench.core.run import Run
 from effbench.core.views import Segments
-from effbench.methods.prompt._common import HEAD, TAIL, cut, find_budget, note_chunks
+from effbench.methods.prompt._common import HEAD, TAIL, cut, find_room, is_context, note_chunks, round_down
 from effbench.nn.embedders import embed_texts
 
 EXTRA = "pip install 'effbench[phrases]'"
@@ -108,10 +108,10 @@ def keep_best(
 
     One that has no room is passed over; in the end the smallest of these stays, too, if the budget is then missed by
     less. Of equal ones the first stay; `forced` ones, by their numbers, stay whatever room there is. See `join_units`.
-    Raises `Refused` where nothing has room.
+    Raises `Refused` where nothing has room, and as `find_room`.
     """
-    sizes = measure(segments, tokenizer, units)
-    budget = find_budget(method.keep, sum(sizes))
+    fixed, sizes = measure(segments, tokenizer, units)
+    budget = round_down(find_room(method, fixed + sum(sizes), fixed))
     kept, room = set(forced), budget - sum(sizes[i] for i in forced)
     ranked = sorted(set(range(len(units))) - kept, key=lambda i: (-scores[i], i))
     for i in ranked:
@@ -126,13 +126,16 @@ def keep_best(
     return join_units(segments, units, kept, apart)
 
 
-def measure(segments: Segments, tokenizer: Any, units: Sequence[Unit]) -> list[int]:
-    """Tokens of each unit, as they are in the prompt."""
-    sizes = [0] * len(units)
-    for piece in cut(replace(segments, contexts=tuple(unit.text for unit in units)), tokenizer):
-        if 2 <= piece.part < 2 + len(units):
+def measure(segments: Segments, tokenizer: Any, units: Sequence[Unit]) -> tuple[int, list[int]]:
+    """Tokens of what is no context, and of each unit, as they are in the prompt."""
+    divided = replace(segments, contexts=tuple(unit.text for unit in units))
+    fixed, sizes = 0, [0] * len(units)
+    for piece in cut(divided, tokenizer):
+        if is_context(piece, divided):
             sizes[piece.part - 2] += len(piece.ids)
-    return sizes
+        else:
+            fixed += len(piece.ids)
+    return fixed, sizes
 
 
 def join_units(segments: Segments, units: Sequence[Unit], kept: Set[int], apart: bool = True) -> Segments:

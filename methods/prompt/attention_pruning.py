@@ -16,13 +16,12 @@ from effbench.methods.prompt._common import (
     Judged,
     chunk,
     count_tokens,
-    cut,
-    find_budget,
-    find_forced,
     join,
     list_ids,
+    measure_room,
     note_chunks,
     open_judge,
+    round_down,
 )
 from effbench.nn.infer.cache import SlotCache, SlotLayer
 from effbench.nn.infer.engine import State
@@ -49,13 +48,12 @@ class AttentionPruning(Judged):
     tuned = {"queries": ("question", "all")}
 
     queries: Literal["question", "all"] = "question"  # whose attention counts
-    force: bool = False  # whether digits, names, words of the question and special tokens stay, as whole words
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
         if self.keep >= 1 or not "".join(segments.contexts).strip():
             return segments
         judge = open_judge(run, self.compressor)
-        pieces = cut(segments, judge.tokenizer)
+        pieces, forced = self.read(segments, judge)
         last = len(segments.contexts) + 2
         front, question = ([piece for piece in pieces if piece.part in parts] for parts in ((0, 1), (last,)))
         contexts = [i for i, piece in enumerate(pieces) if 2 <= piece.part < last]
@@ -70,9 +68,8 @@ class AttentionPruning(Judged):
             found = iter(self.observe(judge, before, list_ids(part), behind).tolist())
             received += [max(next(found) for _ in piece.ids) for piece in part]
         worth = dict(zip(contexts, received, strict=True))
-        kept = {i for i in find_forced(segments, pieces, self.force) if i in worth}
-        kept |= {i for i in contexts if pieces[i].stays}
-        left = find_budget(self.keep, count_tokens(pieces[i] for i in contexts))
+        kept = {i for i in contexts if pieces[i].stays or pieces[i] in forced}
+        left = round_down(measure_room(self, segments, pieces)[0])
         left -= count_tokens(pieces[i] for i in kept)
         for i in sorted(set(contexts) - kept, key=lambda i: (-worth[i], i)):
             left -= len(pieces[i].ids)

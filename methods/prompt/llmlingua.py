@@ -13,8 +13,6 @@ from effbench.methods.prompt._common import (
     Judge,
     Piece,
     count_tokens,
-    cut,
-    find_forced,
     find_room,
     join,
     list_ids,
@@ -68,8 +66,7 @@ class LLMLingua(Lingua):
         if self.keep >= 1:
             return segments
         judge = open_judge(run, self.compressor)
-        pieces = cut(segments, judge.tokenizer)
-        forced = {pieces[i] for i in find_forced(segments, pieces, self.force)}
+        pieces, forced = self.read(segments, judge)
         instruction, contexts, question = split(segments, pieces)
         if self.tail == "package":
             demonstrations = follow_package(self, judge, instruction, contexts, question)
@@ -94,7 +91,7 @@ class LLMLingua(Lingua):
         # Budget controller. Lengths L in tokens; room is tau_dems L_dems.
         ins, que, *sizes = map(count_tokens, (instruction, question, *contexts))
         total = ins + que + sum(sizes)
-        room = find_room(self, self.keep, total, self.instruction * ins + self.question * que)
+        room = find_room(self, total, self.instruction * ins + self.question * que)
         chosen = choose_contexts(judge, contexts, COARSE * room)
         demonstrations = [piece for i in sorted(chosen) for piece in contexts[i]]
         dems = count_tokens(demonstrations)
@@ -115,7 +112,7 @@ class LLMLingua(Lingua):
         forced: Set[Piece],
     ) -> list[Piece]:
         ins, que, size = map(count_tokens, (instruction, question, context))
-        room = find_room(self, self.keep, ins + que + size, self.instruction * ins + self.question * que)
+        room = find_room(self, ins + que + size, self.instruction * ins + self.question * que)
         (losses,) = judge.losses([([judge.first], [], list_ids([*instruction, *context, *question]))])
         kept: list[Piece] = []
         left = iter(losses)

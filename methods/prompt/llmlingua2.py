@@ -10,7 +10,17 @@ import torch
 
 from effbench.core.run import Run
 from effbench.core.views import Segments
-from effbench.methods.prompt._common import Judged, chunk, count_tokens, cut, find_forced, join, note_chunks, open_judge
+from effbench.methods.prompt._common import (
+    Judged,
+    chunk,
+    count_text,
+    count_tokens,
+    is_context,
+    join,
+    measure_room,
+    note_chunks,
+    open_judge,
+)
 from effbench.methods.prompt._labels import (
     align_compressions,
     classify,
@@ -46,6 +56,7 @@ class LLMLingua2(Judged):
         {"steps": 2, "texts": 2, "batch_size": 2, "labels": "output"},
     )
 
+    of: Literal["prompt", "contexts"] = "prompt"  # of what `keep` is a share; contexts: as in the authors' package
     labels: Literal["aligned", "output"] = "aligned"  # of words: found again in a compression of their text; or needed,
     # so that the compressor's answer is another one without them
     steps: int = 150  # of the fit
@@ -53,7 +64,6 @@ class LLMLingua2(Judged):
     texts: int = 128  # that are learned
     batch_size: int = 10  # of them in a step
     lr: float = 3e-4  # peak of the learning rate
-    force: bool = False  # whether digits, names, words of the question and special tokens stay, as whole words
 
     def check(self) -> None:
         super().check()
@@ -80,13 +90,16 @@ class LLMLingua2(Judged):
         super().apply(run)
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
-        if self.keep >= 1:
+        if self.keep >= 1 or not "".join(segments.contexts).strip():
             return segments
         judge = open_judge(run, self.compressor)
-        pieces = cut(segments, judge.tokenizer)
-        forced = {pieces[i] for i in find_forced(segments, pieces, self.force)}
-        shortened = [piece for piece in pieces if 2 <= piece.part < 2 + len(segments.contexts)]
+        pieces, forced = self.read(segments, judge)
+        shortened = [piece for piece in pieces if is_context(piece, segments)]
         kept = {*pieces} - {*shortened}
+        rate = self.keep
+        if self.of == "prompt":
+            room, size = measure_room(self, segments, pieces)
+            rate = round(room / size, 12)  # so that of contexts alone it is `keep`
         classifier = self._find_classifier(run)
         chunks = [*chunk(shortened, min(LONGEST, judge.window))]
         for part in chunks:
@@ -94,8 +107,8 @@ class LLMLingua2(Judged):
             probabilities = iter(classify(classifier, [token for piece in part for token in piece.ids]))
             worth = [sum(next(probabilities) for _ in range(count_tokens(word))) / count_tokens(word) for word in words]
             worth = [1.0 if forced.intersection(word) else value for word, value in zip(words, worth, strict=True)]
-            sizes = [len(run.tokenizer("".join(p.text for p in word))["input_ids"]) for word in words]
-            for word, stays in zip(words, select(worth, sizes, self.keep), strict=True):
+            sizes = [count_text(run.tokenizer, "".join(piece.text for piece in word)) for word in words]
+            for word, stays in zip(words, select(worth, sizes, rate), strict=True):
                 kept.update(piece for piece in word if stays or piece.stays or piece in forced)
         note_chunks(run, self, len(chunks))
         return join(segments, [piece for piece in pieces if piece in kept], apart=self.force)

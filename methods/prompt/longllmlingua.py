@@ -12,7 +12,6 @@ from effbench.methods.prompt._common import (
     Piece,
     count_tokens,
     cut,
-    find_forced,
     find_room,
     join,
     list_ids,
@@ -78,7 +77,7 @@ class LongLLMLingua(Lingua):
             room, own = find_package_room(self, instruction, contexts, question)
             sizes = [size + 2 for size in own]  # with the empty line between documents
         else:
-            room = find_room(self, self.keep, total, self.instruction * ins + self.question * que)
+            room = find_room(self, total, self.instruction * ins + self.question * que)
 
         # Coarse: documents by r_k, the mean loss of the question behind them (equation 2).
         losses = measure_question(judge, contexts, asked + RESTRICT * self.restrict, bos=not package)
@@ -99,8 +98,7 @@ class LongLLMLingua(Lingua):
 
         # Fine: contrastive perplexity (equation 3), documents in their new order, each segment behind what was kept.
         segments = arrange(segments, stay)
-        pieces = cut(segments, judge.tokenizer)
-        forced = {pieces[i] for i in find_forced(segments, pieces, self.force)}
+        pieces, forced = self.read(segments, judge)
         instruction, contexts, question = split(segments, pieces)
         condition = encode(judge, asked + "\n\n", "".join(segments.contexts))
         if package:

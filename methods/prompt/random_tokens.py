@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from effbench.core.kinds import Shorten
 from effbench.core.run import Run
 from effbench.core.views import Segments
-from effbench.methods.prompt._common import count_tokens, cut, find_budget, join
+from effbench.methods.prompt._common import Piece, count_tokens, cut, is_context, join, measure_room, round_down
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,28 @@ class RandomTokens(Shorten):
     identity = {"keep": 1.0}
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
-        if self.keep >= 1:
+        if self.keep >= 1 or not "".join(segments.contexts).strip():
             return segments
         pieces = cut(segments, run.tokenizer)
-        shortened = [i for i, piece in enumerate(pieces) if 2 <= piece.part < 2 + len(segments.contexts)]
-        chance = random.Random(f"{run.seed}:{segments.text()}")
-        drawn = sorted(shortened, key=lambda i: (not pieces[i].stays, chance.random()))
-        budget = find_budget(self.keep, count_tokens(pieces[i] for i in shortened))
-        kept = set(range(len(pieces))) - set(shortened)
-        for i in drawn:
-            budget -= len(pieces[i].ids)
-            if budget < 0 and not pieces[i].stays:
-                break
-            kept.add(i)
-        return join(segments, [pieces[i] for i in sorted(kept)])
+        return draw(segments, pieces, round_down(measure_room(self, segments, pieces)[0]), run.seed)
+
+
+def draw_as_many(segments: Segments, tokens: int, run: Run) -> Segments:
+    """A prompt of which so many tokens are left, or all of what is no context where that is more."""
+    pieces = cut(segments, run.tokenizer)
+    fixed = count_tokens(piece for piece in pieces if not is_context(piece, segments))
+    return segments if tokens >= count_tokens(pieces) else draw(segments, pieces, max(0, tokens - fixed), run.seed)
+
+
+def draw(segments: Segments, pieces: Sequence[Piece], budget: int, seed: int) -> Segments:
+    """A prompt that has so many tokens of its contexts."""
+    shortened = [i for i, piece in enumerate(pieces) if is_context(piece, segments)]
+    chance = random.Random(f"{seed}:{segments.text()}")
+    drawn = sorted(shortened, key=lambda i: (not pieces[i].stays, chance.random()))
+    kept = set(range(len(pieces))) - set(shortened)
+    for i in drawn:
+        budget -= len(pieces[i].ids)
+        if budget < 0 and not pieces[i].stays:
+            break
+        kept.add(i)
+    return join(segments, [pieces[i] for i in sorted(kept)])

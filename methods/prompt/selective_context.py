@@ -12,7 +12,7 @@ import numpy as np
 
 from effbench.core.run import Run
 from effbench.core.views import Segments
-from effbench.methods.prompt._common import Judge, Judged, cut, find_forced, note_chunks, open_judge
+from effbench.methods.prompt._common import Judge, Judged, note_chunks, open_judge
 from effbench.methods.prompt._units import Unit, join_units, keep_best, split_phrases, split_sentences
 
 
@@ -21,7 +21,7 @@ class SelectiveContext(Judged):
     """Self-information -ln p(x_t | x_<t) of the tokens of each sentence by itself; its mean over a unit is the unit's.
 
     With `share="units"` units at or above the percentile of all that leaves `keep` of them stay, however long they
-    are; else the highest ones that have room in `keep` of the tokens.
+    are; else the highest ones that have room in the budget. With `force` units stay that have such words.
     """
 
     paper = "arXiv:2310.06201"
@@ -38,15 +38,13 @@ class SelectiveContext(Judged):
     tuned = {"unit": ("token", "phrase", "sentence")}
 
     unit: Literal["token", "phrase", "sentence"] = "phrase"  # what stays or goes as a whole
-    share: Literal["tokens", "units"] = "tokens"  # of what `keep` is a share
-    force: bool = False  # whether units with digits, names, words of the question and special tokens stay
+    share: Literal["tokens", "units"] = "tokens"  # of what `keep` is a share; units: those of the contexts
 
     def rewrite(self, segments: Segments, run: Run) -> Segments:
         if self.keep >= 1 or not "".join(segments.contexts).strip():
             return segments
         judge = open_judge(run, self.compressor)
-        pieces = cut(segments, judge.tokenizer)
-        forced = find_forced(segments, pieces, self.force)
+        pieces, forced = self.read(segments, judge)
         units: list[Unit] = []
         scores: list[float] = []
         stay: set[int] = set()
@@ -58,7 +56,8 @@ class SelectiveContext(Judged):
             losses = judge_sentences(judge, sentences, [pieces[n].ids for n in own], places)
             ends = self.cut(sentences, places, len(context))
             scores += inform(ends, [end for n, end in zip(own, places, strict=True) for _ in pieces[n].ids], losses)
-            stay |= {len(units) + find_unit(ends, end) for n, end in zip(own, places, strict=True) if n in forced}
+            held = [end for n, end in zip(own, places, strict=True) if pieces[n] in forced]
+            stay |= {len(units) + find_unit(ends, end) for end in held}
             units += [Unit(i, context[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
             begin += len(context)
         if not segments.question.strip():  # the prompt keeps its end

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any
 
 from effbench.core.errors import Unsupported
 from effbench.core.run import Run
@@ -14,10 +13,15 @@ from effbench.methods.prompt._common import (
     WORD,
     Judge,
     Judged,
-    find_budget,
+    count_text,
+    count_tokens,
+    cut,
+    is_context,
     is_named,
+    measure_room,
     note_chunks,
     open_judge,
+    round_down,
 )
 from effbench.nn.embedders import cut_text
 from effbench.nn.infer.sampling import Sampling
@@ -33,8 +37,10 @@ MARGIN = 8  # tokens
 class Summarize(Judged):
     """The compressor is asked for a summary of all contexts for the question, which takes their place.
 
-    Its first line counts, and no more whole words of it than are `keep` of the tokens of the contexts; where it ends
-    sooner, or writes nothing, fewer are left. Contexts that are longer than its window are summarized in chunks.
+    Its first line counts, and no more whole words of it than have room in the budget; where it ends sooner, or writes
+    nothing, fewer are left. With `force` digits, names and words of the question that it leaves out follow it, whatever
+    room there is, and those that the prompt does not have are taken out. Contexts that are longer than its window are
+    summarized in chunks.
     """
 
     paper = "arXiv:2310.04408"
@@ -46,10 +52,8 @@ class Summarize(Judged):
     identity = {"keep": 1.0}
     asks = True
 
-    keep: float = 0.25  # share of the tokens of the contexts that a summary has, at most
+    keep: float = 0.25  # share of the tokens of the whole prompt that stay, at most: a summary has what others leave
     temperature: float = 0.0  # 0: the likeliest token each time; else drawn by the run's seed
-    force: bool = False  # whether digits, names and words of the question that it leaves out follow it, and those that
-    # the prompt does not have are taken out
 
     def check(self) -> None:
         super().check()
@@ -59,29 +63,30 @@ class Summarize(Judged):
         text = "".join(segments.contexts)
         if self.keep >= 1 or not text.strip():
             return segments
-        budget = find_budget(self.keep, count(run.tokenizer, text))
+        budget, size = measure_room(self, segments, cut(segments, run.tokenizer))
         judge = open_judge(run, self.compressor)
-        words = self.write(segments, judge, run).split()
+        words = self.write(segments, budget / size, judge, run).split()
         missing: list[str] = []
         if self.force:
             there = find_words(segments.text())
             words = [word for word in words if not any(map(is_named, WORD.findall(word))) or find_words(word) <= there]
+        end = text[len(text.rstrip()) :]
         while True:
             if self.force:
                 missing = find_missing(segments, " ".join(words))
             summary = " ".join((*words, *missing))
-            if not words or count(run.tokenizer, summary) <= budget:
-                break
+            short = replace(segments, contexts=(summary + end,) if summary else ())
+            pieces = cut(short, run.tokenizer)
+            if not words or count_tokens(piece for piece in pieces if is_context(piece, short)) <= round_down(budget):
+                return short
             words.pop()
-        end = text[len(text.rstrip()) :]
-        return replace(segments, contexts=(summary + end,) if summary else ())
 
-    def write(self, segments: Segments, judge: Judge, run: Run) -> str:
-        """What the compressor writes of all contexts."""
+    def write(self, segments: Segments, share: float, judge: Judge, run: Run) -> str:
+        """What the compressor writes of all contexts, of whose tokens it has a share at most."""
         encode, question = judge.tokenizer, segments.question.strip()
         # A chunk and its summary have room behind the request; some tokens may be others where the two meet.
         asked = len(encode(REQUEST.format(question=question, documents=""))["input_ids"]) + MARGIN
-        window = int((judge.window - asked) / (1 + self.keep))
+        window = int((judge.window - asked) / (1 + share))
         if window < 1:
             raise Unsupported(f"{self}: the request for a summary has {asked} tokens, in {judge.window} positions")
         chunks = cut_text("".join(segments.contexts), encode, window)
@@ -91,15 +96,10 @@ class Summarize(Judged):
         written = []
         for chunk in chunks:
             request = encode(REQUEST.format(question=question, documents=chunk.strip()), verbose=False)["input_ids"]
-            most, number = max(1, find_budget(self.keep, count(encode, chunk))), zlib.crc32(chunk.encode())
+            most, number = max(1, round_down(share * count_text(encode, chunk))), zlib.crc32(chunk.encode())
             (ids,) = judge.engine.generate([request], most, stops, sampling=sampling, numbers=[number])
             written.append(encode.decode(ids, skip_special_tokens=True).strip().partition("\n")[0].strip())
         return " ".join(filter(None, written))
-
-
-def count(tokenizer: Any, text: str) -> int:
-    """Tokens of a text."""
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def find_words(text: str) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +69,9 @@ def divide(row: dict[str, Any]) -> Segments:
 
 
 @pytest.mark.parametrize("queries", ["question", "all"])
-def test_tokens_that_receive_most_stay_in_their_order(queries: Any, run: ModelRun) -> None:
+def test_tokens_that_receive_most_stay_in_their_order(
+    queries: Any, run: ModelRun, of_contexts: Callable[[Segments, float], float]
+) -> None:
     row = NEEDLES[0]
     front, context, question = (
         run.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -79,7 +82,8 @@ def test_tokens_that_receive_most_stay_in_their_order(queries: Any, run: ModelRu
     received = weights[:, :, rows].mean((0, 1, 2))[1 + len(front) :][: len(context)]
     for keep in (0.25, 0.5):
         best = sorted(received.topk(int(keep * len(context))).indices.tolist())
-        new = AttentionPruning(keep=keep, queries=queries).rewrite(divide(row), run)
+        prompt = divide(row)
+        new = AttentionPruning(keep=of_contexts(prompt, keep), queries=queries).rewrite(prompt, run)
         assert "".join("".join(new.contexts).split()) == "".join(
             run.tokenizer.decode([context[i]]).strip() for i in best
         )

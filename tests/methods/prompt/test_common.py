@@ -44,7 +44,7 @@ def telling(text: str) -> set[str]:
 
 def force(segments: Segments, tokenizer: Any = TOKENIZER) -> str:
     pieces = cut(segments, tokenizer)
-    return join(segments, [pieces[i] for i in sorted(find_forced(segments, pieces, True))], apart=True).text()
+    return join(segments, [piece for piece in pieces if piece in find_forced(segments, pieces)], apart=True).text()
 
 
 def test_forced_words_are_whole() -> None:
@@ -53,15 +53,14 @@ def test_forced_words_are_whole() -> None:
     assert telling(text) == {"2024-11-27", "O'Neil", "12", "34", "USA3", "Zanzibar", "The"}
     words = WORD.findall(force(prompt))
     assert [*dict.fromkeys(words)] == ["2024-11-27", "O'Neil", "12", "34", "USA3", "Zanzibar", "rope", "Bo"]
-    assert not find_forced(prompt, cut(prompt, TOKENIZER), False)
 
 
 def test_a_common_word_stays_where_it_could_be_halved() -> None:
     prompt = Segments(contexts=("Should she go",), whole=True)
     halves = [Piece("Sh", (1,), 0, False, 0), Piece("ould", (2,), 0, False, 2), Piece(" she", (3,), 0, False, 6)]
-    assert find_forced(prompt, halves, True) == {0, 1}
+    assert find_forced(prompt, halves) == {*halves[:2]}
     whole = [Piece("Should", (1,), 0, False, 0), Piece(" she", (3,), 0, False, 6)]
-    assert find_forced(prompt, whole, True) == set()
+    assert find_forced(prompt, whole) == set()
 
 
 def test_special_tokens_stay() -> None:
@@ -78,8 +77,8 @@ PARTS = st.text(st.sampled_from("ab AB12 .,-()'\n漢é"), max_size=14)
 def test_words_that_tell_something_are_those_of_the_prompt(contexts: list[str], question: str, data: Any) -> None:
     prompt = Segments(instruction="Ab 1.5", contexts=tuple(contexts), question=question)
     pieces = cut(prompt, TOKENIZER)
-    forced = find_forced(prompt, pieces, True)
-    chosen = [piece for i, piece in enumerate(pieces) if piece.stays or i in forced or data.draw(st.booleans())]
+    forced = find_forced(prompt, pieces)
+    chosen = [piece for piece in pieces if piece.stays or piece in forced or data.draw(st.booleans())]
     new = join(prompt, chosen, apart=True)
     common = {"A", "B", "a"}  # one piece each, which may go
     assert telling(prompt.text()) - common <= telling(new.text()) | common
@@ -158,9 +157,9 @@ def test_text_beyond_the_window_is_judged_in_chunks() -> None:
 
 
 def test_room_of_contexts() -> None:
-    assert find_room(LLMLingua(), 0.5, 50, 15.5) == 9.5 and find_room(LLMLingua(), 0.1, 30, 3) == 0
+    assert find_room(LLMLingua(), 50, 15.5) == 9.5 and find_room(LLMLingua(keep=0.1), 30, 3) == 0
     with pytest.raises(Refused, match="of 50 tokens instruction and question alone need more than the 25"):
-        find_room(LLMLingua(), 0.5, 50, 25.5)
+        find_room(LLMLingua(), 50, 25.5)
 
 
 def test_a_compressor_by_its_place(run: ModelRun, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def find_nearness(model: Any, tokenizer: Any, sentences: list[str], question: st
 
 
 @pytest.mark.parametrize("number", range(len(NEEDLES)))
-def test_the_nearest_sentences_stay(number: int, run: ModelRun, model: Any) -> None:
+def test_the_nearest_sentences_stay(
+    number: int, run: ModelRun, model: Any, of_contexts: Callable[[Segments, float], float]
+) -> None:
     """Every set of eight sentences is tried. Of those that have room, the one that comes first when sets are compared
     best sentence first is kept, and the smallest of the rest, if the budget is then missed by less."""
     row = NEEDLES[number]
@@ -57,7 +60,7 @@ def test_the_nearest_sentences_stay(number: int, run: ModelRun, model: Any) -> N
         left = room - sum(sizes[i] for i in best)
         small = min(set(range(8)) - {*best}, key=lambda i: (sizes[i], -near[i]))
         best += [small] if sizes[small] - left < left else []
-        new = Extractive(keep=share).rewrite(prompt, run)
+        new = Extractive(keep=of_contexts(prompt, share)).rewrite(prompt, run)
         assert "".join(new.contexts).split() == "".join(sentences[i] for i in sorted(best)).split()
         assert (new.instruction, new.question) == ("Notes: ", row["question"])
 
@@ -79,11 +82,13 @@ def test_retrieval_by_embeddings_ranks_alike(run: ModelRun) -> None:
     assert Retrieval(by="model").rewrite(prompt, run) != Retrieval().rewrite(prompt, run)
 
 
-def test_phrases(run: ModelRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phrases(
+    run: ModelRun, monkeypatch: pytest.MonkeyPatch, of_contexts: Callable[[Segments, float], float]
+) -> None:
     """Phrases stay and go by themselves; the one that is the question is the nearest."""
     monkeypatch.setattr(_units, "split_phrases", lambda text: [f"{part} " for part in text.strip().split(" | ")])
     prompt = Segments("", "Notes: ", ("The rope | fell | The code krox | in the hall ",), "The code krox")
-    kept = Extractive(unit="phrase", keep=0.5).rewrite(prompt, run).contexts[0]
+    kept = Extractive(unit="phrase", keep=of_contexts(prompt, 0.5)).rewrite(prompt, run).contexts[0]
     assert "The code krox" in kept and "in the hall" not in kept
 
 

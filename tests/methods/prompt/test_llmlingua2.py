@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,9 @@ def test_the_rate_is_that_of_tokens_and_not_half_a_probability() -> None:
 
 
 def test_a_word_is_worth_the_mean_of_its_tokens(
-    trained: tuple[ModelRun, LLMLingua2], monkeypatch: pytest.MonkeyPatch
+    trained: tuple[ModelRun, LLMLingua2],
+    monkeypatch: pytest.MonkeyPatch,
+    of_contexts: Callable[[Segments, float], float],
 ) -> None:
     run, method = trained
     prompt = Segments(contexts=(" the rope fell in the hall and the coin fell in the tower ",), question="what")
@@ -91,12 +95,16 @@ def test_a_word_is_worth_the_mean_of_its_tokens(
         "effbench.methods.prompt.llmlingua2.classify",
         lambda model, tokens: [told.get(run.tokenizer.decode([token]), 0.0) for token in tokens],
     )
+    monkeypatch.setattr(LLMLingua2, "_find_classifier", lambda self, run: None)
     words = prompt.contexts[0].split()
     worth = {word: told[" " + word] for word in words}  # each is one token
     stays = select_by_numpy([worth[word] for word in words], [1] * len(words), 0.5)
-    new = method.rewrite(prompt, run)
-    assert new.contexts[0].split() == [word for word, stay in zip(words, stays, strict=True) if stay]
-    assert new.question == prompt.question
+    kept = [word for word, stay in zip(words, stays, strict=True) if stay]
+    share = of_contexts(prompt, 0.5)
+    assert share > 0.5
+    for settings in ({"keep": share}, {"of": "contexts"}):
+        new = replace(method, **settings).rewrite(prompt, run)
+        assert new.contexts[0].split() == kept and new.question == prompt.question
 
 
 # Labels

@@ -18,8 +18,10 @@ PROMPT = Segments(instruction="Notes: ", contexts=(WORDS + " ",), question="The 
 
 
 def keep(share: float, run: ModelRun, prompt: Segments = PROMPT, seed: int = 0) -> list[str]:
+    """The words that stay, each a token, where a share of the 20 words has room beside all else."""
     asked = SimpleNamespace(seed=seed, tokenizer=run.tokenizer)
-    return "".join(RandomTokens(keep=share).rewrite(prompt, asked).contexts).split()  # type: ignore[arg-type]
+    total = len(run.tokenizer(prompt.text(), add_special_tokens=False)["input_ids"])
+    return "".join(RandomTokens(keep=(total - 20 + 20 * share) / total).rewrite(prompt, asked).contexts).split()  # type: ignore[arg-type]
 
 
 def test_exactly_the_budget_of_the_contexts_is_kept(run: ModelRun) -> None:

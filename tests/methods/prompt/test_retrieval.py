@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_sentences_are_slices(text: str, sentences: list[str]) -> None:
     assert split_sentences(text) == sentences and "".join(sentences) == text
 
 
+Ask = Callable[..., tuple[Segments, Retrieval]]
 FACTS = (
     "The rope fell in the hall. ",
     "The code zisk gloxi. ",
@@ -82,52 +84,61 @@ FACTS = (
 )
 
 
-def ask(*contexts: str, **settings: Any) -> tuple[Segments, Retrieval]:
-    return Segments("", "Notes: ", contexts, "The code krox"), Retrieval(**settings)
+@pytest.fixture
+def ask(of_contexts: Callable[[Segments, float], float]) -> Callable[..., tuple[Segments, Retrieval]]:
+    """Contexts, and the method for a share of their tokens."""
+
+    def make(*contexts: str, share: float, **settings: Any) -> tuple[Segments, Retrieval]:
+        prompt = Segments("", "Notes: ", contexts, "The code krox")
+        return prompt, Retrieval(keep=of_contexts(prompt, share), **settings)
+
+    return make
 
 
-def test_best_contexts_stay_in_their_order(run: ModelRun) -> None:
+def test_best_contexts_stay_in_their_order(ask: Ask, run: ModelRun) -> None:
     """7, 5, 7 and 5 tokens; the last has krox, the second code."""
-    prompt, method = ask(*FACTS, keep=10 / 24)
+    prompt, method = ask(*FACTS, share=10 / 24)
     assert method.rewrite(prompt, run).contexts == (FACTS[1], FACTS[3])
-    prompt, method = ask(*FACTS, keep=7.9 / 24)
+    prompt, method = ask(*FACTS, share=7.9 / 24)
     assert method.rewrite(prompt, run).contexts == (FACTS[3],)
 
 
-def test_a_larger_budget_keeps_what_a_smaller_one_kept(run: ModelRun) -> None:
+def test_a_larger_budget_keeps_what_a_smaller_one_kept(ask: Ask, run: ModelRun) -> None:
     kept = [
         set(method.rewrite(prompt, run).contexts)
         for share in range(5, 21)
-        for prompt, method in [ask(*FACTS, keep=share / 24)]
+        for prompt, method in [ask(*FACTS, share=share / 24)]
     ]
     assert all(small <= large for small, large in itertools.pairwise(kept)) and len(kept[-1]) == 3
 
 
-def test_sentences_of_a_single_context(run: ModelRun) -> None:
-    prompt, method = ask("".join(FACTS), keep=10 / 24)
+def test_sentences_of_a_single_context(ask: Ask, run: ModelRun) -> None:
+    prompt, method = ask("".join(FACTS), share=10 / 24)
     new = method.rewrite(prompt, run)
     assert new.text() == "Notes: " + FACTS[1] + FACTS[3] + "The code krox"
 
 
-def test_sentences_across_contexts(run: ModelRun) -> None:
-    prompt, method = ask(FACTS[0] + FACTS[1].strip() + "\n\n", FACTS[2] + FACTS[3], unit="sentence", keep=12 / 26)
+def test_sentences_across_contexts(ask: Ask, run: ModelRun) -> None:
+    prompt, method = ask(FACTS[0] + FACTS[1].strip() + "\n\n", FACTS[2] + FACTS[3], unit="sentence", share=12 / 26)
     assert method.rewrite(prompt, run).contexts == (FACTS[1].strip() + "\n\n", FACTS[3])
 
 
-def test_words_of_the_template_around_a_context_go_with_it(run: ModelRun) -> None:
+def test_words_of_the_template_around_a_context_go_with_it(
+    of_contexts: Callable[[Segments, float], float], run: ModelRun
+) -> None:
     named = {"context": "".join(FACTS).strip(), "question": "The code krox?"}
     prompt = Segments.divide(f"Passage: {named['context']}\nQuestion: The code krox?\nAnswer:", named)
-    new = Retrieval(keep=0.25).rewrite(prompt, run)
+    new = Retrieval(keep=of_contexts(prompt, 0.25)).rewrite(prompt, run)
     assert new.text() == "The code krox quurma.\nQuestion: The code krox?\nAnswer:"
 
 
-def test_without_a_match_the_first_stay(run: ModelRun) -> None:
+def test_without_a_match_the_first_stay(of_contexts: Callable[[Segments, float], float], run: ModelRun) -> None:
     prompt = Segments("", "Notes: ", FACTS, "Why?")
-    assert Retrieval(keep=0.5).rewrite(prompt, run).contexts == FACTS[:2]
+    assert Retrieval(keep=of_contexts(prompt, 0.5)).rewrite(prompt, run).contexts == FACTS[:2]
 
 
-def test_prompts_that_it_cannot_take(run: ModelRun) -> None:
-    prompt, method = ask(FACTS[0], FACTS[3], keep=0.2)
+def test_prompts_that_it_cannot_take(ask: Ask, run: ModelRun) -> None:
+    prompt, method = ask(FACTS[0], FACTS[3], share=0.2)
     with pytest.raises(Refused, match="nothing that could stay whole has room in 2 tokens"):
         method.rewrite(prompt, run)
     with pytest.raises(Unsupported, match="reads the question"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,9 @@ def surprisal(model: Any, tokenizer: Any, sentence: str) -> tuple[list[int], lis
 
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("keep", [0.35, 0.5])
-def test_units_by_transformers(number: int, keep: float, run: ModelRun, model: Any) -> None:
+def test_units_by_transformers(
+    number: int, keep: float, run: ModelRun, model: Any, of_contexts: Callable[[Segments, float], float]
+) -> None:
     row = NEEDLES[number]
     prompt = Segments.divide(" ".join((row["instruction"], row["context"], row["question"])), row)
     sentences = [text + "." for text in row["context"].rstrip(".").split(". ")]
@@ -99,7 +102,7 @@ def test_units_by_transformers(number: int, keep: float, run: ModelRun, model: A
     losses = [loss for _, own in read for loss in own]
     best = sorted(range(len(losses)), key=lambda i: -losses[i])[: int(keep * len(losses))]
     words = [run.tokenizer.decode([token]).strip() for ids, _ in read for token in ids]
-    new = SelectiveContext(keep=keep, unit="token").rewrite(prompt, run)
+    new = SelectiveContext(keep=of_contexts(prompt, keep), unit="token").rewrite(prompt, run)
     assert "".join("".join(new.contexts).split()) == "".join(words[i] for i in sorted(best))
 
 
@@ -144,13 +147,16 @@ class Letters:
         return [[0.0 if chr(token) in "aeiou ." else 1.0 + i / 1e3 for i, token in enumerate(ids)] for *_, ids in texts]
 
 
-def test_a_compressor_with_other_tokens(run: ModelRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compressor_with_other_tokens(
+    run: ModelRun, monkeypatch: pytest.MonkeyPatch, of_contexts: Callable[[Segments, float], float]
+) -> None:
     """Tokens are the compressor's own, and a share of them stays; sentences are counted by the tokens of the model."""
     monkeypatch.setattr(selective_context, "open_judge", lambda told, name: Letters())
     prompt = Segments("", "Notes: ", ("The code zisk. A rope. ",), "The code")
-    new = SelectiveContext(unit="token", keep=0.5).rewrite(prompt, run)
+    # of 6 and 7 letters and signs of instruction and question, and 18 of the context
+    new = SelectiveContext(unit="token", keep=(13 + 9) / 31).rewrite(prompt, run)
     assert new.contexts == ("Th cd zsk rp ",)  # 9 of 18 letters and signs
-    new = SelectiveContext(unit="sentence", keep=0.6).rewrite(prompt, run)
+    new = SelectiveContext(unit="sentence", keep=of_contexts(prompt, 0.6)).rewrite(prompt, run)
     assert new.contexts == ("The code zisk. ",)  # 4 of 7 words and signs
 
 
@@ -179,7 +185,9 @@ def test_the_last_unit_of_a_whole_prompt_stays(run: ModelRun) -> None:
         assert SelectiveContext(unit=unit, keep=0.4, share="units").rewrite(whole, run).text().endswith(end)
 
 
-def test_long_sentences_are_judged_in_chunks(run: ModelRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sentences_are_judged_in_chunks(
+    run: ModelRun, monkeypatch: pytest.MonkeyPatch, of_contexts: Callable[[Segments, float], float]
+) -> None:
     real = selective_context.open_judge
 
     class Short(selective_context.Judge):
@@ -194,7 +202,7 @@ def test_long_sentences_are_judged_in_chunks(run: ModelRun, monkeypatch: pytest.
     told.log = SimpleNamespace(notes={})
     words = " ".join(["the rope fell in the hall and"] * 12)
     prompt = Segments("", "Notes: ", (words + " ",), "The code")
-    new = SelectiveContext(unit="token").rewrite(prompt, told)
+    new = SelectiveContext(keep=of_contexts(prompt, 0.5), unit="token").rewrite(prompt, told)
     assert len(new.contexts[0].split()) == len(words.split()) // 2 and told.log.notes["chunks"]["selective_context"] > 3
 
 

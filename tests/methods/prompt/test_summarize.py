@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,8 @@ from effbench import tiny
 from effbench.core.errors import Unsupported, Usage
 from effbench.core.views import Segments
 from effbench.methods.prompt import summarize
-from effbench.methods.prompt._common import COMMON, WORD
-from effbench.methods.prompt.summarize import REQUEST, Summarize, count
+from effbench.methods.prompt._common import COMMON, WORD, count_text
+from effbench.methods.prompt.summarize import REQUEST, Summarize
 from effbench.nn.kinds.prompt import rewrite
 from effbench.nn.run import ModelRun
 
@@ -33,14 +34,17 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_summary_is_what_transformers_writes(number: int, run: ModelRun, model: Any) -> None:
+def test_a_summary_is_what_transformers_writes(
+    number: int, run: ModelRun, model: Any, of_contexts: Callable[[Segments, float], float]
+) -> None:
     row, tokenizer = NEEDLES[number], run.tokenizer
     text = REQUEST.format(question=row["question"], documents=row["context"])
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    most = count(tokenizer, row["context"]) // 4
+    most = count_text(tokenizer, row["context"]) // 4
     made = model.generate(ids, max_new_tokens=most, do_sample=False)[0, ids.shape[1] :]
     expected = tokenizer.decode(made, skip_special_tokens=True).split()
-    new = Summarize().rewrite(divide(row), run)
+    prompt = divide(row)
+    new = Summarize(keep=of_contexts(prompt, 0.25)).rewrite(prompt, run)
     written = new.contexts[0].split()
     assert written == expected[: len(written)] and len(expected) - len(written) <= 2
     assert (new.instruction.strip(), new.question) == (row["instruction"], row["question"])
@@ -69,14 +73,16 @@ STORY = "In 1999 the doctor Lincoln fell in the hall. The code zisk was here. It
 ASKED = Segments("", "Read. ", (STORY, "The old parrot ate seeds.\n\n"), "Where is zisk?")
 
 
-def test_what_is_asked_and_what_takes_the_place_of_the_contexts(run: ModelRun, monkeypatch: Any) -> None:
+def test_what_is_asked_and_what_takes_the_place_of_the_contexts(
+    run: ModelRun, monkeypatch: Any, of_contexts: Callable[[Segments, float], float]
+) -> None:
     writer = Writer(run, " The doctor fell.\nQuestion: What else?")
-    new = summarized(run, writer, ASKED, monkeypatch, keep=0.5)
+    new = summarized(run, writer, ASKED, monkeypatch, keep=of_contexts(ASKED, 0.5))
     assert new == Segments("", "Read. ", ("The doctor fell.\n\n",), "Where is zisk?")
     ((request, most, stops),) = writer.asked
     assert "Question: Where is zisk?\nRetrieved documents: In 1999" in request.replace("<bos>", "")
     assert request.endswith("ate seeds.\nCompressed documents:")
-    assert most == count(run.tokenizer, STORY + "The old parrot ate seeds.\n\n") // 2
+    assert most == count_text(run.tokenizer, STORY + "The old parrot ate seeds.\n\n") // 2
     assert stops == {run.tokenizer.eos_token_id} and writer.options[0]["sampling"] is None
     assert run.log.notes["chunks"]["summarize"] == 1
 
@@ -87,11 +93,14 @@ def test_nothing_written_leaves_no_context(run: ModelRun, monkeypatch: Any) -> N
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_summary_has_room_in_its_share(force: bool, run: ModelRun, monkeypatch: Any) -> None:
-    total = count(run.tokenizer, "".join(ASKED.contexts))
+def test_a_summary_has_room_in_its_share(
+    force: bool, run: ModelRun, monkeypatch: Any, of_contexts: Callable[[Segments, float], float]
+) -> None:
+    total = count_text(run.tokenizer, "".join(ASKED.contexts))
     for keep in (0.2, 0.5, 0.9):
-        new = summarized(run, Writer(run, " rope fog" * 80), ASKED, monkeypatch, keep=keep, force=force)
-        kept = count(run.tokenizer, new.contexts[0].strip())
+        writer = Writer(run, " rope fog" * 80)
+        new = summarized(run, writer, ASKED, monkeypatch, keep=of_contexts(ASKED, keep), force=force)
+        kept = count_text(run.tokenizer, new.contexts[0].strip())
         assert kept <= keep * total or (force and keep == 0.2)  # what is forced stays
         assert kept >= keep * total - 2
 
@@ -120,12 +129,12 @@ def test_numbers_and_names_are_those_of_the_source(run: ModelRun) -> None:
 
 def test_long_contexts_are_summarized_in_chunks(run: ModelRun, monkeypatch: Any) -> None:
     """Each with room for its summary; the summaries follow each other."""
-    asked = count(run.tokenizer, REQUEST.format(question="The code", documents=""))
+    asked = count_text(run.tokenizer, REQUEST.format(question="The code", documents=""))
     writer = Writer(run, " rope", window=asked + 60)
     prompt = Segments("", "Notes: ", (STORY * 6,), "The code")
     new = summarized(run, writer, prompt, monkeypatch, keep=0.25)
     assert len(writer.asked) == run.log.notes["chunks"]["summarize"] == len(new.contexts[0].split()) > 3
-    assert all(count(run.tokenizer, text) + most <= writer.window for text, most, _ in writer.asked)
+    assert all(count_text(run.tokenizer, text) + most <= writer.window for text, most, _ in writer.asked)
     read = [text.partition("documents: ")[2].partition("\nCompressed")[0] for text, _, _ in writer.asked]
     assert " ".join(read).split() == (STORY * 6).split()
     with pytest.raises(Unsupported, match="the request for a summary has"):
