@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import time
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from effbench.nn.infer.memory import count_kept, find_lead, remember
+from effbench.core.kinds import Shorten
+from effbench.core.views import Segments
+from effbench.machine.clock import timed
+from effbench.nn.infer.engine import open_engine
+from effbench.nn.infer.memory import Tokens, count_kept, find_lead, remember
 from effbench.probes import Reading
 from effbench.probes.inputs import require_quality
 from effbench.probes.prompts import divided
@@ -18,38 +22,59 @@ if TYPE_CHECKING:
 
 ITEMS = 8  # of a task, where the settings do not say
 WARM = 1  # prompts that are shortened before time counts
+MORE = 0.05  # share of the tokens of a prompt by which it may keep more than was asked
 
 EXCLUSIVE = True
 SEES = {"weights", "cache", "attention", "prompt", "decoder"}
 
 
 def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
-    """`compressor_ms_per_prompt` and `prompt_kept` over prompts of the setting `tasks` that have a context; nothing for
-    a recipe without prompt methods."""
+    """`compressor_ms_per_prompt`, `prompt_saved_ms` and `prompt_kept` over prompts of the setting `tasks` that have a
+    context, and for methods that are asked for a share, `prompt_asked` and `prompt_over_asked`; nothing for a recipe
+    without prompt methods.
+
+    Time is saved until the first token of the answer, as far as the model has positions for the whole prompt.
+    """
     require_quality(run)
     reading = Reading()
     if "prompt" not in run.infer.touches:
         return reading
     prompts = [one for one in itertools.chain.from_iterable(divided(run, settings, ITEMS)) if one.contexts]
+    engine = open_engine(run)
     milliseconds: list[float] = []
-    before = after = 0
+    saved: list[float] = []
+    kept: list[tuple[int, int]] = []  # tokens of each prompt before and after
     for number, segments in enumerate([*prompts[:WARM], *prompts]):
-        begin = time.perf_counter()
-        short = run.rewrite(segments)
-        seconds = time.perf_counter() - begin
-        ids = run.data.encode_prompt(short.text())
-        lead = find_lead(run.data.encode_prompt, short, ids)
-        begin = time.perf_counter()
-        fed = remember(run, ids, lead)
-        seconds += time.perf_counter() - begin
+        whole, fed = run.data.encode_prompt(segments.text()), []
+
+        def shorten(segments: Segments = segments, fed: list[Tokens] = fed) -> None:
+            short = run.rewrite(segments)
+            ids = run.data.encode_prompt(short.text())
+            fed.append(remember(run, ids, find_lead(run.data.encode_prompt, short, ids)))
+
+        def read(tokens: Tokens) -> float:
+            return timed(lambda: engine.read([tokens]), run.device).wall
+
+        seconds = timed(shorten, run.device).wall
+        fits = engine.room is None or len(whole) <= engine.room
+        gain = read(whole) - read(fed[0]) - seconds if fits else None
         if number >= WARM:
             milliseconds.append(1000 * seconds)
-            before += len(run.data.encode_prompt(segments.text()))
-            after += count_kept(fed)
-    if not milliseconds:
+            saved += [] if gain is None else [1000 * gain]
+            kept.append((len(whole), count_kept(fed[0])))
+    if not kept:
         return reading
-    what = f"{len(milliseconds)} prompts with a context, one at a time"
-    reading.samples["compressor_ms_per_prompt"] = milliseconds
-    reading.add("compressor_ms_per_prompt", intervals.median(milliseconds), f"wall clock, median; {what}")
-    reading.add("prompt_kept", after / before, f"tokens of the prompts after over before; {what}")
+    what = "{} prompts with a context, one at a time".format
+    for name, values in (("compressor_ms_per_prompt", milliseconds), ("prompt_saved_ms", saved)):
+        if values:
+            reading.samples[name] = values
+            reading.add(name, intervals.median(values), f"wall clock, median; {what(len(values))}")
+    before, after = map(sum, zip(*kept, strict=True))
+    reading.add("prompt_kept", after / before, f"tokens of the prompts after over before; {what(len(kept))}")
+    shares = [method.keep for method in run.infer.chain("prompt") if isinstance(method, Shorten)]
+    if shares:
+        asked = math.prod(shares)
+        over = [after > (asked + MORE) * before for before, after in kept]
+        reading.add("prompt_asked", asked, "product of `keep` of the methods")
+        reading.add("prompt_over_asked", intervals.fraction(over), f"by more than {MORE:g}; {what(len(kept))}")
     return reading

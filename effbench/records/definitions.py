@@ -140,8 +140,30 @@ DEFINITIONS: tuple[Definition, ...] = (
         "The tokens of prompts with a context after prompt compression over those before.",
     ),
     Definition(
+        "prompt_asked", "quality", "fraction", "neither",
+        "The share of the tokens of a prompt that is to stay, as the methods of the recipe say by `keep`.",
+    ),
+    Definition(
+        "prompt_over_asked", "quality", "fraction", "lower",
+        "The share of prompts of which more than a twentieth of their tokens stays beyond what was asked.",
+    ),
+    Definition(
         "compressor_ms_per_prompt", "cost", "ms", "lower",
         "Time in which prompt compression shortens one prompt, with the machine to itself.",
+    ),
+    Definition(
+        "prompt_saved_ms", "cost", "ms", "higher",
+        "Time in which the model reads a prompt less that in which it is shortened and what is left is read.",
+        signed=True,
+    ),
+    *(
+        Definition(
+            f"{task}_over_random{suffix}", "quality", "fraction", "higher",
+            f"By how much {what} is above that with random tokens in the contexts, as many of each prompt{where}.",
+            signed=True,
+        )
+        for task, what in (("tasks", "the mean of the accuracies of all tasks"), ("{task}", "the accuracy of a task"))
+        for suffix, where in (("", ""), ("_evict_at_context", ", where caches settle before the question"))
     ),
     Definition(
         "{task}_prompt_kept", "quality", "fraction", "neither",

@@ -67,8 +67,12 @@ OF_ANSWERS = r"answer_acceptance|(answer_)?block_tokens_k\d+|completion_constant
 STEP = "fit_step_ms"
 PHASES = ("decode", "prefill")
 CACHE = "cache_bytes_per_token"
+KEPT = "prompt_kept"
 # What tables of inference are about, beside quality and speed, in the order of their importance.
-SERVED = (CACHE, "prompt_kept", "drafted_speedup", "compressor_ms_per_prompt", "accepted_per_pass")
+SERVED = (
+    *("tasks_over_random", CACHE, KEPT, "drafted_speedup", "prompt_saved_ms", "compressor_ms_per_prompt"),
+    "accepted_per_pass",
+)
 # What tables of training are about where no other speed is measured, in the order of their importance.
 TRAINED = (
     *("fit_loss_last", STEP, "fit_activation_bytes", "fit_step_peak_bytes"),
@@ -146,7 +150,8 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
     if served:
         quality = (*ppls[:1], "kl_nats_per_token", *gap, "answer_kl_nats_per_token")
         summary = [*map(measure, (*quality, *(name for name in measured if name.startswith(TASKS))))]
-        summary += [_measure_cache() if name == CACHE else measure(name) for name in served]
+        shared = {CACHE: _measure_cache, KEPT: _measure_kept}
+        summary += [shared[name]() if name in shared else measure(name) for name in served]
     for phase in PHASES:
         of_phase = [name for name in speeds if name.startswith(phase)]
         summary += [_time(phase, name, measured, placed) for name in of_phase[:1]]
@@ -173,7 +178,11 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         "inference": [
             *map(measure, [name for name in measured if re.fullmatch(r"(.*_)?(cache|prompt)_kept|accepted_.*", name)]),
             *map(measure, [name for name in measured if re.fullmatch(r".*cache_bytes_per_token|drafted_.*", name)]),
-            *map(measure, [name for name in measured if name == "compressor_ms_per_prompt"]),
+            *map(
+                measure,
+                [name for name in measured if re.fullmatch(r".+_over_random(_evict.*)?|prompt_over_asked", name)],
+            ),
+            *map(measure, [name for name in measured if name in ("prompt_saved_ms", "compressor_ms_per_prompt")]),
         ],
         "speed": [_time(get_title(name), name, measured, placed) for name in speeds],
         "memory": [
@@ -264,6 +273,16 @@ def _measure_cache() -> Column:
         return DASH if each is None else rounded(each.value) + (f" ({100 * kept.value:.0f})" if kept else "")
 
     return Column("cache, B/token (kept, %)", show, (CACHE, "cache_kept"))
+
+
+def _measure_kept() -> Column:
+    """The share of the tokens of prompts that is left, and in brackets that which was asked for."""
+
+    def show(row: Row, tests: Tests) -> str:
+        kept, asked = row.estimate(KEPT), row.estimate("prompt_asked")
+        return DASH if kept is None else f"{100 * kept.value:.1f}" + (f" ({100 * asked.value:g})" if asked else "")
+
+    return Column("prompt kept, % (asked)", show, (KEPT, "prompt_asked"))
 
 
 def _show_sparsity(row: Row, tests: Tests) -> str:

@@ -32,11 +32,11 @@ class RandomTokens(Shorten):
         return draw(segments, pieces, round_down(measure_room(self, segments, pieces)[0]), run.seed)
 
 
-def draw_as_many(segments: Segments, tokens: int, run: Run) -> Segments:
-    """A prompt of which so many tokens are left, or all of what is no context where that is more."""
+def drop(segments: Segments, tokens: int, run: Run) -> Segments:
+    """A prompt without so many tokens of its contexts, drawn as the method does, or without any of them."""
     pieces = cut(segments, run.tokenizer)
-    fixed = count_tokens(piece for piece in pieces if not is_context(piece, segments))
-    return segments if tokens >= count_tokens(pieces) else draw(segments, pieces, max(0, tokens - fixed), run.seed)
+    size = count_tokens(piece for piece in pieces if is_context(piece, segments))
+    return draw(segments, pieces, max(0, size - tokens), run.seed) if tokens > 0 else segments
 
 
 def draw(segments: Segments, pieces: Sequence[Piece], budget: int, seed: int) -> Segments:

@@ -17,11 +17,12 @@ from effbench.core.errors import Refused, Unsupported
 from effbench.core.recipe import parse
 from effbench.core.run import InferPlan
 from effbench.core.views import Segments
+from effbench.machine.clock import Span
 from effbench.nn.files.load import open_run
 from effbench.nn.infer.answers import answer_kl
-from effbench.nn.infer.engine import open_engine
+from effbench.nn.infer.engine import Engine, open_engine
 from effbench.nn.kinds.prompt import rewrite
-from effbench.probes import Reading, distance, inputs, perplexity, prompts, quality
+from effbench.probes import Reading, compression, distance, inputs, perplexity, prompts, quality
 from effbench.probes.lm_tasks import load, quiet
 from effbench.probes.prompts import ask_tasks, divided
 from effbench.records.metric import Metric
@@ -401,8 +402,10 @@ def test_refinement_keeps_more_until_the_bound_holds(under: Under, method: str) 
 def test_what_shortening_takes_and_leaves_is_of_prompt_recipes_only(under: Under) -> None:
     run = under("retrieval(keep=0.5)")
     metrics = probes.take("compression", run, CHOSEN).metrics
-    assert set(metrics) == {"compressor_ms_per_prompt", "prompt_kept"}
-    assert metrics["compressor_ms_per_prompt"].value > 0 and metrics["compressor_ms_per_prompt"].n == 6
+    cost = {"compressor_ms_per_prompt", "prompt_saved_ms"}
+    assert set(metrics) == cost | {"prompt_kept", "prompt_asked", "prompt_over_asked"}
+    assert metrics["compressor_ms_per_prompt"].value > 0 and all(metrics[name].n == 6 for name in cost)
+    assert metrics["prompt_asked"].value == 0.5
     (items,) = divided(run, CHOSEN, 6)
     sizes = [
         (len(run.data.encode_prompt(parts.text())), len(run.data.encode_prompt(run.rewrite(parts).text())))
@@ -410,10 +413,45 @@ def test_what_shortening_takes_and_leaves_is_of_prompt_recipes_only(under: Under
     ]
     before, after = map(sum, zip(*sizes, strict=True))
     assert metrics["prompt_kept"].value == pytest.approx(after / before)
+    over = [short > 0.55 * whole for whole, short in sizes]
+    assert metrics["prompt_over_asked"].value == pytest.approx(sum(over) / 6)
     quick = probes.take("quality", run, CHOSEN).metrics
     assert quick[f"{CONTEXTS}_prompt_kept"].value == pytest.approx(after / before)
     for steps in ("", "h2o(keep=0.5)", "speculative()"):
         assert not probes.take("compression", under(steps), CHOSEN).metrics
+
+
+def test_time_is_saved_where_reading_takes_longer_than_shortening(
+    under: Under, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a clock that counts 10 a token read and 100 for what shortens: 100 less than the reading of what went."""
+    run = under("random_tokens(keep=0.5)")
+    spent: list[float] = []
+
+    def timed(work: Callable[[], object], device: Any) -> Any:
+        fed: list[Any] = []
+        monkeypatch.setattr(Engine, "read", lambda self, prompts: fed.extend(prompts[0]))
+        work()
+        spent.append(10.0 * len(fed) or 100.0)
+        return Span(spent[-1], spent[-1])
+
+    monkeypatch.setattr(compression, "timed", timed)
+    found = probes.take("compression", run, CHOSEN).samples["prompt_saved_ms"]
+    rounds = [spent[i : i + 3] for i in range(3, len(spent), 3)]
+    assert found == [1000 * (whole - short - 100) for _, whole, short in rounds] and len(found) == 6
+    assert all(whole > 1.8 * short for _, whole, short in rounds)
+
+
+def test_what_is_forced_shows_as_more_than_was_asked(under: Under, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "In 1999 Zisk and Bo of Krox saw 34 and 35 in Gloxi. "
+    given = [Segments("", "Notes: ", (text,), "The code") for text in (told, told.lower().replace("1999", "fog") * 3)]
+    monkeypatch.setattr(compression, "divided", lambda *_: [given])
+    metrics = probes.take("compression", under("attention_pruning(keep=0.4, force=True)"), CHOSEN).metrics
+    assert metrics["prompt_asked"].value == 0.4 and metrics["prompt_over_asked"].value == 0.5
+    metrics = probes.take("compression", under("attention_pruning(keep=0.4)"), CHOSEN).metrics
+    assert metrics["prompt_over_asked"].value == 0
+    metrics = probes.take("compression", under("attention_pruning(), random_tokens(keep=0.6)"), CHOSEN).metrics
+    assert metrics["prompt_asked"].value == 0.3
 
 
 @pytest.mark.parametrize("steps", ["retrieval(keep=0.5)", "random_tokens(keep=0.3)"])

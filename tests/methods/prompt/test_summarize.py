@@ -102,7 +102,7 @@ def test_a_summary_has_room_in_its_share(
         new = summarized(run, writer, ASKED, monkeypatch, keep=of_contexts(ASKED, keep), force=force)
         kept = count_text(run.tokenizer, new.contexts[0].strip())
         assert kept <= keep * total or (force and keep == 0.2)  # what is forced stays
-        assert kept >= keep * total - 2
+        assert kept >= keep * total - 3
 
 
 def test_forced_words_follow_what_is_written(run: ModelRun, monkeypatch: Any) -> None:
