@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -31,14 +32,14 @@ from effbench.methods.prompt._labels import (
 )
 from effbench.nn.train.settings import FitSettings
 
-LONGEST = 512  # tokens of a chunk, as many as the paper's encoders read
+LONGEST = 511  # tokens of a chunk in the authors' code, of the 512 that the paper's encoders read
 
 
 @dataclass(frozen=True)
 class LLMLingua2(Judged):
     """The classifier is a copy of the compressor that reads in both directions and is trained when the step is taken.
 
-    A word is worth the mean probability of its tokens. In each chunk of the contexts those above a percentile stay.
+    A word is worth the mean probability of its tokens. In each chunk of each context those above a percentile stay.
     """
 
     paper = "arXiv:2403.12968"
@@ -101,8 +102,10 @@ class LLMLingua2(Judged):
             room, size = measure_room(self, segments, pieces)
             rate = round(room / size, 12)  # so that of contexts alone it is `keep`
         classifier = self._find_classifier(run)
-        chunks = [*chunk(shortened, min(LONGEST, judge.window))]
-        for part in chunks:
+        window = min(LONGEST, judge.window)
+        texts = [[*group] for _, group in itertools.groupby(shortened, lambda piece: piece.part)]
+        chunks = [[*chunk(text, window)] for text in texts]
+        for part in itertools.chain.from_iterable(chunks):
             words = cut_words(part)
             probabilities = iter(classify(classifier, [token for piece in part for token in piece.ids]))
             worth = [sum(next(probabilities) for _ in range(count_tokens(word))) / count_tokens(word) for word in words]
@@ -110,7 +113,7 @@ class LLMLingua2(Judged):
             sizes = [count_text(run.tokenizer, "".join(piece.text for piece in word)) for word in words]
             for word, stays in zip(words, select(worth, sizes, rate), strict=True):
                 kept.update(piece for piece in word if stays or piece.stays or piece in forced)
-        note_chunks(run, self, len(chunks))
+        note_chunks(run, self, max(map(len, chunks)))
         return join(segments, [piece for piece in pieces if piece in kept], apart=self.force)
 
     def _find_classifier(self, run: Run) -> Any:
