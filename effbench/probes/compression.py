@@ -20,7 +20,7 @@ from effbench.stats import intervals
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
-ITEMS = 8  # of a task, where the settings do not say
+ITEMS = 16  # of a task, at most
 WARM = 1  # prompts that are shortened before time counts
 MORE = 0.05  # share of the tokens of a prompt by which it may keep more than was asked
 
@@ -39,13 +39,15 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading = Reading()
     if "prompt" not in run.infer.touches:
         return reading
-    prompts = [one for one in itertools.chain.from_iterable(divided(run, settings, ITEMS)) if one.contexts]
+    fewer = {**settings, "limit": min(settings.get("limit") or ITEMS, ITEMS)}
+    prompts = [one for one in itertools.chain.from_iterable(divided(run, fewer, ITEMS)) if one.contexts]
     engine = open_engine(run)
     milliseconds: list[float] = []
     saved: list[float] = []
     kept: list[tuple[int, int]] = []  # tokens of each prompt before and after
     for number, segments in enumerate([*prompts[:WARM], *prompts]):
-        whole, fed = run.data.encode_prompt(segments.text()), []
+        whole = run.data.encode_prompt(segments.text())
+        fed: list[Tokens] = []
 
         def shorten(segments: Segments = segments, fed: list[Tokens] = fed) -> None:
             short = run.rewrite(segments)

@@ -70,7 +70,7 @@ CACHE = "cache_bytes_per_token"
 KEPT = "prompt_kept"
 # What tables of inference are about, beside quality and speed, in the order of their importance.
 SERVED = (
-    *("tasks_over_random", CACHE, KEPT, "drafted_speedup", "prompt_saved_ms", "compressor_ms_per_prompt"),
+    *(CACHE, "tasks_over_random", KEPT, "drafted_speedup", "prompt_saved_ms", "compressor_ms_per_prompt"),
     "accepted_per_pass",
 )
 # What tables of training are about where no other speed is measured, in the order of their importance.
