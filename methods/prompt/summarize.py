@@ -52,7 +52,6 @@ class Summarize(Judged):
     identity = {"keep": 1.0}
     asks = True
 
-    keep: float = 0.25  # share of the tokens of the whole prompt that stay, at most: a summary has what others leave
     temperature: float = 0.0  # 0: the likeliest token each time; else drawn by the run's seed
 
     def check(self) -> None:
