@@ -95,6 +95,6 @@ def test_only_probes_of_quality_see_it_and_the_log_names_them(monkeypatch: Any) 
     for name in probes.names():
         monkeypatch.setattr(f"effbench.probes.{name}.take", look(name))
         probes.take(name, run, {})
-    quality = {"acceptance", "answers", "completion", "perplexity", "distance", "quality"}
+    quality = {"acceptance", "answers", "completion", "distance", "floor", "perplexity", "quality"}
     assert {name for name, is_decoded in seen.items() if is_decoded} == quality == probes.QUALITY
     assert set(run.log.to_json()["decoded"]) == quality
