@@ -51,6 +51,18 @@ def test_differences_are_those_of_the_accuracies_item_by_item() -> None:
     assert reading.metrics["tasks_over_random"].value == metric.value
 
 
+def test_a_prompt_is_shortened_once_for_all_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each probe knows that it met the method."""
+    run, asked = under("retrieval(keep=0.24)"), []
+    rewrite = ModelRun.rewrite
+    monkeypatch.setattr(ModelRun, "rewrite", lambda self, prompt: asked.append(prompt) or rewrite(self, prompt))
+    for name in ("quality", "floor", "answers"):
+        assert probes.take(name, run, CHOSEN).metrics and not run.infer.idle
+    assert len(asked) == len({*asked}) == 12
+    probes.take("compression", run, CHOSEN)
+    assert len(asked) > 24, "time is that of shortening anew"
+
+
 def test_random_tokens_are_no_better_than_themselves() -> None:
     reading = probes.take("floor", under("random_tokens(keep=0.4)"), CHOSEN)
     assert reading.samples[f"{CONTEXTS}_over_random"] == [0.0] * 12
