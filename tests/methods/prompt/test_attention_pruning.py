@@ -117,7 +117,9 @@ def test_long_contexts_are_read_in_chunks(run: ModelRun, monkeypatch: pytest.Mon
     asked: list[Any] = []
     observe = AttentionPruning.observe
     monkeypatch.setattr(AttentionPruning, "observe", lambda self, *told: asked.append(told[1:]) or observe(self, *told))
-    told: Any = SimpleNamespace(tokenizer=run.tokenizer, role=run.role, tokenizer_of=run.tokenizer_of, pad=run.pad)
+    told: Any = SimpleNamespace(
+        tokenizer=run.tokenizer, role=run.role, tokenizer_of=run.tokenizer_of, pad=run.pad, progress=run.progress
+    )
     told.log = SimpleNamespace(notes={})
     prompt = divide(NEEDLES[0])
     new = AttentionPruning().rewrite(prompt, told)

@@ -132,7 +132,9 @@ def test_rewriting_depends_on_nothing_but_prompt_and_seed(cls: type[Shorten], ru
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_slow_tokenizers_are_unsupported(method: Shorten, run: ModelRun) -> None:
-    without = SimpleNamespace(seed=0, tokenizer=SimpleNamespace(is_fast=False), role=run.role, pad=0)
+    without = SimpleNamespace(
+        seed=0, tokenizer=SimpleNamespace(is_fast=False), role=run.role, pad=0, progress=run.progress
+    )
     without.tokenizer_of = lambda name: without.tokenizer
     without.share, without.reference = (lambda key, compute: compute()), run.reference
     with pytest.raises(Unsupported, match="fast tokenizer"):

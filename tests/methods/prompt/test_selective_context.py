@@ -198,7 +198,9 @@ def test_long_sentences_are_judged_in_chunks(
         return Short(judge.tokenizer, judge.engine)
 
     monkeypatch.setattr(selective_context, "open_judge", short)
-    told: Any = SimpleNamespace(tokenizer=run.tokenizer, role=run.role, tokenizer_of=run.tokenizer_of, pad=run.pad)
+    told: Any = SimpleNamespace(
+        tokenizer=run.tokenizer, role=run.role, tokenizer_of=run.tokenizer_of, pad=run.pad, progress=run.progress
+    )
     told.log = SimpleNamespace(notes={})
     words = " ".join(["the rope fell in the hall and"] * 12)
     prompt = Segments("", "Notes: ", (words + " ",), "The code")

@@ -147,7 +147,7 @@ def test_chance_is_that_of_the_seed_and_the_text(run: ModelRun) -> None:
     first, between, again = method.rewrite(prompt, run), method.rewrite(other, run), method.rewrite(prompt, run)
     assert first == again != between and first != Summarize().rewrite(prompt, run)
     seeded = SimpleNamespace(
-        **{name: getattr(run, name) for name in ("tokenizer", "tokenizer_of", "role", "log", "pad")}
+        **{name: getattr(run, name) for name in ("tokenizer", "tokenizer_of", "role", "log", "pad", "progress")}
     )
     seeded.seed = 1
     assert method.rewrite(prompt, seeded) != first  # type: ignore[arg-type]
