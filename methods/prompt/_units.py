@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from effbench.core.errors import Refused, Unavailable, first_line
+from effbench.core.errors import Refused
 from effbench.core.kinds import Shorten
 from effbench.core.run import Run
 from effbench.core.views import Segments
 from effbench.methods.prompt._common import HEAD, TAIL, cut, find_room, is_context, note_chunks, round_down
 from effbench.nn.embedders import embed_texts
 
-EXTRA = "pip install 'effbench[phrases]'"
 SENTENCE = re.compile(r".+?(?:[.!?][\"'”’)\]]*\s+|[。！？]\s*|\n\s*|\Z)", re.DOTALL)  # with the white space behind it
 WORD = re.compile(r"\d+(?:[.,]\d+)*|n['’]t\b|['’]\w+|\w+?(?=n?['’]\w)|\w+(?:-\w+)*|[^\w\s]")
 # Tags of the British National Corpus: determiners and numbers, adjectives, participles, adverbs, nouns, the genitive.
@@ -53,7 +52,7 @@ def split_sentences(text: str) -> list[str]:
 def split_phrases(text: str) -> list[str]:
     """Noun phrases, and words and signs outside of them, with the white space in front; joined they are the text.
 
-    A noun phrase ends with its last noun: it is what spaCy calls a base one. Raises `Unavailable` without the tagger.
+    A noun phrase ends with its last noun: it is what spaCy calls a base one.
     """
     tagger = _open_tagger()
     ends: list[int] = []
@@ -74,11 +73,9 @@ def split_phrases(text: str) -> list[str]:
 
 @functools.cache
 def _open_tagger() -> Any:
-    """HanTa's tagger of English words, by a hidden Markov model that its package carries. Raises `Unavailable`."""
-    try:
-        from HanTa.HanoverTagger import HanoverTagger
-    except ImportError as error:
-        raise Unavailable(f"phrases are found by the package HanTa ({first_line(error)}): {EXTRA}") from None
+    """HanTa's tagger of English words, by a hidden Markov model that its package carries."""
+    from HanTa.HanoverTagger import HanoverTagger  # only phrases need it
+
     return HanoverTagger("morphmodel_en.pgz")
 
 

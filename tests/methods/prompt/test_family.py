@@ -65,16 +65,10 @@ def count(run: ModelRun, prompt: Segments) -> int:
     return len(run.tokenizer(prompt.text(), add_special_tokens=False)["input_ids"])
 
 
-def needs_tagger(key: str) -> None:
-    if key == "selective_context":
-        pytest.importorskip("HanTa")
-
-
 @pytest.mark.parametrize("keep", [0.25, 0.5])
 @pytest.mark.parametrize("key", SHORTEN)
 def test_a_share_of_the_whole_prompt_stays(key: str, keep: float, under: Under) -> None:
     """`keep` of it, over prompts with a context of 230 tokens and more; what is written anew may be shorter."""
-    needs_tagger(key)
     run = under(key, keep=keep)
     before = after = 0
     for row in NEEDLES[:12]:
@@ -88,7 +82,6 @@ def test_a_share_of_the_whole_prompt_stays(key: str, keep: float, under: Under) 
 @pytest.mark.parametrize("key", SHORTEN)
 def test_what_is_no_context_counts(key: str, under: Under) -> None:
     """A longer question leaves less of the contexts."""
-    needs_tagger(key)
     run = under(key, keep=0.5)
     for row in NEEDLES[:2]:
         prompt = divide(row)
@@ -102,7 +95,6 @@ def test_what_is_no_context_counts(key: str, under: Under) -> None:
 @pytest.mark.parametrize("key", JUDGED)
 def test_numbers_and_names_of_a_hundred_contexts(key: str, under: Under) -> None:
     """With `force` all of a context stay, and none comes about that the source does not have: no exception."""
-    needs_tagger(key)
     run = under(key, keep=0.35, force=True)
     chance, exceptions = random.Random(0), []
     for row in NEEDLES[:100]:

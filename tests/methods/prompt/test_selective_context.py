@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from effbench import tiny
-from effbench.core.errors import Unavailable, Usage
+from effbench.core.errors import Usage
 from effbench.core.views import Segments
-from effbench.methods.prompt import _units, selective_context
+from effbench.methods.prompt import selective_context
 from effbench.methods.prompt._common import COMMON, WORD
 from effbench.methods.prompt.selective_context import SelectiveContext, find_high, inform, lead
 from effbench.nn.run import ModelRun
@@ -208,14 +208,7 @@ def test_long_sentences_are_judged_in_chunks(
     assert len(new.contexts[0].split()) == len(words.split()) // 2 and told.log.notes["chunks"]["selective_context"] > 3
 
 
-def test_settings_and_what_is_missing(run: ModelRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_mean_nothing() -> None:
     for settings in ({"unit": "word"}, {"share": "words"}, {"keep": 0.0}):
         with pytest.raises(Usage):
             SelectiveContext(**settings)
-
-    def none() -> None:
-        raise Unavailable("pip install")
-
-    monkeypatch.setattr(_units, "_open_tagger", none)
-    with pytest.raises(Unavailable):
-        SelectiveContext().rewrite(Segments("", "Notes: ", ("The rope fell. ",), "The code"), run)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from effbench.core.errors import Refused, Unavailable
+from effbench.core.errors import Refused
 from effbench.core.views import Segments
 from effbench.methods.prompt import _units
 from effbench.methods.prompt._units import Unit, compare, cut_units, join_units, keep_best, split_phrases
@@ -52,22 +51,12 @@ def test_phrases_end_with_their_noun(text: str, phrases: list[str]) -> None:
 
 
 def test_phrases_by_the_tagger_itself() -> None:
-    pytest.importorskip("HanTa")
     text = "The broken lamp of my father’s friend fell, but we didn't form a more perfect Union in 1999."
     phrases = [phrase.strip() for phrase in split_phrases(text)]
     assert "".join(split_phrases(text)) == text
     assert [phrase for phrase in phrases if " " in phrase] == [
         "The broken lamp", "my father’s friend", "a more perfect Union",
     ]  # fmt: skip
-
-
-def test_without_the_tagger_one_line_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "HanTa", None)
-    monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
-    _units._open_tagger.cache_clear()
-    with pytest.raises(Unavailable, match=r"pip install 'effbench\[phrases\]'") as caught:
-        split_phrases("The parrot")
-    assert "\n" not in str(caught.value)
 
 
 WORDS = ("fog ", "mole code ", "rope hall coin ", "tower ")
