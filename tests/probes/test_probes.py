@@ -133,6 +133,7 @@ def make_run(tokenizer, model=None, reference=None):
         _shared={},
         source=SimpleNamespace(kind="folder"),
         infer=InferPlan(),
+        progress=lambda unit, done, total: None,
     )
     run.share = functools.partial(Run.share, run)
     run.pad = 0

@@ -41,7 +41,13 @@ def fake_run(model: Any, reference: Any = None) -> Any:
         return shared.setdefault(key, compute())
 
     return SimpleNamespace(
-        model=model, reference=reference or model, infer=InferPlan(), pad=0, device=torch.device("cpu"), share=share
+        model=model,
+        reference=reference or model,
+        infer=InferPlan(),
+        pad=0,
+        device=torch.device("cpu"),
+        share=share,
+        progress=lambda unit, done, total: None,
     )
 
 
