@@ -61,6 +61,8 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
             run.alone = functools.partial(_wait_alone, run, gate, findings)
         try:
             _apply(recipe if gate else recipe.trained_part, run, findings)
+            if job.ranks > 1:
+                _part()
             if gate:
                 run.finish(recipe_is_empty=not recipe.steps)
                 emulates = any(getattr(module, "simulated", False) for module in run.model.modules())
@@ -132,6 +134,13 @@ def _tune(job: Job, gate: Gate | None, findings: Findings) -> Iterator[TuningPoi
         yield {"steps": steps, "loss": loss, "seconds": seconds, "tokens": tokens, "metrics": metrics}
     if not any(loss is not None for loss in losses):
         raise Diverged(f"the loss is not finite at any of {len(points)} points of the grid")
+
+
+def _part() -> None:
+    """Have this process be one by itself from now on: the others have nothing more to do."""
+    from torch import distributed
+
+    distributed.destroy_process_group()
 
 
 def _rank(point: TuningPoint) -> float:

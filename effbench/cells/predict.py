@@ -34,10 +34,10 @@ class PlanOptions:
     recipe: str | None = None  # or the steps of one recipe
     model: str | None = None  # as in `effbench run`; shape:NAME needs no weights; else that of the suite, or tiny
     recipes: str | None = None  # only these rows of the suite: names or patterns, separated by commas
-    ranks: Count | None = None  # processes that train together; by default those of the recipe
+    ranks: Count | None = None  # processes that train together, by every engine in turn; of a recipe that names none
     memory: str | None = None  # of each process, such as 24GB or 80GiB; without it nothing is said to fit
     batch: Count | None = None  # examples of a step over all ranks, sequences in the cache; else those of the fit
-    context: Count | None = None  # tokens of each; by default the max_length of the fit
+    context: Count | None = None  # tokens of each; by default the max_length of the fit, as far as positions reach
     dtype: str | None = None  # of the arithmetic: float32, bfloat16, float16; by default as stored, as on a GPU
     tier: str = "quick"  # of the suite
 
@@ -74,17 +74,13 @@ def parse_memory(text: str) -> int:
     return int(size)
 
 
-def predict(options: PlanOptions) -> list[Prediction]:
-    """The predictions that the options ask for, in the order of the suite. Raises `Usage`."""
+def predict(options: PlanOptions) -> Iterator[Prediction]:
+    """The predictions that the options ask for, in the order of the suite, each as it is found. Raises `Usage`."""
     options.check()
     recipes, models, tier = _choose(options)
-    found = []
-    for name in models:
-        source = sources.model(name)
-        for recipe in recipes:
-            for engine in _engines(recipe, options.ranks):
-                found.append(_predict(options, recipe, source, engine, tier))
-    return found
+    chosen = [(sources.model(name), recipe, _engines(recipe, options.ranks)) for name in models for recipe in recipes]
+    skip = tuple(tier.get("skip") or ())
+    return (found for one in chosen for found in _predict(options, *one, skip))
 
 
 def _choose(options: PlanOptions) -> tuple[Sequence[Recipe], Sequence[str], Mapping[str, Any]]:
@@ -97,11 +93,16 @@ def _choose(options: PlanOptions) -> tuple[Sequence[Recipe], Sequence[str], Mapp
 
 
 def _engines(recipe: Recipe, ranks: int | None) -> list[Method | None]:
-    """The engines to divide by: that of the recipe, at so many ranks; else each that there is, if there are ranks."""
+    """The engines to put before fits: none where the recipe has its own; else each that there is, if there are ranks.
+
+    Raises `Usage` where the recipe takes other ranks.
+    """
     own = [step for step in recipe.steps if "train.parallel" in step.slots()]
-    if own:
-        return [own[-1] if ranks is None else _with_ranks(own[-1], ranks)]
-    if ranks in (None, 1) or not any(step.consumes for step in recipe.steps):
+    for step in own:
+        if ranks not in (None, step.ranks):
+            what = f"{step} of {recipe.name} takes {step.ranks}"
+            raise Usage(f"ranks={ranks}: {what}: leave ranks= out, or change the step")
+    if own or ranks in (None, 1) or not any(step.consumes for step in recipe.steps):
         return [None]
     return [engine for key in registry.catalog() for engine in _settings_of(key, ranks)]
 
@@ -118,43 +119,49 @@ def _settings_of(key: str, ranks: int | None) -> Iterator[Method]:
         if typing.get_origin(hints[field.name]) is typing.Literal
     }
     for values in itertools.product(*choices.values()):
-        yield _with_ranks(kind(**dict(zip(choices, values, strict=True))), ranks)
-
-
-def _with_ranks(step: Method, ranks: int) -> Method:
-    if not any(field.name == "ranks" for field in dataclasses.fields(step)):
-        raise Usage(f"ranks={ranks}: {step.label} takes {step.ranks} and has no parameter for it")
-    return dataclasses.replace(step, ranks=ranks)  # type: ignore[call-arg]
+        yield kind(ranks=ranks, **dict(zip(choices, values, strict=True)))
 
 
 def _predict(
-    options: PlanOptions, recipe: Recipe, source: Source, engine: Method | None, settings: Mapping[str, Any]
-) -> Prediction:
+    options: PlanOptions,
+    source: Source,
+    recipe: Recipe,
+    engines: Sequence[Method | None],
+    skip: tuple[str, ...],
+) -> Iterator[Prediction]:
+    """One recipe on one model, under each of the engines."""
     import torch
 
-    from effbench.nn.rehearse import Batch, make_case, rehearse
+    from effbench.nn.rehearse import Batch, Rehearsals, make_case
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    batch, skip = Batch(options.batch, options.context), tuple(settings.get("skip") or ())
-    made = Prediction(
-        recipe.name,
-        source.name,
-        engine.ranks if engine is not None else 1,
-        engine.label if engine is not None else "",
-    )
-    try:
-        case = make_case(source, recipe.steps, dtype, batch, engine, skip)
-        held = rehearse(case)
-    except Outcome as error:
-        return dataclasses.replace(made, outcome=f"{error.name}: {error}")
-    except Usage:
-        raise
-    except Exception as error:  # of a step that needs values, and says so in a way of its own
-        return dataclasses.replace(made, outcome=f"cannot be foreseen: {type(error).__name__}: {error}".split("\n")[0])
-    return dataclasses.replace(
-        made,
-        dtype=str(case.dtype).removeprefix("torch."),
-        batch=case.cached.batch,
-        context=case.cached.context,
-        held=held,
-    )
+    rehearsals: Rehearsals | None = None
+    for engine in engines:
+        named = [*recipe.steps] if engine is None else [engine]
+        own = [step for step in named if "train.parallel" in step.slots()]
+        made = Prediction(recipe.name, source.name, max((step.ranks for step in own), default=1), _name(own))
+        try:
+            if rehearsals is None:
+                batch = Batch(options.batch, options.context)
+                rehearsals = Rehearsals(make_case(source, recipe.steps, dtype, batch, skip))
+            held = rehearsals.take(engine)
+        except Outcome as error:
+            yield dataclasses.replace(made, outcome=f"{error.name}: {error}")
+        except Usage:
+            raise
+        except Exception as error:  # of a step that needs values, and says so in a way of its own
+            why = f"cannot be foreseen: {type(error).__name__}: {error}".split("\n")[0]
+            yield dataclasses.replace(made, outcome=why)
+        else:
+            case = rehearsals.case
+            yield dataclasses.replace(
+                made,
+                dtype=str(case.dtype).removeprefix("torch."),
+                batch=case.cached.batch,
+                context=case.cached.context,
+                held=held,
+            )
+
+
+def _name(engines: Sequence[Method]) -> str:
+    return engines[-1].label if engines else ""

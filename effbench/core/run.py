@@ -215,6 +215,7 @@ class FitCost(TypedDict):
     buffer_bytes: int  # codes of packed weights, their scales and masks
     gradient_bytes: int  # before a step of the optimizer
     optimizer_bytes: int
+    fullest: NotRequired[list[int]]  # processes of which one holds most; of a hollow run
     gathered_bytes: NotRequired[int]  # most of the weights that lie in parts and are whole at a time in a forward pass
     rule_bytes: NotRequired[float]  # of weights, gradients and AdamW's states by the formula of the engine
     collectives: NotRequired[dict[str, Told]]  # of one step, by kind

@@ -4,9 +4,9 @@ Inside of `hollow()` tensors of floating numbers are fake ones of torch, and all
 linears, fits take steps, what autograd saves is there to be counted. Whole numbers and truth values that no floating
 number has a part in are real as long as they are few: places, masks, tokens. Where code asks for a value that is not
 there it gets a guess, with which a run that nothing goes wrong in goes on: numbers are finite, no factorisation fails,
-some but not all of what could be so is so, every other number is 1 and all places of a mask are taken. Bytes that
-depend on values, such as those of weights that are stored only where they are not zero, are hence those of full
-tensors.
+some but not all of what could be so is so, every other number is 1, all places of a mask are taken, numbers that are
+counted are spread evenly, and what other processes tell is what this one has. Bytes that depend on values, such as
+those of weights that are stored only where they are not zero, are hence those of full tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+ALIKE = ("_to_copy", "permute", "select")  # ops of whose places as many are taken
 FEW = 2**20  # numbers of a tensor of whole ones that is real
 
 
@@ -34,6 +36,8 @@ class _Guess(TorchDispatchMode):
         self._shapes = FakeTensorMode(allow_non_fake_inputs=True)  # in which it looks what an op would give
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back as what it does with local tensors
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -46,10 +50,15 @@ class _Guess(TorchDispatchMode):
                 return out
         if func is aten._local_scalar_dense.default:
             return _guess(args[0])
+        if func.namespace == "c10d":
+            return self._hear(func, args, kwargs, tensors)
         if func is aten.equal.default:
-            return False
+            return any(getattr(tensor, "told", False) for tensor in args)
+        if func is aten.bincount.default:
+            return self._spread(args[0].numel(), kwargs.get("minlength", 0) or args[-1])
         if func is aten.nonzero.default:
-            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+            places = round(args[0].numel() * getattr(args[0], "share", 1))
+            return args[0].new_empty((places, args[0].ndim), dtype=torch.int64)
         if func is aten.masked_select.default:
             return torch.broadcast_tensors(*args[:2])[0].flatten().clone()
         if name in ("index", "index_put", "index_put_") and any(map(_is_mask, args[1])):
@@ -63,6 +72,23 @@ class _Guess(TorchDispatchMode):
                 guess = _follow_number(func, args, tensors)
             if guess is not None:
                 out.guess = guess  # type: ignore[attr-defined]
+            if (share := _follow_share(name, args)) is not None:
+                out.share = share  # type: ignore[attr-defined]
+        return out
+
+    def _spread(self, number: int, places: int) -> Tensor:
+        """How many of so many whole numbers are counted at each place: they are spread evenly."""
+        with unset_fake_temporarily():
+            return number // places + (torch.arange(places) < number % places).long()
+
+    def _hear(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """What processes tell each other: the others hold and say what this one does."""
+        known = [(tensor, _guess(tensor)) for tensor in tensors if isinstance(tensor, FakeTensor) and not tensor.ndim]
+        out = func(*args, **kwargs)
+        for number, guess in known:
+            number.guess = guess  # type: ignore[attr-defined]
+        for tensor in tensors:
+            tensor.told = True  # type: ignore[attr-defined]
         return out
 
     def _may_be_real(self, name: str, func: Any, args: Any, kwargs: Any) -> bool:
@@ -100,6 +126,13 @@ def _follow_truth(name: str, args: Any) -> bool | None:
     if name in ("any", "all"):
         return name == "any" if known[0] is None else bool(known[0])
     return None
+
+
+def _follow_share(name: str, args: Any) -> float | None:
+    """The share of places that are not zero of classes that are told apart, as by `one_hot`: each has as many."""
+    if name == "eq" and isinstance(args[1], Tensor) and args[1].ndim == 1 and args[0].shape[-1:] == (1,):
+        return 1 / len(args[1])
+    return getattr(args[0], "share", None) if name in ALIKE else None
 
 
 def _follow_number(func: Any, args: Any, tensors: list[Tensor]) -> Any:

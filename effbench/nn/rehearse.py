@@ -2,7 +2,8 @@
 
 The recipe runs as it is, on a model that has shapes and no values (`effbench.nn.hollow`): what it replaces, freezes and
 trains is replaced, frozen and trained there, fits take two steps on a full batch, and the meter of fits counts as ever.
-No method is known by name, and a new one is foreseen without another line.
+No method is known by name, and a new one is foreseen without another line. Engines of parallel training run as they
+are, too, in a process that stands for one of several (`effbench.nn.stand_in`).
 
 Compressing linears takes values. It runs beside it on a small model of the same make with random weights: same
 architecture, a few heads, two blocks. What that leaves in the place of a linear, its class and its configuration, is
@@ -10,7 +11,8 @@ put in the place of the linear of that role in the hollow model, at that one's s
 differ between linears of the small model are counts (of weights that are stored one by one) and grow with the matrix.
 
 All blocks of a model are alike, so that a few stand for all: bytes found with two and with three blocks are carried on
-to the depth of the model if they foretell those found with five, and else the whole depth is gone through.
+to the depth of the model if they foretell those found with five, and else the whole depth is gone through. Engines that
+deal out blocks say by how many more blocks each process has as many more: numbers of blocks then differ by that.
 """
 
 from __future__ import annotations
@@ -37,17 +39,21 @@ from effbench.nn.model.blocks import Blocks, count_heads
 from effbench.nn.model.held import count_bytes
 from effbench.nn.model.linear import Replaced, Storage, matrix_dtype, matrix_shape, replace, stored_bytes
 from effbench.nn.run import ModelRun
+from effbench.nn.stand_in import stand_for
+from effbench.nn.train.groups import limit_to
 from effbench.nn.train.settings import FitSettings
-from effbench.nn.train.slots import Parallel, Shares
+from effbench.nn.train.slots import Parallel
 
 if TYPE_CHECKING:
     from effbench.core.run import FitReport
     from effbench.sources import Source
 
 STEPS = 2  # of each fit: the first makes the optimizer's states, the second is looked into
-DEPTHS = (2, 3, 5)  # blocks that stand for all
+LEAST = 2  # blocks that stand for all
+MORE = (0, 1, 3)  # periods of blocks by which there are more of them
 SMALL = {"hidden_size": 512, "num_attention_heads": 8, "vocab_size": 512, "width": 1024}  # of the small model, at most
 BESIDE = ("Select", "Prompt")  # kinds that change neither weights nor caches
+AFTER = ("resident", "stored", "stored_constants", "cache")  # what there is after training, under any engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +73,8 @@ class Case:
     storage: torch.dtype | Storage  # in which an artifact keeps dense parameters
     dtype: torch.dtype
     steps: Sequence[Method]
-    batch: Batch  # what a step of its fits reads, dealt out to the processes of the engine
+    batch: Batch  # what a step of its fits reads, over all processes
     cached: Batch  # what is in the cache when it generates
-    engine: Parallel
     skip: tuple[str, ...] = ()  # patterns of linears that methods leave alone
 
 
@@ -80,6 +85,7 @@ class Held:
     opened: int = 0  # the model before the recipe
     weights: int = 0  # of the model in training, the last fit's, with what decodes packed ones
     constants: int = 0  # of these what only decodes: scales, zero-points, indices, masks
+    gathered: int = 0  # weights in parts that are whole here at a time of a forward pass, at most
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0  # that one forward pass saves
@@ -94,7 +100,8 @@ class Held:
     @property
     def training(self) -> int:
         """All that is held at the end of a forward pass in training."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.teachers
+        parts = self.weights + self.gathered + self.gradients + self.optimizer
+        return parts + self.activations + self.teachers
 
     @property
     def generating(self) -> int:
@@ -166,13 +173,12 @@ def make_case(
     steps: Sequence[Method],
     dtype: torch.dtype | None = None,
     batch: Batch = Batch(),
-    engine: Method | None = None,
     skip: tuple[str, ...] = (),
 ) -> Case:
     """The rehearsal of a recipe's steps on a model, computing in `dtype`, by default as stored.
 
-    engine  that processes divide the model by, instead of that of the steps
-    Raises as `open_run`, and `Unsupported` for a model that is packed already.
+    Raises as `open_run`, and `Unsupported` for a model that is packed already, or has fewer positions than there are to
+    be tokens. What a fit reads by itself ends where these end, and so does what is in the cache.
     """
     from effbench.nn.files import artifact
     from effbench.nn.files.load import describe_model
@@ -180,95 +186,146 @@ def make_case(
     config, _, storage = describe_model(source)
     if source.path is not None and (source.path / artifact.CONFIG).is_file():
         raise Unsupported("the model is packed already: name what it was made of, and the recipe")
-    engine = (
-        next((step for step in reversed(steps) if "train.parallel" in step.slots()), None) if engine is None else engine
-    )
-    parallel = None if engine is None else engine.slot_values().get("parallel", engine)
+    positions = int(config.max_position_embeddings)
+    if batch.context is not None and batch.context > positions:
+        raise Unsupported(f"a context of {batch.context} tokens is longer than the {positions} positions of the model")
     fit = next((step for step in reversed(steps) if isinstance(step, FitSettings)), None)
     cached = Batch(
-        batch.batch or (1 if fit is None else fit.batch_size), batch.context or (512 if fit is None else fit.max_length)
+        batch.batch or (1 if fit is None else fit.batch_size),
+        batch.context or min(positions, 512 if fit is None else fit.max_length),
     )
-    return Case(
-        source,
-        config,
-        storage,
-        matrix_dtype(storage) if dtype is None else dtype,
-        steps,
-        batch,
-        cached,
-        parallel if isinstance(parallel, Parallel) else Parallel(),
-        skip,
-    )
+    return Case(source, config, storage, matrix_dtype(storage) if dtype is None else dtype, steps, batch, cached, skip)
 
 
-def rehearse(case: Case) -> Held:
-    """Bytes that the steps hold. Raises as a run of the recipe would."""
-    find = functools.partial(_find, case, _sample(case))
-    depth = int(case.config.num_hidden_layers)
-    if depth > max(DEPTHS):
-        with contextlib.suppress(Unsupported):  # of a step that names more blocks than these
-            two, three, five = (dataclasses.astuple(find(blocks)) for blocks in DEPTHS)
-            if all(
-                math.isclose(f - t, (DEPTHS[2] - DEPTHS[1]) * (t - s)) for s, t, f in zip(two, three, five, strict=True)
-            ):
-                return Held(*(round(s + (depth - DEPTHS[0]) * (t - s)) for s, t in zip(two, three, strict=True)))
-    return Held(*map(round, dataclasses.astuple(find(depth))))
+def rehearse(case: Case, process: int | None = None) -> Held:
+    """Bytes that the steps hold in one process: that one, or that which holds most. Raises as a run would."""
+    return Rehearsals(case).take(process=process)
 
 
-def _find(case: Case, sampled: Sequence[dict[str, nn.Module]], depth: int) -> Held:
-    """As `rehearse`, with so many blocks; bytes that are divided may be fractions."""
-    with hollow():
-        run = _open(Rehearsal, case, _deepen(case.config, depth), case.batch)
-        assert isinstance(run, Rehearsal)
-        found = Held(opened=_hold(run.model), parameters=run.original.parameters)
-        case.engine.check_run(run)
-        examples = _divide(case.engine, run.model).examples
-        try:
-            for step, samples in zip(case.steps, sampled, strict=False):
-                run.sampled = samples
-                if step.consumes:
-                    case.engine.check_run(run)
-                if _counts(step):
-                    run.apply(_shorten(step, case.batch, examples))
-                if step.consumes and run.log.fits:
-                    found = dataclasses.replace(found, **_measure_fit(run, run.log.fits[-1], case.engine))
-            run.sampled = sampled[-1] if sampled else {}
-            run.settle()
-            view = Blocks(run.model)
-            packed = {p: m for p, m in view.linears() if isinstance(m, Replaced)}
-            run.take_over({p: m for p, m in packed.items() if type(m) is not type(run.sampled.get(view.role(p)))})
-            run.finish(recipe_is_empty=True)
-            stored = stored_bytes(run.model, case.storage)
-            found = dataclasses.replace(
-                found, resident=_hold(run.model), stored=sum(stored), stored_constants=stored.metadata
-            )
-            shapes = [count_heads(block.get_submodule(view.names.attention)) for block in view.blocks]
-            plan, run.infer = run.infer, type(run.infer)()  # which outlives the rehearsal
-            kept = run.model.dtype
-        finally:
-            run.close()
-    return dataclasses.replace(found, cache=_fill_cache(plan, shapes, case.cached, kept))
+class Rehearsals:
+    """Those of a case under one engine and another; what is alike under all of them is found once."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.sampled = _sample(case)
+        self._after: dict[str, int] | None = None
+
+    def take(self, engine: Method | None = None, process: int | None = None) -> Held:
+        """Bytes that the steps hold in one process: that one, or that which holds most. Raises as a run would.
+
+        engine  that stands before each fit, of steps that name none
+        """
+        first, fullest = self._go_on(engine, process or 0)
+        others = fullest - {0} if process is None else ()
+        return max([first, *(self._go_on(engine, other)[0] for other in others)], key=lambda held: held.training)
+
+    def _go_on(self, engine: Method | None, process: int) -> tuple[Held, set[int]]:
+        """What a process holds with all blocks, and the processes of which one holds most."""
+        depth, period = int(self.case.config.num_hidden_layers), math.lcm(*map(_period, self._steps(engine)))
+        least = max(LEAST, period)
+        few = [least + (depth - least) % period + period * more for more in MORE]
+        found, fullest = None, {0}
+        if depth > few[-1]:
+            with contextlib.suppress(Unsupported):  # of a step that names more blocks than these
+                held = [self._find(engine, process, blocks) for blocks in few]
+                fullest = held[-1][1]
+                found = _carry_on([dataclasses.astuple(one) for one, _ in held], (depth - few[0]) / period)
+        if found is None:
+            found, fullest = self._find(engine, process, depth)
+        if self._after is None:
+            self._after = {name: getattr(found, name) for name in AFTER}
+        return dataclasses.replace(found, **self._after), fullest
+
+    def _steps(self, engine: Method | None) -> list[Method]:
+        """Those of the case, with the engine before each that trains."""
+        before = [] if engine is None else [engine]
+        return [one for step in self.case.steps for one in (*(before if step.consumes else ()), step)]
+
+    def _find(self, engine: Method | None, process: int, depth: int) -> tuple[Held, set[int]]:
+        """As `_go_on`, with so many blocks; without what there is after training if that is known."""
+        case, processes = self.case, max((step.ranks for step in self._steps(engine)), default=1)
+        steps = list(zip(case.steps, self.sampled, strict=False))
+        if self._after is not None:
+            steps = steps[: 1 + max((place for place, (step, _) in enumerate(steps) if step.consumes), default=-1)]
+        with stand_for(process, processes), hollow():
+            run = _open(Rehearsal, case, _deepen(case.config, depth), case.batch)
+            assert isinstance(run, Rehearsal)
+            found, fullest = Held(opened=_hold(run.model), parameters=run.original.parameters), {0}
+            try:
+                for step, run.sampled in steps:
+                    if step.consumes and engine is not None:
+                        run.apply(engine)
+                    if kind_of(type(step)) in BESIDE:
+                        continue
+                    whole = _count_trained(run, step)
+                    run.apply(_shorten(step, case.batch))
+                    if step.consumes and run.log.fits:
+                        report = run.log.fits[-1]
+                        fullest = set(report["cost"].get("fullest", fullest))
+                        found = dataclasses.replace(found, **_measure_fit(run, report))
+                        if whole is not None:
+                            found = dataclasses.replace(found, trained=whole)
+                if self._after is not None:
+                    return found, fullest
+                found = dataclasses.replace(found, **_measure_end(run, self.sampled))
+                view = Blocks(run.model)
+                shapes = [count_heads(block.get_submodule(view.names.attention)) for block in view.blocks]
+                plan, run.infer = run.infer, type(run.infer)()  # which outlives the rehearsal
+                kept = run.model.dtype
+            finally:
+                run.close()
+        return dataclasses.replace(found, cache=_fill_cache(plan, shapes, case.cached, kept)), fullest
 
 
-def _divide(engine: Parallel, model: nn.Module) -> Shares:
-    shares = engine.shares(model)
-    if shares is None:
-        raise Unsupported(f"how {engine} divides a model is not foreseen")
-    return shares
+def _period(step: Method) -> int:
+    """By how many blocks models of alike blocks have to differ for a step to give each process as many more."""
+    engine = step.slot_values().get("parallel", step) if "train.parallel" in step.slots() else None
+    return engine.period if isinstance(engine, Parallel) else 1
 
 
-def _measure_fit(run: Rehearsal, report: FitReport, engine: Parallel) -> dict[str, Any]:
-    """What one process holds in a fit; engines divide parameters, and no buffers."""
-    cost, shares = report["cost"], _divide(engine, run.model)
+def _carry_on(held: Sequence[tuple[float, ...]], periods: float) -> Held | None:
+    """What is held with so many periods more than in the first of three, if they lie on a line; else None."""
+    first, second, third = held
+    for one, two, three in zip(first, second, third, strict=True):
+        if not math.isclose(three - two, (MORE[2] - MORE[1]) * (two - one)):
+            return None
+    return Held(*(round(one + periods * (two - one)) for one, two in zip(first, second, strict=True)))
+
+
+def _count_trained(run: Rehearsal, step: Method) -> int | None:
+    """Numbers that a fit is to train, where only other processes know how many they do; they are not there."""
+    engine: Parallel = run.train.slot("parallel", Parallel())
+    if type(engine).describe is Parallel.describe or not isinstance(step, FitSettings):
+        return None
+    with limit_to(run.model, step.train):
+        return sum(int(parameter.numel()) for parameter in run.model.parameters() if parameter.requires_grad)
+
+
+def _measure_fit(run: Rehearsal, report: FitReport) -> dict[str, Any]:
+    """What this process has held in a fit."""
+    cost = report["cost"]
     return {
-        "weights": cost["buffer_bytes"] + cost["parameter_bytes"] / shares.parameters,
+        "weights": cost["parameter_bytes"] + cost["buffer_bytes"],
         "constants": stored_bytes(run.model, run.storage).metadata,
-        "gradients": cost["gradient_bytes"] / shares.gradients,
-        "optimizer": cost["optimizer_bytes"] / shares.optimizer,
-        "activations": cost.get("activation_bytes", 0) / shares.activations,
+        "gathered": cost.get("gathered_bytes", 0),
+        "gradients": cost["gradient_bytes"],
+        "optimizer": cost["optimizer_bytes"],
+        "activations": cost.get("activation_bytes", 0),
         "teachers": sum(map(_hold, run.teachers())),
         "trained": sum(group["parameters"] for group in report["groups"]),
     }
+
+
+def _measure_end(run: Rehearsal, sampled: Sequence[dict[str, nn.Module]]) -> dict[str, Any]:
+    """What there is of the model after the recipe."""
+    run.sampled = sampled[-1] if sampled else {}
+    run.settle()
+    view = Blocks(run.model)
+    packed = {path: module for path, module in view.linears() if isinstance(module, Replaced)}
+    run.take_over({p: m for p, m in packed.items() if type(m) is not type(run.sampled.get(view.role(p)))})
+    run.finish(recipe_is_empty=True)
+    stored = stored_bytes(run.model, run.storage)
+    return {"resident": _hold(run.model), "stored": sum(stored), "stored_constants": stored.metadata}
 
 
 def _sample(case: Case) -> list[dict[str, nn.Module]]:
@@ -283,8 +340,8 @@ def _sample(case: Case) -> list[dict[str, nn.Module]]:
             # What cannot be done to a model as small as this one, with fewer heads and blocks, may well be done to the
             # model itself: that is found out there.
             with contextlib.suppress(Unsupported) if kind_of(type(step)) == "apply" else contextlib.nullcontext():
-                if _counts(step):
-                    run.apply(_shorten(step, batch, 1))
+                if kind_of(type(step)) not in BESIDE and "train.parallel" not in step.slots():
+                    run.apply(_shorten(step, batch))
             found.append(_list_roles(run.model))
         run.finish(recipe_is_empty=True)
         found.append(_list_roles(run.model))
@@ -304,18 +361,18 @@ def _open(kind: type[ModelRun], case: Case, config: Any, batch: Batch) -> ModelR
 
     device = torch.device("cpu")
     build = functools.partial(build_random, config, device, case.dtype)
-    fits = [_shorten(step, batch, 1) for step in case.steps if isinstance(step, FitSettings)]
+    fits = [_shorten(step, batch) for step in case.steps if isinstance(step, FitSettings)]
     number = max((STEPS * fit.batch_size for fit in fits), default=2)
     length = min(int(config.max_position_embeddings), max((fit.max_length for fit in fits), default=64))
     rows = Rows(number, length)
     return kind(case.source, build(), build, None, rows, device=device, storage=case.storage, length=64, skip=case.skip)
 
 
-def _shorten(step: Any, batch: Batch, examples: int) -> Any:
-    """A step that fits, as far as it takes to see what it holds: on what one of so many processes reads."""
+def _shorten(step: Any, batch: Batch) -> Any:
+    """A step that fits, as far as it takes to see what it holds."""
     if not isinstance(step, FitSettings):
         return step
-    size = -(-(batch.batch or step.batch_size) // examples)
+    size = batch.batch or step.batch_size
     return dataclasses.replace(
         step,
         steps=STEPS,
@@ -325,11 +382,6 @@ def _shorten(step: Any, batch: Batch, examples: int) -> Any:
         max_length=batch.context or step.max_length,
         validate=None,
     )
-
-
-def _counts(step: Method) -> bool:
-    """Whether a step bears on what is held by one process; engines say themselves how they divide it."""
-    return kind_of(type(step)) not in BESIDE and "train.parallel" not in step.slots()
 
 
 def _deepen(config: Any, depth: int) -> Any:

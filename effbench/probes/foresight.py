@@ -21,7 +21,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`plan_*_off`, of each part that was measured and is not empty."""
     cost = run.log.fits[-1]["cost"] if run.log.fits else None
     read = Batch(context=None if cost is None else cost.get("length"))
-    held = rehearse(make_case(run.source, run.steps, run.model.dtype, read, skip=run.skip))
+    held = rehearse(make_case(run.source, run.steps, run.model.dtype, read, run.skip), process=0)
     pairs = {
         "resident": (held.resident, resident_bytes(run.model)),
         "stored": (held.stored, sum(stored_bytes(run.model, run.storage))),
@@ -32,6 +32,8 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
             "gradients": (held.gradients, cost["gradient_bytes"]),
             "optimizer": (held.optimizer, cost["optimizer_bytes"]),
         }
+        if "gathered_bytes" in cost:
+            training["gathered"] = held.gathered, cost["gathered_bytes"]
         if "activation_bytes" in cost:
             training["activations"] = held.activations, cost["activation_bytes"]
             pairs["training"] = sum(pair[0] for pair in training.values()), sum(pair[1] for pair in training.values())

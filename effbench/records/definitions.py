@@ -42,10 +42,11 @@ SELECTED = {"kept": "that are kept", "pool": "of the pool"}
 QUARTERS = ("first", "second", "third", "last")  # of the steps of a fit
 FORETOLD = {  # by `effbench plan`
     "weights": "weights of the model in the last fit",
+    "gathered": "weights in parts that were whole at a time in the last fit",
     "gradients": "gradients of the last fit",
     "optimizer": "optimizer's states of the last fit",
     "activations": "activations that the last fit saved",
-    "training": "weights, gradients, states and activations of the last fit together",
+    "training": "weights, gathered or not, gradients, states and activations of the last fit together",
     "resident": "model as it is computed with",
     "stored": "model as it is stored",
 }

@@ -56,6 +56,7 @@ TITLES = {
     "fit_gathered_bytes": "gathered",
     "fit_rule_bytes": "by the formula",
     "plan_weights_off": "weights foretold, off by %",
+    "plan_gathered_off": "gathered foretold, off by %",
     "plan_gradients_off": "gradients foretold, off by %",
     "plan_optimizer_off": "optimizer foretold, off by %",
     "plan_activations_off": "activations foretold, off by %",

@@ -83,10 +83,6 @@ class Ranks(Train, Parallel):
         """Have the model in parts inside."""
         raise NotImplementedError
 
-    def check_run(self, run: Run) -> None:
-        if self.ranks > 1:
-            self.check_whole(run)
-
     def check_whole(self, run: Run) -> None:
         """Raise `Unsupported` where a method of the fit reads or steps whole tensors that lie in parts."""
         owner = run.train.owner("optimizer")

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from effbench.core.run import Run
 from effbench.methods.parallel._ranks import Replicas
 from effbench.nn.train.shards import check_alike
-from effbench.nn.train.slots import Shares
 
 
 @dataclass(frozen=True)
@@ -32,9 +29,6 @@ class DDP(Replicas):
     weight_update = "training"
     claims = ("train.parallel",)
     trials = ({"ranks": 1},)
-
-    def shares(self, model: nn.Module) -> Shares:
-        return Shares(examples=self.ranks)
 
     @contextlib.contextmanager
     def wrap(self, run: Run) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -87,7 +87,7 @@ class EP(Replicas):
 
     def shares(self, model: nn.Module) -> Shares:
         experts = {parameter for module in list_experts(model) for parameter in module.parameters()}
-        return find_shares(model, lambda p: 1 / self.ranks if p in experts else 1.0, examples=self.ranks)
+        return find_shares(model, lambda p: 1 / self.ranks if p in experts else 1.0)
 
 
 def compute_apart(experts: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -96,8 +96,7 @@ def compute_apart(experts: Any, states: Tensor, chosen: Tensor, weights: Tensor)
     order = chosen.flatten().argsort(stable=True)  # copies of tokens by expert, and so by rank
     token = order // chosen.shape[1]
     counts = chosen.flatten().bincount(minlength=experts.num_experts)
-    given = torch.empty_like(counts)  # by rank, and then by the experts of this one
-    distributed.all_to_all_single(given, counts)
+    given = all_to_all_single(counts, None, None, get_world())  # by rank, and then by the experts of this one
     sent, received = (number.view(ranks, -1).sum(1).tolist() for number in (counts, given))
 
     dispatched = exchange(states[token], received, sent)
@@ -115,7 +114,12 @@ def compute_apart(experts: Any, states: Tensor, chosen: Tensor, weights: Tensor)
 
 def exchange(rows: Tensor, received: list[int], sent: list[int]) -> Tensor:
     """Rows [S, H] dealt out to all ranks, so many to each, for those that they send; gradients take the way back."""
+    found: Tensor = all_to_all_single_autograd(rows.contiguous(), received, sent, get_world())
+    return found.wait() if hasattr(found, "wait") else found
+
+
+def get_world() -> distributed.ProcessGroup:
+    """The group of all ranks."""
     world = distributed.group.WORLD
     assert world is not None
-    found: Tensor = all_to_all_single_autograd(rows.contiguous(), received, sent, world)
-    return found.wait() if hasattr(found, "wait") else found
+    return world

@@ -95,9 +95,20 @@ class FSDP(Replicas):
             raise Unsupported(f"{self}: ZeroRedundancyOptimizer builds optimizers of torch, not {type(plain).__name__}")
         return Dealt(plain)
 
+    @property
+    def period(self) -> int:
+        return self.ranks if self.stage == 1 else 1
+
+    def fullest(self, optimizer: Any) -> set[int]:
+        if not isinstance(optimizer, Dealt):
+            return {0}
+        parts = optimizer._partition_parameters()  # type: ignore[attr-defined]
+        numbers = [sum(parameter.numel() for group in part for parameter in group["params"]) for part in parts]
+        return {0, numbers.index(max(numbers))}  # the first has most examples
+
     def shares(self, model: nn.Module) -> Shares:
         states, gradients, parameters = (self.ranks if self.stage >= stage else 1 for stage in (1, 2, 3))
-        return Shares(parameters, gradients, states, examples=self.ranks)
+        return Shares(parameters, gradients, states)
 
 
 class Dealt(ZeroRedundancyOptimizer):

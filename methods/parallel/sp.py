@@ -92,9 +92,9 @@ class SP(Ranks):
 
     def shares(self, model: nn.Module) -> Shares:
         if self.kind == "ulysses":
-            return Shares(activations=self.ranks)
+            return Shares()
         parts = list_divided(model) if self.ranks > 1 else set()
-        return find_shares(model, lambda p: 1 / self.ranks if p in parts else 1.0, activations=self.ranks)
+        return find_shares(model, lambda p: 1 / self.ranks if p in parts else 1.0)
 
 
 class Tokens:

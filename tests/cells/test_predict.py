@@ -1,10 +1,12 @@
 """What `effbench plan` foretells is what runs measure, and what closed forms say."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from effbench import sources
 from effbench.cells.claims import CLAIMS
@@ -12,20 +14,22 @@ from effbench.cells.predict import PlanOptions, parse_memory, predict
 from effbench.cli.main import main
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse
+from effbench.nn import rehearse
 from effbench.nn.files.load import open_run
 from effbench.nn.infer.engine import open_engine
-from effbench.nn.model.held import count_bytes
+from effbench.nn.model.held import Followed, count_bytes
 from effbench.nn.model.linear import stored_bytes
-from effbench.nn.rehearse import Batch, Rows, make_case, rehearse
+from effbench.nn.rehearse import Batch, Held, Rehearsals, Rows, make_case
+from effbench.nn.stand_in import stand_for
 from effbench.probes.memory import resident_bytes
 from effbench.sources import TINY
 
 ROWS, TOKENS = 2, 48
 
 
-def measure(steps):
+def measure(steps, model="tiny"):
     """The parts of a prediction as a run on the embedded model has them."""
-    run = open_run(sources.model("tiny"), sources.data(None), "cpu", "float32", 0, {"calibration_sequences": 2})
+    run = open_run(sources.model(model), sources.data(None), "cpu", "float32", 0, {"calibration_sequences": 2})
     data = Rows(4, TOKENS)
     data.calibration = run.data.calibration
     run.data = data
@@ -55,8 +59,8 @@ PARTS = {"gradients": "gradient", "optimizer": "optimizer", "activations": "acti
 def foretell(steps, model="tiny", dtype=torch.float32, batch=None, context=None, engine=""):
     """What is foretold; without a fit and without `batch` and `context`, for so many rows in the cache."""
     (divider,) = parse(engine).steps if engine else (None,)
-    case = make_case(sources.model(model), parse(steps).steps, dtype, Batch(batch, context), divider)
-    return rehearse(dataclasses.replace(case, cached=Batch(batch or ROWS, context or TOKENS)))
+    case = make_case(sources.model(model), parse(steps).steps, dtype, Batch(batch, context))
+    return Rehearsals(dataclasses.replace(case, cached=Batch(batch or ROWS, context or TOKENS))).take(divider)
 
 
 FIT = f"fit(steps=7, batch_size={ROWS}, max_length={TOKENS})"
@@ -126,6 +130,28 @@ def test_neither_suite_nor_recipe_is_wrong_usage(capsys):
     assert "give suite=NAME or recipe=" in capsys.readouterr().err
 
 
+def test_what_is_followed_counts_as_long_as_it_is_there():
+    followed, tensors = Followed(), [torch.zeros(10), torch.zeros(5)]
+    for tensor in (*tensors, tensors[0][:4]):
+        followed.follow(tensor)
+    del tensors[0], tensor
+    assert followed.now == 20 and followed.peak == 60
+    followed.follow(torch.zeros(7))
+    assert followed.now == 20 and followed.peak == 60
+
+
+def test_a_process_that_stands_for_one_of_several_is_one_again_after():
+    hook, gather = sys.excepthook, distributed.all_gather_object
+    with pytest.raises(ZeroDivisionError), stand_for(1, 4):
+        found, number = [None] * 4, torch.ones(2)
+        distributed.all_gather_object(found, "mine")
+        distributed.all_reduce(number)
+        assert (distributed.get_rank(), distributed.get_world_size()) == (1, 4)
+        assert found == ["mine"] * 4 and number.tolist() == [1, 1]
+        raise ZeroDivisionError
+    assert not distributed.is_initialized() and sys.excepthook is hook and distributed.all_gather_object is gather
+
+
 def test_views_of_a_storage_count_once():
     whole = torch.zeros(10)
     assert count_bytes([whole, whole.view(2, 5), whole[:4], whole[4:]]) == 40
@@ -135,7 +161,7 @@ def test_views_of_a_storage_count_once():
 
 def test_an_engine_says_what_it_divides():
     alone, pair = (
-        predict(PlanOptions(recipe=f"ddp(ranks={n}), fit(batch_size=4, max_length=32)", dtype="float32"))[0]
+        next(predict(PlanOptions(recipe=f"ddp(ranks={n}), fit(batch_size=4, max_length=32)", dtype="float32")))
         for n in (1, 2)
     )
     assert pair.held.weights == alone.held.weights and pair.held.optimizer == alone.held.optimizer
@@ -170,15 +196,84 @@ def test_engines_divide_what_they_say():
     found = foretell(FIT, engine="tp(ranks=4)")
     assert found.gradients == norms + table + matrices / 4 and found.weights == found.gradients + frequencies
     found = foretell(FIT, engine="fsdp(ranks=4, stage=2)")
-    assert found.weights == whole.weights and found.gradients == whole.gradients / 4
+    rows = sum(4 * -(-len(tensor) // 4) * tensor[0].numel() for tensor in model.values())  # of the first of four
+    assert found.gradients == rows > whole.gradients / 4 and found.weights == found.gradients + frequencies
+    assert found.gathered == whole.gradients  # from the forward pass to the end of the backward pass
     found = foretell(FIT, engine="pp(ranks=3)")  # the last stage has the table too, and the norm
     assert found.gradients == table + last + (whole.gradients - table - last) / 3
     packed = "nf4(), lora(rank=4), " + FIT
-    assert foretell(packed, engine="fsdp(ranks=2)").weights > foretell(packed).weights / 2  # codes are no parameters
+    whole = foretell(packed)
+    assert foretell(packed, engine="fsdp(ranks=2)").weights > whole.weights / 2  # codes are no parameters
+    ends = table + last + frequencies
+    assert foretell(packed, engine="pp(ranks=3)").weights == ends + (whole.weights - ends) / 3  # and belong to blocks
+
+
+def test_what_is_alike_under_all_engines_is_found_once(monkeypatch):
+    """And what an engine alone changes is what a rehearsal of its own has."""
+    filled, fill = [], rehearse._fill_cache
+    monkeypatch.setattr(rehearse, "_fill_cache", lambda *given: filled.append(1) or fill(*given))
+    rehearsals = Rehearsals(make_case(sources.model("tiny"), parse(f"lora(rank=4), {FIT}").steps, torch.float32))
+    rehearsals.case = dataclasses.replace(rehearsals.case, cached=Batch(ROWS, TOKENS))
+    _, found = (rehearsals.take(*parse(engine).steps) for engine in ("ddp()", "fsdp()"))
+    assert len(filled) == 3  # at three depths
+    assert found == foretell(f"fsdp(), lora(rank=4), {FIT}")
+
+
+def test_predictions_come_one_by_one(monkeypatch):
+    made = []
+    take = Rehearsals.take
+    monkeypatch.setattr(Rehearsals, "take", lambda self, engine: made.append(engine) or take(self, engine))
+    first = next(predict(PlanOptions(recipe=FIT, ranks=2)))
+    assert len(made) == 1 and first.ranks == 2 and first.held is not None
+
+
+def test_a_recipe_without_an_engine_is_tried_under_each_of_their_settings(monkeypatch):
+    monkeypatch.setattr(Rehearsals, "take", lambda self, engine: Held(trained=engine.ranks))
+    found = list(predict(PlanOptions(recipe=FIT, ranks=3)))
+    assert len({prediction.engine for prediction in found}) == len(found) == 10
+    assert all(prediction.ranks == prediction.held.trained == 3 for prediction in found)
+
+
+@pytest.mark.parametrize("engine", ["pp()", "fsdp(stage=1)", "tp()"])
+def test_a_deep_model_is_foretold_by_few_blocks(engine):
+    """What few blocks are carried on to is what all of them hold, whichever way an engine deals them out."""
+    case = make_case(sources.model("shape:deep-tiny"), parse(FIT).steps, torch.float32)
+    case.config.num_hidden_layers = 13  # an odd number: one of two stages has one block more
+    (step,) = parse(engine).steps
+    few = Rehearsals(case)
+    gone, depths = few._find, []
+    few._find = lambda step, process, depth: depths.append(depth) or gone(step, process, depth)
+    assert few.take(step, process=0) == Rehearsals(case)._find(step, 0, 13)[0]
+    assert max(depths) < 13
+
+
+@pytest.mark.parametrize("steps", ["kv_quant()", FIT])
+def test_a_context_has_no_more_tokens_than_the_model_has_positions(steps, capsys):
+    assert main(["plan", f"recipe={steps}", "context=2049"]) == 0
+    assert "unsupported: a context of 2049 tokens is longer than the 2048 positions" in capsys.readouterr().out
+
+
+def test_what_a_fit_reads_by_itself_and_the_cache_end_with_the_positions():
+    long, whole = (
+        next(predict(PlanOptions(recipe=f"fit(max_length={length}, batch_size=1)", dtype="float32")))
+        for length in (4096, 2048)
+    )
+    assert long.context == whole.context == 2048
+    assert long.held.cache == whole.held.cache and long.held.activations == whole.held.activations
+
+
+def test_other_ranks_than_the_recipe_takes_are_wrong_usage(capsys):
+    for steps in (f"fsdp(ranks=4), {FIT}", f"tp(), {FIT}", f"pp(ranks=4), {FIT}"):
+        assert main(["plan", f"recipe={steps}", "ranks=3"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "ranks=3" in line and ("takes 4" in line or "tp()" in line)
+    (found,) = predict(PlanOptions(recipe=f"fsdp(ranks=4), {FIT}", ranks=4))
+    assert found.ranks == 4 and found.engine == "fsdp(ranks=4)"
 
 
 def test_experts_are_divided_and_all_else_is_not():
     whole, found = (foretell(FIT, "tiny:moe", engine=engine) for engine in ("", "ep(ranks=4)"))
+    assert whole.activations == pytest.approx(measure(FIT, "tiny:moe")["activations"], rel=0.01)
     experts = 6 * 4 * 3 * 4 * 384 * 128
     assert whole.gradients - found.gradients == experts * 3 / 4
     assert found.activations == pytest.approx(whole.activations / 2, rel=0.01)  # a rank reads one of two examples
@@ -232,6 +327,23 @@ def figures():
 
 def test_claims_state_the_right_figures():
     assert {claim.name: claim.figure for claim in CLAIMS} == figures()
+
+
+@pytest.mark.slow
+def test_every_engine_is_foretold_on_a_model_of_80_blocks_or_says_why():
+    """A rank of two has half the stages' blocks, and half of what is trained; packed codes are whole but in stages."""
+    options = PlanOptions(recipe="nf4(), lora(), fit()", model="shape:llama-2-70b", ranks=2)
+    found = {prediction.engine: prediction for prediction in predict(options)}
+    assert {prediction.outcome.split(":")[0] for prediction in found.values()} == {"", "unsupported"}
+    held = {engine: prediction.held for engine, prediction in found.items() if prediction.held}
+    assert held.keys() == {f"fsdp(stage={n})" for n in (1, 2)} | {"ddp()", "fsdp()", "sp(kind='ulysses')"} | {
+        "pp()",
+        "pp(schedule='1f1b')",
+    }
+    for part in ("resident", "stored", "cache", "trained"):
+        assert len({getattr(one, part) for one in held.values()}) == 1, part
+    assert held["fsdp()"].gradients == held["ddp()"].gradients / 2
+    assert held["pp()"].weights < 0.52 * held["ddp()"].weights
 
 
 @pytest.mark.slow

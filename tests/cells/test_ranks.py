@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     folder = tmp_path_factory.mktemp("ranks")
     found: dict[str, Any] = {}
     for recipe in (FIT, f"ddp(), {FIT}"):
-        code, told = run(folder, recipe, "probes=perplexity,training,cost", "tier=quick", "data=tiny:task")
+        code, told = run(folder, recipe, "probes=perplexity,training,cost,foresight", "tier=quick", "data=tiny:task")
         assert code == 0
         found |= told
     return folder, found
@@ -54,6 +54,13 @@ def test_a_cell_of_two_ranks_is_one_record(trained: tuple[Path, dict[str, Any]])
     assert a == pytest.approx(b, rel=1e-4)
     assert one["log"]["fits"][0]["tokens"] == two["log"]["fits"][0]["tokens"]
     assert two["metrics"]["fit_tokens"][0] == two["log"]["fits"][0]["tokens"]
+
+
+def test_what_one_of_two_ranks_holds_is_foretold_within_its_cell(trained: tuple[Path, dict[str, Any]]) -> None:
+    _, found = trained
+    for record in (found[FIT], found[f"ddp(), {FIT}"]):
+        for part in ("weights", "gradients", "optimizer"):
+            assert record["metrics"][f"plan_{part}_off"][0] == 0
 
 
 def test_a_line_for_every_step_lies_beside_the_record(trained: tuple[Path, dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING
 
 from effbench.cells.predict import PlanOptions
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from effbench.cells.predict import Prediction
 
 CLAIMS = "claims"
-PARTS = ("weights", "gradients", "optimizer", "activations", "teachers")  # in training
+PARTS = ("weights", "gathered", "gradients", "optimizer", "activations", "teachers")  # in training
+OTHERS = ("gathered", "teachers")  # parts that most recipes have none of
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -35,6 +37,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         if number:
             print()
         _print(prediction, memory)
+        sys.stdout.flush()  # the next one may take a minute
     return 0
 
 
@@ -60,7 +63,7 @@ def _print(prediction: Prediction, memory: int | None) -> None:
                 _constants(held.constants if (phase, part) == ("training", "weights") else 0),
             )
             for number, (part, size) in enumerate(parts.items())
-            if size or part != "teachers"
+            if size or part not in OTHERS
         ]
         verdict = (
             ""
@@ -105,8 +108,9 @@ def _notes() -> str:
     return (
         "`effbench plan claims` prints figures that are often stated, the right ones and why they differ.\n"
         "Sizes are in powers of 1000. Bytes are those held at the end of a forward pass, and while generating at the\n"
-        "end of the context; what is held for a moment (work of a kernel, of a calibration, gathered shards, CUDA\n"
-        "itself) is not in them."
+        "end of the context; what is held for a moment (work of a kernel, of a calibration, CUDA itself) is not in\n"
+        "them. Of several ranks they are those of the one that holds most; gathered are weights in parts that are\n"
+        "whole at a time."
     )
 
 

@@ -43,26 +43,43 @@ def count_bytes(tensors: Iterable[Tensor]) -> int:
     return total
 
 
+class Followed:
+    """Bytes of the storages that are followed: `now` those that are still there, `peak` the most at a time."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def follow(self, tensor: Tensor) -> None:
+        """Follow the storage of a tensor from now on."""
+        if (key := identify(tensor)) not in self._known:
+            storage = local(tensor).untyped_storage()
+            self._known.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
 class Made(TorchDispatchMode):
-    """Follows the bytes of the tensors that are made inside: `now` those that are still there, `peak` the most."""
+    """Follows the bytes of the tensors that are made inside."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._made = Followed()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at a time."""
+        return self._made.peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {identify(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (key := identify(tensor)) not in self._known | given:
-                storage = local(tensor).untyped_storage()
-                self._known.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, key, storage.nbytes())
+            if isinstance(tensor, Tensor) and identify(tensor) not in given:
+                self._made.follow(tensor)
         return out
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size

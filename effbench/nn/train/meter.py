@@ -18,7 +18,7 @@ from effbench.core.errors import Unsupported
 from effbench.core.run import FitCost
 from effbench.machine import nvml
 from effbench.nn.model.flops import count_flops
-from effbench.nn.model.held import Made, count_bytes, identify, local
+from effbench.nn.model.held import Followed, Made, count_bytes, identify
 from effbench.nn.model.linear import Replaced, matrix_shape
 from effbench.nn.train.batches import Batch
 from effbench.nn.train.collectives import Collectives
@@ -84,7 +84,8 @@ class Meter:
 
     @contextlib.contextmanager
     def forward(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Round a forward pass and its loss: what they save for the backward pass, in the step that is looked into."""
+        """Round a forward pass and its loss: the most that they have saved for the backward pass at a time, in the step
+        that is looked into. Engines may go back for parts of a batch before they go forward with others."""
         if not self._looking:
             yield
         elif self._run.device.type == "cuda":
@@ -93,16 +94,16 @@ class Meter:
             self._saved = max(self._saved, torch.cuda.memory_allocated(self._run.device) - before)
         else:
             known = {identify(parameter) for parameter in parameters}
-            sizes: dict[int, int] = {}
+            saved = Followed()
 
             def keep(tensor: Tensor) -> Tensor:
-                if (storage := identify(tensor)) not in known:
-                    sizes[storage] = local(tensor).untyped_storage().nbytes()
+                if identify(tensor) not in known:
+                    saved.follow(tensor)
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), self._see_gathered(known):
                 yield
-            self._saved = max(self._saved, sum(sizes.values()))
+            self._saved = max(self._saved, saved.peak)
 
     def hold(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take note of what this process has made and held before the optimizer's step, and of its gradients."""
@@ -157,6 +158,8 @@ class Meter:
             }
         if self._saved:
             cost["activation_bytes"] = self._saved
+        if self._run.hollow:
+            cost["fullest"] = sorted(self._parallel.fullest(optimizer))
         if self._length:
             cost["length"] = self._length
         if self._peak:

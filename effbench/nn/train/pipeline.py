@@ -73,7 +73,7 @@ class Pipeline(Parallel):
         with self._passing_by(view):
             for tensor in elsewhere:
                 tensor.requires_grad_(False)
-                tensor.data = tensor.data.new_empty(0)
+                tensor.data = tensor.data.new_zeros(0)
             try:
                 yield
                 self._gather({tensor: shape for tensor, shape, _ in before})
@@ -188,7 +188,14 @@ class Pipeline(Parallel):
         owners = self._divide(Blocks(model))
         size = [sum(t.nbytes for t, stages in owners.items() if stage in stages) for stage in range(self.stages)]
         most = size.index(max(size))
-        return find_shares(model, lambda p: float(most in owners[p]), activations=self.stages)
+        return find_shares(model, lambda p: float(most in owners[p]))
+
+    @property
+    def period(self) -> int:
+        return self.stages
+
+    def fullest(self, optimizer: Any) -> set[int]:
+        return {0, self.stages - 1}  # the first has most blocks and micro-batches, the last one head and logits
 
     def _counts(self, parameter: nn.Parameter) -> bool:
         """Whether a tensor that stages share counts in this one."""
@@ -291,7 +298,7 @@ class Pipeline(Parallel):
         different = 0
         for tensor, stages in self.owners.items():
             if tensor in shapes:
-                tensor.data = tensor.data.new_empty(shapes[tensor])
+                tensor.data = tensor.data.new_zeros(shapes[tensor])
             first = tensor.data.clone() if len(stages) > 1 else tensor.data.contiguous()
             distributed.broadcast(first, stages[0])
             different += self.stage in stages and not torch.equal(first, tensor.data)

@@ -66,24 +66,21 @@ class Activations:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """By what an engine divides what one process would hold in training, by its formula.
+    """By what an engine divides what one process would hold between two steps of training, by its formula.
 
-    What is held between forward and backward pass is meant: what is gathered for a moment is not in it. The process is
-    that which holds most.
+    The process is that which holds most.
     """
 
     parameters: float = 1
     gradients: float = 1
     optimizer: float = 1
-    activations: float = 1  # of the examples that a process sees; more may be saved, and no less
-    examples: int = 1  # processes that the examples of a step are dealt out to
 
     def sum(self, parameters: float, gradients: float, optimizer: float) -> float:
         """What one process holds between steps, of so much that one alone would hold."""
         return parameters / self.parameters + gradients / self.gradients + optimizer / self.optimizer
 
 
-def find_shares(model: nn.Module, held: Callable[[nn.Parameter], float], **more: Any) -> Shares:
+def find_shares(model: nn.Module, held: Callable[[nn.Parameter], float]) -> Shares:
     """Shares of an engine by which a process holds of each parameter a fraction of its own."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -92,7 +89,7 @@ def find_shares(model: nn.Module, held: Callable[[nn.Parameter], float], **more:
         part = sum(tensor.nbytes * held(tensor) for tensor in tensors)
         return sum(tensor.nbytes for tensor in tensors) / part if part else 1.0
 
-    return Shares(divide(parameters), divide(trained), divide(trained), **more)
+    return Shares(divide(parameters), divide(trained), divide(trained))
 
 
 class Parallel:
@@ -103,9 +100,14 @@ class Parallel:
         None."""
         return Shares()
 
-    def check_run(self, run: Run) -> None:
-        """Raise `Unsupported` where this model, or a method of the fit, cannot be divided so; asked by predictions
-        too, which have one process."""
+    @property
+    def period(self) -> int:
+        """By how many blocks models of alike blocks have to differ for each process to have as many more."""
+        return 1
+
+    def fullest(self, optimizer: Any) -> set[int]:
+        """The processes of which one holds most in training: the first, which has most of what comes out uneven."""
+        return {0}
 
     @property
     def data_ranks(self) -> int:

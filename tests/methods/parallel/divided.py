@@ -34,6 +34,11 @@ EP = {
     "ep kd": deep("kd(alpha=0.5), ep(), checkpointing()", "mixtral"),
     "ep lora": deep(f"{LORA}, ep()", "mixtral"),
 }
+COST = {
+    "pp()": deep("pp()", shape=TIED),
+    "pp(schedule='1f1b')": deep("pp(schedule='1f1b')", shape=TIED),
+    "ep()": deep("ep()", "mixtral"),
+}
 OVERFLOWING = {  # all ranks train them alike, and one process by another scale of the loss
     "pp overflow": deep("fp16(growth_every=2), pp()", shape=TIED, single=True, overflows={0: "gradients"}),
     "ep overflow": deep("fp16(growth_every=2), ep()", "mixtral", shape=TIED, single=True, overflows={0: "gradients"}),
@@ -70,8 +75,12 @@ def count(case: Case, ranks: int) -> dict[str, Any]:
 
 
 def measure(ranks: int) -> dict[str, Any]:
-    """What a step of each engine passes between processes."""
-    return {"counted": {name: count((PP | EP)[name], ranks) for name in ("pp", "ep")}}
+    """What a step of each engine passes between processes, and what one of them spends."""
+    cases = {name: case._replace(single=True, adam=True, changes={"steps": 7}) for name, case in COST.items()}
+    return {
+        "counted": {name: count((PP | EP)[name], ranks) for name in ("pp", "ep")},
+        "costs": {name: train(case, ranks).report["cost"] for name, case in cases.items()},
+    }
 
 
 PROGRAM = Program(

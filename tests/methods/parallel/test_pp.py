@@ -65,6 +65,13 @@ def test_each_rank_holds_its_stage_and_what_is_tied_is_one_tensor_of_the_whole(r
     assert sum(expected) - table == sum(p.nbytes for p in whole.parameters())
 
 
+def test_going_back_early_saves_memory(two: list[dict[str, Any]]) -> None:
+    """Of four micro-batches the first of two stages holds two at a time, and the last one one."""
+    for told, most in zip(two, (2, 1), strict=True):
+        gpipe, early = (told["costs"][f"pp({given})"]["activation_bytes"] for given in ("", "schedule='1f1b'"))
+        assert gpipe * most / 4 <= early < gpipe * (most / 4 + 0.05)  # and what they share
+
+
 def test_killed_stages_go_on_to_the_same_bits(two: list[dict[str, Any]]) -> None:
     check_resumed(PROGRAM, "pp", two)
 
