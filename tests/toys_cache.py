@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,13 +57,30 @@ def kept(layer: Any) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(places, valid, strict=True)]
 
 
+@dataclass(frozen=True)
+class Form:
+    """How keys, or values, are rounded: so many tokens of a head together, once."""
+
+    round: Callable[[Tensor], Tensor]  # of a unit [unit, D]
+    unit: int = 1
+    flush: int = 1  # tokens that are rounded at a time
+    retain: int = 0  # newest tokens that stay as they are
+    nbytes: int = 0  # of a unit that is rounded
+
+
 class Rule:
     """A cache of one layer and one sequence that holds everything; a method is what a subclass does differently."""
 
-    def __init__(self) -> None:
+    late = False  # whether keys are rotated when they are read, and not before they are cached
+
+    def __init__(self, *forms: Form) -> None:
         self.keys = self.values = torch.zeros(0)
         self.alive = torch.zeros(0, dtype=torch.bool)  # [H, T]
         self.weights = torch.zeros(0)  # [H, G, t, T] of the last pass
+        self.forms = forms  # of keys and of values; none: as they come
+        self.slots: list[list[int]] = []  # places that each head holds; an evicted one as long as its unit stays
+        self.units: list[list[int]] = []  # of keys and of values of each head, that are rounded
+        self.cached: list[Tensor] = []  # keys and values [H, T, D], rounded where they are
 
     def stood(self) -> Tensor:
         """[H, T] where keys are rotated to."""
@@ -69,7 +88,37 @@ class Rule:
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What is left of keys and values [H, T, D]."""
-        return keys, values
+        if not self.forms:
+            return keys, values
+        old = self.cached[0].shape[1] if self.cached else 0
+        fresh = [keys[:, old:], values[:, old:]]
+        self.cached = [torch.cat(both, 1) for both in zip(self.cached, fresh, strict=True)] if old else fresh
+        return self.cached[0], self.cached[1]
+
+    def encode(self) -> None:
+        """After a pass has settled: let go of units that nothing is left of, then round what is due."""
+        for head, alive in enumerate(self.alive.tolist() if self.forms else []):
+            if len(self.slots) == head:
+                self.slots.append([])
+                self.units.append([0, 0])
+            slots, units = self.slots[head], self.units[head]
+            slots += range(slots[-1] + 1 if slots else 0, len(alive))
+            wholes = [
+                [set(slots[i * form.unit : (i + 1) * form.unit]) for i in range(count)]
+                for form, count in zip(self.forms, units, strict=True)
+            ]
+            stay = {place for place in slots if alive[place]}
+            for whole in [*wholes[1], *wholes[0]]:
+                stay |= whole if whole & stay else set()
+            slots[:] = [place for place in slots if place in stay]
+            for which, form in enumerate(self.forms):
+                units[which] = sum(bool(whole & stay) for whole in wholes[which])
+                held = units[which] * form.unit
+                due = max(0, len(slots) - held - form.retain) // form.flush * form.flush
+                for start in range(held, held + due, form.unit):
+                    places = slots[start : start + form.unit]
+                    self.cached[which][head, places] = form.round(self.cached[which][head, places])
+                    units[which] += 1
 
     def settle(self, first: bool) -> None:
         """After a pass."""
@@ -88,11 +137,88 @@ class Rule:
         stood, more = self.stood(), q.shape[1]
         groups = len(q) // heads
         q = turn(q, stood[:, -more:].repeat_interleave(groups, 0), theta).view(heads, groups, more, width)
-        keys, values = self.stored(turn(k, stood, theta), v)
+        keys, values = self.stored(k if self.late else turn(k, stood, theta), v)
+        keys = turn(keys, stood, theta) if self.late else keys
         later = torch.arange(length) > torch.arange(length - more, length)[:, None]
         scores = (q @ keys[:, None].mT / width**0.5).masked_fill(later, -torch.inf)
         self.weights = scores.masked_fill(~self.alive[:, None, None], -torch.inf).softmax(-1)
         return (self.weights @ values[:, None]).view(-1, more, width)
+
+
+class HeavyHitters(Rule):
+    """Algorithm 1 of the paper with accumulated attention, head by head."""
+
+    def __init__(self, keep: float | None, budget: int, recent: float, *forms: Form) -> None:
+        super().__init__(*forms)
+        self.share, self.budget, self.recent = keep, budget, recent
+        self.mass = torch.zeros(0)
+
+    def settle(self, first: bool) -> None:
+        heads, length = self.alive.shape
+        if first and self.share is not None:
+            self.budget = round(self.share * length)
+        if first:
+            self.mass = torch.zeros(heads, 0, dtype=torch.float64)
+        self.mass = torch.nn.functional.pad(self.mass, (0, length - self.mass.shape[1])) + self.weights.sum((1, 2))
+        newest = round(self.budget * self.recent)
+        for head in range(heads):
+            alive = self.alive[head].nonzero()[:, 0].tolist()
+            recent = [j for j in alive if j >= length - newest]
+            old = sorted((j for j in alive if j < length - newest), key=lambda j: -float(self.mass[head, j]))
+            self.keep(head, recent + old[: self.budget - len(recent)])
+
+
+class Votes(Rule):
+    """Votes of the observation window, averaged over neighbours; once."""
+
+    def __init__(self, capacity: int, window: int, kernel: int, *forms: Form) -> None:
+        super().__init__(*forms)
+        self.capacity, self.kernel = capacity, kernel
+        self.window = window if window < capacity else max(1, capacity // 2)
+
+    def settle(self, first: bool) -> None:
+        heads, length = self.alive.shape
+        if not first or length <= self.capacity:
+            return
+        before, reach = length - self.window, self.kernel // 2
+        votes = self.weights[:, :, -self.window :, :before].sum((1, 2))
+        for head in range(heads):
+            pooled = [float(votes[head, max(0, j - reach) : j + reach + 1].sum()) for j in range(before)]
+            best = sorted(range(before), key=lambda j, pooled=pooled: -pooled[j])[: self.capacity - self.window]
+            self.keep(head, [*best, *range(before, length)])
+
+
+class Sinks(Rule):
+    """Sinks and the newest; keys are rotated to their rank among those held, when they are read."""
+
+    late = True
+
+    def __init__(self, sinks: int, window: int, *forms: Form) -> None:
+        super().__init__(*forms)
+        self.sinks, self.window = sinks, window
+
+    def stood(self) -> Tensor:
+        return (self.alive.cumsum(1) - 1).clamp(min=0)
+
+    def settle(self, first: bool) -> None:
+        heads, length = self.alive.shape
+        for head in range(heads):
+            self.keep(head, [j for j in range(length) if j < self.sinks or j >= length - self.window])
+
+
+def round_range(x: Tensor, dims: tuple[int, ...], bits: int | str) -> Tensor:
+    """Numbers that share the given dimensions, between their least and largest in 2^bits steps, or as scaled E4M3."""
+    if bits == 16:
+        return x
+    if bits == "fp8":
+        step = x.abs().amax(dims, keepdim=True) / 448
+        # by hand: 3 bits of mantissa, exponents from -6
+        scaled = x / step
+        unit = 2.0 ** (scaled.abs().clamp(min=2.0**-6).log2().floor() - 3)
+        return (scaled / unit).round() * unit * step
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    step = (high - low) / (2 ** int(bits) - 1)
+    return low + step * ((x - low) / step).round()
 
 
 def turn(x: Tensor, places: Tensor, theta: float) -> Tensor:
@@ -128,6 +254,7 @@ def plain_llama(model: Any, ids: list[int], prompt: int, rules: list[Any]) -> Te
             x = x + linear(gated, f"{layer}.mlp.down_proj")
         for rule in rules:
             rule.settle(start == 0)
+            rule.encode()
         found.append(linear(norm(x, "model.norm"), "lm_head"))
     return torch.cat(found)
 

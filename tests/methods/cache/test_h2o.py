@@ -4,32 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys_cache import GROUPED, Rule, compare, fill, kept, run_of, text
+from toys_cache import GROUPED, HeavyHitters, compare, fill, kept, run_of, text
 
 from effbench.methods.cache.h2o import H2O
-
-
-class HeavyHitters(Rule):
-    """Algorithm 1 of the paper with accumulated attention, head by head."""
-
-    def __init__(self, keep: float | None, budget: int, recent: float) -> None:
-        super().__init__()
-        self.share, self.budget, self.recent = keep, budget, recent
-        self.mass = torch.zeros(0)
-
-    def settle(self, first: bool) -> None:
-        heads, length = self.alive.shape
-        if first and self.share is not None:
-            self.budget = round(self.share * length)
-        if first:
-            self.mass = torch.zeros(heads, 0, dtype=torch.float64)
-        self.mass = torch.nn.functional.pad(self.mass, (0, length - self.mass.shape[1])) + self.weights.sum((1, 2))
-        newest = round(self.budget * self.recent)
-        for head in range(heads):
-            alive = self.alive[head].nonzero()[:, 0].tolist()
-            recent = [j for j in alive if j >= length - newest]
-            old = sorted((j for j in alive if j < length - newest), key=lambda j: -float(self.mass[head, j]))
-            self.keep(head, recent + old[: self.budget - len(recent)])
 
 
 @pytest.mark.parametrize(

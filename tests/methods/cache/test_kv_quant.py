@@ -7,27 +7,12 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from toys_cache import GROUPED, Rule, compare, fill, run_of, text
+from toys_cache import GROUPED, Rule, compare, fill, round_range, run_of, text
 
 from effbench.core.errors import Unsupported
 from effbench.methods.cache.kv_quant import KVQuant
 
 PER = ("token", "group", "channel", "head")
-
-
-def round_range(x: Tensor, dims: tuple[int, ...], bits: int | str) -> Tensor:
-    """Numbers that share the given dimensions, between their least and largest in 2^bits steps, or as scaled E4M3."""
-    if bits == 16:
-        return x
-    if bits == "fp8":
-        step = x.abs().amax(dims, keepdim=True) / 448
-        # by hand: 3 bits of mantissa, exponents from -6
-        scaled = x / step
-        unit = 2.0 ** (scaled.abs().clamp(min=2.0**-6).log2().floor() - 3)
-        return (scaled / unit).round() * unit * step
-    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
-    step = (high - low) / (2 ** int(bits) - 1)
-    return low + step * ((x - low) / step).round()
 
 
 class Rounded(Rule):

@@ -3,27 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from toys_cache import GROUPED, Rule, compare, fill, kept, run_of, text
-
-
-class Votes(Rule):
-    """Votes of the observation window, averaged over neighbours; once."""
-
-    def __init__(self, capacity: int, window: int, kernel: int) -> None:
-        super().__init__()
-        self.capacity, self.kernel = capacity, kernel
-        self.window = window if window < capacity else max(1, capacity // 2)
-
-    def settle(self, first: bool) -> None:
-        heads, length = self.alive.shape
-        if not first or length <= self.capacity:
-            return
-        before, reach = length - self.window, self.kernel // 2
-        votes = self.weights[:, :, -self.window :, :before].sum((1, 2))
-        for head in range(heads):
-            pooled = [float(votes[head, max(0, j - reach) : j + reach + 1].sum()) for j in range(before)]
-            best = sorted(range(before), key=lambda j, pooled=pooled: -pooled[j])[: self.capacity - self.window]
-            self.keep(head, [*best, *range(before, length)])
+from toys_cache import GROUPED, Votes, compare, fill, kept, run_of, text
 
 
 @pytest.mark.parametrize("shape", [{}, GROUPED])

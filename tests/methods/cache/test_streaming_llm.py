@@ -4,27 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from toys_cache import GROUPED, Rule, compare, fill, kept, run_of, text
+from toys_cache import GROUPED, Sinks, compare, fill, kept, run_of, text
 
 from effbench.core.errors import Unsupported
 from effbench.nn.infer.engine import Engine
-
-
-class Sinks(Rule):
-    """Keys are rotated to their rank among those held."""
-
-    def __init__(self, sinks: int, window: int) -> None:
-        super().__init__()
-        self.sinks, self.window = sinks, window
-
-    def stood(self) -> Tensor:
-        return (self.alive.cumsum(1) - 1).clamp(min=0)
-
-    def settle(self, first: bool) -> None:
-        heads, length = self.alive.shape
-        for head in range(heads):
-            self.keep(head, [j for j in range(length) if j < self.sinks or j >= length - self.window])
 
 
 @pytest.mark.parametrize("shape", [{}, GROUPED])
