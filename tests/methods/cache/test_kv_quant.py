@@ -45,7 +45,7 @@ def step_of(key_bits: int | str, value_bits: int | str, per: str, group: int, re
 
 
 @pytest.mark.parametrize("per", PER)
-@pytest.mark.parametrize(("key_bits", "value_bits", "residual"), [(8, 4, 0), (2, 16, 5), (4, 2, 16), ("fp8", 8, 3)])
+@pytest.mark.parametrize(("key_bits", "value_bits", "residual"), [(8, 4, 0), (2, 16, 5), (4, 2, 16), ("fp8", "fp8", 3)])
 def test_logits_equal_dequantisation_in_float64(per, key_bits, value_bits, residual):
     settings = (key_bits, value_bits, per, 8, residual)
     compare(run_of(step_of(*settings), **GROUPED), 21, 40, [Rounded(*settings) for _ in range(2)], exact=1e-4)
@@ -61,7 +61,25 @@ def test_constant_and_zero_groups_come_back_exactly(per, bits):
         torch.testing.assert_close(back, units, atol=0, rtol=2**-22 if bits == "fp8" else 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_of_fp8_are_the_largest_number_over_448_and_count(per, dtype):
+    """One for each unit, in the type of the keys; the largest number is kept."""
+    codec = KVQuant("fp8", "fp8", per, group=8).codecs()[0]
+    units = torch.randn(2, 3, codec.unit, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    codes, scales = codec.encode(units)
+    together = {"token": (-1,), "group": (-1,), "channel": (-2,), "head": (-1, -2)}[per]
+    grouped = units.unflatten(-1, (-1, 8)) if per == "group" else units
+    largest = grouped.abs().amax(together)
+    assert scales.dtype == dtype and torch.equal(scales.flatten(), (largest / 448).flatten())
+    assert codes.dtype == torch.float8_e4m3fn and codes.numel() == units.numel()
+    assert codes.nbytes + scales.nbytes == units.numel() + largest.numel() * dtype.itemsize
+    back = codec.decode((codes, scales), 16)
+    held = (back.unflatten(-1, (-1, 8)) if per == "group" else back).abs().amax(together)
+    torch.testing.assert_close(held, largest, atol=0, rtol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("bits", [2, 4, 8, "fp8"])
 def test_the_error_is_relative(per, bits, dtype):
