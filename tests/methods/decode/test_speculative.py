@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,8 +21,17 @@ from effbench.core.run import InferPlan
 from effbench.methods.decode import speculative
 from effbench.nn.infer.engine import Engine, open_engine
 from effbench.nn.infer.sampling import Sampling
+from effbench.probes import quality
 
-DRAFTS = ["rtn(bits=2)", "h2o(keep=0.3)", "kivi(group=8,residual=8)", "sliding_window(window=8)"]
+DRAFTS = [
+    "rtn(bits=4)",
+    "rtn(bits=2)",
+    "layer_pruning(fraction=0.5)",
+    "student()",
+    "h2o(keep=0.3)",
+    "kivi(group=8,residual=8)",
+    "sliding_window(window=8)",
+]
 CASES = [(draft, name) for name in ("llama", "qwen3", "gpt_neox", "opt") for draft in DRAFTS]
 CASES += [("streaming_llm(sinks=2,window=9)", name) for name in ("llama", "qwen3", "gpt_neox")]
 
@@ -61,6 +71,27 @@ def test_texts_end_before_their_first_stop_token(k: int) -> None:
         stop = whole[0][place]
         cut = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in whole]
         assert open_engine(run).generate(prompts, 16, {stop}) == cut
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_texts_end_at_a_stop_string_inside_of_a_block(k: int) -> None:
+    """One of two tokens, at every place of a text: the answer is that of the verifier alone."""
+    run = run_of(f"rtn(bits=4), speculative(k={k})", initializer_range=0.2)
+    drafted, plain = quality.EngineLM(run, {}), quality.EngineLM(run, {})
+    plain.engine = open_engine(run, run.reference)
+    prompt = run.tokenizer.decode(text(20))
+
+    def answer(lm: quality.EngineLM, *stops: str) -> str:
+        asked = (prompt, {"until": [*stops], "max_gen_toks": 20})
+        return lm.generate_until([SimpleNamespace(args=asked, task_name="t", doc={}, doc_id=0)])[0]
+
+    whole = answer(plain)
+    words = whole.split()
+    assert answer(drafted) == whole and len(words) > 10
+    assert any(0 < count < k for count in run.infer.slot("decoder").accepted)
+    for place in range(len(words) - 1):
+        stop = " ".join(words[place : place + 2])
+        assert answer(drafted, stop) == answer(plain, stop) == whole.split(stop)[0]
 
 
 def test_scores_are_the_verifiers_and_what_reads_the_model_itself_is_refused() -> None:
@@ -127,9 +158,9 @@ class Table:
         return self.table[ids]
 
 
-def random_table(seed: int) -> Table:
-    """Distributions behind each of eight tokens."""
-    return Table((2 * torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))).softmax(-1))
+def random_table(seed: int, size: int = 8) -> Table:
+    """Distributions behind each of so many tokens."""
+    return Table((2 * torch.randn(size, size, generator=torch.Generator().manual_seed(seed))).softmax(-1))
 
 
 def find_p(module: Any, draft: Any, verifier: Any, sampling: Sampling, samples: int) -> list[float]:
@@ -167,6 +198,31 @@ def compare(counts: list[int], probabilities: Tensor) -> float:
 )
 def test_sampled_tokens_are_distributed_as_the_verifiers(sampling: Sampling) -> None:
     assert min(find_p(speculative, random_table(0), random_table(1), sampling, 3000)) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sampling", [Sampling(seed=5), Sampling(temperature=0.7, top_p=0.8, seed=6)], ids=["plain", "cut"]
+)
+def test_whole_blocks_of_100000_texts_are_distributed_as_the_verifiers(sampling: Sampling) -> None:
+    """The joint of a first token, two that are drafted and the one behind them, over a vocabulary of five.
+
+    Of 625 texts those that the verifier's nuclei leave out never come, though the draft's nuclei hold some of them.
+    """
+    size, samples, start = 5, 100_000, 1
+    draft, verifier = random_table(3, size), random_table(11, size)
+    decoder = speculative.Speculation(2, "reference", verifier)
+    made = decoder.generate(draft, [[start]] * samples, 4, set(), sampling)
+    assert set(decoder.accepted) == {0, 1, 2}
+    theirs, ours = (sampling.warp(table.table).double() for table in (verifier, draft))
+    cut = sampling.top_p < 1
+    assert bool(((theirs > 0) != (ours > 0)).any()) == cut
+    exact = theirs[start]
+    for _ in range(3):
+        exact = (exact.view(-1, size)[..., None] * theirs).flatten()
+    assert bool((exact == 0).any()) == cut
+    counts = Counter(functools.reduce(lambda name, token: size * name + token, text, 0) for text in made)
+    assert compare([counts[i] for i in range(size**4)], exact) > 1e-3
 
 
 def test_so_are_those_of_a_model() -> None:
