@@ -52,3 +52,16 @@ def test_presets_are_recipes():
 
     for name, steps in registry.presets().items():
         assert parse(f"{name}()").steps == parse(steps).steps
+
+
+SHARES = [
+    (key, name) for key, entry in registry.catalog().items() for name in ("keep", "budget") if name in entry.parameters
+]
+
+
+@pytest.mark.parametrize(("key", "name"), SHARES)
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_what_keeps_nothing_or_more_than_all_is_wrong_usage(key, name, value):
+    """A budget is a number of tokens, a share is one of what there is."""
+    with pytest.raises(Usage, match=name):
+        parse_step(f"{key}({name}={value})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections import Counter
@@ -16,7 +17,9 @@ from torch import Tensor
 from toys_cache import run_of, text
 
 from effbench import probes
-from effbench.core.errors import Refused
+from effbench.checks import toy
+from effbench.core.errors import Refused, Unsupported
+from effbench.core.recipe import parse_step
 from effbench.core.run import InferPlan
 from effbench.methods.decode import speculative
 from effbench.nn.infer.engine import Engine, open_engine
@@ -92,6 +95,17 @@ def test_texts_end_at_a_stop_string_inside_of_a_block(k: int) -> None:
     for place in range(len(words) - 1):
         stop = " ".join(words[place : place + 2])
         assert answer(drafted, stop) == answer(plain, stop) == whole.split(stop)[0]
+
+
+def test_a_draft_with_another_vocabulary_is_unsupported() -> None:
+    """Also where it has as many tokens."""
+    run = run_of("")
+    tokenizer = copy.deepcopy(run.tokenizer)
+    vocabulary = {token.upper(): place for token, place in tokenizer.get_vocab().items()}
+    tokenizer.get_vocab = lambda: vocabulary
+    run.shelve("teacher", toy(seed=1), tokenizer)
+    with pytest.raises(Unsupported, match="teacher has another vocabulary"):
+        run.apply(parse_step("speculative(verifier='teacher')"))
 
 
 def test_scores_are_the_verifiers_and_what_reads_the_model_itself_is_refused() -> None:

@@ -246,6 +246,21 @@ def test_what_was_changed_is_noted(steps):
     assert (use.kept < 1) == any(method.evicts or method.reach for method in run.infer.methods)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("steps", METHODS)
+def test_more_tokens_than_positions_are_unsupported(steps, architecture):
+    """However few of them are held, unless positions are those inside of the cache."""
+    run = supported(steps, architecture, max_position_embeddings=32)
+    engine = open_engine(run)
+    assert len(engine.generate([text(20)], 12, set())[0]) == 12
+    for ask in (lambda: engine.generate([text(20)], 13, set()), lambda: engine.score([(text(20), text(14))])):
+        if "streaming_llm" in steps:
+            assert ask()
+            continue
+        with pytest.raises(Unsupported, match="33 tokens in 32 positions"):
+            ask()
+
+
 def test_methods_evict_in_the_order_of_the_recipe():
     """The second sees what the first has left."""
     run = toy_run()
