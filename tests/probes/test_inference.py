@@ -27,6 +27,7 @@ from effbench.probes.lm_tasks import load, quiet
 from effbench.probes.prompts import ask_tasks, divided
 from effbench.records.metric import Metric
 from effbench.report.differences import Pairs, Side, estimate_difference
+from effbench.stats.paired import mean_interval
 
 NEEDLE, FACTS, CONTEXTS, RECALL = "tiny_needle_256", "tiny_facts", "tiny_contexts", "tiny_recall_256"
 Under = Callable[..., Any]
@@ -127,6 +128,27 @@ def test_the_kept_share_is_the_budget_over_the_tokens(under: Under) -> None:
 
 
 # Where caches settle
+
+
+@pytest.mark.slow
+def test_a_quarter_of_the_cache_answers_where_what_is_asked_for_stays(
+    under: Under, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Differences to random eviction, by item: votes of the last queries find the note, the newest tokens do not."""
+    window = "random_eviction(keep=0.25,recent=1.0)"
+    rows = ["random_eviction(keep=0.25)", window, "h2o(keep=0.25)", "snapkv(keep=0.25,window=16)"]
+    answers = {}
+    for steps in rows:
+        reading = probes.take("quality", under(steps), {"tasks": [NEEDLE], "limit": 200})
+        answers[steps] = np.array(reading.samples[f"{NEEDLE}_acc"], dtype=np.float64)
+    lines = []
+    for steps in rows[1:]:
+        found = mean_interval(answers[steps] - answers[rows[0]])
+        lines.append(f"{steps}: {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {found.n} items")
+    with capsys.disabled():
+        print(f"\n{NEEDLE} above random eviction:", *lines, sep="\n  ")
+    above = mean_interval(answers[rows[3]] - answers[window])
+    assert above.n == 200 and above.low is not None and above.low > 0.2
 
 
 def test_caches_that_settle_before_the_question_are_another_protocol(under: Under) -> None:

@@ -75,13 +75,15 @@ def test_the_tiny_model_goes_on_beyond_its_positions(capsys: pytest.CaptureFixtu
 @pytest.mark.real
 @pytest.mark.usefixtures("file")
 def test_smollm2_goes_on_at_the_cost_of_a_window(capsys: pytest.CaptureFixture[str]) -> None:
-    """It has 8,192 positions, so that dense attention is at home on all of them."""
-    sinks = measure("smollm2", capsys)["sinks and window"]
-    assert max(sinks) < 2 * min(sinks)
+    """It has 8,192 positions, where dense attention is at home: sinks come near to that, a window without them does not
+    (table 1 of arXiv:2309.17453)."""
+    found = measure("smollm2", capsys)
+    for dense, sinks, window in list(zip(*(found[name] for name in ROWS), strict=True))[1:]:
+        assert sinks < 1.15 * dense and window > 1.3 * sinks
 
 
 def measure(model: str, capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
-    """Perplexity of each eighth of a text by each row; a cache that streams is as large in the end as when it filled."""
+    """Perplexity of each eighth of a text by each row; a streaming cache stays as large as when it filled."""
     torch.set_num_threads(1)
     table: dict[str, list[float]] = {}
     for name, steps in ROWS.items():
