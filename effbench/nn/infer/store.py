@@ -151,9 +151,11 @@ def place(old: Tensor, counts: Count, new: Tensor, real: Tensor | None) -> tuple
 
 def pack(alive: Tensor) -> tuple[Tensor, Count]:
     """Places of what is alive [N, K] in each row, first, and in order: [N, most of a row], and how many they are."""
-    counts = alive.sum(1)
+    counts = even(alive.sum(1))
+    if isinstance(counts, int):  # a sort takes longer
+        return alive.nonzero()[:, 1].view(len(alive), counts), counts
     order = (~alive).byte().argsort(dim=1, stable=True)
-    return order[:, : int(counts.max())], even(counts)
+    return order[:, : int(counts.max())], counts
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:

@@ -209,15 +209,16 @@ def _attend_in_parts(
         mask = mask.tril(key.shape[2] - length)[None, None]
     # [B, Hkv, G, T, S]; a mask of one head, or one for each head of queries
     mask = mask.unflatten(1, (heads, -1)) if mask.shape[1] == query.shape[1] else mask[:, :, None]
-    turned, spread = key[:, :, None].transpose(3, 4), value[:, :, None]
     outs = []
     for queries, seen in zip(query.unflatten(1, (heads, -1)).split(size, 3), mask.split(size, 3), strict=True):
-        scores = queries @ turned * scaling
+        # Heads that share keys stand as rows of queries: torch would copy keys and values for each of them.
+        shape = queries.shape[2:4]
+        scores = (queries.flatten(2, 3) @ key.transpose(2, 3) * scaling).unflatten(2, shape)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, float("-inf"))
         # A query that sees nothing (padding) gets zeros, as in the fused kernel.
         weights = scores.softmax(-1).nan_to_num().to(query.dtype)
         tell(weights, scores)
-        outs.append(weights @ spread)
+        outs.append((weights.flatten(2, 3) @ value).unflatten(2, shape))
     return torch.cat(outs, 3).flatten(1, 2)
 
 
