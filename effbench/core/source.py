@@ -1,6 +1,7 @@
 """What source code says of a class: its fields with their types, defaults and the comments beside them.
 
-A comment on the line of a field, or alone on the lines above it, is the field's documentation wherever it is shown.
+A comment on the line of a field, which may go on below it, or alone on the lines above it, is the field's documentation
+wherever it is shown.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import math
+import operator
 import tokenize
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from effbench.core.packages import class_file, module_file
 
@@ -26,7 +30,9 @@ class Parameter:
 
     name: str
     type: str
-    default: str | None  # None: has to be given
+    default: (
+        str | None
+    )  # as it is written in a recipe, else, where no literal says it, in the source; None: to be given
     comment: str
 
     def __str__(self) -> str:
@@ -35,6 +41,18 @@ class Parameter:
 
 READ = 1024  # modules that are kept, so that none is read twice before it changes
 OPENED: set[Path] = set()  # files that were read in this process
+OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+    ast.Not: operator.not_,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,24 +125,33 @@ def _read_once(path: Path, name: str, size: int, changed: int) -> Module:
 def read_fields(node: ast.ClassDef, module: Module) -> dict[str, Parameter]:
     """The fields that a class of a module declares itself, in order."""
     fields: dict[str, Parameter] = {}
-    for line in node.body:
+    for line, following in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             kind = ast.unparse(line.annotation)
             if not kind.removeprefix("typing.").startswith("ClassVar"):
                 name, kind = line.target.id, _find_choices(kind, module) or kind
-                fields[name] = Parameter(name, kind, _default(line.value), _comment(line, module.lines))
+                comment = _comment(line, following, module.lines)
+                fields[name] = Parameter(name, kind, _default(line.value, module), comment)
     return fields
 
 
-def _find_choices(name: str, module: Module, elsewhere: bool = True) -> str | None:
-    """The `Literal[...]` that a name of a type stands for, here or in the module it is imported from."""
+def _find_choices(name: str, module: Module) -> str | None:
+    """The `Literal[...]` that a name of a type stands for."""
+    found = _find_value(name, module)
+    value = "" if found is None else ast.unparse(found[0])
+    return value if value.startswith("Literal[") else None
+
+
+def _find_value(name: str, module: Module, elsewhere: bool = True) -> tuple[ast.expr, Module] | None:
+    """What a module says that a name is, or the module it is imported from, and which of them that is."""
     for line in module.tree.body:
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
-            value = ast.unparse(line.value)
-            return value if value.startswith("Literal[") else None
+            return line.value, module
+        if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == name and line.value is not None:
+            return line.value, module
     owner, _, attribute = module.imports.get(name, "").rpartition(".")
     file = module_file(owner) if elsewhere else None
-    return _find_choices(attribute, read_module(file, owner), elsewhere=False) if file is not None else None
+    return _find_value(attribute, read_module(file, owner), elsewhere=False) if file is not None else None
 
 
 def document_fields(cls: type) -> dict[str, Parameter]:
@@ -142,29 +169,68 @@ def document_fields(cls: type) -> dict[str, Parameter]:
     return fields
 
 
-def _default(value: ast.expr | None) -> str | None:
-    """A default as written; that inside `field(...)` where it is given so."""
+def _default(value: ast.expr | None, module: Module) -> str | None:
+    """A default as a recipe has it, else as written; that inside `field(...)` where it is given so."""
     if isinstance(value, ast.Call) and ast.unparse(value.func).rpartition(".")[2] == "field":
         given = {keyword.arg: keyword.value for keyword in value.keywords}
         if "default_factory" in given:
             factory = given["default_factory"]
-            return ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
-        value = given.get("default")
-    return None if value is None else ast.unparse(value)
+            value = factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], [])
+        else:
+            value = given.get("default")
+    if value is None:
+        return None
+    try:
+        found = repr(_evaluate(value, module))
+        ast.literal_eval(found)
+    except (ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError):  # no literal says it
+        return ast.unparse(value)
+    return found
 
 
-def _comment(line: ast.stmt, lines: list[str]) -> str:
-    """The comment beside a statement, else the lines of comment above it."""
+def _evaluate(node: ast.expr, module: Module) -> Any:
+    """The value of literals, of names that a module gives to such, and of arithmetic with them.
+
+    Raises `ValueError` for anything else, and what Python raises for a sum that has no value.
+    """
+    if isinstance(node, ast.Name):
+        found = _find_value(node.id, module)
+        if found is None:
+            raise ValueError(node.id)
+        return _evaluate(*found)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_evaluate(node.left, module), _evaluate(node.right, module))
+    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_evaluate(node.operand, module))
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return (tuple if isinstance(node, ast.Tuple) else list)(_evaluate(each, module) for each in node.elts)
+    return ast.literal_eval(node)
+
+
+def _comment(line: ast.stmt, following: ast.stmt | None, lines: list[str]) -> str:
+    """The comment beside a statement and on the lines below, else that on the lines above it.
+
+    What is below belongs to the statement that follows on its heels, if that has no comment beside it.
+    """
     end = line.end_lineno or line.lineno
-    statement = "\n".join(lines[line.lineno - 1 : end]).strip()
-    beside = [
-        token.string
-        for token in tokenize.generate_tokens(io.StringIO(statement).readline)
-        if token.type == tokenize.COMMENT
-    ]
-    above: list[str] = []
-    for text in reversed(lines[: line.lineno - 1]):
-        if not text.lstrip().startswith("#"):
-            break
-        above.insert(0, text)
-    return " ".join(text.strip().lstrip("#").strip() for text in beside or above)
+    beside = _list_beside(line, lines)
+    if beside:
+        below = list(itertools.takewhile(_is_comment, lines[end:]))
+        theirs = following is not None and following.lineno == end + len(below) + 1
+        if theirs and following is not None and not _list_beside(following, lines):
+            below = []
+        found = [*beside, *below]
+    else:
+        found = [*itertools.takewhile(_is_comment, reversed(lines[: line.lineno - 1]))][::-1]
+    return " ".join(text.strip().lstrip("#").strip() for text in found)
+
+
+def _is_comment(line: str) -> bool:
+    return line.lstrip().startswith("#")
+
+
+def _list_beside(line: ast.stmt, lines: list[str]) -> list[str]:
+    """The comments on the lines of a statement."""
+    statement = "\n".join(lines[line.lineno - 1 : line.end_lineno]).strip()
+    tokens = tokenize.generate_tokens(io.StringIO(statement).readline)
+    return [token.string for token in tokens if token.type == tokenize.COMMENT]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import json
 import os
 import re
@@ -23,6 +26,7 @@ from effbench.cells import plan as runner
 from effbench.cells import run as batches
 from effbench.cells.options import RunOptions
 from effbench.cli import main as cli
+from effbench.core import registry
 from effbench.core.paths import PACKAGE, PUBLISHED
 from effbench.nn.files.load import open_model
 from effbench.records.store import Store, latest
@@ -250,6 +254,35 @@ def test_show_a_method(capsys, here):
     facts = json.loads(capsys.readouterr().out)
     bits = {"type": "int", "default": "4", "comment": "2, 3, 4 or 8"}
     assert facts["parameters"]["bits"] == bits and facts["measured"] == []
+
+
+def test_every_default_that_is_shown_is_the_fields_own_and_every_comment_is_whole(capsys, here):
+    """A default is as a recipe has it, and of the lines of comment below a field none is lost."""
+    for key, entry in registry.catalog().items():
+        cls, shown = registry.load(key), entry.parameters
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        assert shown.keys() == fields.keys()
+        for name, field in fields.items():
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if default is dataclasses.MISSING:
+                assert shown[name].default is None
+                continue
+            read = ast.literal_eval(shown[name].default)
+            assert (read, type(read)) == (default, type(default)), (key, name)
+        said = " ".join(parameter.comment for parameter in shown.values())
+        for owner in cls.__mro__:
+            written = [f"    {name}: " for name in vars(owner).get("__annotations__", {}) if name in fields]
+            lines = inspect.getsource(owner).splitlines() if written else []
+            places = [place for place, line in enumerate(lines) if line.startswith(tuple(written))]
+            for place in places:
+                below = itertools.takewhile(lambda line: line.startswith("    #"), lines[place + 1 :])
+                assert all(line.strip(" #") in said for line in below), (key, lines[place])
+    assert cli.main(["show", "perplexity_filter", "results=none"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^  reference +'target' +str +whose .* or the role of a model: .* gave$", text, re.MULTILINE)
+    assert re.search(r"^  high +33\.333333333333336 +float ", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("place", [".", "docs", "/", "elsewhere"])

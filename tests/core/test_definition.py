@@ -250,6 +250,13 @@ class Toy(Weights):
     way: Way = "up"  # of two
     grid: Grid = "a"  # from elsewhere
     must: int = field()  # no default
+    on: float = 1.0  # begins beside it
+    # and goes on below
+    near: int = 2  # beside
+    # This is said of the next one.
+    following: int = 3
+    last: int = 4  # of all,
+    # on two lines
 
     def compress(self, layer): pass
 '''
@@ -268,10 +275,59 @@ def test_comments_beside_fields_are_their_documentation(read):
         "way": ("'up'", "of two"),
         "grid": ("'a'", "from elsewhere"),
         "must": (None, "no default"),
+        "on": ("1.0", "begins beside it and goes on below"),
+        "near": ("2", "beside"),
+        "following": ("3", "This is said of the next one."),
+        "last": ("4", "of all, on two lines"),
     }
     assert entry.parameters["way"].type == "Literal['up', 'down']"
     assert entry.parameters["grid"].type == "Literal['a', 'b']"
     assert str(entry.parameters["bits"]) == "bits: int = 4"
+
+
+NAMED = '''"""Toy: for tests."""
+from dataclasses import dataclass, field
+from effbench.core.kinds import Weights
+from ._shared import THERE, OTHER as ALIAS
+
+HERE = "target"
+TYPED: int = 8
+LOOP = LOOP
+
+@dataclass(frozen=True)
+class Toy(Weights):
+    value: object = '''
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("HERE", "'target'"),
+        ("TYPED", "8"),
+        ("THERE", "0.1"),
+        ("ALIAS", "'target'"),
+        ("2.0 ** 24", "16777216.0"),
+        ("100 / 3", "33.333333333333336"),
+        ("2 * TYPED + 1", "17"),
+        ("-THERE", "-0.1"),
+        ("not False", "True"),
+        ("(HERE, 1 / 4)", "('target', 0.25)"),
+        ("[1_000, 1e-6]", "[1000, 1e-06]"),
+        ("field(default=TYPED // 3)", "2"),
+        ("field(default_factory=lambda: (HERE,))", "('target',)"),
+        # What no recipe can say stays as it is written.
+        ("made()", "made()"),
+        ("UNKNOWN", "UNKNOWN"),
+        ("LOOP", "LOOP"),
+        ("1 / 0", "1 / 0"),
+        ("HERE + 1", "HERE + 1"),
+        ("1e999", "1e309"),
+        ("1e999 - 1", "1e309 - 1"),
+    ],
+)
+def test_a_default_is_shown_as_a_recipe_has_it(read, written, shown):
+    entry = read(f"{NAMED}{written}  # of it\n", _shared="THERE = 1 / 10\nOTHER = 'target'\n")
+    assert entry.parameters["value"].default == shown
 
 
 @dataclasses.dataclass
