@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Sequence, Set
 import numpy
 from numpy.typing import NDArray
 
+from effbench.sources.words import list_words
+
 PRIME = (1 << 31) - 1  # of the hash functions h -> (a h + b) mod PRIME
 SEED = 1
 
@@ -80,7 +82,7 @@ def count_shared(texts: Iterable[str], others: Iterable[str], threshold: float =
     Exact, by prefix filtering (Chaudhuri et al., 2006): sets that are so alike share one of their rarest words, and
     only such pairs are compared.
     """
-    known = [frozenset(text.split()) for text in others]
+    known = [frozenset(list_words(text)) for text in others]
     frequency = Counter(word for words in known for word in words)
 
     def rarest(words: frozenset[str]) -> list[str]:
@@ -97,4 +99,4 @@ def count_shared(texts: Iterable[str], others: Iterable[str], threshold: float =
         near = (other for word in rarest(words) for other in having.get(word, ()))
         return any(len(words & other) >= threshold * len(words | other) for other in near)
 
-    return sum(has_near(frozenset(text.split())) for text in texts)
+    return sum(has_near(frozenset(list_words(text))) for text in texts)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import regex
+
 from effbench.core.kinds import Shorten
 from effbench.core.run import Run
 from effbench.core.views import Segments
 from effbench.methods.prompt._units import compare, cut_units, keep_best
 from effbench.nn.embedders import list_files
+from effbench.sources.words import list_words
 
-WORD = re.compile(r"\w+")
+WORD = regex.compile(r"\w+")  # letters with their marks, and digits
 BM25 = "bm25"
 
 
@@ -71,16 +73,21 @@ def score(units: Sequence[str], question: str, k1: float, b: float, kind: str = 
 
     idf(word) f (k1 + 1) / (f + k1 (1 - b + b length / mean length)), where f is how often the unit has the word.
     """
-    bags = [Counter(WORD.findall(unit.lower())) for unit in units]
+    bags = [Counter(list_terms(unit)) for unit in units]
     lengths = [bag.total() for bag in bags]
     mean = sum(lengths) / max(1, len(lengths))
     idf = weigh(bags, kind)
     scores = [0.0] * len(units)
-    for word in WORD.findall(question.lower()):
+    for word in list_terms(question):
         for i, (bag, length) in enumerate(zip(bags, lengths, strict=True)):
             if bag[word]:
                 scores[i] += idf[word] * bag[word] * (k1 + 1) / (bag[word] + k1 * (1 - b + b * length / mean))
     return scores
+
+
+def list_terms(text: str) -> list[str]:
+    """The words of a text without punctuation, in lower case."""
+    return list_words(" ".join(WORD.findall(text.lower())))
 
 
 def weigh(bags: Sequence[Counter[str]], kind: str) -> dict[str, float]:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from effbench.core.run import Run
 from effbench.core.views import Example
-from effbench.nn.train.examples import list_words
+from effbench.nn.train.examples import spell
 from effbench.nn.train.passes import score_losses
+from effbench.sources.words import is_unspaced, list_words
 
 ENDS = (".", "!", "?", "…", "。", "！", "？")
-OPENERS, CLOSERS = "\"'“‘([«", "\"'”’)]»"
-BRACKETS = ("()", "[]", "{}", "“”", "«»")
+OPENERS, CLOSERS = "\"'“‘([«「『（《【", "\"'”’)]»」』）》】"
+BRACKETS = ("()", "[]", "{}", "“”", "«»", "「」", "『』", "（）", "《》", "【】")
 
 
 def even_out(scores: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def rate_perplexity(losses: Tensor) -> Tensor:
 
 def rate_form(run: Run, examples: Sequence[Example]) -> Tensor:
     """Share of the rules of `_follow` that each text keeps [N]."""
-    return torch.tensor([_follow(list_words(run, example)) for example in examples], dtype=torch.float64)
+    return torch.tensor([_follow(spell(run, example)) for example in examples], dtype=torch.float64)
 
 
 def rate_coherence(run: Run, examples: Sequence[Example], losses: Tensor) -> Tensor:
@@ -83,16 +84,21 @@ def _ends_sentence(run: Run, token: int) -> bool:
     return text.strip().rstrip(CLOSERS).endswith(ENDS)
 
 
-def _follow(words: Sequence[str]) -> float:
-    """Share of rules that a text keeps: of Gopher (Rae et al., 2021), of C4 (Raffel et al., 2020), and of any print."""
+def _follow(text: str) -> float:
+    """Share of rules that a text keeps: of Gopher (Rae et al., 2021), of C4 (Raffel et al., 2020), and of any print.
+
+    What Gopher says of words is said of English, and a text in a script without spaces keeps it.
+    """
+    words = list_words(text)
     if not words:
         return 0.0
-    text = " ".join(words)
+    text = " ".join(text.split())
+    unspaced = any(map(is_unspaced, words))
     symbols = text.count("#") + text.count("…") + text.count("...")
     repeated = sum(one == other for one, other in itertools.pairwise(words))
     rules = (
-        3 <= sum(map(len, words)) / len(words) <= 10,  # Gopher
-        sum(any(map(str.isalpha, word)) for word in words) >= 0.8 * len(words),  # Gopher
+        unspaced or 3 <= sum(map(len, words)) / len(words) <= 10,  # Gopher
+        unspaced or sum(any(map(str.isalpha, word)) for word in words) >= 0.8 * len(words),  # Gopher
         symbols <= 0.1 * len(words),  # Gopher
         text.rstrip(CLOSERS).endswith(ENDS),  # C4
         not text.lstrip(OPENERS)[:1].islower(),

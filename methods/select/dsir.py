@@ -16,6 +16,7 @@ from effbench.core.run import Run
 from effbench.core.views import Example
 from effbench.methods.select._target import Aimed
 from effbench.nn.train.examples import spell
+from effbench.sources.words import list_words
 
 WORDS = re.compile(r"\w+|[^\w\s]+")  # runs of letters and digits, and runs of punctuation
 SMOOTHING = 1e-8  # is added to each probability before its logarithm is taken, in the authors' code
@@ -34,6 +35,8 @@ class DSIR(Aimed):
     caveats = (
         "the paper's documents are cut to equal lengths, and those under 100 words are dropped; here all are weighed, "
         "and long ones have extreme weights",
+        "the authors' code takes a run of letters for one word, a whole clause in a script without spaces; here each "
+        "two neighbouring letters of such",
     )
     type = "data selection"
     usual = 0.2
@@ -60,7 +63,7 @@ class DSIR(Aimed):
 
     def hash_text(self, text: str) -> Tensor:
         """The buckets of all n-grams of a text, each as often as it is there."""
-        words = WORDS.findall(text.lower())
+        words = list_words(" ".join(WORDS.findall(text.lower())))
         grams = [" ".join(words[i : i + n]) for n in range(1, self.ngrams + 1) for i in range(len(words) - n + 1)]
         return torch.tensor([find_bucket(gram, self.buckets) for gram in grams], dtype=torch.long)
 

@@ -32,7 +32,7 @@ class MinHashDedup(Select):
 
     threshold: float = 0.7  # Jaccard index from which on two examples count as one
     permutations: int = 128  # hash functions of a signature
-    words: int = 5  # in an n-gram; a text of fewer is one
+    words: int = 5  # in an n-gram; a text of fewer is one; in a script without spaces each two letters are a word
     recall: float = 0.9  # how likely a pair at the threshold is to be compared, at least
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ from effbench.core.errors import Unsupported
 from effbench.core.files import file_digest
 from effbench.core.views import Example
 from effbench.nn.embedders import MODEL, TEXTS, encode, list_files, mean_states, open_encoder
-from effbench.nn.train.examples import batches, list_words, looking
+from effbench.nn.train.examples import batches, looking, spell
 from effbench.nn.train.teacher import BOUND, digest_model, keep_tensors, recall, shrink
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ def _name(run: Run, examples: Sequence[Example], by: str) -> dict[int, str]:
 
 
 def _read_texts(run: Run, examples: Sequence[Example], by: str) -> list[str]:
-    """The words of examples. Raises `Unsupported`."""
+    """The texts of examples, with one space for each white space. Raises `Unsupported`."""
     if run.tokenizer is None:
         raise Unsupported(f"by={by!r} reads text, and the model comes without a tokenizer: give by='model'")
-    return [" ".join(list_words(run, example)) for example in examples]
+    return [" ".join(spell(run, example).split()) for example in examples]
 
 
 def _embed_states(run: Run, examples: Sequence[Example], by: str) -> Batches:
@@ -100,7 +100,7 @@ def _embed_states(run: Run, examples: Sequence[Example], by: str) -> Batches:
 
 
 def _embed_texts(run: Run, examples: Sequence[Example], by: str) -> Batches:
-    """What a model of sentence-transformers makes of the words of examples."""
+    """What a model of sentence-transformers makes of the texts of examples."""
     texts, encoder = _read_texts(run, examples, by), open_encoder(by, run.device)
     order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))  # of similar length together
     for start in range(0, len(order), TEXTS):

@@ -14,6 +14,7 @@ from effbench.nn.model.feed import feed
 from effbench.nn.train.batches import Batch, collate
 from effbench.nn.train.loss import sum_by_example
 from effbench.nn.train.windows import evaluating
+from effbench.sources import words
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -61,5 +62,5 @@ def spell(run: Run, example: Example) -> str:
 
 
 def list_words(run: Run, example: Example) -> list[str]:
-    """The words of an example."""
-    return spell(run, example).split()
+    """The words of an example, as `effbench.sources.words` has them."""
+    return words.list_words(spell(run, example))

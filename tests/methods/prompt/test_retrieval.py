@@ -40,6 +40,16 @@ def test_scores_by_hand() -> None:
     assert np.allclose(score(UNITS, "The code, code lamp?", k1, b), expected, rtol=1e-12)
 
 
+def test_words_of_scripts_without_spaces_are_found_and_letters_have_their_marks() -> None:
+    units = ["电灯是爱迪生发明的。", "贝尔在一八七六年发明了电话。", "北京是中国的首都。"]
+    scores = score(units, "谁发明了电话？", 1.2, 0.75)
+    assert scores[1] > scores[0] > scores[2] == 0
+    units = ["แมวกินปลา", "หมาวิ่งเร็ว"]
+    assert score(units, "ปลา", 1.2, 0.75)[0] > 0 == score(units, "ปลา", 1.2, 0.75)[1]
+    # Letters of which marks are left out are others': in the second word the vowel is another.
+    assert score(["हिन्दी में", "हन्दा म"], "हिन्दी", 1.2, 0.75)[1] == 0
+
+
 def test_extremes_of_the_parameters() -> None:
     once = [math.log(1 + 2.5 / 2.5) if i in (1, 3) else 0.0 for i in range(4)]
     assert np.allclose(score(UNITS, "code", 0.0, 0.75), once)  # a word counts once

@@ -78,6 +78,16 @@ def test_what_is_of_the_target_is_chosen() -> None:
     assert {int(example.id) for example in run.data.train} == {*range(40, 50)}
 
 
+def test_clauses_of_a_script_without_spaces_are_no_words() -> None:
+    """No clause of the target is one of the pool; what they have in common are pairs of letters."""
+    inside = ["清晨船在海上", "船在海上航行", "很多船在海上"]
+    outside = ["市场今天下跌", "股票价格上涨", "贸易指数变化", "价格今天稳定"]
+    run = written([*outside, *inside], ["很多船清晨航行", "船在海上很慢"])
+    weights = DSIR().weigh_up(run.data.pool, run)
+    assert weights[4:].min() > weights[:4].max()
+    assert len(DSIR(ngrams=1).hash_text("船在海上。Ship at sea")) == 3 + 1 + 3
+
+
 def test_texts_are_what_tokens_spell_and_numbers_without_a_tokenizer() -> None:
     run = toy_run()
     run.tokenizer = None

@@ -111,11 +111,15 @@ def spell(run: Any, text: str) -> tuple[int, ...]:
         ("The reader sees a line.", "The 12 34 56."),
         ("The reader sees a line.", "The reader # # # sees a line."),
         ("The reader sees a line.", "I a b c d e f g h."),
+        ("读者看到一行，然后又看到一行。", "读者看到一行，然后又看到一行"),
+        ("读者（她）看到「一行」。", "读者（她看到「一行」。"),
+        ("他说：「读者看到一行。」", "他说：「读者看到一行。"),
+        ("คนอ่านเห็นหนึ่งบรรทัด!", "คนอ่านเห็น(หนึ่งบรรทัด!"),
     ],
 )
 def test_each_rule_of_form_counts(good: str, bad: str) -> None:
-    assert quality._follow(good.split()) == 1
-    assert quality._follow(bad.split()) < 1
+    assert quality._follow(good) == 1
+    assert quality._follow(bad) < 1
 
 
 def test_shuffled_sentences_are_the_same_tokens() -> None:

