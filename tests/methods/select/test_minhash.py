@@ -141,6 +141,26 @@ def test_the_recall_at_the_threshold_is_what_the_log_says() -> None:
         MinHashDedup(permutations=1)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_planted_duplicates_are_found_whichever_of_them_is_ranked_first(seed: int) -> None:
+    """What goes is near one that stays, with a precision above 90 %, and of near ones no two stay, with this recall."""
+    run = toy_run(seed=seed)
+    run.tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
+    run.data = open_data(sources.data("tiny:planted"), run.tokenizer)
+    run.apply(parse_step("random_selection(keep=1.0)"))
+    ranking = [example.id for example in run.data.train]
+    run.apply(MinHashDedup())
+    kept = {example.id for example in run.data.train}
+    near = {example.id: set(example.meta["near"]) for example in run.data.pool}
+    turned = [name for name in ranking if name not in kept]
+    rightly = [name for name in turned if {*ranking[: ranking.index(name)]} & near[name] & kept]
+    assert len(rightly) > 0.9 * len(turned) and len(turned) >= 190
+    redundant = [name for name in ranking if near[name] and ({*ranking[: ranking.index(name)]} & near[name] & kept)]
+    assert len(rightly) > 0.9 * len(redundant)
+    (_, report) = run.log.selections
+    assert report["turned_away"] == len(turned) and report["rightly"] == len(rightly) / len(turned)
+
+
 def test_planted_duplicates_are_found_with_precision_and_slots_filled_from_the_ranking() -> None:
     run = toy_run()
     run.tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
