@@ -64,7 +64,9 @@ class Select(Method):
         return None
 
     def count(self, run: Run) -> int:
-        """How many examples it is to keep, where there are so many."""
+        """How many examples it is to keep, where there are so many; where answers are bought, of how many."""
+        if run.data.asked is not None:
+            return run.data.asked
         share = self.keep if self.keep is not None else None if run.log.selected else self.usual
         return len(run.data.train) if share is None else max(1, round(share * len(run.data.pool)))
 

@@ -126,6 +126,7 @@ class Data(Protocol):
     pool: list[Example]  # everything that may be trained on
     train: list[Example]  # what the next fit sees: the pool, or what selections have left of it
     reserve: list[Example]  # what selections have ranked behind it, best first
+    asked: int | None  # answers that are bought now; None: the pool is open
 
     @property
     def validation(self) -> list[Example]:
@@ -151,8 +152,14 @@ class Data(Protocol):
     def closed(self, *parts: str) -> AbstractContextManager[None]:
         """Have whoever looks at held-out text inside be refused, or at what else is named of `PARTS`."""
 
-    def asking(self, labelled: list[Example] | None = None) -> AbstractContextManager[None]:
-        """Have whoever looks at answers of the pool inside be refused; `train` holds those that are known, if any."""
+    def teaching(self, examples: list[Example]) -> AbstractContextManager[None]:
+        """Have `train` hold these examples inside."""
+
+    def asking(self, number: int, labelled: list[Example] | None = None) -> AbstractContextManager[None]:
+        """Have whoever looks at answers of the pool inside be refused; `train` holds those that are known, if any.
+
+        `number` are to be bought, which is what is `asked` then.
+        """
 
     def count_near_duplicates(self) -> int | None:
         """How many held-out documents share most of their words with one that is learned or chosen by."""

@@ -110,6 +110,7 @@ class Data:
         self._streams: dict[str, Stream] = {}
         self._train: list[Example] | None = None
         self.reserve: list[Example] = []
+        self.asked: int | None = None
         heldout = self._parts["heldout"]
         joint = "a blank line" if heldout.separator == "\n\n" else repr(heldout.separator)
         added = "special tokens added as the tokenizer does" if heldout.special else "no token added"
@@ -201,18 +202,29 @@ class Data:
             self._closed = self._examined._closed = before
 
     @contextlib.contextmanager
-    def asking(self, labelled: list[Example] | None = None) -> Iterator[None]:
+    def teaching(self, examples: list[Example]) -> Iterator[None]:
+        """Have `train` hold these examples inside."""
+        before = self._train
+        self._train = examples
+        try:
+            yield
+        finally:
+            self._train = before
+
+    @contextlib.contextmanager
+    def asking(self, number: int, labelled: list[Example] | None = None) -> Iterator[None]:
         """Have whoever looks at answers of the pool inside be refused; `train` holds those that are known, if any.
 
-        Calibration text is closed, too, as it may have been filled up with that of the pool.
+        `number` are to be bought, which is what is `asked` then. Calibration text is closed, too, as it may have been
+        filled up with that of the pool.
         """
-        before = self._train, self.reserve
-        self._train, self.reserve = labelled or None, []
+        before = self._train, self.reserve, self.asked
+        self._train, self.reserve, self.asked = labelled or None, [], number
         try:
             with self.closed("train", "calibration"):
                 yield
         finally:
-            self._train, self.reserve = before
+            self._train, self.reserve, self.asked = before
 
     def _look_at(self, part: str) -> None:
         if part not in self._closed:
@@ -480,9 +492,12 @@ def _write(part: str, number: int) -> list[Document]:
 
 
 def _ask(part: str, number: int) -> list[Document]:
-    """Examples of the new task in it."""
+    """Examples of the new task in it; what an answer begins with is its label."""
     asked = enumerate(tiny.ask(part, number))
-    return [Document(prompt + answer, f"{part}/{i}", len(prompt)) for i, (prompt, answer) in asked]
+    return [
+        Document(prompt + answer, f"{part}/{i}", len(prompt), {"label": answer.split()[0]})
+        for i, (prompt, answer) in asked
+    ]
 
 
 def _question(part: str, number: int) -> list[Document]:

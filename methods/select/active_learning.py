@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from effbench.core.method import Method
 from effbench.core.recipe import parse_step
 from effbench.core.run import Run
 from effbench.nn.train.checkpoint import count_ranks
+from effbench.nn.train.composition import report_selection
 from effbench.nn.train.fit import count_from, fit
 from effbench.nn.train.settings import FitSettings
 from effbench.nn.train.unlabelled import Annotator, rank
@@ -24,12 +25,16 @@ class ActiveLearning(FitSettings, Method):
     """In each round a selection ranks the prompts whose answers are not told yet, the answers of the best are told, and
     the model is fitted to all that are told by then.
 
-    Every fit begins with the model as it is before the first, with the same hooks of the recipe; the first round asks
-    that model. The train set is left as what was told.
+    A selection that scores texts is given the prompts as texts of their own; one that looks at what is not told, or
+    trains on it, is refused. Every fit begins with the model as it is before the first, with the same hooks of the
+    recipe; the first round asks that model. The train set is left as what was told.
     """
 
     paper = "arXiv:1703.02910"
-    caveats = ("the paper begins with 20 random labels and acquires ten at a time; here the pretrained model is asked",)
+    caveats = (
+        "the paper begins with 20 random labels and acquires ten at a time; here the pretrained model is asked",
+        "an acquisition that was made for whole texts, such as hybrid, is given the prompts for such",
+    )
     type = "fine-tuning"
     weight_update = "training"
     consumes = True
@@ -68,12 +73,15 @@ class ActiveLearning(FitSettings, Method):
         (acquisition,) = self.parts
         assert isinstance(acquisition, Select)
         annotator = Annotator(run.data.train, self.budget)
+        seconds, behind = 0.0, list[int]()  # what acquisitions took, and what the last one ranked behind those it asked
         begin = run.remember()
         steps = self.steps * len(self.rates)
         with run.train.lasting():
             for number in range(self.rounds):
                 size = (number + 1) * self.budget // self.rounds - len(annotator.told)
-                annotator.tell(acquire(run, acquisition, annotator, size))
+                order, spent = acquire(run, acquisition, annotator, size)
+                annotator.tell(order[:size])
+                seconds, behind = seconds + spent, order[size:]
                 if number:
                     log = dict(vars(run.log))
                     begin()
@@ -84,17 +92,23 @@ class ActiveLearning(FitSettings, Method):
         run.data.train = annotator.labelled
         run.log.selected[self.label] = len(annotator.told)
         run.log.chosen[self.label] = [[example.id, example.weight] for example in annotator.labelled]
+        rest = [annotator.examples[place] for place in behind]
+        run.log.selections.append(report_selection(run, self, annotator.labelled, rest, None) | {"seconds": seconds})
 
 
-def acquire(run: Run, acquisition: Select, annotator: Annotator, size: int) -> Sequence[int]:
-    """Places of the examples whose answers are bought next; once chosen they are kept for a run that is killed."""
+def acquire(run: Run, acquisition: Select, annotator: Annotator, size: int) -> tuple[list[int], float]:
+    """Places of the examples whose answers are not told, best first, and the seconds it took to rank them.
+
+    So many are bought next. Once they are ranked the order is kept for a run that is killed.
+    """
     file = None if run.folder is None else run.folder / f"acquired-{len(run.log.fits) + 1}.json"
     if file is not None and file.exists():
-        places: list[int] = json.loads(file.read_text())
-        return places
-    untold = annotator.untold
-    order = rank(run, acquisition, [annotator.examples[place] for place in untold], annotator.labelled)
-    places = [untold[place] for place in order[:size]]
+        kept: dict[str, Any] = json.loads(file.read_text())
+        return kept["order"], kept["seconds"]
+    begun, before, untold = time.perf_counter(), run.recovered, annotator.untold
+    unlabelled = [annotator.examples[place] for place in untold]
+    order = [untold[place] for place in rank(run, acquisition, unlabelled, annotator.labelled, size)]
+    seconds = time.perf_counter() - begun + run.recovered - before
     if file is not None and not count_ranks()[0]:
-        replace_file(file, json.dumps(places).encode())
-    return places
+        replace_file(file, json.dumps({"order": order, "seconds": seconds}).encode())
+    return order, seconds

@@ -24,6 +24,7 @@ from effbench.nn.train.example_gradients import (
 )
 from effbench.nn.train.examples import batches
 from effbench.nn.train.passes import go_through
+from effbench.nn.train.unlabelled import require_told
 
 MOST = 2**12  # numbers in the subset of which the Hessian is written out
 ROUNDS = 100  # of conjugate gradients, at most
@@ -62,6 +63,7 @@ class Influence(Aimed):
         self.require(bool(self.roles) and {*self.roles} <= {*ROLES}, f"roles are some of {', '.join(ROLES)}")
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
+        require_told(examples)
         parts = find_matrices(run, self.blocks, self.roles)
         aim = self.solve(self._mean_gradient(self.find_target(run), parts, run), parts, examples, run)
         state = {"scores": torch.zeros(len(examples), dtype=torch.float64)}

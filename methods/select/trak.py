@@ -28,6 +28,7 @@ from effbench.nn.train.fit import fit
 from effbench.nn.train.passes import go_through
 from effbench.nn.train.projections import Signs
 from effbench.nn.train.settings import FitSettings
+from effbench.nn.train.unlabelled import require_told
 from effbench.nn.train.windows import training_on
 
 
@@ -71,6 +72,7 @@ class TRAK(FitSettings, Aimed):
         self.require(bool(self.roles) and {*self.roles} <= {*ROLES}, f"roles are some of {', '.join(ROLES)}")
 
     def score(self, examples: Sequence[Example], run: Run) -> Tensor:
+        require_told(examples)
         target = self.find_target(run)
         effects = torch.zeros(len(examples), len(target), dtype=torch.float64)
         doubts = torch.zeros(len(examples), dtype=torch.float64)

@@ -27,7 +27,7 @@ def apply(run: Run, method: Select) -> None:
     found, reserve = data.train, data.reserve
     show: Show = withhold if method.blind else list
     begun, before = time.perf_counter(), run.recovered
-    with data.asking() if method.blind else data.closed():
+    with data.asking(number) if method.blind else data.closed():
         chosen, rest, turned = _choose(run, method, number, found, reserve, show)
         if not chosen:
             raise Unsupported(f"{method}: nothing was selected")

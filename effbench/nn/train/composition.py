@@ -15,7 +15,7 @@ from effbench.core.run import Composition, SelectionReport
 from effbench.core.views import Example
 
 if TYPE_CHECKING:
-    from effbench.core.kinds import Select
+    from effbench.core.method import Method
     from effbench.core.run import Run
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -26,7 +26,7 @@ KINDS = ("in", "off", "duplicate", "noise")  # what may be planted, as `meta["pl
 
 
 def report_selection(
-    run: Run, method: Select, chosen: Sequence[Example], rest: Sequence[Example], turned: Sequence[Example] | None
+    run: Run, method: Method, chosen: Sequence[Example], rest: Sequence[Example], turned: Sequence[Example] | None
 ) -> SelectionReport:
     """What a selection made of the pool.
 

@@ -44,12 +44,19 @@ def withhold(examples: Sequence[Example]) -> list[Example]:
     ]
 
 
-def rank(run: Run, method: Select, unlabelled: Sequence[Example], labelled: list[Example]) -> list[int]:
+def require_told(examples: Sequence[Example]) -> None:
+    """Raise `Refused` for unlabelled examples, for what trains on examples or asks what that would do."""
+    if any(isinstance(example.meta, Withheld) for example in examples):
+        raise Refused(f"{WITHHELD}, and must not go by what would be learned of them")
+
+
+def rank(run: Run, method: Select, unlabelled: Sequence[Example], labelled: list[Example], number: int) -> list[int]:
     """Places of examples whose answers are not told, best first; of `labelled` ones the method sees all.
 
-    Raises `Refused` where it looks at an answer that is not told, or leaves out or repeats an example.
+    `number` is how many answers are bought now. Raises `Refused` where the method looks at an answer that is not told,
+    or leaves out or repeats an example.
     """
-    with run.data.asking(labelled):
+    with run.data.asking(number, labelled):
         order = [int(place) for place in method.order(withhold(unlabelled), run)]
     if sorted(order) != list(range(len(unlabelled))):
         raise Refused(f"{method}: gives {len(order)} places for {len(unlabelled)} examples, not each of them once")

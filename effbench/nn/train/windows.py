@@ -16,6 +16,7 @@ from effbench.nn.model.blocks import count_positions
 from effbench.nn.model.feed import count_front, feed
 from effbench.nn.train.batches import collate
 from effbench.nn.train.loss import cross_entropy
+from effbench.nn.train.unlabelled import require_told
 
 if TYPE_CHECKING:
     from effbench.core.run import Run
@@ -62,13 +63,10 @@ def cut_all(examples: Sequence[Example], width: int, unread: int) -> tuple[list[
 
 @contextlib.contextmanager
 def training_on(run: Run, examples: list[Example]) -> Iterator[None]:
-    """Have `run.data.train` hold these examples inside."""
-    before = run.data.train
-    run.data.train = examples
-    try:
+    """Have `run.data.train` hold these examples inside. Raises `Refused` for unlabelled ones."""
+    require_told(examples)
+    with run.data.teaching(examples):
         yield
-    finally:
-        run.data.train = before
 
 
 def validation_windows(run: Run, width: int) -> list[Example]:

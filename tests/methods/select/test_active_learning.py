@@ -6,24 +6,33 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+from effbench import sources
 from effbench.cells.plan import digests
 from effbench.checks import toy_run
+from effbench.core import registry
 from effbench.core.errors import Refused, Unsupported, Usage
-from effbench.core.kinds import Train
+from effbench.core.kinds import Select, Train
 from effbench.core.recipe import parse, parse_step
 from effbench.methods.select.active_learning import ActiveLearning
 from effbench.methods.select.entropy import Entropy
+from effbench.nn.data import Data
+from effbench.nn.files.load import open_run
 from effbench.nn.run import ModelRun
 from effbench.nn.train.fit import fit
 from effbench.nn.train.settings import FitSettings
 from effbench.nn.train.unlabelled import Annotator, rank, withhold
+from effbench.probes import selection
 
 FIT: dict[str, Any] = {"steps": 3, "lr": 3e-3, "batch_size": 4, "max_length": 32, "schedule": "constant", "warmup": 0.0}
 ENTROPY = ActiveLearning(acquire="entropy()", budget=7, rounds=3, **FIT)
@@ -69,6 +78,55 @@ def test_the_budget_is_what_is_told_in_all_and_each_round_adds_to_the_one_before
     assert len(run.log.fits) == 3 and run.train.empty
 
 
+def test_what_was_asked_is_reported_against_the_pool_as_selections_are(tmp_path: Path) -> None:
+    run = toy_run()
+    told = [{"source": "ab"[place % 2], "skill": place % 4, "label": place % 3} for place in range(64)]
+    run.data.pool = [
+        dataclasses.replace(example, prompt=8, ids=example.ids[: 12 + place % 5], meta=told[place])
+        for place, example in enumerate(run.data.pool)
+    ]
+    run.apply(parse_step("random_selection(keep=0.5)"))
+    run.apply(dataclasses.replace(ENTROPY, acquire="curriculum(difficulty='length')"))
+    first, report = run.log.selections
+    chosen = run.data.train
+    assert len(chosen) == 7 == report["kept"]["examples"] and run.log.selected[report["step"]] == 7
+    assert report["examined"] == 32 and report["pool"] == first["pool"] and report["pool"]["examples"] == 64
+    for key, name in (("sources", "source"), ("skills", "skill")):
+        counts = Counter(str(example.meta[name]) for example in chosen)
+        shares: dict[str, float] = report["kept"][key]  # type: ignore[literal-required]
+        assert {value: share for value, share in shares.items() if share} == {k: v / 7 for k, v in counts.items()}
+        assert report["coverage"][name] == len(counts) / {"source": 2, "skill": 4}[name]
+    labels = Counter(example.meta["label"] for example in chosen).values()
+    balance = -sum(n / 7 * math.log(n / 7) for n in labels) / math.log(3)
+    assert report["kept"]["balance"] == pytest.approx(balance) and 0 <= report["kept"]["topics"] <= math.log(7)
+    assert report["kept"]["lengths"]["0.5"] == sorted(len(example.ids) for example in chosen)[3]
+    assert report["seconds"] > 0 and "noise_last" not in report
+    reading = selection.take(run, {}).metrics
+    assert reading["select_kept"].value == 7 and reading["select_sources_covered"].value == report["coverage"]["source"]
+
+
+def test_the_balance_of_answers_of_the_new_task_is_reported() -> None:
+    run = open_run(sources.model("tiny"), sources.data("tiny:task"), "cpu", None, 0)
+    run.apply(dataclasses.replace(ENTROPY, acquire="random_selection()", budget=40, rounds=1, steps=1))
+    reading = selection.take(run, {}).metrics
+    first = [example.text[len(run.tokenizer.decode(example.ids[: example.prompt])) :] for example in run.data.train]
+    assert [text.split()[0] for text in first] == [example.meta["label"] for example in run.data.train]
+    assert 0.5 < reading["select_kept_label_balance"].value < reading["select_pool_label_balance"].value < 1
+
+
+def test_noise_is_looked_for_behind_what_the_last_round_asked() -> None:
+    run = asking()
+    hardest = Entropy().score(withhold(run.data.pool), run).argsort(descending=True, stable=True).tolist()
+    noise = {*hardest[:4], *hardest[-4:]}
+    run.data.pool = [
+        dataclasses.replace(example, meta={"planted": "noise"} if place in noise else {})
+        for place, example in enumerate(run.data.pool)
+    ]
+    run.apply(dataclasses.replace(ENTROPY, rounds=1))
+    (report,) = run.log.selections
+    assert report["planted"] == {"noise": 0.5} and report["noise_last"] == 0.5
+
+
 def test_each_round_asks_the_model_that_the_round_before_has_fitted_from_the_start() -> None:
     run = learn()
     chosen = run.data.train
@@ -109,12 +167,93 @@ def test_several_rates_are_chosen_among_in_every_round() -> None:
     assert [len(report["rates"]) for report in run.log.fits] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("acquire", ["random_selection()", "curriculum(difficulty='length')", "bald(samples=2)"])
+@pytest.mark.parametrize(
+    "acquire",
+    ["random_selection()", "curriculum(difficulty='length')", "bald(samples=2)", "dpp()", "hybrid(second='dpp')"],
+)
 def test_any_selection_that_ranks_acquires(acquire: str) -> None:
     method = dataclasses.replace(ENTROPY, acquire=acquire)
     run, again = learn(method=method), learn(method=method)
     ids = [example.id for example in run.data.train]
     assert len(set(ids)) == 7 and ids == [example.id for example in again.data.train]
+
+
+# Every selector that ranks, with each of its settings to test.
+RANKING = [
+    cls(**trial)
+    for cls in (registry.load(key) for key, entry in registry.catalog().items() if entry.kind == "Select")
+    for trial in cls.trials
+    if not cls(**trial).admits
+]
+
+
+LOOKS: list[Any] = []
+
+
+class Noting(dict[str, Any]):
+    """What a source says of an example; takes down who asks."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        LOOKS.append(key)
+        return "asked"
+
+
+class Watched(list[Any]):
+    """A pool; takes down who looks at what is in it, which is more than how much it is."""
+
+    def __iter__(self) -> Iterator[Any]:
+        LOOKS.append("pool")
+        return super().__iter__()
+
+    def __getitem__(self, place: Any) -> Any:
+        LOOKS.append("pool")
+        return super().__getitem__(place)
+
+
+@contextlib.contextmanager
+def watching(texts: set[tuple[int, ...]]) -> Iterator[None]:
+    """Take down who has a model read one of these texts to learn from it, by a pass with gradients, and who asks for
+    the documents of a part."""
+
+    def read(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, nn.Embedding) and torch.is_grad_enabled() and inputs[0].dim() == 2:
+            LOOKS.extend(row for row in map(tuple, inputs[0].tolist()) if row in texts)
+
+    LOOKS.clear()
+    hook = nn.modules.module.register_module_forward_pre_hook(read)
+    with mock.patch.object(Data, "documents", lambda data, part: LOOKS.append(part) or []):
+        yield
+    hook.remove()
+
+
+@pytest.mark.parametrize("acquisition", RANKING, ids=str)
+def test_what_needs_prompts_alone_acquires_and_what_goes_by_answers_is_refused(acquisition: Select) -> None:
+    """Which is which is seen on texts that are the prompts and nothing else, with all doors open."""
+    run = asking()
+    prompts = [dataclasses.replace(e, ids=e.ids[: e.prompt], prompt=0, meta=Noting()) for e in run.data.pool]
+    run.data.pool, run.data.asked, order = Watched(prompts), 20, []
+    with watching({e.ids for e in prompts}), contextlib.suppress(Unsupported):
+        order = [int(place) for place in acquisition.order(prompts, run)]
+    method = dataclasses.replace(ENTROPY, acquire=str(acquisition), budget=40, rounds=2, steps=1)
+    if LOOKS:
+        with pytest.raises(Refused, match="prompts whose answers nobody has told yet, and must not"):
+            learn(method=method)
+    else:
+        told = [int(example.id) for example in learn(method=method).data.train]
+        assert told[:20] == order[:20] and len(set(told)) == 40
+
+
+def test_a_selector_is_asked_for_as_many_as_are_bought() -> None:
+    """The pool, of whose size a selection is to keep a share elsewhere, is closed."""
+    run = asking()
+    method = registry.load("dpp")()
+    assert method.count(run) == 13
+    with run.data.asking(3):
+        assert method.count(run) == 3
+        with run.data.asking(4):
+            assert method.count(run) == 4
+        assert method.count(run) == 3
+    assert method.count(run) == 13
 
 
 class Stopped(Exception):
@@ -142,6 +281,11 @@ def test_a_killed_one_goes_on_to_the_same_bits_and_asks_no_round_again(tmp_path:
     assert ranked.call_count == 1  # of the last round
     assert [report.get("resumed") for report in again.log.fits] == [[3], [2], None]
     assert [e.id for e in again.data.train] == [e.id for e in whole.data.train]
+    reports = [dict(run.log.selections[-1]) for run in (again, whole)]
+    assert min(report.pop("seconds") for report in reports) > 0 and reports[0] == reports[1]
+    assert sum(json.loads(file.read_text())["seconds"] for file in (tmp_path / "cut").glob("acquired-*")) == (
+        pytest.approx(again.log.selections[-1]["seconds"])
+    )
     mine, theirs = again.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
@@ -192,7 +336,7 @@ def test_an_acquisition_that_looks_at_answers_fails_the_cell(tmp_path: Path, wha
 
 def test_what_was_told_may_be_looked_at() -> None:
     run = toy_run()
-    with run.data.asking(run.data.pool[:3]):
+    with run.data.asking(5, run.data.pool[:3]):
         assert [example.id for example in run.data.train] == ["0", "1", "2"]
         with pytest.raises(Refused):
             run.data.pool  # noqa: B018
