@@ -30,9 +30,7 @@ class Parameter:
 
     name: str
     type: str
-    default: (
-        str | None
-    )  # as it is written in a recipe, else, where no literal says it, in the source; None: to be given
+    default: str | None  # as a recipe has it, else, where no literal says it, as the source; None: to be given
     comment: str
 
     def __str__(self) -> str:
