@@ -52,7 +52,13 @@ def test_layers_are_kept():
 
 
 FOR_OTHERS = {"accelerate"}  # by transformers, where it opens a model without its weights
-IMPORTED_AS = {"nvidia-ml-py": "pynvml", "PyYAML": "yaml", "lm-eval": "lm_eval", "scikit-learn": "sklearn"}
+IMPORTED_AS = {
+    "nvidia-ml-py": "pynvml",
+    "PyYAML": "yaml",
+    "lm-eval": "lm_eval",
+    "scikit-learn": "sklearn",
+    "HanTa": "HanTa",
+}
 
 
 def imported_modules():

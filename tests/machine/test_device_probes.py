@@ -367,7 +367,7 @@ def run():
         source=SimpleNamespace(kind="folder"),
         infer=InferPlan(),
     )
-    found.pad = 0
+    found.pad, found.progress = 0, lambda unit, done, total: None
     return found
 
 
