@@ -159,6 +159,7 @@ class FakeRun:
         self.device = torch.device("cpu")
         self.model = torch.nn.Module()
         self.log = RunLog()
+        self.waited = 0.0
         self.taken: list[str] = []
         self.closed = False
         self.finished = False

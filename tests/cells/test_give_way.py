@@ -16,19 +16,20 @@ from effbench.cells.options import RunOptions
 from effbench.cells.plan import plan
 from effbench.machine.gate import Gate
 
-LONG = 1.0  # seconds that another has the machine to itself
+LONG = 0.5  # seconds that another has the machine to itself
 
 
 @pytest.mark.parametrize(
     ("phase", "recipe", "changes"),
     [
         ("fit", "fit(steps=6, max_length=16)", {}),
-        (
+        pytest.param(
             "point 1 of 2",
             "fit(steps=4, max_length=16)",
             {"tune": ["fit(steps=4, max_length=16)", "fit(steps=5, max_length=16)"]},
+            marks=pytest.mark.slow,
         ),
-        ("gptq", "gptq(bits=4)", {"calibration_sequences": 8}),
+        pytest.param("gptq", "gptq(bits=4)", {"calibration_sequences": 8}, marks=pytest.mark.slow),
         ("quality", "rtn(bits=4)", {"probes": ["quality"], "tasks": ["tiny_facts"], "limit": 100}),
     ],
 )

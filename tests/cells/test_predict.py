@@ -184,6 +184,7 @@ def test_what_a_run_would_refuse_is_refused(steps, said):
     assert found.held is None and found.outcome.startswith("unsupported: ") and said in found.outcome
 
 
+@pytest.mark.slow
 def test_engines_divide_what_they_say():
     """In float32 on the embedded model, whose table has a row for padding and stays whole where linears are divided."""
     model = load_file(TINY / "model" / "model.safetensors")
@@ -208,6 +209,7 @@ def test_engines_divide_what_they_say():
     assert foretell(packed, engine="pp(ranks=3)").weights == ends + (whole.weights - ends) / 3  # and belong to blocks
 
 
+@pytest.mark.slow
 def test_what_is_alike_under_all_engines_is_found_once(monkeypatch):
     """And what an engine alone changes is what a rehearsal of its own has."""
     filled, fill = [], rehearse._fill_cache
@@ -234,7 +236,9 @@ def test_a_recipe_without_an_engine_is_tried_under_each_of_their_settings(monkey
     assert all(prediction.ranks == prediction.held.trained == 3 for prediction in found)
 
 
-@pytest.mark.parametrize("engine", ["pp()", "fsdp(stage=1)", "tp()"])
+@pytest.mark.parametrize(
+    "engine", ["pp()", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp(stage=1)", "tp()"))]
+)
 def test_a_deep_model_is_foretold_by_few_blocks(engine):
     """What few blocks are carried on to is what all of them hold, whichever way an engine deals them out."""
     case = make_case(sources.model("shape:deep-tiny"), parse(FIT).steps, torch.float32)

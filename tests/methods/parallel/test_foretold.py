@@ -27,6 +27,7 @@ def foretell(engine: str, case: Case, length: int, process: int | None) -> Held:
     return rehearse(Rehearsed(run.source, config, single, single, steps, Batch(8, length), Batch(1, 1)), process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", CASES)
 def test_each_rank_is_foretold(engine: str, start: Callable[..., Any]) -> None:
     program = divided.PROGRAM if engine in divided.COST else sharded.PROGRAM
