@@ -64,22 +64,17 @@ class Followed:
         self.now -= size
 
 
-class Made(TorchDispatchMode):
-    """Follows the bytes of the tensors that are made inside."""
+class Made(Followed, TorchDispatchMode):
+    """Follows the tensors that are made inside."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._made = Followed()
-
-    @property
-    def peak(self) -> int:
-        """The most bytes at a time."""
-        return self._made.peak
+        Followed.__init__(self)
+        TorchDispatchMode.__init__(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {identify(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and identify(tensor) not in given:
-                self._made.follow(tensor)
+                self.follow(tensor)
         return out
