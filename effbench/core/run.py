@@ -343,7 +343,7 @@ class Run(abc.ABC):
         self.waited = 0.0  # seconds that this run has waited for the machine, inside of `alone` and `progress`
         self.recovered = 0.0  # seconds of scoring that a killed run had done before and that this one has taken over
         self._states: dict[int, tuple[Method, dict[str, Any]]] = {}
-        self._shared: dict[Hashable, Any] = {}
+        self._shared: dict[Hashable, tuple[Any, set[int]]] = {}  # with what acted as it was computed
 
     # What is there.
 
@@ -410,11 +410,18 @@ class Run(abc.ABC):
     def share(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What one probe computed and another needs: the value kept under `key`, computed by whoever comes first.
 
-        Values are of the model as it is: they are forgotten when a step changes it.
+        Values are of the model as it is: they are forgotten when a step changes it. Who finds one has met the methods
+        that acted when it was computed.
         """
         if key not in self._shared:
-            self._shared[key] = compute()
-        value: T = self._shared[key]
+            before, self.infer.acted = self.infer.acted, set()
+            try:
+                self._shared[key] = compute(), self.infer.acted
+            finally:
+                self.infer.acted = before | self.infer.acted
+        value: T
+        value, acted = self._shared[key]
+        self.infer.acted |= acted
         return value
 
     @abc.abstractmethod

@@ -6,15 +6,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lm_eval import evaluator
-
 from effbench.core.views import Segments
 from effbench.nn.infer.engine import open_engine
 from effbench.probes import Reading
 from effbench.probes.inputs import require_effect, require_quality
-from effbench.probes.lm_tasks import load, quiet
 from effbench.probes.prompts import Asker
-from effbench.probes.quality import HEADLINE, EngineLM
+from effbench.probes.quality import HEADLINE, EngineLM, Scored, score_by, score_tasks
 from effbench.records.metric import Metric
 from effbench.stats.paired import Estimate, mean_interval
 
@@ -40,12 +37,14 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     wanted = list(settings.get("tasks") or run.data.tasks)
     if "prompt" not in run.infer.touches or not wanted:
         return reading
-    own, floor = EngineLM(run, settings), EngineLM(run, settings)
-    found = _score(own, run, wanted, settings, reading)
+    scored = score_tasks(run, settings, wanted)
+    own, reading.failures = scored.lm, [*scored.failures]
+    found = _list_accuracies(scored)
     require_effect(run, frozenset({"prompt"}))
     lost = {tuple(ask.given): len(ask.given) - ask.kept for met in own.met.values() for ask in met.asks.values()}
     module, _, name = DROP.partition(":")
     drop: Callable[[Segments, int, ModelRun], Segments] = getattr(importlib.import_module(module), name)
+    floor = EngineLM(run, settings)
     floor.asker = Asker(
         floor.tok_encode,
         lambda segments: drop(segments, lost[tuple(floor.tok_encode(segments.text()))], run),
@@ -55,7 +54,7 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     if run.infer.slot("memory") is not None:
         floor.engine, reader = open_engine(run, run.reference), "the unchanged model"
     shortened = {name for name, met in own.met.items() if any(ask.shortened for ask in met.asks.values())}
-    under = _score(floor, run, [name for name in wanted if name in shortened] or wanted, settings, Reading())
+    under = _list_accuracies(score_by(floor, run, settings, [name for name in wanted if name in shortened] or wanted))
     how = f"with as many tokens of each prompt, drawn by the seed and read by {reader}"
     differences: dict[str, list[float]] = {}
     for name in sorted(shortened & found.keys()):
@@ -71,26 +70,11 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     return reading
 
 
-def _score(
-    lm: EngineLM, run: ModelRun, wanted: list[str], settings: Mapping[str, Any], reading: Reading
-) -> dict[str, list[float]]:
-    """The accuracy of each item of the tasks that have one, in the order of the items; failures go to the reading."""
-    with quiet():
-        tasks, reading.failures = load(wanted, run.data.task_paths)
-        lm.tasks = tasks["tasks"]
-        if not lm.tasks:
-            return {}
-        evaluated = evaluator.evaluate(
-            lm,
-            tasks,
-            limit=settings.get("limit"),
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=lm.chats,
-        )
+def _list_accuracies(scored: Scored) -> dict[str, list[float]]:
+    """The accuracy of each item of the tasks that have one, in the order of the items."""
     scores: dict[str, list[float]] = {}
-    for name in lm.tasks:
-        items = evaluated["samples"][name]
+    for name in scored.lm.tasks:
+        items = scored.evaluated["samples"][name]
         metric = next((one for one in HEADLINE if one in items[0]["metrics"]), None)
         if metric is not None:
             chosen = [item for item in items if item["filter"] == items[0]["filter"]]

@@ -92,25 +92,13 @@ class Asker:
 
 def open_asker(run: ModelRun, encode: Callable[[str], list[int]], evict_at: EvictAt) -> Asker:
     """What reads prompts under the plan of a run, each shortened once for all probes."""
-    rewrite = functools.partial(_shorten, run) if run.infer.chain("prompt") else None
+
+    def shorten(segments: Segments) -> Segments:
+        return run.share(("shortened", segments), lambda: run.rewrite(segments))
+
+    rewrite = shorten if run.infer.chain("prompt") else None
     memory = functools.partial(remember, run) if run.infer.slot("memory") is not None else None
     return Asker(encode, rewrite, evict_at, memory)
-
-
-def _shorten(run: ModelRun, segments: Segments) -> Segments:
-    """What prompt methods make of a prompt. Whoever asks, they have acted."""
-
-    def compute() -> tuple[Segments, set[int]]:
-        before, run.infer.acted = run.infer.acted, set()
-        try:
-            short = run.rewrite(segments)
-            return short, run.infer.acted
-        finally:
-            run.infer.acted = before
-
-    short, acted = run.share(("shortened", segments), compute)
-    run.infer.acted |= acted
-    return short
 
 
 def divide(task: Any, document: Mapping[str, Any], prompt: str) -> Segments:

@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
@@ -64,20 +64,14 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading = Reading()
     if not wanted:
         return reading
-    lm = EngineLM(run, settings)
-    with quiet():
-        tasks, reading.failures = load(wanted, run.data.task_paths)
-        if not tasks["tasks"]:
-            return reading
-        lm.tasks = tasks["tasks"]
-        limit = settings.get("limit")
-        evaluated = evaluator.evaluate(
-            lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=lm.chats
-        )
+    lm, evaluated, failures = score_tasks(run, settings, wanted)
+    reading.failures = [*failures]
+    if not lm.tasks:
+        return reading
     width = str(next(run.model.parameters()).dtype).removeprefix("torch.")
     require_effect(run, run.infer.touches)
-    exercised = [name for name in sorted(tasks["tasks"]) if lm.met[name].exercised(run.infer.touches)]
-    for name, task in sorted(tasks["tasks"].items()):
+    exercised = [name for name in sorted(lm.tasks) if lm.met[name].exercised(run.infer.touches)]
+    for name, task in sorted(lm.tasks.items()):
         how = f"lm-eval {metadata.version('lm_eval')}, {width}, {lm.protocol(task)}"
         items, met = evaluated["samples"][name], lm.met[name]
         findings: dict[str, Finding] = {"cut_contexts": len(met.cut)} if met.cut else {}
@@ -93,8 +87,36 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
         if values:
             reading.add(part, statistics.fmean(values), f"mean over the tasks {', '.join(exercised)}, each alike")
     if not reading.failures:
-        _mean(reading, exercised, lm.suffix, unmet=len(exercised) < len(tasks["tasks"]))
+        _mean(reading, exercised, lm.suffix, unmet=len(exercised) < len(lm.tasks))
     return reading
+
+
+class Scored(NamedTuple):
+    """What was made of tasks."""
+
+    lm: EngineLM  # by which they were scored; knows what their items met
+    evaluated: Mapping[str, Any]  # as lm-eval gives it; empty where no task is to be had
+    failures: list[Exception]  # of tasks that are not
+
+
+def score_tasks(run: ModelRun, settings: Mapping[str, Any], wanted: list[str]) -> Scored:
+    """Tasks with the model of a run under its plan, once for all probes."""
+    ways = map(settings.get, ("limit", "evict_at", "score_block", "chat_template"))
+    return run.share(("tasks", *wanted, *ways), lambda: score_by(EngineLM(run, settings), run, settings, wanted))
+
+
+def score_by(lm: EngineLM, run: ModelRun, settings: Mapping[str, Any], wanted: list[str]) -> Scored:
+    """The first items of tasks, as many as the setting `limit` says."""
+    with quiet():
+        tasks, failures = load(wanted, run.data.task_paths)
+        lm.tasks = tasks["tasks"]
+        if not lm.tasks:
+            return Scored(lm, {}, failures)
+        limit = settings.get("limit")
+        evaluated = evaluator.evaluate(
+            lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=lm.chats
+        )
+    return Scored(lm, evaluated, failures)
 
 
 @dataclasses.dataclass
