@@ -67,7 +67,7 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
                 run.finish(recipe_is_empty=not recipe.steps)
                 emulates = any(getattr(module, "simulated", False) for module in run.model.modules())
                 simulated = emulates or log.simulated
-                _measure(run, job, gate, findings)
+                _measure(run, job, findings)
         finally:
             run.close()
     findings.enter("")
@@ -209,7 +209,7 @@ def _waiting(run: ModelRun, findings: Findings) -> Iterator[None]:
         run.waited += time.monotonic() - begin
 
 
-def _measure(run: ModelRun, job: Job, gate: Gate, findings: Findings) -> None:
+def _measure(run: ModelRun, job: Job, findings: Findings) -> None:
     """Take the probes of a job, those that need an idle device last."""
     from effbench import probes
 
@@ -224,8 +224,7 @@ def _measure(run: ModelRun, job: Job, gate: Gate, findings: Findings) -> None:
     take([name for name in job.probes if name not in probes.EXCLUSIVE])
     timing = [name for name in job.probes if name in probes.EXCLUSIVE]
     if timing and not findings.over:
-        findings.enter("wait")
-        with gate.alone():
+        with run.alone():
             take(timing)
 
 

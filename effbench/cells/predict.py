@@ -139,7 +139,9 @@ def _predict(
     for engine in engines:
         named = [*recipe.steps] if engine is None else [engine]
         own = [step for step in named if "train.parallel" in step.slots()]
-        made = Prediction(recipe.name, source.name, max((step.ranks for step in own), default=1), _name(own))
+        made = Prediction(
+            recipe.name, source.name, max((step.ranks for step in own), default=1), own[-1].label if own else ""
+        )
         try:
             if rehearsals is None:
                 batch = Batch(options.batch, options.context)
@@ -161,7 +163,3 @@ def _predict(
                 context=case.cached.context,
                 held=held,
             )
-
-
-def _name(engines: Sequence[Method]) -> str:
-    return engines[-1].label if engines else ""
