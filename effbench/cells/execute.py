@@ -7,8 +7,10 @@ failed and keeps what the others measured.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
+import json
 import math
 import random
 import time
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from effbench.cells.findings import Findings
 from effbench.cells.job import Job
 from effbench.core.errors import Diverged
+from effbench.core.files import replace_file
 from effbench.core.kinds import kind_of
 from effbench.core.method import Method, Need
 from effbench.core.recipe import Recipe, parse
@@ -29,6 +32,8 @@ from effbench.records.record import Record
 
 if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
+
+TUNED_AT = 0  # the seed at which points of a grid are tried: one choice for all seeds, whose spread is then the row's
 
 
 def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
@@ -96,17 +101,35 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     )
 
 
-def _tune(job: Job, gate: Gate | None, findings: Findings) -> Iterator[TuningPoint]:
-    """Every point of the job's grid, with its validation loss, what probes of tasks say of it, and what it cost.
+def _tune(job: Job, gate: Gate | None, findings: Findings) -> list[TuningPoint]:
+    """Every point of the job's grid, tried at one seed: cells of other seeds read what the cell of that seed found.
 
-    Raises `Diverged` where none is finite. Points are tried one after the other, so that a cell has what all of them
-    took.
+    Raises `Diverged` where none has a finite loss.
+    """
+    first = dataclasses.replace(job.cell, seed=TUNED_AT)
+    kept = None
+    if job.cache is not None and job.ranks == 1:  # else one rank might find what another does not
+        kept = job.cache / "tuned" / f"{first.identity}.json"
+    if kept is not None and job.cell.seed != TUNED_AT and kept.is_file():
+        found: list[TuningPoint] = json.loads(kept.read_bytes())
+    else:
+        found = list(_try_points(dataclasses.replace(job, cell=first), gate, findings))
+        if kept is not None:
+            replace_file(kept, json.dumps(found).encode())
+    if all(point["loss"] is None for point in found):
+        raise Diverged(f"the loss is not finite at any of {len(found)} points of the grid")
+    return found
+
+
+def _try_points(job: Job, gate: Gate | None, findings: Findings) -> Iterator[TuningPoint]:
+    """Every point with its validation loss, what probes of tasks say of it, and what it cost.
+
+    Points are tried one after the other, so that a cell has what all of them took.
     """
     from effbench import probes
     from effbench.nn.train.windows import find_loss
 
     points = job.cell.settings["tune"]
-    losses = []
     for number, steps in enumerate(points, 1):
         begin = time.monotonic()
         run = open_cell(job)
@@ -128,12 +151,9 @@ def _tune(job: Job, gate: Gate | None, findings: Findings) -> Iterator[TuningPoi
             pass
         finally:
             run.close()
-        losses.append(loss)
         tokens = sum(report["tokens"] for report in run.log.fits)
         seconds = time.monotonic() - begin - run.waited
         yield {"steps": steps, "loss": loss, "seconds": seconds, "tokens": tokens, "metrics": metrics}
-    if not any(loss is not None for loss in losses):
-        raise Diverged(f"the loss is not finite at any of {len(points)} points of the grid")
 
 
 def _part() -> None:

@@ -1,6 +1,6 @@
 """From a suite to jobs: which cells a command asks for, and which of them have to run.
 
-Cells are planned from models, recipes and seeds. Those with a final record are left out, the others run in processes
+Cells are planned from models, seeds and recipes. Those with a final record are left out, the others run in processes
 of their own.
 """
 
@@ -143,7 +143,10 @@ def _settings(options: RunOptions, changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -> Iterator[Job]:
-    """Every cell of a tier with what it takes to run it: models, then recipes, then seeds."""
+    """Every cell of a tier with what it takes to run it: models, then seeds, then recipes.
+
+    So a stop leaves whole tables of fewer seeds, and settings are chosen before other seeds need them.
+    """
     kind = placement.devices[0].name.partition(":")[0]
     by_token = {"score_block": 1} if any(map(changes_caches, tier.recipes)) else {}
     settings = (
@@ -167,32 +170,33 @@ def _jobs(options: RunOptions, placement: Placement, suite: Suite, tier: Tier) -
         for recipe in tier.recipes:
             if kind != "cpu" and recipe.ranks > len(places):
                 raise Usage(f"{recipe.name}: takes {recipe.ranks} ranks, a GPU each, and there are {len(places)}")
+        for seed, recipe in itertools.product(seeds, tier.recipes):
+            if seed != seeds[0] and not seeded(recipe):
+                continue
+            cell = Cell(
+                suite=suite.name,
+                suite_version=suite.version,
+                tier=placement.tier,
+                recipe=recipe.name,
+                steps=str(recipe),
+                resolved=tuple(recipe.resolved()),
+                model=source.name,
+                data=data.shown,
+                seed=seed,
+                settings=_settle(settings, recipe),
+                digests=digests(recipe, settings["probes"], source.digest, data.digest),
+            )
             alone = kind == "cpu" and recipe.ranks * placement.threads > placement.cores
-            for seed in seeds if seeded(recipe) else seeds[:1]:
-                cell = Cell(
-                    suite=suite.name,
-                    suite_version=suite.version,
-                    tier=placement.tier,
-                    recipe=recipe.name,
-                    steps=str(recipe),
-                    resolved=tuple(recipe.resolved()),
-                    model=source.name,
-                    data=data.shown,
-                    seed=seed,
-                    settings=_settle(settings, recipe),
-                    digests=digests(recipe, settings["probes"], source.digest, data.digest),
-                )
-                scratch = options.folder / "scratch" / cell.identity
-                yield Job(
-                    cell,
-                    source,
-                    data,
-                    places,
-                    ranks=recipe.ranks,
-                    scratch=scratch,
-                    cache=options.folder / "cache",
-                    probes=choose_probes(settings["probes"], recipe, alone),
-                )
+            yield Job(
+                cell,
+                source,
+                data,
+                places,
+                ranks=recipe.ranks,
+                scratch=options.folder / "scratch" / cell.identity,
+                cache=options.folder / "cache",
+                probes=choose_probes(settings["probes"], recipe, alone),
+            )
 
 
 def _settle(settings: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

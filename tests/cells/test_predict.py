@@ -71,14 +71,14 @@ FIT = f"fit(steps=7, batch_size={ROWS}, max_length={TOKENS})"
     [
         FIT,
         f"lora(rank=4), {FIT}",
-        f"nf4(double_quant=True), lora(rank=4), {FIT}",
-        f"galore(rank=8), {FIT}",
-        f"gqa(), {FIT}",
+        pytest.param(f"nf4(double_quant=True), lora(rank=4), {FIT}", marks=pytest.mark.slow),
+        pytest.param(f"galore(rank=8), {FIT}", marks=pytest.mark.slow),
+        pytest.param(f"gqa(), {FIT}", marks=pytest.mark.slow),
         "gqa(kv_heads=2), kv_quant()",
         f"paged_adamw(bits=8), {FIT}",
-        f"checkpointing(), {FIT}",
-        f"bf16(), {FIT}",
-        "gptq(group_size=64)",
+        pytest.param(f"checkpointing(), {FIT}", marks=pytest.mark.slow),
+        pytest.param(f"bf16(), {FIT}", marks=pytest.mark.slow),
+        pytest.param("gptq(group_size=64)", marks=pytest.mark.slow),
         "wanda(pattern='2:4')",
         "magnitude(sparsity=0.7)",
         "kv_quant(key_bits=4, value_bits=4, per='group')",
@@ -159,6 +159,7 @@ def test_views_of_a_storage_count_once():
     assert count_bytes([whole[:4], torch.zeros(4)]) == 32
 
 
+@pytest.mark.slow
 def test_an_engine_says_what_it_divides():
     alone, pair = (
         next(predict(PlanOptions(recipe=f"ddp(ranks={n}), fit(batch_size=4, max_length=32)", dtype="float32")))
@@ -275,6 +276,7 @@ def test_other_ranks_than_the_recipe_takes_are_wrong_usage(capsys):
     assert found.ranks == 4 and found.engine == "fsdp(ranks=4)"
 
 
+@pytest.mark.slow
 def test_experts_are_divided_and_all_else_is_not():
     whole, found = (foretell(FIT, "tiny:moe", engine=engine) for engine in ("", "ep(ranks=4)"))
     assert whole.activations == pytest.approx(measure(FIT, "tiny:moe")["activations"], rel=0.01)

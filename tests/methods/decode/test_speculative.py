@@ -76,7 +76,7 @@ def test_texts_end_before_their_first_stop_token(k: int) -> None:
         assert open_engine(run).generate(prompts, 16, {stop}) == cut
 
 
-@pytest.mark.parametrize("k", [2, 8])
+@pytest.mark.parametrize("k", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_texts_end_at_a_stop_string_inside_of_a_block(k: int) -> None:
     """One of two tokens, at every place of a text: the answer is that of the verifier alone."""
     run = run_of(f"rtn(bits=4), speculative(k={k})", initializer_range=0.2)
