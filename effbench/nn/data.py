@@ -468,7 +468,9 @@ def _open(source: DataSource, option: str, tokenizer: Any, width: int) -> Data:
         return _open_hub(source, option, tokenizer, width)
     if source.kind == "speeches":
         data = Data("speeches", _tell_parts(read_speeches()), tokenizer, width=width, made=True)
-        if source.name != "speeches":
+        if source.task_folders:
+            data.tasks, data.task_paths = ("speeches",), source.task_folders
+        if source.name == "speeches:presidents":
             data.learn_from(Data(source.name, _tell_parts(read_presidents()), tokenizer, width=width, made=True))
         return data
     assert source.path is not None

@@ -19,7 +19,7 @@ from effbench.core.errors import Unavailable, Usage, first_line
 from effbench.core.files import file_digest
 from effbench.core.paths import PACKAGE, cache_folder
 from effbench.core.usage import list_some, named_path, nearest
-from effbench.sources import smollm2
+from effbench.sources import questions, smollm2
 from effbench.sources.protocols import PROTOCOLS, Protocol
 from effbench.sources.shapes import SHAPES
 from effbench.sources.text import READERS, read_presidents, read_speeches
@@ -31,7 +31,12 @@ UPCYCLED = "tiny:moe"  # the embedded model as a mixture of experts
 EXPERTS = 4  # copies of each of its MLPs
 CHOSEN = 2  # of them, that a token is sent to
 WORLD = ("tiny", "tiny:task", "tiny:questions", "tiny:planted")  # what the generated world has to learn from
-SPEECHES = {"speeches": read_speeches, "speeches:presidents": read_presidents}  # and the addresses that ship
+QUESTIONS = "speeches:questions"
+SPEECHES = {  # the addresses that ship, and what they have to learn from or to be asked
+    "speeches": read_speeches,
+    "speeches:presidents": read_presidents,
+    QUESTIONS: questions.read_questions,
+}
 UNRESOLVED = "unresolved"  # digest of what is only known once the Hub has answered
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # org/name, and after @ a branch, tag or commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -111,6 +116,8 @@ class DataSource:
     @property
     def task_folders(self) -> tuple[Path, ...]:
         """Folders of the lm-eval tasks that come with the data."""
+        if self.name == QUESTIONS:
+            return (questions.FOLDER,)
         return (TINY / "tasks",) if self.kind == "tiny" else ()
 
 

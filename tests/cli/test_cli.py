@@ -152,7 +152,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         (
             ["run", "suite=quant", "data=wiki"],
             "data=wiki: must be tiny, tiny:task, tiny:questions, tiny:planted, speeches, speeches:presidents, "
-            "text:FOLDER, ",
+            "speeches:questions, text:FOLDER, ",
         ),
         (["run", "suite=quant", "results=twice.yaml/results"], "cannot write there"),
         (["run", "suite=quant", "results=/proc/results"], "cannot write there"),

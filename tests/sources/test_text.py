@@ -228,7 +228,7 @@ def test_data_to_calibrate_on_is_part_of_what_the_data_is(tmp_path: Path) -> Non
     with pytest.raises(
         Usage,
         match="calibration_data=nothing: must be tiny, tiny:task, tiny:questions, tiny:planted, speeches, "
-        "speeches:presidents, text:",
+        "speeches:presidents, speeches:questions, text:",
     ):
         sources.data("tiny", "nothing")
 
