@@ -348,6 +348,33 @@ DEFINITIONS: tuple[Definition, ...] = (
         "accepted_at_{place}", "speed", "fraction", "higher",
         "The share of drafts whose token at this place is taken, of those that were taken up to there.",
     ),
+    Definition(
+        "tokens_per_pass", "speed", "tokens", "higher",
+        "Tokens of a text for each pass of the model that checks drafts, its own token included and the prompt's pass "
+        "left out.",
+    ),
+    Definition(
+        "sampled_drafted_tok_per_s", "speed", "tokens/s", "higher",
+        "Tokens of a sampled text per second where a draft proposes them and the model checks them, its prompt "
+        "included.",
+    ),
+    Definition(
+        "sampled_drafted_speedup", "speed", "ratio", "higher",
+        "How many times faster a text is sampled with drafts than by the model that checks them alone.",
+    ),
+    Definition(
+        "sampled_accepted_per_pass", "speed", "tokens", "higher",
+        "Drafted tokens that the model takes in each of its passes over a sampled text.",
+    ),
+    Definition(
+        "sampled_accepted_at_{place}", "speed", "fraction", "higher",
+        "The share of drafts of sampled text whose token at this place is taken, of those that were taken up to there.",
+    ),
+    Definition(
+        "sampled_tokens_per_pass", "speed", "tokens", "higher",
+        "Tokens of a sampled text for each pass of the model that checks drafts, its own token included and the "
+        "prompt's pass left out.",
+    ),
     # Operations and energy
     Definition(
         "score_flops_per_token_c{context}", "compute", "FLOP", "lower",

@@ -64,6 +64,7 @@ UNITS = {  # sentences for units that are not said by their own name
 ANSWERS = ("completion_nll", "completion_exact", "completion_gain_nats")  # what tables of a learned task are about
 # Beside tasks: the gap to the model that taught, and what is right without a look at the prompt.
 OF_ANSWERS = r"answer_acceptance|(answer_)?block_tokens_k\d+|completion_constant_exact"
+LEFT = r"(.*_)?(cache|prompt)_kept|(sampled_)?(accepted_.*|tokens_per_pass)"  # of caches, prompts and drafts
 STEP = "fit_step_ms"
 PHASES = ("decode", "prefill")
 CACHE = "cache_bytes_per_token"
@@ -176,8 +177,8 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
             *map(measure, [name for name in measured if re.fullmatch(OF_ANSWERS, name)]),
         ],
         "inference": [
-            *map(measure, [name for name in measured if re.fullmatch(r"(.*_)?(cache|prompt)_kept|accepted_.*", name)]),
-            *map(measure, [name for name in measured if re.fullmatch(r".*cache_bytes_per_token|drafted_.*", name)]),
+            *map(measure, [name for name in measured if re.fullmatch(LEFT, name)]),
+            *map(measure, [name for name in measured if re.fullmatch(r".*cache_bytes_per_token|.*drafted_.*", name)]),
             *map(
                 measure,
                 [name for name in measured if re.fullmatch(r".+_over_random(_evict.*)?|prompt_over_asked", name)],

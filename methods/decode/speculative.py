@@ -56,12 +56,14 @@ class Drafting:
 
 @dataclass
 class Speculation:
-    """Generates with a draft and a verifier, prompt by prompt; takes down how many tokens of whole drafts it took."""
+    """Generates with a draft and a verifier, prompt by prompt; takes down how many tokens of whole drafts it took, and
+    how many every pass of the verifier behind a prompt gave the text."""
 
     k: int
     role: str  # of the verifier
     verifier: Any  # its engine, of the tokens that the draft predicts, too
     accepted: list[int] = field(default_factory=list)  # of each pass of the verifier over k drafted tokens
+    committed: list[int] = field(default_factory=list)  # of each pass; nothing behind a stop token, which counts
 
     def generate(
         self,
@@ -82,7 +84,10 @@ class Speculation:
         for prompt, chance in zip(prompts, sampling.chances(numbers), strict=True):
             text = self.start(draft, prompt, sampling, chance)
             while len(text.tokens) < most and not stops.intersection(text.tokens):
-                self.go_on(draft, text, min(self.k, most - len(text.tokens) - 1), sampling, chance)
+                before = len(text.tokens)
+                self.go_on(draft, text, min(self.k, most - before - 1), sampling, chance)
+                new = text.tokens[before:]
+                self.committed.append(next((i for i, token in enumerate(new, 1) if token in stops), len(new)))
             cut = next((i for i, token in enumerate(text.tokens) if token in stops), most)
             made.append(text.tokens[: min(cut, most)])
         return made

@@ -193,17 +193,6 @@ def test_completions_that_met_nothing_are_refused(under: Under) -> None:
             probes.take("completion", under(steps), {"limit": 2})
 
 
-@pytest.mark.parametrize(("k", "taken"), [(2, 2.0), (40, None)])
-def test_drafts_of_the_verifier_itself_are_all_taken(under: Under, k: int, taken: float | None) -> None:
-    """Those that are as long as the method wants them, of which a short text has none."""
-    metrics = probes.take("drafts", under(f"speculative(k={k})"), {"speed_seconds": 0.05}).metrics
-    assert metrics["drafted_speedup"].value > 0
-    assert (metrics["accepted_per_pass"].value if "accepted_per_pass" in metrics else None) == taken
-    if taken:
-        assert metrics["accepted_at_1"].value == metrics["accepted_at_2"].value == 1
-    assert not probes.take("drafts", under("h2o()"), {}).metrics
-
-
 # What probes see
 
 PARTS = {

@@ -53,6 +53,19 @@ def test_a_draft_that_is_the_verifier_is_taken_whole() -> None:
     assert run.infer.slot("decoder").accepted == [3] * 4
 
 
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_passes_give_what_they_add_up_to_a_stop_token(cut: int) -> None:
+    """The prompt's token is of no pass; the stop token is, and what was drafted behind it is not."""
+    run = run_of("speculative(k=3)")
+    engine, decoder = open_engine(run), run.infer.slot("decoder")
+    (whole,) = engine.generate([text(30)], 13, set())
+    assert decoder.committed == [4, 4, 4]
+    cut = whole.index(whole[cut])  # where that token comes first
+    decoder.committed.clear()
+    (short,) = engine.generate([text(30)], 13, {whole[cut]})
+    assert short == whole[:cut] and sum(decoder.committed) == cut
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(("k", "left"), [(4, 10), (40, 5), (1, 2), (4, 1)])
 def test_no_more_is_drafted_than_is_left_of_text_and_positions(architecture: str, k: int, left: int) -> None:
