@@ -46,7 +46,7 @@ class Settings:
     skip: list[str] | None = None  # patterns of linears that methods leave alone
     tasks: Tasks | None = None  # lm-eval tasks; by default those that belong to the data
     chat_template: bool | None = None  # whether tasks are put as a user's turn by the model's template; by default not
-    limit: Count | None = None  # items per task, windows of perplexity
+    limit: Count | None = None  # items per task, windows of perplexity, texts that are drafted
     window: Annotated[int, Meta(ge=2)] | None = None  # tokens per window of perplexity
     stride: Count | None = None  # tokens from one window to the next; each scores its last so many; by default a window
     text_tokens: Count | None = None  # tokens of held-out text

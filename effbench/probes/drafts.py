@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from effbench.nn.run import ModelRun
 
 CONTEXT, NEW_TOKENS = 64, 32  # of each text
-TEXTS = 16  # different ones
+TEXTS = 16  # different ones, at most
 
 EXCLUSIVE = True
 SEES = {"weights", "cache", "attention", "decoder"}
@@ -31,8 +31,9 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     """`drafted_speedup`, `tokens_per_pass` and the shares of drafts that are taken; the same of sampled text, at
     temperature 1, behind `sampled_`. Nothing for a recipe that drafts nothing.
 
-    Drafts are counted over the texts, each made once, so that counts do not depend on how fast they are made; then
-    making them is timed, for `speed_seconds`, of which greedy and sampled text have a half each.
+    Drafts are counted over the texts, as many as the setting `limit` at most, each made once, so that counts do not
+    depend on how fast they are made; then making them is timed, for `speed_seconds`, of which greedy and sampled text
+    have a half each.
 
     Raises `Unsupported` where there is too little held-out text, and `Refused` where drafts change the text.
     """
@@ -40,7 +41,8 @@ def take(run: ModelRun, settings: Mapping[str, Any]) -> Reading:
     reading, decoder = Reading(), run.infer.slot("decoder")
     if decoder is None:
         return reading
-    texts = [part.tolist() for part in run.data.heldout_ids(TEXTS * CONTEXT).split(CONTEXT) if len(part) == CONTEXT]
+    most = min(TEXTS, settings.get("limit") or TEXTS)
+    texts = [part.tolist() for part in run.data.heldout_ids(most * CONTEXT).split(CONTEXT) if len(part) == CONTEXT]
     if not texts:
         raise Unsupported(f"the held-out text has fewer than {CONTEXT} tokens")
     engines = open_engine(run), open_engine(run, run.role(decoder.role))

@@ -121,6 +121,13 @@ def test_greedy_and_sampled_text_share_the_seconds(under: Open, monkeypatch: pyt
         assert metrics[f"{kind}drafted_speedup"].value > 0 and metrics[f"{kind}drafted_tok_per_s"].value > 0
 
 
+def test_a_limit_is_of_the_texts(under: Open) -> None:
+    for limit, texts in ((2, 2), (40, 3)):
+        reading = probes.take("drafts", under("speculative(k=2)"), BRIEF | {"limit": limit})
+        assert f"{texts} texts" in reading.protocols["sampled_accepted_per_pass"]
+        assert reading.metrics["tokens_per_pass"].n == 5 * texts  # passes
+
+
 def test_a_text_that_is_not_the_verifiers_is_refused(under: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """The draft's own text in the place of one that was checked."""
     run = under("sliding_window(window=3), speculative(k=3)")
