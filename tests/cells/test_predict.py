@@ -237,9 +237,8 @@ def test_a_recipe_without_an_engine_is_tried_under_each_of_their_settings(monkey
     assert all(prediction.ranks == prediction.held.trained == 3 for prediction in found)
 
 
-@pytest.mark.parametrize(
-    "engine", ["pp()", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp(stage=1)", "tp()"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["pp()", "fsdp(stage=1)", "tp()"])
 def test_a_deep_model_is_foretold_by_few_blocks(engine):
     """What few blocks are carried on to is what all of them hold, whichever way an engine deals them out."""
     case = make_case(sources.model("shape:deep-tiny"), parse(FIT).steps, torch.float32)
