@@ -13,6 +13,7 @@ from effbench.core.registry import entry
 from effbench.records.record import Record
 from effbench.sources import DataSource, Source
 
+METHOD = "method."  # begins the name of a method's digest
 FILES = "files"  # the digest of what methods read, which only they can name; it is taken as it is
 
 
@@ -26,7 +27,9 @@ def is_stale(record: Record) -> bool:
         model = _digest_source(sources.find_model, cell.model) or cell.digests["model"]
         data = _digest_source(sources.find_data, cell.data) or cell.digests["data"]
         shared = _digest_shared(tuple(cell.settings["probes"]), model, data)
-        own = {f"method.{step['method']}": _digest_step(step["method"]) for step in cell.resolved}
+        named = {f"{METHOD}{step['method']}" for step in cell.resolved}
+        named |= {name for name in cell.digests if name.startswith(METHOD)}  # parts of steps have their own
+        own = {name: _digest_step(name.removeprefix(METHOD)) for name in named}
     except (Usage, ValueError, KeyError, TypeError):  # a method, a probe, the model or the data is no more
         return True
     return shared | own != {name: digest for name, digest in cell.digests.items() if name != FILES}

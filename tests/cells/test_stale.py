@@ -21,14 +21,18 @@ from effbench.records.store import Store
 PROBES = ["cost", "quality"]
 
 
-@pytest.fixture
-def record():
-    recipe = parse("gptq(bits=3)")
+def plan(steps):
+    recipe = parse(steps)
     present = digests(recipe, PROBES, sources.model("tiny").digest, sources.data(None).digest)
     cell = Cell(
         "quant", 1, "quick", "g", str(recipe), tuple(recipe.resolved()), "tiny", "tiny", 0, {"probes": PROBES}, present
     )
     return Record(cell, "ok")
+
+
+@pytest.fixture
+def record():
+    return plan("gptq(bits=3)")
 
 
 def changed(record, **changes):
@@ -37,6 +41,14 @@ def changed(record, **changes):
 
 def test_what_was_just_planned_is_not_stale(record):
     assert not is_stale(record)
+
+
+def test_methods_that_a_step_takes_are_its_own_too():
+    record = plan("active_learning(acquire='entropy()')")
+    assert not is_stale(record)
+    for name in ("method.active_learning", "method.entropy"):
+        assert is_stale(changed(record, digests=record.cell.digests | {name: "0"}))
+    assert is_stale(changed(record, digests=record.cell.digests | {"method.gone": "0"}))
 
 
 @pytest.mark.parametrize("name", ["model", "data", "tasks", "open", "probe.quality", "method.gptq"])
