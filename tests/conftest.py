@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ from effbench.sources import DataSource, Source
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # worker processes inherit the path and find `fake_cells`
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch: several only get in each other's way on tensors as small as those of tests."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -36,6 +36,9 @@ from effbench.records.store import Store, latest
 from effbench.sources import DataSource, Source
 from effbench.sources.protocols import TEXT_TOKENS, WINDOW
 
+METHOD = "method."  # begins the name of a method's digest
+FILES = "files"  # names the digest of what methods read, which only they can list
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -305,10 +308,10 @@ def digests(recipe: Recipe, taken: Sequence[str], model: str, data: str) -> dict
     a row's own.
     """
     steps = [part for step in recipe.steps for part in (step, *step.parts)]
-    own = {f"method.{step.key}": digest_method(type(step).__module__, kind_of(type(step))) for step in steps}
+    own = {f"{METHOD}{step.key}": digest_method(type(step).__module__, kind_of(type(step))) for step in steps}
     files = [path for step in steps for path in _list_files(step)]
     if files:
-        own["files"] = _joined(map(_file_digest, files))
+        own[FILES] = _joined(map(_file_digest, files))
     return digest_shared(taken, model, data) | own
 
 

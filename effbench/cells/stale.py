@@ -7,14 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from effbench import sources
-from effbench.cells.plan import digest_method, digest_shared
+from effbench.cells.plan import FILES, METHOD, digest_method, digest_shared
 from effbench.core.errors import Usage
 from effbench.core.registry import entry
 from effbench.records.record import Record
 from effbench.sources import DataSource, Source
-
-METHOD = "method."  # begins the name of a method's digest
-FILES = "files"  # the digest of what methods read, which only they can name; it is taken as it is
 
 
 def is_stale(record: Record) -> bool:
@@ -32,7 +29,7 @@ def is_stale(record: Record) -> bool:
         own = {name: _digest_step(name.removeprefix(METHOD)) for name in named}
     except (Usage, ValueError, KeyError, TypeError):  # a method, a probe, the model or the data is no more
         return True
-    return shared | own != {name: digest for name, digest in cell.digests.items() if name != FILES}
+    return shared | own != {name: digest for name, digest in cell.digests.items() if name != FILES}  # taken as it is
 
 
 @functools.lru_cache(maxsize=256)

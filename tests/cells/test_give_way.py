@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from effbench.cells import execute as cells
-from effbench.cells.job import Place
-from effbench.cells.options import RunOptions
-from effbench.cells.plan import plan
+from effbench.cells.job import Job
 from effbench.machine.gate import Gate
 
 LONG = 0.5  # seconds that another has the machine to itself
@@ -33,20 +30,14 @@ LONG = 0.5  # seconds that another has the machine to itself
         ("quality", "rtn(bits=4)", {"probes": ["quality"], "tasks": ["tiny_facts"], "limit": 100}),
     ],
 )
-def test_others_pass_while_a_cell_works(tmp_path: Path, phase: str, recipe: str, changes: dict[str, Any]) -> None:
-    options = RunOptions(recipe=recipe, device="cpu", results=str(tmp_path / "runs"))
-    tune = changes.pop("tune", None)
-    job = (
-        plan(options, {"probes": ["perplexity"], "text_tokens": 2048} | changes)
-        .todo[-1]
-        .at([Place("cpu", tmp_path / "gate.lock")])
-    )
-    if tune:
-        job = dataclasses.replace(job, cell=dataclasses.replace(job.cell, settings=job.cell.settings | {"tune": tune}))
+def test_others_pass_while_a_cell_works(
+    plan_job: Callable[..., Job], phase: str, recipe: str, changes: dict[str, Any]
+) -> None:
+    job = plan_job(recipe, **changes)
     asked, passed = threading.Event(), list[float]()
 
     def pass_by() -> None:
-        gate = Gate(tmp_path / "gate.lock", lambda **news: None)
+        gate = Gate(job.place.gate, lambda **news: None)
         asked.wait(60)
         with gate.shared(), gate.alone():
             time.sleep(LONG)

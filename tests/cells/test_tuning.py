@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from effbench.cells import execute as cells
-from effbench.cells.job import Job, Place
-from effbench.cells.options import RunOptions
-from effbench.cells.plan import plan
+from effbench.cells.job import Job
 from effbench.records.record import Record
 
+Run = Callable[..., Record]
 POINTS = ["fit(steps=3, max_length=16, lr=0.003)", "fit(steps=3, max_length=16, lr=1e-05)"]  # the second is better
 
 
@@ -31,15 +30,17 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seeds
 
 
-def run(folder: Path, seed: int, points: list[str] = POINTS) -> Record:
-    options = RunOptions(recipe=points[0], device="cpu", results=str(folder / "runs"), seeds=[seed])
-    (job,) = plan(options, {"probes": ["perplexity"], "text_tokens": 2048}).todo[-1:]
-    job = job.at([Place("cpu", folder / "gate.lock")])
-    settings = job.cell.settings | {"tune": points}
-    return cells.execute(dataclasses.replace(job, cell=dataclasses.replace(job.cell, settings=settings)))
+@pytest.fixture
+def run(plan_job: Callable[..., Job]) -> Run:
+    """Executes a tuned row in a folder, at a seed."""
+
+    def run(folder: Path, seed: int, points: list[str] = POINTS) -> Record:
+        return cells.execute(plan_job(points[0], folder, seed, points))
+
+    return run
 
 
-def test_other_seeds_read_what_was_chosen_and_are_fitted_anew(tmp_path: Path, tried: list[int]) -> None:
+def test_other_seeds_read_what_was_chosen_and_are_fitted_anew(tmp_path: Path, run: Run, tried: list[int]) -> None:
     first, second = run(tmp_path, 0), run(tmp_path, 1)
     assert first.outcome == second.outcome == "ok", (first.reason, second.reason)
     assert tried == [0]
@@ -50,7 +51,7 @@ def test_other_seeds_read_what_was_chosen_and_are_fitted_anew(tmp_path: Path, tr
 
 
 def test_a_seed_by_itself_chooses_as_the_first_does_and_measuring_anew_tries_anew(
-    tmp_path: Path, tried: list[int]
+    tmp_path: Path, run: Run, tried: list[int]
 ) -> None:
     alone = run(tmp_path / "a", 1)
     again = [run(tmp_path / "b", 0), run(tmp_path / "b", 0)]
@@ -59,13 +60,13 @@ def test_a_seed_by_itself_chooses_as_the_first_does_and_measuring_anew_tries_ane
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_other_grids_are_tried_by_themselves(tmp_path: Path, tried: list[int]) -> None:
+def test_other_grids_are_tried_by_themselves(tmp_path: Path, run: Run, tried: list[int]) -> None:
     run(tmp_path, 0)
     other = run(tmp_path, 1, POINTS[:1])
     assert tried == [0, 0] and len(other.log["tuning"]) == 1
 
 
-def test_a_grid_without_a_finite_loss_diverges_at_every_seed(tmp_path: Path, tried: list[int]) -> None:
+def test_a_grid_without_a_finite_loss_diverges_at_every_seed(tmp_path: Path, run: Run, tried: list[int]) -> None:
     points = ["fit(steps=2, max_length=16, lr=1e+30, warmup=0.0)"]
     found = [run(tmp_path, seed, points) for seed in (0, 1)]
     assert [record.outcome for record in found] == ["diverged", "diverged"], found[0].reason

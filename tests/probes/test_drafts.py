@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from effbench import probes, sources
 from effbench.core.errors import Refused
@@ -21,14 +20,6 @@ from effbench.probes import Reading, drafts
 Open = Callable[[str], Any]
 BRIEF = {"speed_seconds": 0.02}
 KINDS = ("", "sampled_")
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -33,14 +33,6 @@ NEEDLE, FACTS, CONTEXTS, RECALL = "tiny_needle_256", "tiny_facts", "tiny_context
 Under = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def plain() -> Any:
     settings = {"calibration_sequences": 2, "calibration_length": 32}
