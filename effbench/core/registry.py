@@ -99,7 +99,8 @@ def _catalog(folders: tuple[Path, ...]) -> dict[str, Entry]:
                 raise Usage(f"two methods are called {path.stem!r}: {entries[path.stem].path} and {path}")
             entries[path.stem] = _family_entry(path, parents[root])
     entries = dict(sorted(entries.items()))
-    keep(name, sources, [*OPENED, *Path(__file__).parent.glob("*.py")], list(map(_plain, entries.values())))
+    there = [path for path in OPENED if path.is_file()]  # nothing here follows from one that is gone
+    keep(name, sources, [*there, *Path(__file__).parent.glob("*.py")], list(map(_plain, entries.values())))
     return entries
 
 

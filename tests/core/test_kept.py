@@ -81,6 +81,9 @@ def test_the_catalog_is_the_same_from_either(tmp_path: Path, monkeypatch: pytest
         registry._catalog.cache_clear()
         return registry.catalog()
 
+    write("Gone", 0.1)
+    assert "gone" in listed()
+    (family / "gone.py").unlink()
     write("Sparser", 0.1)
     first = listed()
     with monkeypatch.context() as patch:
