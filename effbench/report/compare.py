@@ -16,7 +16,9 @@ from effbench.core.usage import nearest
 from effbench.records.reader import read_record
 from effbench.records.record import Record, Unreadable
 from effbench.report.differences import (
+    ANSWERED,
     LEVEL,
+    TESTED,
     Pairs,
     Side,
     average_items,
@@ -41,9 +43,9 @@ from effbench.stats.paired import ENOUGH, Estimate, holm
 LEGEND = (
     "Paired by item; an item is averaged over the seeds of each side first. Accuracies in %. A perplexity is that of\n"
     "the mean log-likelihood, and the interval of its change is that of the ratio, at the geometric mean of both.\n"
-    "p: McNemar's exact test for right and wrong answers, Student's t of the differences for windows and texts, and\n"
-    f"for other items, or a studentized bootstrap where fewer than {ENOUGH} of them differ. *: at most {LEVEL} after\n"
-    "Holm over the table."
+    "p: McNemar's exact test for right and wrong answers, whose interval is Tango's; Student's t of the\n"
+    f"differences for windows and texts, and for other items, or a studentized bootstrap where fewer than {ENOUGH} of\n"
+    f"them differ. *: at most {LEVEL} after Holm over the table."
 )
 LONGEST = 100  # characters of a name that are looked at
 FEW = 20  # names that are worth listing
@@ -167,7 +169,7 @@ def find_obstacle(before: Row, after: Row) -> str:
             return f"{what} is {left} for one and {right} for the other"
     for metric in sorted(set(first.protocols) & set(second.protocols), key=natural_key):
         left, right = first.protocols[metric], second.protocols[metric]
-        if left != right and get_family(metric) in ("perplexity", "accuracy", "distance"):
+        if left != right and get_family(metric) in (*TESTED, "distance"):
             return f"{metric} was measured as {left!r} for one and as {right!r} for the other"
     return ""
 
@@ -256,7 +258,7 @@ def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> lis
 
 def _count_changes(before: Row, after: Row, metric: str) -> str:
     """Right answers lost and gained, where one seed stands against one."""
-    if get_family(metric) != "accuracy" or len(before.records) > 1 or len(after.records) > 1:
+    if get_family(metric) not in ANSWERED or len(before.records) > 1 or len(after.records) > 1:
         return DASH
     left, right = read_items(before.records[0], metric), read_items(after.records[0], metric)
     if left is None or right is None:

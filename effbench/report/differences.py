@@ -19,10 +19,11 @@ from effbench.report import metrics
 from effbench.report.groups import Row, Table
 from effbench.report.metrics import TASKS, get_family, get_task, select_tasks
 from effbench.stats import paired
-from effbench.stats.paired import Estimate, Floats, holm, mcnemar, mean_interval
+from effbench.stats.paired import Estimate, Floats, answers_interval, holm, mcnemar, mean_interval
 
 LEVEL = 0.05
-TESTED = ("perplexity", "accuracy")  # kinds of metrics that a table tests
+TESTED = ("perplexity", "accuracy", "quality")  # kinds of metrics that a table tests
+ANSWERED = ("accuracy", "quality")  # kinds whose items may be right and wrong answers
 OVER_TOKENS = ("perplexity", "distance")  # kinds whose items are windows or texts, means over their tokens
 
 
@@ -147,9 +148,7 @@ class Pairs:
             left, right = left[whole], right[whole]
             if not left.size:
                 return None
-        answers = (
-            get_family(metric) == "accuracy" and self.before.has_answers(metric) and self.after.has_answers(metric)
-        )
+        answers = get_family(metric) in ANSWERED and self.before.has_answers(metric) and self.after.has_answers(metric)
         return Pair(left, right, count_changes(left, right) if answers else None)
 
 
@@ -164,7 +163,10 @@ def estimate_difference(before: Sequence[Record], after: Sequence[Record], metri
         return None
     test = mean_interval(*(pair.after - pair.before for pair in pairs), averages=get_family(metric) in OVER_TOKENS)
     changes = _sum_changes(pairs)
-    return test if changes is None else msgspec.structs.replace(test, p=mcnemar(*changes))
+    if changes is None:
+        return test
+    low, high = answers_interval([(*pair.changes, pair.before.size) for pair in pairs if pair.changes is not None])
+    return msgspec.structs.replace(test, low=low, high=high, p=mcnemar(*changes))
 
 
 def _test_metric(pairs: Pairs, metric: str) -> Test | None:

@@ -13,7 +13,9 @@ from collections.abc import Iterable
 
 from effbench.records.definitions import Definition, Family, Undefined, describe
 
-DISTANCES = ("kl_nats_per_token", "top1_agreement")  # `flips` is the rest of the agreement
+# Distances from the unchanged model or from a teacher that have results per item; `flips` is the rest of the agreement.
+DISTANCES = ("kl_nats_per_token", "answer_kl_nats_per_token", "top1_agreement", "acceptance", "answer_acceptance")
+LEARNED = ("completion_nll", "completion_exact")  # on a task that was trained on; the gain on no prompt is nll's own
 TASKS = "tasks_acc"  # the mean over all tasks
 TITLES = {
     "token_ppl": "perplexity",
@@ -143,11 +145,12 @@ def _select_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def select_quality(names: Iterable[str]) -> list[str]:
-    """Those that say how good a model is: perplexities, distances from the unchanged model, tasks and their mean."""
+    """Those that say how good a model is: of a task that was learned, perplexities, distances, tasks and their mean."""
     names = set(names)
+    learned = [name for name in LEARNED if name in names]
     distances = [name for name in DISTANCES if name in names]
     means = [name for name in (TASKS, f"{TASKS}_evict_at_context") if name in names]
-    return [*select_perplexities(names), *distances, *means, *select_tasks(names)]
+    return [*learned, *select_perplexities(names), *distances, *means, *select_tasks(names)]
 
 
 def get_limits(metric: str) -> tuple[float, float]:

@@ -20,6 +20,7 @@ FEWEST = 5  # a bootstrap of fewer items says nothing: no interval, p = 1
 PAIR = 2  # the fewest values that have a spread
 ENOUGH = 30  # values other than zero from which on Student's t is as good as a bootstrap
 RESAMPLES = 9999
+TINY = 1e-12  # a variance below which all is certain
 
 
 class Estimate(msgspec.Struct, frozen=True, gc=False):
@@ -122,8 +123,9 @@ def _vanishes(error: float, value: float) -> bool:
 
 
 def _without_spread(value: float, n: int) -> Estimate:
-    """All values are the same. Were the sides equal, n differences would all share a sign this often."""
-    return Estimate(value, value, value, 1.0 if value == 0 else 2.0 ** (1 - n), n)
+    """All values are the same, which says nothing of how far the next may be: no interval. Were the sides equal, n
+    differences would all share a sign this often."""
+    return Estimate(value, p=1.0 if value == 0 else 2.0 ** (1 - n), n=n)
 
 
 def _resample(group: Floats, resamples: int, seed: tuple[int, int]) -> tuple[Floats, Floats]:
@@ -153,6 +155,54 @@ def mcnemar(lost: int, gained: int) -> float:
     from scipy.special import bdtr
 
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
+
+
+def answers_interval(changes: Sequence[tuple[int, int, int]], level: float = 0.95) -> tuple[float, float]:
+    """Bounds of the mean over tasks of (gained - lost) / items, by `score_interval` of each task, joined by the squares
+    of their reaches (MOVER). `changes` are (lost, gained, items) of each task. Answers that are all alike do not make
+    it a point: so many items could hide a difference.
+
+    Source: Donner and Zou, Statistics in Medicine 2012, for the joining. Raises `ValueError` for no task.
+    """
+    if not changes:
+        raise ValueError("no tasks")
+    value, below, above = 0.0, 0.0, 0.0
+    for lost, gained, n in changes:
+        low, high = score_interval(lost, gained, n, level)
+        difference = (gained - lost) / n
+        value += difference / len(changes)
+        below += ((difference - low) / len(changes)) ** 2
+        above += ((high - difference) / len(changes)) ** 2
+    return max(-1.0, value - math.sqrt(below)), min(1.0, value + math.sqrt(above))
+
+
+@functools.lru_cache(maxsize=65536)
+def score_interval(lost: int, gained: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Bounds of the difference of two shares of right answers to the same `n` questions: those for which the score
+    test of the paired answers does not reject the difference.
+
+    Source: Tango, Statistics in Medicine 1998, eq. 6-8. Raises `ValueError` where there are no questions.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import ndtri
+
+    if n < 1:
+        raise ValueError("no questions")
+    reach, value = float(ndtri((1 + level) / 2)), (gained - lost) / n
+
+    def exceed(difference: float) -> float:
+        """The statistic at a difference; it falls as that grows."""
+        linear = (2 * n - gained + lost) * difference - gained - lost
+        root = math.sqrt(max(0.0, linear**2 + 8 * n * lost * difference * (1 - difference)))
+        nuisance = (root - linear) / (4 * n)  # the likeliest share of lost answers, were this the difference
+        variance = n * (2 * nuisance + difference * (1 - difference))
+        distance = gained - lost - n * difference
+        return distance / math.sqrt(max(variance, TINY)) if distance else 0.0
+
+    edge = 1 - 1e-12
+    low = -1.0 if exceed(-edge) < reach else float(brentq(lambda d: exceed(d) - reach, -edge, value))
+    high = 1.0 if exceed(edge) > -reach else float(brentq(lambda d: exceed(d) + reach, value, edge))
+    return low, high
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -22,6 +22,7 @@ from effbench.report.differences import compute_row_tests, estimate_difference
 from effbench.report.groups import Row, group_records
 from effbench.report.metrics import get_family, get_scale, select_quality
 from effbench.report.pages import load
+from effbench.stats.paired import mcnemar, score_interval
 
 
 @pytest.fixture
@@ -51,6 +52,35 @@ def test_recipes_by_name(results, capsys):
     assert (
         recall["lost, gained"] == "40, 0" and recall["B - A"].startswith("-33.3") and recall["p (Holm)"].endswith("*")
     )
+
+
+def learned(recipe, right, losses, acceptance):
+    """A record of a task that was learned: right and wrong answers, their losses, and the gap to a teacher."""
+    metrics = {
+        "completion_exact": Metric(float(np.mean(right)), n=len(right)),
+        "completion_nll": Metric(float(np.mean(losses)), n=len(losses)),
+        "acceptance": Metric(float(np.mean(acceptance)), n=len(acceptance)),
+    }
+    samples = {"completion_exact": right, "completion_nll": losses, "acceptance": acceptance}
+    return make(recipe, metrics=metrics, samples=samples, protocols={})
+
+
+def test_what_was_learned_is_compared_answer_by_answer():
+    rng = np.random.default_rng(3)
+    right = [1.0] * 30 + [0.0] * 30
+    losses, acceptance = rng.normal(1.0, 0.3, 60), rng.uniform(0.4, 0.6, 40)
+    worse = learned("ia3()", right, losses.tolist(), acceptance.tolist())
+    fewer = [1.0] * 18 + [0.0] * 12 + [0.0] * 28 + [1.0] * 2
+    better = learned("lora()", fewer, (losses - 0.2).tolist(), (acceptance + 0.1).tolist())
+    changes = {change.metric: change for change in compare_metrics([worse], [better])}
+    exact = changes.pop("completion_exact")
+    assert exact.test.p == mcnemar(12, 2) and exact.value == pytest.approx(-100 / 6)
+    assert (exact.low, exact.high) == pytest.approx([100 * bound for bound in score_interval(12, 2, 60)])
+    assert {name: round(change.value, 6) for name, change in changes.items()} == {
+        "completion_nll": -0.2,
+        "acceptance": 10.0,
+    }
+    assert re.search(r"completion_exact .*\| +12, 2 \|", compare(Row((worse,)), Row((better,))))
 
 
 def test_a_file_with_itself(results, capsys):

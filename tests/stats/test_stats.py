@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from effbench.stats.paired import Estimate, bootstrap, holm, mcnemar, mean_interval, over_seeds, student
+from effbench.stats.paired import (
+    Estimate,
+    answers_interval,
+    bootstrap,
+    holm,
+    mcnemar,
+    mean_interval,
+    over_seeds,
+    score_interval,
+    student,
+)
 
 
 @pytest.fixture
@@ -104,6 +114,57 @@ def test_mcnemar_false_alarm_rate(rng):
     assert alarms / 1000 <= 0.06
 
 
+def score(lost, gained, n, difference):
+    """The score statistic at a difference, the likeliest share of lost answers found on a fine grid."""
+    shares = np.linspace(max(0, -difference) + 1e-9, (1 - difference) / 2 - 1e-9, 100_001)
+    weights = ((lost, shares), (gained, shares + difference), (n - lost - gained, 1 - 2 * shares - difference))
+    likelihood = sum(count * np.log(share) for count, share in weights if count)
+    share = shares[np.argmax(likelihood)]
+    return (gained - lost - n * difference) / math.sqrt(n * (2 * share + difference - difference**2))
+
+
+@pytest.mark.parametrize("lost, gained, n", [(2, 12, 50), (1, 0, 30), (4, 4, 10), (10, 0, 40), (30, 45, 200)])
+def test_the_score_interval_holds_what_the_test_does_not_reject(lost, gained, n):
+    low, high = score_interval(lost, gained, n)
+    assert score(lost, gained, n, low) == pytest.approx(1.96, abs=1e-3)
+    assert score(lost, gained, n, high) == pytest.approx(-1.96, abs=1e-3)
+
+
+counts = st.integers(1, 60).flatmap(
+    lambda n: st.integers(0, n).flatmap(lambda lost: st.tuples(st.just(lost), st.integers(0, n - lost), st.just(n)))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts)
+def test_a_score_interval_is_never_a_point_and_turns_with_the_sides(case):
+    lost, gained, n = case
+    low, high = score_interval(lost, gained, n)
+    assert -1 <= low <= (gained - lost) / n <= high <= 1 and high - low > 1 / (10 * n)
+    assert score_interval(gained, lost, n) == pytest.approx((-high, -low), abs=1e-9)
+    assert answers_interval([case]) == pytest.approx((low, high), abs=1e-12)
+
+
+@pytest.mark.parametrize("n, lost, gained", [(40, 0.1, 0.1), (100, 0.05, 0.15), (60, 0.0, 0.1), (20, 0.3, 0.1)])
+def test_intervals_of_answers_hold_the_truth(rng, n, lost, gained):
+    """Of one task, and of the mean over three tasks of unlike size."""
+    single, joined = 0, 0
+    for _ in range(800):
+        first, *_ = rows = [
+            (*map(int, rng.multinomial(size, [lost, gained, 1 - lost - gained])[:2]), size)
+            for size in (n, 2 * n, 3 * n)
+        ]
+        (low, high), (least, most) = answers_interval([first]), answers_interval(rows)
+        single += low <= gained - lost <= high
+        joined += least <= gained - lost <= most
+    assert min(single, joined) / 800 >= 0.93
+
+
+def test_nothing_changed_is_no_proof_of_equality():
+    low, high = answers_interval([(0, 0, 100)] * 4)
+    assert low == pytest.approx(-high) and 0.01 < high < 0.05
+
+
 def test_pairing_sees_what_unpaired_intervals_cannot(rng):
     hard = rng.normal(2.0, 1.0, 200)  # how hard each window is, for both sides
     before, after = hard + rng.normal(0, 0.02, 200), hard + 0.02 + rng.normal(0, 0.02, 200)
@@ -137,7 +198,7 @@ def test_few_differing_items_still_have_a_finite_interval():
 
 
 def test_degenerate_differences():
-    assert mean_interval(np.zeros(50)) == Estimate(0.0, 0.0, 0.0, 1.0, 50)
+    assert mean_interval(np.zeros(50)) == Estimate(0.0, n=50)
     assert mean_interval(np.full(20, 0.25)).p == pytest.approx(2 * 0.5**20)
     assert mean_interval([1.0, 2.0, 1.5]) == Estimate(1.5, None, None, 1.0, 3)
     assert mean_interval([1.0], averages=True) == Estimate(1.0, None, None, 1.0, 1)
