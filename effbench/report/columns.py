@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -24,10 +25,12 @@ from effbench.report.metrics import (
     get_unit,
     natural_key,
     select,
+    select_headlines,
     select_perplexities,
     select_tasks,
 )
 from effbench.report.text import DASH, bytes_text, rounded, with_interval
+from effbench.stats.components import Components
 
 Tests = Mapping[tuple[str, str], Test]  # (recipe, metric): difference from the baseline
 Show = Callable[[Row, Tests], str]
@@ -42,6 +45,7 @@ DETAILS = {
     "training": "Training: what was learned, and what the last fit cost",
     "selection": "Data: what selections kept of the pool, how rightly, and what they cost beside a forward pass",
     "tuning": "Tuning: the row's own setting, the best of those tried, and what they cost together",
+    "replication": "Replication: which differences from the baseline can be seen, and what narrows their intervals",
     "methods": "Methods and the cost of applying them",
     "published": "Beside the published results",
     "chosen": "Chosen columns",
@@ -201,6 +205,7 @@ def make_columns(measured: Sequence[str], placed: bool = True) -> dict[str, list
         ],
         "selection": [*map(measure, (name for name in SELECTED if name in measured))],
         "tuning": [*map(measure, (name for name in measured if name.startswith("tuned_")))],
+        "replication": [column for name in select_headlines(measured) for column in _replicate(name)],
         "methods": [*METHODS, *(_size(name) for name in measured if re.fullmatch("apply_peak_.*_bytes", name)), STEPS],
     }
 
@@ -290,6 +295,51 @@ def _show_sparsity(row: Row, tests: Tests) -> str:
     """The share of zeros of the linears, and in brackets that which was asked for."""
     found, asked = row.estimate("sparsity"), row.estimate("sparsity_asked")
     return DASH if found is None else f"{100 * found.value:.1f}" + (f" ({100 * asked.value:g})" if asked else "")
+
+
+def _replicate(metric: str) -> Iterator[Column]:
+    """What the differences of a metric from the baseline are uncertain by, and of what."""
+    title = get_title(metric)
+    logarithm = get_family(metric) == "perplexity"
+
+    def show_detectable(spread: Components) -> str:
+        least = spread.detectable
+        return rounded(100 * math.expm1(least) if logarithm else get_scale(metric) * least, 2) if least else DASH
+
+    def show_seeds(spread: Components) -> str:
+        return f"{100 * spread.from_seeds:.0f}" if spread.runs > 1 and spread.detectable else DASH
+
+    def show_narrowed(spread: Components) -> str:
+        if spread.runs < 2 or not spread.detectable:
+            return DASH
+        return f"{100 * spread.narrow(seeds=2):.0f}, {100 * spread.narrow(items=2):.0f}"
+
+    def make(header: str, show: Callable[[Components], str], meaning: str) -> Column:
+        def show_row(row: Row, tests: Tests) -> str:
+            test = tests.get((row.recipe, metric))
+            return DASH if test is None or test.spread is None else show(test.spread)
+
+        return Column(f"{title.partition(',')[0]}: {header}", show_row, meaning=meaning)
+
+    unit = "in % of a perplexity" if logarithm else "in the unit of the metric"
+    yield make(
+        "seen from",
+        show_detectable,
+        f"The smallest difference from the baseline that a test at 5 % would see in four of five repeats, {unit}; "
+        "of one seed, were all seeds alike.",
+    )
+    yield make(
+        "of seeds, %",
+        show_seeds,
+        "The share of the variance of the difference from the baseline that more seeds would take away: other "
+        "calibration texts, other orders, other draws. The rest is that of the items.",
+    )
+    yield make(
+        "twice the seeds or items, −%",
+        show_narrowed,
+        "By how much an interval over seeds and items would become shorter with twice the seeds, and with twice the "
+        "items.",
+    )
 
 
 def _tell(header: str, fact: str, meaning: str) -> Column:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from effbench.core.provenance import strip_prose
 from effbench.records.definitions import DEFINITIONS
@@ -18,7 +19,8 @@ from effbench.records.record import Record
 from effbench.report import metrics
 from effbench.report.groups import Row, Table
 from effbench.report.metrics import TASKS, get_family, get_task, select_tasks
-from effbench.stats import paired
+from effbench.stats import components, paired
+from effbench.stats.components import Components, split_variance
 from effbench.stats.paired import Estimate, Floats, answers_interval, holm, mcnemar, mean_interval
 
 LEVEL = 0.05
@@ -28,10 +30,11 @@ OVER_TOKENS = ("perplexity", "distance")  # kinds whose items are windows or tex
 
 
 class Test(msgspec.Struct, frozen=True, gc=False):
-    """A difference from the baseline: its sign and size, and the p of there being none."""
+    """A difference from the baseline: its sign and size, the p of there being none, and where its spread comes from."""
 
     value: float
     p: float
+    spread: Components | None = None
 
 
 Kept = Mapping[str, Mapping[str, Test]]  # by `make_key`: the tests of a row by metric, before Holm
@@ -112,6 +115,7 @@ class Pair(NamedTuple):
     before: Floats
     after: Floats
     changes: tuple[int, int] | None
+    whole: NDArray[np.bool_]  # which of all items these are: of those whose prompt was cut on no side
 
 
 class Pairs:
@@ -121,14 +125,27 @@ class Pairs:
         self.before, self.after = before, after
         self._known: dict[str, Pair | None] = {}
 
+    def list_parts(self, metric: str) -> list[str]:
+        """What a metric is the mean of: of that over tasks the tasks, where they are those of both sides."""
+        if not metric.startswith(TASKS):
+            return [metric]
+        return self.after.tasks if self.after.tasks == self.before.tasks else []
+
+    def split_spread(self, metric: str) -> Components | None:
+        """The components of the difference's variance; None where items cannot be paired or are too few."""
+        strata = []
+        for part, pair in zip(self.list_parts(metric), self.find(metric), strict=False):
+            before = self.before.average(part)
+            runs = [read_items(record, part) for record in self.after.records]
+            if before is None or any(run is None or run.shape != before.shape for run in runs):
+                return None
+            strata.append(np.stack([run for run in runs if run is not None])[:, pair.whole] - pair.before)
+        return split_variance(strata) if strata else None
+
     def find(self, metric: str) -> list[Pair]:
         """The pairs of a metric, for the mean over tasks one per task. Empty where items cannot be paired."""
-        whole = metric.startswith(TASKS)
-        parts = self.after.tasks if whole else [metric]
-        if whole and parts != self.before.tasks:
-            return []
         pairs = []
-        for part in parts:
+        for part in self.list_parts(metric):
             if part not in self._known:
                 self._known[part] = self._pair(part)
             if (pair := self._known[part]) is None:
@@ -143,13 +160,14 @@ class Pairs:
         if self.before.records[0].protocols.get(metric) != self.after.records[0].protocols.get(metric):
             return None
         cuts = [cut for side in (self.before, self.after) if (cut := side.list_cut(metric)) is not None]
+        whole = np.ones(left.shape, dtype=bool)
         if cuts and all(cut.shape == left.shape for cut in cuts):
             whole = np.max(np.stack(cuts), axis=0) == 0
             left, right = left[whole], right[whole]
             if not left.size:
                 return None
         answers = get_family(metric) in ANSWERED and self.before.has_answers(metric) and self.after.has_answers(metric)
-        return Pair(left, right, count_changes(left, right) if answers else None)
+        return Pair(left, right, count_changes(left, right) if answers else None, whole)
 
 
 def estimate_difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> Estimate | None:
@@ -174,13 +192,13 @@ def _test_metric(pairs: Pairs, metric: str) -> Test | None:
     found = pairs.find(metric)
     if not found:
         return None
-    changes = _sum_changes(found)
+    spread, changes = pairs.split_spread(metric), _sum_changes(found)
     if changes is not None:
         lost, gained = changes
-        return Test((gained - lost) / sum(pair.before.size for pair in found), mcnemar(lost, gained))
+        return Test((gained - lost) / sum(pair.before.size for pair in found), mcnemar(lost, gained), spread)
     averages = get_family(metric) in OVER_TOKENS
     test = mean_interval(*(pair.after - pair.before for pair in found), level=None, averages=averages)
-    return Test(test.value, test.p)
+    return Test(test.value, test.p, spread)
 
 
 def count_changes(before: Floats, after: Floats) -> tuple[int, int]:
@@ -208,7 +226,7 @@ def compute_tests(table: Table, kept: Kept | None = None) -> dict[tuple[str, str
         (recipe, metric): test for recipe, row in compute_row_tests(table, kept).items() for metric, test in row.items()
     }
     adjusted = holm([test.p for test in tests.values()])
-    return {key: Test(test.value, p) for (key, test), p in zip(tests.items(), adjusted, strict=True)}
+    return {key: msgspec.structs.replace(test, p=p) for (key, test), p in zip(tests.items(), adjusted, strict=True)}
 
 
 def compute_row_tests(table: Table, kept: Kept | None = None) -> dict[str, Mapping[str, Test]]:
@@ -252,10 +270,11 @@ def parse_kept(text: str) -> Kept:
     document = json.loads(text)
     if document["statistics"] != get_version():
         return {}
-    return {
-        key: {metric: Test(float(value), float(p)) for metric, (value, p) in row.items()}
-        for key, row in document["rows"].items()
-    }
+    return {key: {metric: _read_test(*kept) for metric, kept in row.items()} for key, row in document["rows"].items()}
+
+
+def _read_test(value: float, p: float, *spread: float) -> Test:
+    return Test(float(value), float(p), msgspec.convert(list(spread), Components) if spread else None)
 
 
 def write_kept(tables: Sequence[Table], kept: Kept) -> str:
@@ -266,10 +285,14 @@ def write_kept(tables: Sequence[Table], kept: Kept) -> str:
         if table.baseline is not None:
             lines |= {make_key(table.baseline, row): tests[row.recipe] for row in table.rows[1:]}
     body = ",\n".join(
-        f"{json.dumps(key)}: {json.dumps({metric: [test.value, test.p] for metric, test in row.items()})}"
+        f"{json.dumps(key)}: {json.dumps({metric: _list_numbers(test) for metric, test in row.items()})}"
         for key, row in sorted(lines.items())
     )
     return f'{{"statistics": "{get_version()}", "rows": {{\n{body}\n}}}}\n'
+
+
+def _list_numbers(test: Test) -> list[float]:
+    return [test.value, test.p, *(msgspec.structs.astuple(test.spread) if test.spread else ())]
 
 
 def make_key(baseline: Row, row: Row) -> str:
@@ -280,7 +303,7 @@ def make_key(baseline: Row, row: Row) -> str:
 @functools.cache
 def get_version() -> str:
     """Digest of the source and of the kinds of metrics that decide these numbers; comments decide nothing."""
-    sources = (__file__, metrics.__file__, paired.__file__)
+    sources = (__file__, metrics.__file__, paired.__file__, components.__file__)
     kinds = [f"{one.pattern} {one.family}" for one in DEFINITIONS if one.family in TESTED]
     text = "\0".join([*(strip_prose(Path(file).read_text(encoding="utf-8")) for file in sources), *kinds])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

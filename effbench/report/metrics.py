@@ -153,6 +153,12 @@ def select_quality(names: Iterable[str]) -> list[str]:
     return [*learned, *select_perplexities(names), *distances, *means, *select_tasks(names)]
 
 
+def select_headlines(names: Iterable[str]) -> list[str]:
+    """The metric of each kind of quality that a table is about: of a task learned, of held-out text, of all tasks."""
+    names = set(names)
+    return [*(name for name in LEARNED[:1] if name in names), *select_perplexities(names)[:1], *({TASKS} & names)]
+
+
 def get_limits(metric: str) -> tuple[float, float]:
     """Smallest and largest value that the metric can have."""
     if get_family(metric) == "perplexity":

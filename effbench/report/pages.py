@@ -146,6 +146,7 @@ def render_block(tables: Sequence[Table], block: Block, full: str, kept: Kept | 
     choice = Choice.read(block.rows, block.columns)
     choice.check([table])
     (sheet,) = make_sheets([table], kept, choice=choice)
+    sheet = dataclasses.replace(sheet, advice="")
     shown = f"{len(table.rows) - sheet.omitted} of {len(table.rows)} rows"
     rest = f"{shown}; all rows, columns and tiers: [`{full}`]({full})."
     return f"{markdown.block(cut_to_detail(sheet, sheet.grids[0].detail))}\n\n{rest}\n"

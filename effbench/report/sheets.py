@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,11 @@ from typing import Any
 from effbench.records.record import OUTCOMES, Record
 from effbench.report.choice import ALL, Choice
 from effbench.report.columns import DETAILS, PHASES, UNMET, Tests, make_columns
-from effbench.report.differences import Kept, compute_tests
+from effbench.report.differences import LEVEL, Kept, compute_tests
 from effbench.report.groups import Row, Table, find_differing_settings, get_machine
-from effbench.report.metrics import get_title, select, select_perplexities
+from effbench.report.metrics import get_title, select, select_headlines, select_perplexities
 from effbench.report.text import DASH, one_line, superscript
+from effbench.stats.intervals import Z
 
 Stale = Callable[[Record], bool]  # whether a record was measured by another source than the present one
 
@@ -27,6 +29,8 @@ MARKS = (
     "interval; –: not measured."
 )
 ARROWS = "↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table."
+SOON = (2, 3, 4, 6, 8)  # times the seeds or items that somebody may still measure
+MOST_ADVICE = 3
 CHOSEN = ("threads", "dtype", "limit")  # settings that every caption has
 
 
@@ -59,6 +63,7 @@ class Sheet:
     grids: tuple[Grid, ...]
     notes: tuple[str, ...]  # footnotes of the names in the first column
     legend: str
+    advice: str = ""  # what to measure again first
     metrics: tuple[str, ...] = ()  # names of all that was measured, to be defined below the tables
     details: tuple[str, ...] = ()  # all for which there are numbers, shown or not
     omitted: int = 0  # rows of the table that are not shown
@@ -145,6 +150,7 @@ def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, ca
         grids=tuple(grids),
         notes=tuple(f"{superscript(number)} {text}" for text, number in footnotes.items()),
         legend=_write_legend(table, rows, bool(tests)),
+        advice=_advise(table, tests),
         metrics=table.measured,
         details=details,
         omitted=len(table.rows) - len(rows),
@@ -171,6 +177,34 @@ def _name_row(row: Row, footnotes: dict[str, int]) -> str:
 
 
 # ---- words --------------------------------------------------------------------------------------
+
+
+def _advise(table: Table, tests: Tests) -> str:
+    """What to measure again first: rows whose difference from the baseline more seeds or items would soon settle."""
+    if not tests:
+        return ""
+    if max(len(row.records) for row in table.rows) == 1:
+        return "Replicate first: other seeds. Of one seed nobody sees what calibration, training and chance add."
+    found: list[tuple[int, str]] = []
+    for metric in select_headlines(table.measured):
+        for row in table.rows[1:]:
+            test = tests.get((row.recipe, metric))
+            if test is None or test.p <= LEVEL or test.spread is None or test.spread.runs == 1:
+                continue
+            spread, title = test.spread, get_title(metric).partition(",")[0]
+            for times in SOON:
+                more = {"seeds": times * spread.runs, "items": round(times * spread.n)}
+                settled = [what for what in more if abs(test.value) >= Z * math.sqrt(spread.foretell(**{what: times}))]
+                if settled:
+                    what = " or ".join(f"{more[one]} {one}" for one in settled)
+                    found.append((times, f"{row.recipe} ({title}: {what})"))
+                    break
+    if not found:
+        return ""
+    first = [text for _, text in sorted(found)[:MOST_ADVICE]]
+    return (
+        f"Replicate first: {'; '.join(first)}. So many would set it apart from the baseline, if the difference stays."
+    )
 
 
 def _make_titles(tables: Sequence[Table]) -> list[str]:

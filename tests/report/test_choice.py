@@ -157,7 +157,9 @@ def test_the_same_tables_by_tier_and_model(results, capsys):
 def test_a_detail_says_how_to_get_the_rest(results, capsys):
     assert show(results, "suite=quant", "detail=summary", "format=md") == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("More: effbench report suite=quant detail=NAME, of quality, speed, memory, methods; or ")
+    assert last.startswith(
+        "More: effbench report suite=quant detail=NAME, of quality, speed, memory, replication, methods; or "
+    )
 
 
 def test_bounds_in_the_csv_stay_in_range():

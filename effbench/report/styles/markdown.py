@@ -26,4 +26,4 @@ def block(sheet: Sheet) -> str:
         if len(sheet.grids) > 1:
             parts.append(f"*{markdown(grid.title)}*")
         parts.append(markdown_table(grid.header, [[markdown(cell) for cell in row] for row in grid.rows]))
-    return "\n\n".join([*parts, *map(markdown, filter(None, (*sheet.notes, sheet.legend)))])
+    return "\n\n".join([*parts, *map(markdown, filter(None, (*sheet.notes, sheet.legend, sheet.advice)))])

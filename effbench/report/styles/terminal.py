@@ -32,7 +32,7 @@ def page(sheets: Sequence[Sheet], width: int, detail: str = "summary", colour: b
                 say(line)
             if omitted:
                 say(_wrap(f"Left out at this width: {'; '.join(omitted)}.", width), DIM)
-        for note in filter(None, (*sheet.notes, sheet.legend)):
+        for note in filter(None, (*sheet.notes, sheet.legend, sheet.advice)):
             say(_wrap(note, width), DIM)
         say("")
     for suite in dict.fromkeys(sheet.suite for sheet in sheets):
