@@ -45,7 +45,7 @@ def read_items(record: Record, metric: str) -> Floats | None:
     if metric == "top1_agreement":
         flips = read_items(record, "flips")
         return None if flips is None else 1 - flips
-    samples = record.samples.get(f"{metric}_window_nll") or record.samples.get(metric)
+    samples = record.samples.get(find_name(record, metric))
     if not isinstance(samples, (list, tuple, np.ndarray)) or len(samples) == 0:
         return None
     try:
@@ -57,6 +57,11 @@ def read_items(record: Record, metric: str) -> Floats | None:
         with np.errstate(over="ignore", invalid="ignore"):
             values = -values[:, 0] / values[:, 1].mean()
     return values if values.ndim == 1 and np.isfinite(values).all() else None
+
+
+def find_name(record: Record, metric: str) -> str:
+    """The name of the samples that are the metric's items; that of a perplexity of windows is another than its own."""
+    return windows if (windows := f"{metric}_window_nll") in record.samples else metric
 
 
 def average_items(records: Sequence[Record], metric: str) -> Floats | None:
@@ -95,6 +100,12 @@ class Side:
         alike = {one.shape for one in found}
         return np.max(np.stack(found), axis=0) if len(alike) == 1 else None
 
+    def list_sizes(self, metric: str) -> Floats | None:
+        """How large each item is, over the mean, where the metric is a ratio of sums; None where all count alike."""
+        samples = self.records[0].samples.get(find_name(self.records[0], metric))
+        items = np.asarray(() if samples is None else samples, dtype=np.float64)
+        return items[:, 1] / items[:, 1].mean() if items.ndim == 2 else None
+
     def average(self, metric: str) -> Floats | None:
         """`average_items` of the records."""
         if metric not in self._items:
@@ -116,6 +127,17 @@ class Pair(NamedTuple):
     after: Floats
     changes: tuple[int, int] | None
     whole: NDArray[np.bool_]  # which of all items these are: of those whose prompt was cut on no side
+    sizes: Floats | None  # of texts of unlike size, over their mean; the metric is a ratio of sums then
+
+    def weigh(self, gaps: Floats) -> Floats:
+        """Gaps [..., items] as items of equal weight with the mean and the standard error of the ratio of sums: what a
+        long text has for being long goes (the delta method)."""
+        return gaps if self.sizes is None else gaps - gaps.mean(axis=-1, keepdims=True) * (self.sizes - 1)
+
+    @property
+    def gaps(self) -> Floats:
+        """What `after` has more, item by item."""
+        return self.weigh(self.after - self.before)
 
 
 class Pairs:
@@ -139,7 +161,8 @@ class Pairs:
             runs = [read_items(record, part) for record in self.after.records]
             if before is None or any(run is None or run.shape != before.shape for run in runs):
                 return None
-            strata.append(np.stack([run for run in runs if run is not None])[:, pair.whole] - pair.before)
+            values = np.stack([run for run in runs if run is not None])[:, pair.whole]
+            strata.append(pair.weigh(values - pair.before))
         return split_variance(strata) if strata else None
 
     def find(self, metric: str) -> list[Pair]:
@@ -167,7 +190,12 @@ class Pairs:
             if not left.size:
                 return None
         answers = get_family(metric) in ANSWERED and self.before.has_answers(metric) and self.after.has_answers(metric)
-        return Pair(left, right, count_changes(left, right) if answers else None, whole)
+        changes = count_changes(left, right) if answers else None
+        sizes = self.before.list_sizes(metric)
+        if sizes is None:
+            return Pair(left, right, changes, whole, None)
+        mean = sizes[whole].mean()
+        return Pair(left / mean, right / mean, changes, whole, sizes[whole] / mean)
 
 
 def estimate_difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> Estimate | None:
@@ -179,7 +207,7 @@ def estimate_difference(before: Sequence[Record], after: Sequence[Record], metri
     pairs = Pairs(Side(before), Side(after)).find(metric)
     if not pairs:
         return None
-    test = mean_interval(*(pair.after - pair.before for pair in pairs), averages=get_family(metric) in OVER_TOKENS)
+    test = mean_interval(*(pair.gaps for pair in pairs), averages=get_family(metric) in OVER_TOKENS)
     changes = _sum_changes(pairs)
     if changes is None:
         return test
@@ -197,7 +225,7 @@ def _test_metric(pairs: Pairs, metric: str) -> Test | None:
         lost, gained = changes
         return Test((gained - lost) / sum(pair.before.size for pair in found), mcnemar(lost, gained), spread)
     averages = get_family(metric) in OVER_TOKENS
-    test = mean_interval(*(pair.after - pair.before for pair in found), level=None, averages=averages)
+    test = mean_interval(*(pair.gaps for pair in found), level=None, averages=averages)
     return Test(test.value, test.p, spread)
 
 

@@ -16,7 +16,7 @@ from effbench.core.paths import CHECKOUT, PUBLISHED
 from effbench.core.usage import LONGEST, nearest, one_of, parse
 from effbench.records.record import Record
 from effbench.records.store import Store, latest
-from effbench.report import kernels
+from effbench.report import alarms, kernels
 from effbench.report.choice import ALL, Choice
 from effbench.report.differences import Kept, parse_kept, read_kept, write_kept
 from effbench.report.groups import Table, group_records
@@ -26,6 +26,7 @@ from effbench.report.styles import csv, markdown, terminal, tex
 FORMATS = ("md", "csv", "tex", "rich")
 ADHOC = "adhoc"  # recipes from the command line; their tables are written only when asked for by name
 BLOCK = re.compile(r"(<!-- effbench:table ([^\n]*?) ?-->\n)(.*?)(<!-- /effbench:table -->)", re.DOTALL)
+ALARMS = Path("docs", "false-alarms.md")  # beside the README
 MOST_ROWS = 12  # of a block of the README
 
 
@@ -223,8 +224,10 @@ def render_pages(
         by_suite.pop(ADHOC, None)
     texts: dict[Path, str] = {}
     blocks: dict[str, Callable[[Block], str]] = {}
+    everything: list[Table] = []
     for name, chosen in sorted(by_suite.items()):
         tables, statistics = group_records(chosen), results / "statistics" / f"{name}.json"
+        everything += tables
         texts[statistics] = write_kept(tables, read_kept(statistics))
         kept = parse_kept(texts[statistics])
         sheets = make_sheets(tables, kept)
@@ -237,6 +240,9 @@ def render_pages(
         blocks[name] = functools.partial(render_block, tables, full=full, kept=kept)
     if suite is None:
         texts |= kernels.tables(results)
+    page = None if readme is None or suite is not None else readme.parent / ALARMS
+    if page is not None and page.is_file():
+        texts[page] = alarms.write_page(everything, page.read_text(encoding="utf-8"))
     if readme is not None and readme.is_file():
         texts[readme] = _fill_blocks(readme, blocks, suite)
     return texts

@@ -83,6 +83,24 @@ def test_what_was_learned_is_compared_answer_by_answer():
     assert re.search(r"completion_exact .*\| +12, 2 \|", compare(Row((worse,)), Row((better,))))
 
 
+def test_the_interval_of_a_ratio_of_sums_is_its_own():
+    """Texts of unlike length whose words are all alike: by length alone nothing is uncertain."""
+    rng = np.random.default_rng(8)
+    words = rng.integers(10, 500, 60).astype(float)
+
+    def build(recipe, each, noise):
+        pairs = [[-float(n * each + d), float(n)] for n, d in zip(words, noise, strict=True)]
+        return make(recipe, metrics={"x_word_ppl": Metric(1.0)}, samples={"x_word_ppl": pairs}, protocols={})
+
+    noise = rng.normal(0, 1, 60)
+    before, after = build("baseline", 3.0, np.zeros(60)), build("rtn(bits=4)", 3.1, noise)
+    test = estimate_difference([before], [after], "x_word_ppl")
+    assert test.value == pytest.approx(0.1 + noise.sum() / words.sum())
+    residual = noise - noise.sum() / words.sum() * words  # of the ratio, by the delta method
+    error = math.sqrt(residual @ residual / 59 / 60) / words.mean()
+    assert test.high - test.value == pytest.approx(2.001 * error, rel=1e-3)
+
+
 def test_a_file_with_itself(results, capsys):
     path = next((results / "records").rglob("rtn_bits_8*.json"))
     assert main(["compare", str(path), str(path)]) == 0
