@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from decimal import Context, Decimal
 
 from effbench.core.errors import Usage
+from effbench.records.imported import is_imported
 from effbench.report.changes import Change, Changes, find_changes
 from effbench.report.differences import ANSWERED, LEVEL, TESTED, Pairs, Side, count_changes, read_items
 from effbench.report.groups import Row, find_place
@@ -117,6 +118,8 @@ def find_obstacle(before: Row, after: Row) -> str:
     """In what two rows were not measured alike; empty where they were."""
     first, second = before.records[0], after.records[0]
     digests = first.cell.digests, second.cell.digests
+    if is_imported(first) != is_imported(second):
+        return "one was imported from another tool and the other measured here"
     for what, left, right in (
         ("model", first.cell.model, second.cell.model),
         ("data", first.cell.data, second.cell.data),
