@@ -288,6 +288,15 @@ DEFINITIONS: tuple[Definition, ...] = (
         "generate_peak_{peak}_bytes", "memory", "bytes", "lower",
         "The most memory held while generating, above what was held before.",
     ),
+    # Of runs of other tools that were imported
+    Definition(
+        "run_peak_{peak}_bytes", "memory", "bytes", "lower",
+        "The most memory held at any time of an imported run, counted from nothing.",
+    ),
+    Definition(
+        "checkpoint_bytes", "size", "bytes", "lower",
+        "The size of the file in which an imported run saved what it trained.",
+    ),
     # Speed
     Definition(
         "{phase}_speedup_b{batch}_c{context}", "speed", "ratio", "higher",

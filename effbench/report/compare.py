@@ -1,169 +1,132 @@
-"""Two rows compared item by item: what changed and how surely. Refused unless both were measured alike."""
+"""Two rows compared, metric by metric: what changed and how surely. Refused unless both were measured alike."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from decimal import Context, Decimal
-from difflib import get_close_matches
-from pathlib import Path
 
 from effbench.core.errors import Usage
-from effbench.core.usage import nearest
-from effbench.records.reader import read_record
-from effbench.records.record import Record, Unreadable
-from effbench.report.differences import (
-    ANSWERED,
-    LEVEL,
-    TESTED,
-    Pairs,
-    Side,
-    average_items,
-    count_changes,
-    estimate_difference,
-    read_items,
-)
-from effbench.report.groups import Row, Table, find_place, group_records
-from effbench.report.metrics import (
-    TASKS,
-    get_family,
-    get_limits,
-    get_scale,
-    natural_key,
-    select_quality,
-    select_tasks,
-)
-from effbench.report.pages import load
-from effbench.report.text import DASH, markdown_table, one_line, places
-from effbench.stats.paired import ENOUGH, Estimate, holm
+from effbench.records.imported import is_imported
+from effbench.report.changes import Change, Changes, find_changes
+from effbench.report.differences import ANSWERED, LEVEL, TESTED, Pairs, Side, count_changes, read_items
+from effbench.report.groups import Row, find_place
+from effbench.report.metrics import get_family, get_unit, natural_key, select_quality
+from effbench.report.sides import LONGEST, Rows
+from effbench.report.text import DASH, bytes_text, markdown_table, one_line, places, rounded
+from effbench.report.verdicts import Effects, judge
+from effbench.stats.paired import ENOUGH, holm
 
 LEGEND = (
     "Paired by item; an item is averaged over the seeds of each side first. Accuracies in %. A perplexity is that of\n"
     "the mean log-likelihood, and the interval of its change is that of the ratio, at the geometric mean of both.\n"
     "p: McNemar's exact test for right and wrong answers, whose interval is Tango's; Student's t of the\n"
     f"differences for windows and texts, and for other items, or a studentized bootstrap where fewer than {ENOUGH} of\n"
-    f"them differ. *: at most {LEVEL} after Holm over the table."
+    f"them differ. *: at most {LEVEL} after Holm over both tables."
 )
-LONGEST = 100  # characters of a name that are looked at
-FEW = 20  # names that are worth listing
+RATIOS = (
+    "B / A of speeds, sizes, energy and cost: of speed-ups in turns with the unchanged model, of what was timed alone\n"
+    "and of the seeds by Yuen's test on logarithms, A and B being trimmed geometric means; what is counted has no\n"
+    "chance in it."
+)
+DIGITS = 16  # of a digest
 SHOWN = 3  # records of a name that are described
-SEE = "; `effbench report` shows the recipes that have records"
 EXACT = Context(prec=999)  # digits of the largest number that a double holds, and its decimals
-HEADER = ("metric", "A", "B", "B - A", "95 % interval", "n", "lost, gained", "p", "p (Holm)")
+HEADER = ("metric", "A", "B", "B - A", "95 % interval", "n", "lost, gained", "p", "p (Holm)", "verdict")
+HEADER_OF_RATIOS = ("metric", "A", "B", "B / A", "95 % interval", "basis", "p", "p (Holm)", "verdict")
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """One metric of two rows, in the units in which it is shown."""
-
-    metric: str
-    before: float
-    after: float
-    low: float | None  # bounds of after - before
-    high: float | None
-    test: Estimate  # of the differences per item; of logarithms for a perplexity
-
-    @property
-    def value(self) -> float:
-        return self.after - self.before
+def compare_rows(before: Row, after: Row) -> Changes:
+    """All that changed. Raises `Usage` for rows that cannot be compared."""
+    obstacle = find_obstacle(before, after)
+    changes = Changes(()) if obstacle else find_changes(before, after)
+    if not changes.found and not changes.equal:
+        raise Usage(_explain((before.recipe, after.recipe), ([before], [after]), obstacle))
+    return changes
 
 
-def compare(before: Row, after: Row) -> str:
-    """The comparison as a table with notes above and below. Raises `Usage` for rows that cannot be compared."""
-    changes = [] if find_obstacle(before, after) else list(compare_metrics(before.records, after.records))
-    if not changes:
-        raise Usage(_explain((before.recipe, after.recipe), ([before], [after]), find_obstacle(before, after)))
-    adjusted = holm([change.test.p for change in changes])
-    lines = [_write_line(before, after, change, p) for change, p in zip(changes, adjusted, strict=True)]
+def correct(changes: Sequence[Change]) -> list[float | None]:
+    """p of each change after Holm's correction over all that was tested; None for what was counted."""
+    adjusted = iter(holm([change.test.p for change in changes if change.basis != "count"]))
+    return [None if change.basis == "count" else next(adjusted) for change in changes]
+
+
+def write_comparison(before: Row, after: Row, changes: Changes, effects: Effects) -> str:
+    """The comparison as tables with notes above and below."""
+    lines: tuple[list[list[str]], list[list[str]]] = ([], [])
+    for change, p in zip(changes.found, correct(changes.found), strict=True):
+        verdict = judge(change.metric, change.test, p, effects)
+        if change.relative:
+            lines[1].append([*write_ratio(change), *_write_chances(change, p), verdict])
+        else:
+            lines[0].append([*_write_line(before, after, change), *_write_chances(change, p), verdict])
     sides = "\n".join([f"A: {_describe(before)}", f"B: {_describe(after)}", *_list_settings(before, after)])
-    return f"{sides}\n\n{markdown_table(HEADER, lines)}\n\n{LEGEND}"
+    kinds = [kind for kind in zip(lines, (HEADER, HEADER_OF_RATIOS), (LEGEND, RATIOS), strict=True) if kind[0]]
+    tables = [markdown_table(header, body) for body, header, _ in kinds]
+    legends = [legend for *_, legend in kinds]
+    return "\n\n".join([sides, *tables, "\n".join([*legends, write_effects(effects), *write_notes(changes)])])
 
 
-def compare_metrics(before: Sequence[Record], after: Sequence[Record]) -> Iterator[Change]:
-    """The change of every metric of quality whose items can be paired."""
-    for metric in select_quality(set(before[0].metrics) & set(after[0].metrics)):
-        test = estimate_difference(before, after, metric)
-        if test is not None:
-            with contextlib.suppress(OverflowError):  # a perplexity beyond all numbers
-                yield _make_change(metric, _measure_level(before, metric), _measure_level(after, metric), test)
+def write_effects(effects: Effects) -> str:
+    """What a verdict needs."""
+    return (
+        f"A verdict takes p (Holm) of at most {LEVEL} and {effects.relative:g} % of a speed, size or cost; of quality\n"
+        f"{effects.quality:g} points of a share, {effects.quality:g} % of a perplexity, {effects.quality / 100:g} nats."
+    )
 
 
-def _measure_level(records: Sequence[Record], metric: str) -> float:
-    """The metric as the mean of its items, each averaged over the records; the logarithm for a perplexity."""
-    parts = select_tasks(records[0].metrics) if metric == TASKS else [metric]
-    means = [float(values.mean()) for part in parts if (values := average_items(records, part)) is not None]
-    return math.fsum(means) / len(means)
+def write_notes(changes: Changes) -> list[str]:
+    """What the tables do not hold, and why."""
+    told = [
+        (changes.untested, "Measured once a side, so without a spread to judge by"),
+        (changes.apart, "Of unlike protocols"),
+        (changes.elsewhere, "Of two hosts, so not compared"),
+    ]
+    notes = [f"{why}: {', '.join(names)}." for names, why in told if names]
+    return [*([f"Counted and equal: {changes.equal} metrics."] if changes.equal else []), *notes]
 
 
-def _make_change(metric: str, before: float, after: float, test: Estimate) -> Change:
-    if get_family(metric) == "perplexity":
-        middle = 2 * math.exp((before + after) / 2)
-        before, after = math.exp(before), math.exp(after)
-        low, high = (None if bound is None else middle * math.sinh(bound / 2) for bound in (test.low, test.high))
-    else:
-        before, after = get_scale(metric) * before, get_scale(metric) * after
-        least, most = get_limits(metric)
-        reach = most - least  # no two values are further apart
-        low, high = (
-            None if bound is None else get_scale(metric) * min(max(bound, -reach), reach)
-            for bound in (test.low, test.high)
-        )
-    return Change(metric, before, after, low, high, test)
-
-
-def find_rows(names: tuple[str, str], results: Path, suite: str | None) -> tuple[Row, Row]:
-    """The rows of two record files or recipe names. A name may have rows in several tables: the pair is taken that
-    can be compared best, as `_rank` says.
-
-    Raises `Usage`.
-    """
-    files = [_read_file(name) for name in names]
-    tables = group_records(load(results, suite)) if None in files else []
-    left, right = (_look_up(name, tables) if row is None else [row] for row, name in zip(files, names, strict=True))
+def find_pair(sides: tuple[Rows, Rows]) -> tuple[Row, Row]:
+    """Of the rows that two names have, the pair that can be compared best, as `_rank` says. Raises `Usage`."""
+    left, right = (side.found for side in sides)
     before, after = max(itertools.product(left, right), key=lambda pair: _rank(*pair))
-    if not _count_shared(before, after):
+    if not any(_count_shared(before, after)):
+        names = sides[0].name, sides[1].name
         raise Usage(_explain(names, (left, right), find_obstacle(before, after)))
     return before, after
 
 
-def _look_up(name: str, tables: Sequence[Table]) -> list[Row]:
-    """The rows of a recipe. Raises `Usage` where there is none."""
-    rows = [row for table in tables for row in table.rows]
-    if found := [row for row in rows if name and name in (row.recipe, row.steps)]:
-        return found
-    known = {label for row in rows for label in (row.recipe, row.steps) if label}
-    shown = name[:LONGEST]
-    hint = nearest(shown, known) if len(known) <= FEW or get_close_matches(shown, known) else SEE
-    raise Usage(f"{shown!r} is neither a record file nor a recipe with records{hint}")
-
-
-def _rank(before: Row, after: Row) -> tuple[bool, bool, bool, int]:
+def _rank(before: Row, after: Row) -> tuple[bool, bool, bool, int, int]:
     """How well two rows can be compared: at all, both of them `ok`, with equal settings, in how many metrics."""
-    shared = _count_shared(before, after)
+    quality, others = _count_shared(before, after)
     equal = find_place(before.records[0]) == find_place(after.records[0])
-    return shared > 0, before.worst.outcome == after.worst.outcome == "ok", equal, shared
+    return quality + others > 0, before.worst.outcome == after.worst.outcome == "ok", equal, quality, others
 
 
-def _count_shared(before: Row, after: Row) -> int:
-    """How many metrics of two rows can be compared."""
+def _count_shared(before: Row, after: Row) -> tuple[int, int]:
+    """How many metrics of quality can be compared, and how many others both rows have."""
     if find_obstacle(before, after):
-        return 0
+        return 0, 0
     pairs = Pairs(Side(before.records), Side(after.records))
     common = set(before.records[0].metrics) & set(after.records[0].metrics)
-    return sum(bool(pairs.find(metric)) for metric in select_quality(common))
+    quality = select_quality(common)
+    return sum(bool(pairs.find(metric)) for metric in quality), len(common) - len(quality)
 
 
 def find_obstacle(before: Row, after: Row) -> str:
     """In what two rows were not measured alike; empty where they were."""
     first, second = before.records[0], after.records[0]
     digests = first.cell.digests, second.cell.digests
+    if is_imported(first) != is_imported(second):
+        return "one was imported from another tool and the other measured here"
     for what, left, right in (
         ("model", first.cell.model, second.cell.model),
         ("data", first.cell.data, second.cell.data),
-        *((f"the {name} digest", digests[0].get(name), digests[1].get(name)) for name in ("model", "data", "tasks")),
+        *(
+            (f"the {name} digest", *(str(one.get(name))[:DIGITS] for one in digests))
+            for name in ("model", "data", "tasks")
+        ),
     ):
         if left != right:
             return f"{what} is {left} for one and {right} for the other"
@@ -177,7 +140,7 @@ def find_obstacle(before: Row, after: Row) -> str:
 def _explain(names: Sequence[str], sides: Sequence[Sequence[Row]], obstacle: str) -> str:
     """Why rows of two names cannot be compared, which there are, and the mend."""
     first, second = (name[:LONGEST] for name in names)
-    why = obstacle or "no metric of both has results per item"
+    why = obstacle or "no metric of both can be compared"
     there = [
         f"{name} has {'; '.join([*map(_tell_content, rows[:SHOWN]), *(['more'] if len(rows) > SHOWN else [])])}"
         for name, rows in zip((first, second), sides, strict=True)
@@ -209,19 +172,6 @@ def _list_settings(before: Row, after: Row) -> list[str]:
     return [f"Settings of A and B differ: {one_line(differing)}"] if differing else []
 
 
-def _read_file(name: str) -> Row | None:
-    """The row of a record's file; None for what is no file. Raises `Usage` for a file that is no record."""
-    path = Path(name)
-    try:
-        if not path.is_file():
-            return None
-        return Row((read_record(path),))
-    except OSError:
-        return None  # no file can have such a name
-    except (Unreadable, ValueError) as error:
-        raise Usage(f"{path}: {error}") from None
-
-
 def _describe(row: Row) -> str:
     cell = row.records[0].cell
     seeds = ", ".join(str(record.cell.seed) for record in row.records)
@@ -231,10 +181,8 @@ def _describe(row: Row) -> str:
     return f"{what} ({where}{outcome})"
 
 
-def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> list[str]:
-    """One metric's line of the table; both sides have the decimals of their difference, which is that of the numbers
-    printed.
-    """
+def _write_line(before: Row, after: Row, change: Change) -> list[str]:
+    """One metric of quality; both sides have the decimals of their difference, which is that of the numbers printed."""
     decimals = max(2, 2 - math.floor(math.log10(abs(change.value) or 1)))
     interval = DASH
     if change.low is not None and change.high is not None:
@@ -251,9 +199,23 @@ def _write_line(before: Row, after: Row, change: Change, adjusted: float) -> lis
         interval,
         str(change.test.n),
         _count_changes(before, after, change.metric),
-        f"{change.test.p:.2g}",
-        f"{adjusted:.2g}{' *' if adjusted <= LEVEL else ''}",
     ]
+
+
+def write_ratio(change: Change) -> list[str]:
+    """One metric that is compared by its ratio."""
+    show = bytes_text if get_unit(change.metric) == "bytes" else lambda value: rounded(value, 4)
+    interval = DASH
+    if change.low is not None and change.high is not None:
+        interval = f"{rounded(change.low)} to {rounded(change.high)}"
+    ratio = rounded(change.value) if math.isfinite(change.value) else DASH
+    return [change.metric, show(change.before), show(change.after), ratio, interval, change.basis]
+
+
+def _write_chances(change: Change, adjusted: float | None) -> list[str]:
+    if adjusted is None:
+        return [DASH, DASH]
+    return [f"{change.test.p:.2g}", f"{adjusted:.2g}{' *' if adjusted <= LEVEL else ''}"]
 
 
 def _count_changes(before: Row, after: Row, metric: str) -> str:

@@ -1,4 +1,4 @@
-"""`effbench compare`: two rows item by item, whichever of them is named first."""
+"""`effbench compare`: two rows item by item, whichever of them is named first. Ratios: `test_changes.py`."""
 
 import dataclasses
 import math
@@ -17,17 +17,29 @@ from effbench.core.errors import Usage
 from effbench.core.paths import PUBLISHED
 from effbench.records.record import Metric
 from effbench.records.store import Store
-from effbench.report.compare import compare, compare_metrics, find_rows
+from effbench.report.changes import compare_metrics
+from effbench.report.compare import compare_rows, find_pair, write_comparison
 from effbench.report.differences import compute_row_tests, estimate_difference
 from effbench.report.groups import Row, group_records
 from effbench.report.metrics import get_family, get_scale, select_quality
 from effbench.report.pages import load
+from effbench.report.sides import Where, open_sides
+from effbench.report.verdicts import Effects
 from effbench.stats.paired import mcnemar, score_interval
 
 
 @pytest.fixture
 def results(tmp_path):
     return store_records(tmp_path / "results").results
+
+
+def compare(before, after):
+    return write_comparison(before, after, compare_rows(before, after), Effects())
+
+
+def find_rows(names, results):
+    with open_sides(names, Where(str(results))) as sides:
+        return find_pair(sides)
 
 
 def run(results, *words):
@@ -244,7 +256,7 @@ def test_columns_are_the_published_numbers(suite):
         ({"protocols": {"token_ppl": "p64"}}, "token_ppl was measured as .*window512.* and as 'p64'"),
         ({"model": "other"}, "model is tiny for one and other for the other"),
         ({"digests": {"model": "m1", "data": "d2", "tasks": "t1"}}, "the data digest is d1 for one and d2"),
-        ({"samples": {}}, "no metric of both has results per item"),
+        ({"samples": {}, "metrics": {}}, "no metric of both can be compared"),
     ],
 )
 def test_what_was_measured_differently_is_refused(change, message):
@@ -292,7 +304,7 @@ def test_many_names_are_not_listed(results, capsys):
 
 def test_rows_of_a_file_and_of_a_name(results):
     path = next((results / "records").rglob("gptq*s1*.json"))
-    before, after = find_rows(("baseline", str(path)), results, None)
+    before, after = find_rows(("baseline", str(path)), results)
     assert before.is_baseline and [record.cell.seed for record in after.records] == [1]
 
 
@@ -318,7 +330,7 @@ def test_of_several_records_of_a_name_those_that_can_be_compared_are_taken(tmp_p
                 )
             )
     for names in (("rtn()", "gptq()"), ("gptq()", "rtn()")):
-        rows = find_rows(names, tmp_path, None)
+        rows = find_rows(names, tmp_path)
         assert [row.records[0].cell.suite_version for row in rows] == [1, 1]
         assert [row.worst.outcome for row in rows] == ["ok", "ok"]
         assert "recall_acc" in compare(*rows)
@@ -330,23 +342,23 @@ def test_equal_settings_count_more_than_metrics_and_others_are_named(tmp_path):
     store.write(dataclasses.replace(one, samples={"token_ppl_window_nll": one.samples["token_ppl_window_nll"]}))
     store.write(make("rtn()", settings=other))
     store.write(make("gptq()"))
-    before, after = find_rows(("rtn()", "gptq()"), tmp_path, None)
+    before, after = find_rows(("rtn()", "gptq()"), tmp_path)
     assert before.records[0].cell.settings == after.records[0].cell.settings
     assert "Settings of A and B differ" not in compare(before, after)
     store.write(make("wanda()", settings=other | {"limit": 5}))
-    text = compare(*find_rows(("gptq()", "wanda()"), tmp_path, None))
+    text = compare(*find_rows(("gptq()", "wanda()"), tmp_path))
     assert "Settings of A and B differ: limit None and 5, threads 1 and 2\n" in text
 
 
 def test_where_no_pair_can_be_compared_all_are_told_with_the_mend(tmp_path, capsys):
     for version in (1, 2):
-        Store(tmp_path).write(make("rtn()", suite_version=version, samples={}))
+        Store(tmp_path).write(make("rtn()", suite_version=version, samples={}, metrics={}))
     Store(tmp_path).write(failed("gptq()", suite_version=1, outcome="unsupported", reason="no such layer"))
     Store(tmp_path).write(make("gptq()", suite_version=2))
     assert main(["compare", "rtn()", "gptq()", f"results={tmp_path}"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "rtn() and gptq() cannot be compared: no metric of both has results per item. " in err
+    assert "rtn() and gptq() cannot be compared: no metric of both can be compared. " in err
     assert "quant v1, quick tier, model tiny: no results per item" in err and "quant v2, quick tier" in err
     assert (
         "v2, quick tier, model tiny: token_ppl, " in err and "v1, quick tier, model tiny: unsupported (no such" in err
@@ -357,10 +369,10 @@ def test_where_no_pair_can_be_compared_all_are_told_with_the_mend(tmp_path, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "required: a, b (to compare two rows item by item); see"),
-        (["rtn()"], "required: b (to compare two rows item by item); see"),
-        (["rtn()", "suite=quant"], "'suite=quant' is an option: two rows are needed before it"),
-        (["results=results", "rtn()"], "'results=results' is an option: two rows are needed"),
+        ([], "required: a, b (to compare two rows, folders or git revisions,"),
+        (["rtn()"], "required: b (to compare two rows, folders or git revisions,"),
+        (["rtn()", "suite=quant"], "'suite=quant' is an option: two names are needed before it"),
+        (["results=results", "rtn()"], "'results=results' is an option: two names are needed"),
     ],
 )
 def test_one_row_alone_is_not_enough(words, message, capsys):

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from effbench.core.errors import Usage
-from effbench.report.compare import compare
+from effbench.report.compare import compare_rows, write_comparison
 from effbench.report.differences import read_items
 from effbench.report.groups import Row, group_records
 from effbench.report.pages import FORMATS, render
 from effbench.report.published import judge_table, summarise
+from effbench.report.verdicts import Effects
 
 json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -21,7 +22,9 @@ json = st.recursive(
     max_leaves=6,
 )
 samples = st.dictionaries(
-    st.sampled_from(["token_ppl_window_nll", "token_ppl", "recall_acc", "flips"]),
+    st.sampled_from(
+        ["token_ppl_window_nll", "token_ppl", "recall_acc", "flips", "decode_seconds_b1_c128", "apply_seconds"]
+    ),
     st.lists(json, max_size=4) | st.lists(st.lists(st.floats(), min_size=2, max_size=2), min_size=1, max_size=4),
 )
 spoiled = st.fixed_dictionaries(
@@ -48,7 +51,8 @@ def test_any_content_of_free_fields(changes, outcome):
         assert "rtn" in render(records, "quant", style)
     for rows in ((records[0], odd), (odd, records[2])):
         with contextlib.suppress(Usage):
-            compare(*(Row((record,)) for record in rows))
+            sides = [Row((record,)) for record in rows]
+            write_comparison(*sides, compare_rows(*sides), Effects())
     for table in group_records(records):
         summarise(table, judge_table(table, group_records([make(), make("rtn(bits=2)")])))
 
