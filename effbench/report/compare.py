@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from decimal import Context, Decimal
+from typing import TYPE_CHECKING
 
 from effbench.core.errors import Usage
 from effbench.records.imported import is_imported
@@ -13,10 +14,12 @@ from effbench.report.changes import Change, Changes, find_changes
 from effbench.report.differences import ANSWERED, LEVEL, TESTED, Pairs, Side, count_changes, read_items
 from effbench.report.groups import Row, find_place
 from effbench.report.metrics import get_family, get_unit, natural_key, select_quality
-from effbench.report.sides import LONGEST, Rows
-from effbench.report.text import DASH, bytes_text, markdown_table, one_line, places, rounded
+from effbench.report.text import DASH, LONGEST, bytes_text, markdown_table, one_line, places, rounded
 from effbench.report.verdicts import Effects, judge
 from effbench.stats.paired import ENOUGH, holm
+
+if TYPE_CHECKING:  # sides are read by pages, whose blocks compare
+    from effbench.report.sides import Rows
 
 LEGEND = (
     "Paired by item; an item is averaged over the seeds of each side first. Accuracies in %. A perplexity is that of\n"
@@ -58,9 +61,9 @@ def write_comparison(before: Row, after: Row, changes: Changes, effects: Effects
     for change, p in zip(changes.found, correct(changes.found), strict=True):
         verdict = judge(change.metric, change.test, p, effects)
         if change.relative:
-            lines[1].append([*write_ratio(change), *_write_chances(change, p), verdict])
+            lines[1].append([*write_ratio(change), *write_chances(change, p), verdict])
         else:
-            lines[0].append([*_write_line(before, after, change), *_write_chances(change, p), verdict])
+            lines[0].append([*_write_line(before, after, change), *write_chances(change, p), verdict])
     sides = "\n".join([f"A: {_describe(before)}", f"B: {_describe(after)}", *_list_settings(before, after)])
     kinds = [kind for kind in zip(lines, (HEADER, HEADER_OF_RATIOS), (LEGEND, RATIOS), strict=True) if kind[0]]
     tables = [markdown_table(header, body) for body, header, _ in kinds]
@@ -182,7 +185,14 @@ def _describe(row: Row) -> str:
 
 
 def _write_line(before: Row, after: Row, change: Change) -> list[str]:
-    """One metric of quality; both sides have the decimals of their difference, which is that of the numbers printed."""
+    """One metric of quality, with the items and the answers that changed."""
+    return [change.metric, *write_difference(change), str(change.test.n), _count_changes(before, after, change.metric)]
+
+
+def write_difference(change: Change) -> list[str]:
+    """A, B, B - A and its interval; both sides have the decimals of their difference, which is that of the numbers
+    printed.
+    """
     decimals = max(2, 2 - math.floor(math.log10(abs(change.value) or 1)))
     interval = DASH
     if change.low is not None and change.high is not None:
@@ -191,15 +201,7 @@ def _write_line(before: Row, after: Row, change: Change) -> list[str]:
             decimals = min(9, max(2, places(change.high - change.low), digits))
         interval = f"{change.low:+.{decimals}f} to {change.high:+.{decimals}f}"
     left, right = (f"{value:.{decimals}f}" for value in (change.before, change.after))
-    return [
-        change.metric,
-        left,
-        right,
-        f"{EXACT.subtract(Decimal(right), Decimal(left)):+f}",
-        interval,
-        str(change.test.n),
-        _count_changes(before, after, change.metric),
-    ]
+    return [left, right, f"{EXACT.subtract(Decimal(right), Decimal(left)):+f}", interval]
 
 
 def write_ratio(change: Change) -> list[str]:
@@ -212,7 +214,7 @@ def write_ratio(change: Change) -> list[str]:
     return [change.metric, show(change.before), show(change.after), ratio, interval, change.basis]
 
 
-def _write_chances(change: Change, adjusted: float | None) -> list[str]:
+def write_chances(change: Change, adjusted: float | None) -> list[str]:
     if adjusted is None:
         return [DASH, DASH]
     return [f"{change.test.p:.2g}", f"{adjusted:.2g}{' *' if adjusted <= LEVEL else ''}"]

@@ -19,8 +19,8 @@ from effbench.report.compare import (
     write_ratio,
 )
 from effbench.report.groups import Row, Table, find_place, get_host
-from effbench.report.sides import LONGEST, Tables
-from effbench.report.text import DASH, markdown_table, one_line, rounded
+from effbench.report.sides import Tables
+from effbench.report.text import DASH, LONGEST, markdown_table, one_line, rounded
 from effbench.report.verdicts import Effects, judge
 
 HEADER = ("row", "metric", "A", "B", "change", "95 % interval", "p (Holm)", "verdict")

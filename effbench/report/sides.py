@@ -18,8 +18,8 @@ from effbench.records.revisions import SEPARATOR, find_commit, open_revision
 from effbench.records.store import Store, latest
 from effbench.report.groups import Row, Table, group_records
 from effbench.report.pages import check_suite_name, load, select_records
+from effbench.report.text import LONGEST
 
-LONGEST = 100  # characters of a name that are looked at
 FEW = 20  # names that are worth listing
 SEE = "; `effbench report` shows the recipes that have records"
 NEITHER = "is neither a record file nor a recipe with records, nor a folder or a git revision with results"

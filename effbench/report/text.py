@@ -10,6 +10,7 @@ from typing import Any
 from effbench.stats.paired import Estimate
 
 DASH = "–"
+LONGEST = 100  # characters of a name or a reason that a message repeats
 LOPSIDED = 1.5  # the longer half of an interval over the shorter from which on ± would mislead
 NUMBER = re.compile(r"[-+.\d][^a-df-jl-z]*")  # with letters of units: e, k, capitals
 SPECIAL = re.compile(r"[\\`*<&$~]|\[(?=[^\]]*\]\()|(?<![^\W_])_|_(?![^\W_])")  # in Markdown

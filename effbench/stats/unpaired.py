@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,7 +33,9 @@ def compare_means(before: ArrayLike, after: ArrayLike, level: float = 0.95) -> E
     spread = max(float(np.ptp(left)), float(np.ptp(right)))
     if spread <= 1e-12 * max(1.0, abs(value)):
         return Estimate(value, p=1.0 if value == 0 else min(1.0, 2 / math.comb(n, left.size)), n=n)
-    found = stats.ttest_ind(right, left, equal_var=False, trim=TRIM)
+    with warnings.catch_warnings():  # of values of which nearly all are the same: they have the spread that they have
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = stats.ttest_ind(right, left, equal_var=False, trim=TRIM)
     if not math.isfinite(found.pvalue):  # what is left of both sides is all the same
         return Estimate(value, n=n)
     bounds = found.confidence_interval(level)

@@ -9,11 +9,12 @@ from fake_records import make
 from effbench.cli.main import main
 from effbench.core.paths import PUBLISHED
 from effbench.records.definitions import DEFINITIONS
+from effbench.report.blocks import TableBlock, render_table
 from effbench.report.columns import list_columns, make_columns
 from effbench.report.glossary import select_definitions, write_columns, write_list, write_page
 from effbench.report.groups import group_records
 from effbench.report.metrics import get_title, select_perplexities
-from effbench.report.pages import Block, load, render, render_block
+from effbench.report.pages import load, render
 from effbench.report.published import MEANINGS, make_published_sheets
 from effbench.report.sheets import make_sheets
 
@@ -97,5 +98,5 @@ def test_a_page_has_one_list_below_its_tables_and_its_parts_have_none():
     page = render([make(), make(tier="full")], "quant")
     assert page.count("**Metrics**") == 1 and page.rindex("| baseline") < page.index("**Metrics**")
     assert "- kl_nats_per_token (nats): " in page
-    assert "**Metrics**" not in render_block(group_records([make()]), Block(), "quant.md")
+    assert "**Metrics**" not in render_table(group_records([make()]), TableBlock(), "quant.md")
     assert "**Metrics**" not in render([make()], "quant", detail="speed")

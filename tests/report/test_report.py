@@ -22,12 +22,13 @@ from effbench.core.usage import parse
 from effbench.records.metric import Metric
 from effbench.records.store import Store
 from effbench.report import pages
+from effbench.report.blocks import AgainstBlock, TableBlock, list_documents, render_table
 from effbench.report.choice import Choice
 from effbench.report.columns import DETAILS, SERVED, list_columns
 from effbench.report.differences import compute_tests, estimate_difference
 from effbench.report.groups import group_records
 from effbench.report.metrics import get_limits, get_scale, get_title, select, select_quality
-from effbench.report.pages import Block, check, render, render_block, write
+from effbench.report.pages import check, render, write
 from effbench.report.sheets import make_sheets
 from effbench.report.text import bytes_text, rounded, with_interval
 from effbench.stats.paired import Estimate
@@ -240,7 +241,7 @@ def test_without_a_baseline_nothing_is_tested():
 def test_narrow_enough_for_a_terminal():
     grids = make_sheets(group_records(RECORDS))[0].grids
     assert all(len(grid.header) <= 10 for grid in grids)
-    lines = render_block(group_records(RECORDS), Block(), "quant.md").splitlines()
+    lines = render_table(group_records(RECORDS), TableBlock(), "quant.md").splitlines()
     assert max(len(line) for line in lines if line.startswith("|")) < 150
 
 
@@ -587,6 +588,41 @@ def test_a_marker_that_names_nothing_says_where(results, readme, marker, message
     assert readme.read_text(encoding="utf-8") == before and not (results / "tables").exists()
 
 
+def test_rows_stand_against_one_of_them_in_a_page_of_the_docs(results, readme, capsys):
+    """As `effbench compare` sets them side by side, corrected over the block."""
+    page = readme.parent / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(
+        "<!-- effbench:against quant tier=quick row=rtn(bits=8) rows=gptq*,rtn(bits=2) metric=token_ppl -->\n"
+        "<!-- /effbench:against -->\n"
+    )
+    assert page in write(results, None, readme) and check(results, None, readme) == []
+    lines = [line.strip("| ").split(" | ") for line in page.read_text().splitlines() if line.startswith("|")]
+    found = {line[0].replace("\\", "").strip(): [cell.strip() for cell in line] for line in lines[2:]}
+    assert found.keys() == {"gptq(bits=4)", "rtn(bits=2)"}
+    assert found["rtn(bits=2)"][-1] == "worse" and found["rtn(bits=2)"][3].startswith("+")
+    assert main(["compare", "rtn(bits=8)", "rtn(bits=2)", f"results={results}", "tier=quick"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| token_ppl"))
+    assert [cell.strip() for cell in line.strip("| ").split(" | ")][1:5] == found["rtn(bits=2)"][1:5]
+
+
+@pytest.mark.parametrize(
+    "marker, message",
+    [
+        ("quant row=rtn(bits=7) rows=gptq* metric=token_ppl", "unknown row 'rtn(bits=7)'; did you mean"),
+        ("quant row=baseline rows=gpt metric=token_ppl", "no row has this name"),
+        ("quant row=rtn(bits=8) rows=rtn(bits=8) metric=token_ppl", "name rows other than"),
+        ("quant row=rtn(bits=8) rows=gptq* metric=token_pl", "did you mean 'token_ppl'"),
+        ("quant rows=gptq* metric=token_ppl", "name row=, the rows="),
+    ],
+)
+def test_a_marker_of_rows_against_one_says_what_is_wrong(results, readme, marker, message):
+    readme.write_text(f"<!-- effbench:against {marker} -->\n<!-- /effbench:against -->\n", encoding="utf-8")
+    with pytest.raises(Usage) as caught:
+        write(results, None, readme)
+    assert str(caught.value).startswith(f"{readme}: effbench:against {marker}: ") and message in str(caught.value)
+
+
 @pytest.mark.parametrize(("bits", "fits"), [(range(11), True), (range(12), False)])
 def test_a_block_of_more_than_twelve_rows_fails_the_check(tmp_path, bits, fits, monkeypatch, capsys):
     """The baseline is one of the twelve."""
@@ -609,12 +645,14 @@ def test_a_block_of_more_than_twelve_rows_fails_the_check(tmp_path, bits, fits, 
 @pytest.mark.skipif(CHECKOUT is None, reason="no README here")
 def test_the_rows_of_the_readme_are_those_of_the_suites():
     """So that publishing a suite anew does not find rows named that it no longer has."""
-    markers = re.findall("<!-- effbench:table (.*) -->", (CHECKOUT / "README.md").read_text(encoding="utf-8"))
-    assert markers
-    for name, *options in map(str.split, markers):
-        block, suite = parse(pages.Block, options), suites.load(name)
-        names = {recipe.name for recipe in suite.tiers[block.tier or "full"].recipes}
-        for row in Choice.read(block.rows, None).rows:
+    texts = [path.read_text(encoding="utf-8") for path in list_documents(CHECKOUT / "README.md")]
+    markers = re.findall("<!-- effbench:(table|against) (.*) -->", "".join(texts))
+    assert {kind for kind, _ in markers} == {"table", "against"}
+    for kind, marker in markers:
+        name, *options = marker.split()
+        block, suite = parse(TableBlock if kind == "table" else AgainstBlock, options), suites.load(name)
+        names = {recipe.name for recipe in suite.tiers[block.tier or "full"].recipes} | {"baseline"}
+        for row in (*Choice.read(block.rows, None).rows, *([block.row] if kind == "against" else [])):
             assert fnmatch.filter(names, row), (name, row)
 
 

@@ -97,12 +97,12 @@ def _check(results: Path, suite: str | None) -> int:
 
 
 def _write(results: Path, suite: str | None) -> int:
-    from effbench.report import pages
+    from effbench.report import blocks, pages
 
     readme = pages.find_readme(results)
     for path in pages.write(results, suite, readme):
         print(f"wrote {os.path.relpath(path)}")
-    for line in pages.find_crowded(readme):
+    for line in blocks.find_crowded(readme):
         print(f"warning: {line}", file=sys.stderr)
     return 0
 
