@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.cells.findings import Findings
 from effbench.cells.job import Job
-from effbench.core.errors import Diverged
+from effbench.core.errors import Diverged, Refused, Unsupported
 from effbench.core.files import replace_file
 from effbench.core.kinds import kind_of
 from effbench.core.method import Method, Need
@@ -45,6 +45,8 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
     environment: dict[str, Any] = {}
     log = RunLog()
     simulated = False
+    kernels: dict[str, dict[str, int]] = {}
+    proof: dict[str, Any] = {}
     gate = Gate(job.place.gate, tell) if not job.rank else None  # what the first of several processes waits for, all do
     findings.enter("wait")
     with gate.shared() if gate else contextlib.nullcontext(), findings.guard():
@@ -72,7 +74,10 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
                 run.finish(recipe_is_empty=not recipe.steps)
                 emulates = any(getattr(module, "simulated", False) for module in run.model.modules())
                 simulated = emulates or log.simulated
+                applied = backend_calls()
                 _measure(run, job, findings)
+                kernels = backend_calls()
+                proof = _prove(run, simulated, applied, findings)
         finally:
             run.close()
     findings.enter("")
@@ -87,14 +92,14 @@ def execute(job: Job, tell: Tell = lambda **_: None) -> Record:
         metrics=findings.metrics,
         samples=findings.samples | {f"chosen by {step}": examples for step, examples in log.chosen.items()},
         protocols=findings.protocols,
-        kernels=backend_calls(),
+        kernels=kernels or backend_calls(),
         facts=facts(
             recipe,
             log.calibration_sequences or settings.get("calibration_sequences"),
             len(log.tuning),
             log.near_duplicates or 0,
         ),
-        log=log.to_json() | {"phases": findings.seconds} | shortfall,
+        log=log.to_json() | {"phases": findings.seconds} | shortfall | ({"proof": proof} if proof else {}),
         environment=environment,
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - begin - findings.seconds["wait"], 3),
@@ -246,6 +251,20 @@ def _measure(run: ModelRun, job: Job, findings: Findings) -> None:
     if timing and not findings.over:
         with run.alone():
             take(timing)
+
+
+def _prove(run: ModelRun, simulated: bool, applied: dict[str, dict[str, int]], findings: Findings) -> dict[str, Any]:
+    """Which kernels ran since the recipe was applied, in plain values; empty where a model cannot infer or the process
+    is at its end.
+    """
+    if findings.over:
+        return {}
+    from effbench.cells.prove import count_calls, prove
+
+    findings.enter("proof")
+    with findings.guard(), contextlib.suppress(Unsupported, Refused):
+        return dataclasses.asdict(prove(run, simulated, count_calls(applied)))
+    return {}
 
 
 def facts(recipe: Recipe, sequences: int | None, tried: int = 0, duplicates: int = 0) -> dict[str, Any]:

@@ -236,13 +236,18 @@ def measure(metric: str) -> Column:
 
 
 def _time(label: str, metric: str, measured: Sequence[str], placed: bool) -> Column:
-    """A ratio of speeds, and the rate and time behind it; a row that only simulates has none."""
+    """A ratio of speeds, and the rate and time behind it. A row that only simulates has none, and one whose kernels
+    fell back has none above 1: what was timed is not what the row claims.
+    """
     limits = get_limits(metric)
     names = {metric.replace("speedup", part): unit for part, unit in ABSOLUTE.items()}
     beside = {name: unit for name, unit in names.items() if placed and name in measured}
 
     def show(row: Row, tests: Tests) -> str:
-        ratio = with_interval(row.estimate(metric), limits=limits)
+        estimate = row.estimate(metric)
+        if row.verdict == "fallback" and estimate is not None and estimate.value > 1:
+            return DASH
+        ratio = with_interval(estimate, limits=limits)
         if row.simulated or ratio == DASH or not all(map(get_machine, row.records)):
             return DASH if row.simulated else ratio
         values = [estimate.value for name in beside if (estimate := row.estimate(name))]
@@ -358,6 +363,12 @@ METHODS = (
         "learning rate",
         lambda row, tests: ", ".join(f"{rate:g}" for rate in row.learning_rates) or DASH,
         meaning="The peak of the learning rate; where a fit tried several, the one with the least validation loss.",
+    ),
+    Column(
+        "kernels",
+        lambda row, tests: row.verdict or DASH,
+        meaning="Whether the kernels that ran are those that the row claims, by dispatch and a trace: proven, fallback "
+        "to a reference or to torch, or simulated.",
     ),
     Column("seeds", lambda row, tests: str(len(row.records)), meaning="How many seeds the row is a mean over."),
     Column("apply, s", _show_value("apply_seconds", rounded), ("apply_seconds",)),

@@ -51,6 +51,12 @@ class Row:
     def simulated(self) -> bool:
         return any(record.simulated for record in self.records)
 
+    @functools.cached_property
+    def verdict(self) -> str:
+        """Whether its kernels are those that it claims: the worst of its records."""
+        found = {_read_verdict(record) for record in self.records}
+        return next((verdict for verdict in ("simulated", "fallback", "proven") if verdict in found), "")
+
     @property
     def densified(self) -> bool:
         """Whether a merge gave up zeros that pruning had made."""
@@ -246,6 +252,16 @@ def get_machine(record: Record) -> str:
 
 def _list_values(record: Record) -> dict[str, float]:
     return {name: metric.value for name, metric in record.metrics.items()}
+
+
+def _read_verdict(record: Record) -> str:
+    """The verdict of its trace; of a record without one, what dispatch alone says."""
+    proof = record.log.get("proof")
+    if isinstance(proof, dict) and isinstance(proof.get("verdict"), str):
+        return str(proof["verdict"])
+    if record.simulated:
+        return "simulated"
+    return "fallback" if any("reference" in backends for backends in record.kernels.values()) else ""
 
 
 def get_host(record: Record) -> str:

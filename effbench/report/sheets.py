@@ -304,6 +304,8 @@ def _write_legend(table: Table, rows: Sequence[Row], tested: bool) -> str:
         parts.append(f"{UNMET}: what was scored did not meet what the recipe changes; a mean is without such tasks.")
     if any(row.simulated for row in rows):
         parts.append("Simulated: computes like the compressed form without being stored as it, so it has no speed.")
+    if speeds and any(row.verdict == "fallback" for row in rows):
+        parts.append("Rows whose kernels fell back to a reference have no speed above 1.")
     if any(row.densified for row in rows):
         parts.append("Densified: a merge filled the zeros that pruning had made.")
     if any(row.elsewhere for row in table.rows):

@@ -7,6 +7,8 @@ from effbench.kernels._common.launch import flatten_rows
 from effbench.kernels.fp8_linear.reference import Fp8Matrix, quantize
 from effbench.ops import Declined
 
+KERNELS = r"e4m3|f8f8|nvjet_q"  # in the names of the library's kernels, as traces have them
+
 
 def fp8_linear(x: Tensor, matrix: Fp8Matrix) -> Tensor:
     """See `reference.fp8_linear`; Declined for float activations, float32 outputs and sizes not in sixteens."""

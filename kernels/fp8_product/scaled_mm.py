@@ -6,6 +6,8 @@ from torch import Tensor
 from effbench.kernels.fp8_quantize.reference import E4M3, choose_type
 from effbench.ops import Declined
 
+KERNELS = r"e4m3|e5m2|f8f8|nvjet_q"  # in the names of the library's kernels, as traces have them
+
 
 def fp8_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, gradients: bool = False) -> Tensor:
     """See `reference.fp8_product`; sizes are filled up with zeros to multiples of 16. Declined before Ada."""

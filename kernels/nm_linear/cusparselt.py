@@ -19,6 +19,7 @@ from effbench.kernels._common.nm import columns, scatter
 from effbench.kernels.nm_linear.reference import NmMatrix
 from effbench.ops import Declined
 
+KERNELS = r"spars"  # in the names of the library's kernels, as traces have them
 FEWEST_ROWS = 16  # of x; with fewer, the product is one with padding, and reading the stored form once is cheaper
 
 

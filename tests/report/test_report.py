@@ -588,6 +588,28 @@ def test_a_marker_that_names_nothing_says_where(results, readme, marker, message
     assert readme.read_text(encoding="utf-8") == before and not (results / "tables").exists()
 
 
+@pytest.mark.parametrize(
+    "proof, kernels, simulated, shown",
+    [
+        ({"verdict": "proven"}, {"int_linear": {"triton": 3}}, False, "1.26"),
+        ({"verdict": "fallback"}, {"int_linear": {"triton": 3}}, False, "–"),
+        ({"verdict": "simulated"}, {}, True, "–"),
+        (None, {"int_linear": {"reference": 3}}, False, "–"),  # older records have dispatch alone
+        (None, {}, False, "1.26"),
+    ],
+)
+def test_no_speed_up_is_shown_of_what_is_not_proven(proof, kernels, simulated, shown):
+    log = {} if proof is None else {"proof": proof}
+    row = make("rtn(bits=4)", kernels=kernels, simulated=simulated, log=log)
+    text = render([make(), row], "quant", "md", "speed")
+    header, _, _, line = (line for line in text.splitlines() if line.startswith("|"))
+    cells = dict(zip(header.split("|"), line.split("|"), strict=True))
+    (decode,) = (cell for name, cell in cells.items() if name.strip().startswith("decode b1"))
+    assert decode.strip().startswith(shown)
+    (prefill,) = (cell for name, cell in cells.items() if name.strip().startswith("prefill b1"))
+    assert prefill.strip().startswith("–" if simulated else "0.81")  # what it costs is shown
+
+
 def test_rows_stand_against_one_of_them_in_a_page_of_the_docs(results, readme, capsys):
     """As `effbench compare` sets them side by side, corrected over the block."""
     page = readme.parent / "docs" / "page.md"
