@@ -78,18 +78,15 @@ def _replay(arguments: argparse.Namespace) -> int:
 def _run_again(job: Job, record: Record, store: Store, timeout: float, out: TextIO) -> Record | None:
     """The fresh record of a job, as it stands in the store; None where a signal ended it."""
     from effbench.cells.local import Local
-    from effbench.cells.run import run_cells
     from effbench.cli import progress
-    from effbench.cli.remaining import Remaining
     from effbench.records.reader import read_record
     from effbench.records.record import Record
 
     while store.holds(Record(job.cell, "ok", attempt=job.attempt)):  # each replay is kept
         job = dataclasses.replace(job, attempt=job.attempt + 1)
     expected = {job.cell.identity: record.seconds} if record.seconds else {}
-    display = (progress.Live if out.isatty() else progress.Lines)(Remaining([job], expected, 1), 1, out)
-    with display:
-        records, interrupted = run_cells([job], store, Local(1, timeout, job.cell.settings["threads"]), display.watch)
+    executor = Local(1, timeout, job.cell.settings["threads"])
+    records, interrupted = progress.run_shown([job], store, executor, expected, out)
     if interrupted or not records:
         print("effbench: interrupted", file=sys.stderr)
         return None
