@@ -79,6 +79,23 @@ def plan(options: RunOptions, changes: Mapping[str, Any] | None = None, again: b
     `Usage`.
     """
     placement, suite, tier, jobs = find_jobs(options, changes)
+    return _decide(options, placement, suite, tier, jobs, again)
+
+
+def plan_recipes(options: RunOptions, recipes: Sequence[Recipe], settings: Mapping[str, Any], again: bool) -> Batch:
+    """Recipes of nobody's suite beside the baseline, with settings of their own; else as `plan`. Raises `Usage`."""
+    placement = place(options.device, options.threads, options.jobs, options.tier)
+    suite = suites.adhoc()
+    baseline = suite.recipes[0]
+    rows = (baseline, *(recipe for recipe in recipes if recipe.steps))
+    tier = Tier(rows, (0,), (options.model or "tiny",), suites.resolve(settings))
+    return _decide(options, placement, suite, tier, list(_jobs(options, placement, suite, tier)), again)
+
+
+def _decide(
+    options: RunOptions, placement: Placement, suite: Suite, tier: Tier, jobs: Sequence[Job], again: bool
+) -> Batch:
+    """The batch of all these jobs, of which some may be done. Raises `Usage`."""
     store = Store(options.folder)
     store.check()
     records, notes = store.read(suite.name, suite.version)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from effbench.cells.local import Event
+from effbench.cells.local import Event, Local
 from effbench.cli.remaining import Remaining
 from effbench.records.record import OUTCOMES, Record
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from effbench.cells.job import Job
     from effbench.cells.plan import Batch
     from effbench.records.store import Store
 
@@ -69,6 +71,30 @@ def left(remaining: Remaining) -> str:
     """How long it will still take, in words; empty while nothing is known."""
     seconds = remaining.seconds()
     return "" if seconds is None else f"about {_duration(seconds)} left"
+
+
+def run_shown(
+    jobs: Sequence[Job],
+    store: Store,
+    executor: Local,
+    expected: Mapping[str, float],
+    out: TextIO,
+    also: Callable[[Event], None] = lambda _: None,
+) -> tuple[list[Record], bool]:
+    """`run_cells` with news of it on `out`, and whatever else is to be done with them.
+
+    `expected` has seconds that cells took before, by identity.
+    """
+    from effbench.cells.run import run_cells
+
+    display = (Live if out.isatty() else Lines)(Remaining(jobs, expected, executor.jobs), len(jobs), out)
+
+    def watch(event: Event) -> None:
+        display.watch(event)
+        also(event)
+
+    with display:
+        return run_cells(jobs, store, executor, watch)
 
 
 def _duration(seconds: float) -> str:

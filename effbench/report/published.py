@@ -159,7 +159,7 @@ def judge(own: Row, published: Row, stale: Stale | None = None) -> Verdict:
     largest = 0.0
     for metric in _find_common(here, there):
         ours, theirs = _average(here, metric), _average(there, metric)
-        distance = _measure_distance(metric, ours, theirs)
+        distance = measure_distance(metric, ours, theirs)
         largest = max(largest, distance)
         if distance >= TOLERANCE:
             test = estimate_difference(there.records, here.records, metric)
@@ -223,7 +223,7 @@ def _average(row: Row, metric: str) -> float:
     return statistics.fmean(record.metrics[metric].value for record in row.records)
 
 
-def _measure_distance(metric: str, own: float, published: float) -> float:
+def measure_distance(metric: str, own: float, published: float) -> float:
     """Of accuracies absolute, else relative to the published value."""
     if get_family(metric) == "accuracy" or own == published:
         return abs(own - published)

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 def _run(arguments: argparse.Namespace) -> int:
     from effbench.cells.local import Event, Local
     from effbench.cells.plan import check_models, expect_seconds, plan
-    from effbench.cells.run import find_lost, run_cells
+    from effbench.cells.run import find_lost
     from effbench.cells.suite import Settings
     from effbench.cli import progress
-    from effbench.cli.remaining import Remaining
     from effbench.records.store import Store
 
     options = parse(RunOptions, [*arguments.options, *(pair for pair in arguments.set if _is_option(pair))])
@@ -48,18 +47,14 @@ def _run(arguments: argparse.Namespace) -> int:
         _print_record(record)
 
     begin = time.monotonic()
-    executor = Local(batch.placement.jobs, options.timeout, batch.placement.threads)
-    remaining = Remaining(batch.todo, expect_seconds(batch), batch.placement.jobs)
-    display = (progress.Live if out.isatty() else progress.Lines)(remaining, len(batch.todo), out)
 
-    def watch(event: Event) -> None:
-        display.watch(event)
+    def print_record(event: Event) -> None:
         if arguments.json and event.record is not None:
             _print_record(event.record)
 
     store = Store(options.folder)
-    with display:
-        fresh, interrupted = run_cells(batch.todo, store, executor, watch)
+    executor = Local(batch.placement.jobs, options.timeout, batch.placement.threads)
+    fresh, interrupted = progress.run_shown(batch.todo, store, executor, expect_seconds(batch), out, print_record)
     if interrupted:
         kept = f"{len(fresh)} of {len(batch.todo)} cells are done and kept in {options.folder.resolve()}"
         print(f"effbench: interrupted; {kept}, the same command goes on from there", file=sys.stderr)
