@@ -22,6 +22,7 @@ from effbench.core.usage import list_some
 from effbench.machine import environment
 from effbench.machine.gate import gate_file
 from effbench.machine.placement import Placement, place
+from effbench.records.imported import is_imported
 from effbench.records.record import Cell, Record
 from effbench.sources import DataSource, Source
 
@@ -63,6 +64,8 @@ def restore(record: Record, scratch: Path, where: Whereabouts) -> tuple[Job, lis
     `Usage` for whereabouts that name nothing.
     """
     cell, settings = record.cell, record.cell.settings
+    if is_imported(record):
+        raise CannotRun("it was imported: another tool has measured it, in a way of its own")
     if missing := [name for name in NEEDED if name not in settings]:
         raise CannotRun(f"the record does not say its {list_some(missing)}")
     recipe, gained = _make_recipe(cell)

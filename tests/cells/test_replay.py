@@ -115,6 +115,7 @@ def resolved(record, **changes):
         (lambda r: {"settings": r.cell.settings | {"tune": ["rtn(bit=4)"]}}, "no parameter 'bit'"),
         (lambda r: {"settings": r.cell.settings | {"probes": ["spead"]}}, "spead"),
         (lambda r: {"settings": r.cell.settings | {"device": "cuda:77"}}, "device=cuda:77: this machine has"),
+        (lambda r: {"tier": "imported"}, "it was imported: another tool has measured it"),
         (lambda r: {"settings": {"probes": []}}, "does not say its device, dtype, threads"),
         (lambda r: {"digests": r.cell.digests | {"model": "f" * 64}}, "the model at hand is not the record's"),
         (lambda r: {"digests": r.cell.digests | {"data": "f" * 64}}, "the data at hand is not the record's"),
