@@ -114,7 +114,7 @@ def render(
     tables = group_records(chosen)
     if style == "csv":
         return csv.page(tables, choice)
-    sheets = make_sheets(tables, stale=stale, choice=choice)
+    sheets = make_sheets(tables, stale=stale, choice=choice, mark_best=style in ("tex", "paper"))
     return _render_sheets(sheets, style, detail) if sheets else ""
 
 

@@ -8,12 +8,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from effbench.records.record import OUTCOMES, Record
+from effbench.report.best import find_best
 from effbench.report.choice import ALL, Choice
-from effbench.report.columns import DETAILS, PHASES, UNMET, Tests, make_columns
+from effbench.report.columns import DETAILS, PHASES, UNMET, Column, Tests, make_columns
 from effbench.report.differences import LEVEL, Kept, compute_tests
 from effbench.report.groups import Row, Table, find_differing_settings, get_machine
 from effbench.report.metrics import get_title, select, select_headlines, select_perplexities
@@ -28,6 +29,7 @@ MARKS = (
     "ˢ: over seeds, for two of them [a–b]ˢ is their range; a value alone: seeds agree, or too few timings for an "
     "interval; –: not measured."
 )
+BOLD = "Bold: better than every other row but the baseline, paired by item, at 5 % after Holm over these."
 ARROWS = "↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table."
 SOON = (2, 3, 4, 6, 8)  # times the seeds or items that somebody may still measure
 MOST_ADVICE = 3
@@ -41,6 +43,7 @@ class Grid:
     detail: str  # a key of DETAILS
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    best: frozenset[tuple[int, int]] = frozenset()  # row and column of cells that are surely the best of their column
 
     @property
     def title(self) -> str:
@@ -70,7 +73,11 @@ class Sheet:
 
 
 def make_sheets(
-    tables: Sequence[Table], kept: Kept | None = None, stale: Stale | None = None, choice: Choice = ALL
+    tables: Sequence[Table],
+    kept: Kept | None = None,
+    stale: Stale | None = None,
+    choice: Choice = ALL,
+    mark_best: bool = False,
 ) -> list[Sheet]:
     """The sheets of one page, no two of them under one title; tables without a chosen row or column have none.
 
@@ -80,7 +87,9 @@ def make_sheets(
     differing = find_differing_settings(tables) if len(tables) > 1 else []
     titles = _make_titles(tables)
     sheets = (
-        _make_sheet(table, rows, choice, name, _write_caption(table, differing, stale), compute_tests(table, kept))
+        _make_sheet(
+            table, rows, choice, name, _write_caption(table, differing, stale), compute_tests(table, kept), mark_best
+        )
         for table, name in zip(tables, titles, strict=True)
         if (rows := choice.select_rows(table))
     )
@@ -129,7 +138,9 @@ def measure_width(columns: Sequence[Sequence[str]], gap: int) -> int:
     return sum(max(map(len, column)) for column in columns) + gap * (len(columns) - 1)
 
 
-def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, caption: str, tests: Tests) -> Sheet:
+def _make_sheet(
+    table: Table, rows: Sequence[Row], choice: Choice, name: str, caption: str, tests: Tests, mark_best: bool
+) -> Sheet:
     footnotes: dict[str, int] = {}
     names = [_name_row(row, footnotes) for row in rows]
     made = make_columns(table.measured, placed=any(map(get_machine, table.records)))
@@ -138,7 +149,9 @@ def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, ca
         cells = {column.header: [column.show(row, tests) for row in rows] for column in columns}
         shown = {header: column for header, column in cells.items() if any(cell != DASH for cell in column)}
         if shown or detail == "summary":
-            grids.append(Grid(detail, ("recipe", *shown), tuple(zip(names, *shown.values(), strict=True))))
+            best = _find_best(rows, [column for column in columns if column.header in shown]) if mark_best else []
+            body = tuple(zip(names, *shown.values(), strict=True))
+            grids.append(Grid(detail, ("recipe", *shown), body, frozenset(best)))
     details = tuple(grid.detail for grid in grids if grid.detail != "chosen")
     if choice.columns:
         grids = [grid for grid in grids if grid.detail == "chosen"]
@@ -149,12 +162,20 @@ def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, ca
         protocols=_list_protocols(table),
         grids=tuple(grids),
         notes=tuple(f"{superscript(number)} {text}" for text, number in footnotes.items()),
-        legend=_write_legend(table, rows, bool(tests)),
+        legend=_write_legend(table, rows, bool(tests)) + (f" {BOLD}" if any(grid.best for grid in grids) else ""),
         advice=_advise(table, tests),
         metrics=table.measured,
         details=details,
         omitted=len(table.rows) - len(rows),
     )
+
+
+def _find_best(rows: Sequence[Row], columns: Sequence[Column]) -> Iterator[tuple[int, int]]:
+    """Row and column of the cells that are surely the best of their column, by what the column shows first."""
+    for place, column in enumerate(columns, 1):
+        best = find_best(rows, column.metrics[0]) if column.metrics else None
+        if best is not None:
+            yield list(rows).index(best), place
 
 
 # ---- rows ---------------------------------------------------------------------------------------

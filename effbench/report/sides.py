@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import dataclasses
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -143,7 +144,7 @@ def _find_rows(name: str, tables: list[Table] | Usage) -> Rows | None:
 @contextlib.contextmanager
 def _open_revision(name: str, where: Where) -> Iterator[Tables | None]:
     """The results at a git revision, `REVISION` or `REVISION:FOLDER`; None for what is none. Raises `Usage`."""
-    near = next(path for path in (where.history, *where.history.parents) if path.is_dir())
+    near = next(path for path in (where.history, *where.history.parents) if os.path.isdir(path))
     folder = name.partition(SEPARATOR)[2]
     near = Path.cwd() if folder else near
     commit = find_commit(name, near)

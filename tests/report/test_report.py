@@ -149,7 +149,7 @@ def test_facts_and_cost_columns():
     rows = table(render(RECORDS, "quant"), "Methods and the cost of applying them")
     assert rows["gptq(bits=4)"] == {
         "recipe": "gptq(bits=4)", "type": "PTQ", "calibration data": "128 sequences",
-        "weight update": "Hessian", "seeds": "3", "apply, s": "1.25", "apply peak (rss)": "25.0 MB",
+        "weight update": "Hessian", "kernels": "–", "seeds": "3", "apply, s": "1.25", "apply peak (rss)": "25.0 MB",
     }  # fmt: skip
     assert rows["baseline"]["type"] == "–"
 
@@ -824,3 +824,13 @@ def test_zeros_are_a_column_where_any_row_is_sparse():
         "baseline": "0.0", "rtn(bits=2)": "31.0", "wanda(sparsity=0.6)": "60.0 (60)",
     }  # fmt: skip
     assert "zeros, %" not in table(render([dense, rounded], "quant"))["baseline"]  # rounding alone asks for none
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+a", "-b", "@SUM(A1)", "\tx"])
+def test_no_text_of_the_csv_is_a_formula(name):
+    record = make(
+        name, reason=name, outcome="oom", metrics={"token_ppl": Metric(5.0), "tasks_over_random": Metric(-0.25)}
+    )
+    (line,) = csv.DictReader(io.StringIO(render([record], "quant", "csv")))
+    assert not any(value[:1] in "=+@\t" for value in line.values() if value)
+    assert line["recipe"] == f"'{name}" and float(line["tasks_over_random"]) == -0.25

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from effbench.records.metric import Metric
 from effbench.report.choice import ALL, Choice
@@ -16,6 +17,7 @@ START = (
     "suite", "suite_version", "recipe", "steps", "model", "seed", "outcome", "reason", "simulated", "machine",
 )  # fmt: skip
 END = ("tier", "record")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
 
 
 def page(tables: Sequence[Table], choice: Choice = ALL) -> str:
@@ -43,8 +45,13 @@ def page(tables: Sequence[Table], choice: Choice = ALL) -> str:
             get_machine(record) or cell.settings.get("machine"),
         )  # fmt: skip
         values = [_read(record.metrics.get(name), name, part) for name, part in columns]
-        writer.writerow([*start, *values, cell.tier, record.name])
+        writer.writerow([*map(_guard, start), *values, *map(_guard, (cell.tier, record.name))])
     return out.getvalue()
+
+
+def _guard(value: Any) -> Any:
+    """Text behind an apostrophe where a spreadsheet would take it for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _read(metric: Metric | None, name: str, part: str) -> float | None:

@@ -1,4 +1,4 @@
-"""Sheets as LaTeX, for the package booktabs."""
+"""Sheets as LaTeX, for the packages booktabs and siunitx."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from effbench.report.sheets import Grid, Sheet, narrow
-from effbench.report.text import SUPERSCRIPTS, numeric_column
+from effbench.report.text import DASH, SUPERSCRIPTS, numeric_column
 
 CHARACTERS = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_",
     "%": r"\%", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
     "[": "{[}", "]": "{]}", "±": r"$\pm$", "×": r"$\times$", "–": "--",
     "↑": r"$\uparrow$", "↓": r"$\downarrow$", "ˢ": r"\textsuperscript{s}",
     **{chr(mark): rf"\textsuperscript{{{chr(digit)}}}" for digit, mark in SUPERSCRIPTS.items()},
@@ -19,7 +19,9 @@ CHARACTERS = {
 CHARACTERS_WIDE = 88  # of a line of footnotesize across the text of an article in one column; a gap takes three
 TALL = 40  # rows of one table of a paper; more become several tables
 LONG_WORD = 30  # characters of a word from which on it may be broken after a mark
-HEAD = r"""% Needs \usepackage{booktabs,graphicx}.
+NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)(?: ±(\d+(?:\.\d+)?))?(ˢ?(?: [↑↓])?(?: ∅)?)")  # and what stands behind it
+HEAD = r"""% Needs \usepackage{booktabs,graphicx,siunitx}.
+\sisetup{separate-uncertainty=true,group-digits=none,text-series-to-math=true,propagate-math-font=true}
 \providecommand{\effbenchfit}[1]{\sbox0{#1}\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi}"""
 
 
@@ -69,7 +71,8 @@ def _write_table(sheet: Sheet, grid: Grid, said: Sequence[str]) -> str:
     label = re.sub(r"[^a-z0-9]+", "-", f"{sheet.title} {grid.detail}".casefold()).strip("-")
     tables = []
     for start in range(0, len(grid.rows), TALL):
-        part = Grid(grid.detail, grid.header, grid.rows[start : start + TALL])
+        best = frozenset((row - start, column) for row, column in grid.best)
+        part = Grid(grid.detail, grid.header, grid.rows[start : start + TALL], best)
         more = ", continued" if start else ""
         name = f"tab:{label}{f'-{start // TALL + 1}' if start else ''}"
         lines = [r"\begin{table}", r"\centering\footnotesize"]
@@ -83,10 +86,55 @@ def _write_table(sheet: Sheet, grid: Grid, said: Sequence[str]) -> str:
 
 
 def _write_tabular(grid: Grid) -> str:
-    align = "".join("r" if numeric_column(column) else "l" for column in zip(*grid.rows, strict=True))
-    header, *body = (" & ".join(map(escape, line)) + r" \\" for line in (grid.header, *grid.rows))
-    lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}"])
+    """Columns of plain numbers are siunitx's, their decimal points below each other; cells that are surely the best of
+    their column are bold.
+    """
+    columns = list(zip(*grid.rows, strict=True))
+    formats = [_find_format(column) for column in columns]
+    align = "".join(
+        f"S[{form}]" if form else "r" if numeric_column(column) else "l"
+        for form, column in zip(formats, columns, strict=True)
+    )
+    header = " & ".join(
+        f"{{{escape(name)}}}" if form else escape(name) for name, form in zip(grid.header, formats, strict=True)
+    )
+    lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", rf"{header} \\", r"\midrule"]
+    for i, row in enumerate(grid.rows):
+        cells = (
+            _write_cell(cell, bool(form), (i, j) in grid.best)
+            for j, (cell, form) in enumerate(zip(row, formats, strict=True))
+        )
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _find_format(column: Sequence[str]) -> str:
+    """siunitx's format of a column: digits before and behind the point, of the numbers and of their uncertainties;
+    empty where a cell is no plain number.
+    """
+    found = [NUMBER.fullmatch(cell) for cell in column if cell != DASH]
+    matches = [match for match in found if match is not None]
+    if not matches or len(matches) < len(found):
+        return ""
+    numbers = [match[1].lstrip("-").partition(".") for match in matches]
+    whole, decimals = (max(len(parts[place]) for parts in numbers) for place in (0, 2))
+    sign = "-" if any(match[1].startswith("-") for match in matches) else ""
+    # Digits of an uncertainty are counted from the last decimal of the column.
+    reaches = [len(match[2].partition(".")[0].lstrip("0")) + decimals for match in matches if match[2]]
+    marks = max((match[3].strip() for match in matches), key=len)
+    room = f",table-space-text-post={{{escape(marks)}}}" if marks else ""
+    return f"table-format={sign}{whole}.{decimals}" + (f"({max(reaches)})" if reaches else "") + room
+
+
+def _write_cell(cell: str, number: bool, best: bool) -> str:
+    """A cell of a column of numbers as siunitx reads it, or of text."""
+    match = NUMBER.fullmatch(cell) if number else None
+    if match is None:
+        text = rf"\textbf{{{escape(cell)}}}" if best else escape(cell)
+        return f"{{{text}}}" if number else text
+    value = match[1] + (f" +- {match[2]}" if match[2] else "")
+    marks = f" {{{escape(match[3].strip())}}}" if match[3] else ""
+    return (r"\bfseries " if best else "") + value + marks
 
 
 def _break_words(text: str) -> str:
