@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
