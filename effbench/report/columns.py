@@ -38,6 +38,7 @@ Show = Callable[[Row, Tests], str]
 DETAILS = {
     "summary": "Size and quality",
     "quality": "Quality in detail",
+    "front": "Fronts: quality against what it costs",
     "inference": "Inference: what was left of prompts and caches, and what of drafts was taken",
     "speed": "Speed, as a ratio to the baseline of the same run",
     "memory": "Memory; peaks are above what was resident before",

@@ -15,6 +15,8 @@ from effbench.records.record import OUTCOMES, Record
 from effbench.report.choice import ALL, Choice
 from effbench.report.columns import DETAILS, PHASES, UNMET, Tests, make_columns
 from effbench.report.differences import LEVEL, Kept, compute_tests
+from effbench.report.fronts import DETAIL as FRONT
+from effbench.report.fronts import LEGEND, make_front_columns
 from effbench.report.groups import Row, Table, find_differing_settings, get_machine
 from effbench.report.metrics import get_title, select, select_headlines, select_perplexities
 from effbench.report.text import DASH, one_line, superscript
@@ -31,6 +33,7 @@ MARKS = (
 ARROWS = "↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table."
 SOON = (2, 3, 4, 6, 8)  # times the seeds or items that somebody may still measure
 MOST_ADVICE = 3
+OF_FRONTS = f" Fronts: {LEGEND}"  # at the end of the legend
 CHOSEN = ("threads", "dtype", "limit")  # settings that every caption has
 
 
@@ -92,7 +95,8 @@ def cut_to_detail(sheet: Sheet, detail: str) -> Sheet:
 
     Where nothing of the detail was measured, a note instead of the grid says so, and what there is.
     """
-    cut = dataclasses.replace(sheet, protocols=sheet.protocols[:1], metrics=())
+    legend = sheet.legend if detail == FRONT else sheet.legend.removesuffix(OF_FRONTS)
+    cut = dataclasses.replace(sheet, protocols=sheet.protocols[:1], metrics=(), legend=legend)
     if grids := tuple(grid for grid in sheet.grids if grid.detail == detail):
         return dataclasses.replace(cut, grids=grids)
     note = f"Nothing was measured of detail={detail} ({DETAILS[detail]}); there is detail={', '.join(sheet.details)}."
@@ -133,8 +137,10 @@ def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, ca
     footnotes: dict[str, int] = {}
     names = [_name_row(row, footnotes) for row in rows]
     made = make_columns(table.measured, placed=any(map(get_machine, table.records)))
+    made |= {FRONT: make_front_columns(table), "chosen": choice.select_columns(table.measured)}
     grids: list[Grid] = []
-    for detail, columns in {"chosen": choice.select_columns(table.measured), **made}.items():
+    for detail in (detail for detail in DETAILS if detail in made):
+        columns = made[detail]
         cells = {column.header: [column.show(row, tests) for row in rows] for column in columns}
         shown = {header: column for header, column in cells.items() if any(cell != DASH for cell in column)}
         if shown or detail == "summary":
@@ -149,7 +155,7 @@ def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, ca
         protocols=_list_protocols(table),
         grids=tuple(grids),
         notes=tuple(f"{superscript(number)} {text}" for text, number in footnotes.items()),
-        legend=_write_legend(table, rows, bool(tests)),
+        legend=_write_legend(table, rows, bool(tests)) + OF_FRONTS * any(grid.detail == FRONT for grid in grids),
         advice=_advise(table, tests),
         metrics=table.measured,
         details=details,

@@ -21,7 +21,7 @@ class ReportOptions:
     suite: str | None = None  # only this suite
     results: str | None = None  # folder of records; by default runs, for --write and --check the published ones
     format: str | None = None  # md, csv, tex, or rich for a terminal
-    detail: str | None = None  # only summary, quality, speed, memory, compute or methods
+    detail: str | None = None  # only one kind of columns: summary, quality, front, speed, memory, compute, methods ...
     rows: str | None = None  # only these recipes and the baseline: names or patterns, separated by commas
     columns: str | None = None  # only these: headers or names of metrics, or patterns, separated by commas
     tier: str | None = None  # only this tier
