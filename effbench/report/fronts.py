@@ -30,6 +30,8 @@ COSTS = (
     *("decode_energy_j_.*", "prefill_energy_j_.*", "fit_energy_j"),
     *("fit_step_ms", "apply_seconds"),
 )
+ALIKE = 0.01  # share of a value by which rows may differ and be alike
+LEAST = {"apply_seconds": 1.0}  # of the largest value, for costs that may be too small for anybody to care
 DRAWN = "●"
 LEGEND = (
     f"{DRAWN}: not dominated as the numbers stand. In percent: how likely nothing dominates the row, when items, seeds "
@@ -115,6 +117,12 @@ def make_front_columns(table: Table) -> list[Column]:
     return [_make_column(front) for front in Fronts(table).find_telling()]
 
 
+def is_ranking(metric: str) -> bool:
+    """Whether more of it is better or worse."""
+    definition = find_definition(metric)
+    return definition is not None and definition.better != "neither"
+
+
 def is_better_higher(metric: str) -> bool:
     """Whether more of it is better, as opposed to less."""
     definition = find_definition(metric)
@@ -127,7 +135,7 @@ def _make_column(front: Front) -> Column:
 
 
 def _find_axes(table: Table, patterns: Sequence[str]) -> Iterator[str]:
-    """The first metric of each pattern in which rows differ."""
+    """The first metric of each pattern in which rows differ by more than would make anybody choose."""
     perplexities = select_perplexities(table.measured)[:1]
     for pattern in patterns:
         names = perplexities if pattern == "perplexity" else table.measured
@@ -137,7 +145,8 @@ def _find_axes(table: Table, patterns: Sequence[str]) -> Iterator[str]:
 
 def _differs(table: Table, metric: str) -> bool:
     values = [one.value for row in table.rows if (one := row.estimate(metric)) and math.isfinite(one.value)]
-    return bool(values) and not math.isclose(min(values), max(values))
+    alike = bool(values) and math.isclose(min(values), max(values), rel_tol=ALIKE)
+    return bool(values) and not alike and max(values) >= LEAST.get(metric, -math.inf)
 
 
 def _rest(rows: Sequence[Row], placed: Sequence[int]) -> list[int]:

@@ -81,7 +81,7 @@ def make_sheets(
     say how many rows are of an older source.
     """
     differing = find_differing_settings(tables) if len(tables) > 1 else []
-    titles = _make_titles(tables)
+    titles = make_titles(tables)
     sheets = (
         _make_sheet(table, rows, choice, name, _write_caption(table, differing, stale), compute_tests(table, kept))
         for table, name in zip(tables, titles, strict=True)
@@ -213,7 +213,7 @@ def _advise(table: Table, tests: Tests) -> str:
     )
 
 
-def _make_titles(tables: Sequence[Table]) -> list[str]:
+def make_titles(tables: Sequence[Table]) -> list[str]:
     """A title for each table; where two would share one, each adds what sets it apart."""
     plain = [_make_title(table) for table in tables]
     titles = []
