@@ -58,8 +58,9 @@ class Noise:
     def _draw(self, metric: str) -> Drawn:
         estimates = [None if _is_vain(row, metric) else row.estimate(metric) for row in self.rows]
         values = np.array([math.nan if one is None else one.value for one in estimates])
-        absent = {at: _explain(self.rows[at], metric) for at, one in enumerate(estimates) if one is None}
+        absent = {at: _explain(row, metric) for at, row in enumerate(self.rows) if not math.isfinite(values[at])}
         logarithmic = get_family(metric) in ("perplexity", "speed") or metric == STEPS
+        values[[*absent]] = math.nan
         logarithmic = logarithmic and bool((values[~np.isnan(values)] > 0).all())
         scaled = np.log if logarithmic else np.asarray
         values = scaled(values)
@@ -151,6 +152,8 @@ def _explain(row: Row, metric: str) -> str:
     """Why a row has no number."""
     if _is_vain(row, metric):
         return "nothing is applied"
+    if row.estimate(metric) is not None:
+        return "infinite or not a number"
     return row.worst.outcome if row.worst.outcome != "ok" else "simulated" if row.simulated else "not measured"
 
 

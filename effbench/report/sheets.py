@@ -13,7 +13,7 @@ from typing import Any
 
 from effbench.records.record import OUTCOMES, Record
 from effbench.report.choice import ALL, Choice
-from effbench.report.columns import DETAILS, PHASES, UNMET, Tests, make_columns
+from effbench.report.columns import DETAILS, PHASES, UNMET, Column, Tests, make_columns
 from effbench.report.differences import LEVEL, Kept, compute_tests
 from effbench.report.fronts import DETAIL as FRONT
 from effbench.report.fronts import LEGEND, make_front_columns
@@ -38,12 +38,28 @@ CHOSEN = ("threads", "dtype", "limit")  # settings that every caption has
 
 
 @dataclasses.dataclass(frozen=True)
+class Name:
+    """What stands in the first column: the recipe, what is to be known of it, and what became of it."""
+
+    recipe: str
+    notes: tuple[int, ...] = ()  # numbers of footnotes: caveats of its methods
+    remarks: str = ""  # in brackets
+    outcome: str = ""  # where not simply `ok`
+    reason: int = 0  # number of the footnote that says why
+
+    def __str__(self) -> str:
+        name = self.recipe + " ".join(map(superscript, self.notes)) + self.remarks
+        return f"{name}: {self.outcome}{superscript(self.reason)}" if self.outcome else name
+
+
+@dataclasses.dataclass(frozen=True)
 class Grid:
     """Rows and columns of one kind: the name of the recipe, then columns with the most important first."""
 
     detail: str  # a key of DETAILS
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    shown: tuple[Column, ...] = ()  # what stands behind the header, but for its first
 
     @property
     def title(self) -> str:
@@ -70,6 +86,8 @@ class Sheet:
     metrics: tuple[str, ...] = ()  # names of all that was measured, to be defined below the tables
     details: tuple[str, ...] = ()  # all for which there are numbers, shown or not
     omitted: int = 0  # rows of the table that are not shown
+    rows: tuple[Row, ...] = ()  # those that are
+    names: tuple[Name, ...] = ()  # of these
 
 
 def make_sheets(
@@ -135,16 +153,17 @@ def measure_width(columns: Sequence[Sequence[str]], gap: int) -> int:
 
 def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, caption: str, tests: Tests) -> Sheet:
     footnotes: dict[str, int] = {}
-    names = [_name_row(row, footnotes) for row in rows]
+    names = tuple(_name_row(row, footnotes) for row in rows)
     made = make_columns(table.measured, placed=any(map(get_machine, table.records)))
     made |= {FRONT: make_front_columns(table), "chosen": choice.select_columns(table.measured)}
     grids: list[Grid] = []
     for detail in (detail for detail in DETAILS if detail in made):
-        columns = made[detail]
-        cells = {column.header: [column.show(row, tests) for row in rows] for column in columns}
+        by_header = {column.header: column for column in made[detail]}
+        cells = {header: [column.show(row, tests) for row in rows] for header, column in by_header.items()}
         shown = {header: column for header, column in cells.items() if any(cell != DASH for cell in column)}
         if shown or detail == "summary":
-            grids.append(Grid(detail, ("recipe", *shown), tuple(zip(names, *shown.values(), strict=True))))
+            lines = tuple(zip(map(str, names), *shown.values(), strict=True))
+            grids.append(Grid(detail, ("recipe", *shown), lines, tuple(by_header[header] for header in shown)))
     details = tuple(grid.detail for grid in grids if grid.detail != "chosen")
     if choice.columns:
         grids = [grid for grid in grids if grid.detail == "chosen"]
@@ -160,26 +179,29 @@ def _make_sheet(table: Table, rows: Sequence[Row], choice: Choice, name: str, ca
         metrics=table.measured,
         details=details,
         omitted=len(table.rows) - len(rows),
+        rows=tuple(rows),
+        names=names,
     )
 
 
 # ---- rows ---------------------------------------------------------------------------------------
 
 
-def _name_row(row: Row, footnotes: dict[str, int]) -> str:
+def _name_row(row: Row, footnotes: dict[str, int]) -> Name:
     """The recipe with footnotes: its caveats, and where it is not simply `ok`, what became of it and why."""
 
-    def mark(*texts: str) -> str:
-        return " ".join(superscript(footnotes.setdefault(text, len(footnotes) + 1)) for text in texts)
+    def mark(text: str) -> int:
+        return footnotes.setdefault(text, len(footnotes) + 1)
 
-    name = row.recipe + mark(*row.caveats) + " (simulated)" * row.simulated + " (densified)" * row.densified
+    notes = tuple(map(mark, row.caveats))
+    name = Name(row.recipe, notes, " (simulated)" * row.simulated + " (densified)" * row.densified)
     worst = row.worst
     if worst.outcome == "ok":
         return name
     text = f"{worst.outcome}: {one_line(worst.reason)[:300] or 'no reason given'}"
     if len(row.records) > 1:
         text = f"{sum(one.outcome != 'ok' for one in row.records)} of {len(row.records)} seeds, {text}"
-    return f"{name}: {worst.outcome}{mark(text)}"
+    return dataclasses.replace(name, outcome=worst.outcome, reason=mark(text))
 
 
 # ---- words --------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ def test_axes_by_name(results, tmp_path, capsys):
     ("words", "message"),
     [
         (["format=png"], "format=png writes files: name a folder, to=FOLDER"),
-        (["to=x"], "to=, x= and y= are of plots"),
+        (["to=x"], "to= is of pages and plots: add format=html, png, svg or pdf"),
+        (["x=bits"], "x= and y= are axes of plots"),
         (["format=svg", "to=x", "x=storde"], "no metric that can be better or worse has this name; did you mean"),
         (["format=svg", "to=x", "y=bits,KL"], "y=bits,KL: name one quality"),
         (["format=svg", "to=x", "x=sparsity"], "x=sparsity: no metric that can be better or worse"),

@@ -1,6 +1,7 @@
 """Fronts over the rows of a table: which metrics, which noise, which rows have no place, and how it is shown."""
 
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -95,8 +96,10 @@ def test_rows_without_a_place_say_why():
     odd = dataclasses.replace(odd, protocols=odd.protocols | {PPL: "another protocol"})
     short = make("short()", worse=0.1, bits=3)
     short.samples["token_ppl_window_nll"] = short.samples["token_ppl_window_nll"][:7]
-    found, front = find([*RECORDS, odd, short, failed("x()", outcome="crashed")])
+    wild = [make(f"wild{value}()", metrics={PPL: Metric(value), BYTES: Metric(1.0)}) for value in (math.inf, math.nan)]
+    found, front = find([*RECORDS, odd, short, *wild, failed("x()", outcome="crashed")])
     reasons = {row.recipe: reason for row, reason in front.absent}
+    assert reasons["wildinf()"] == reasons["wildnan()"] == "infinite or not a number"
     assert reasons["other()"] == reasons["short()"] == OTHER_ITEMS
     assert reasons["x()"] == "crashed" and reasons["squeezellm(bits=3)"] == "oom"
     assert not {*reasons} & {*found}

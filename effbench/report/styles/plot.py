@@ -145,7 +145,8 @@ def _place_names(axes: Axes, picture: Picture) -> None:
             color="#6b7280" if spot.status == "excluded" else "#111827", annotation_clip=False, zorder=5,
         )  # fmt: skip
         size = text.get_window_extent()
-        for dx, dy, side in PLACES:
+        # On its better side a row of the front has no other beside it.
+        for dx, dy, side in sorted(PLACES, key=lambda place: spot.drawn and (place[1] > 0) != picture.y.higher):
             left = at[0] + dx * per_point - {"left": 0, "right": 1, "center": 0.5}[side] * size.width
             box = (left, at[1] + dy * per_point - size.height / 2, size.width, size.height)
             if _fits(box, frame) and not any(_overlap(box, other) for other in taken):
