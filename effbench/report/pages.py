@@ -210,7 +210,9 @@ def render_pages(
     page = None if readme is None or suite is not None else readme.parent / ALARMS
     if page is not None and page.is_file():
         texts[page] = alarms.write_page(everything, page.read_text(encoding="utf-8"))
-    texts |= {path: blocks.fill_blocks(path, sources, suite) for path in blocks.list_documents(readme)}
+    documents = blocks.list_documents(readme)
+    texts |= {path: blocks.fill_blocks(path, sources, suite) for path in documents}
+    texts |= blocks.draw_plots(documents, sources, suite)
     return texts
 
 

@@ -22,7 +22,7 @@ MOST_COLUMNS = 2  # of panels
 INCHES = (5.6, 3.9)  # of a panel
 SETTINGS: Any = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # what a reader of an SVG has of these
     "font.size": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -148,7 +148,7 @@ def _place_names(axes: Axes, picture: Picture) -> None:
         # On its better side a row of the front has no other beside it.
         for dx, dy, side in sorted(PLACES, key=lambda place: spot.drawn and (place[1] > 0) != picture.y.higher):
             left = at[0] + dx * per_point - {"left": 0, "right": 1, "center": 0.5}[side] * size.width
-            box = (left, at[1] + dy * per_point - size.height / 2, size.width, size.height)
+            box = (left - 2, at[1] + dy * per_point - size.height / 2, size.width + 4, size.height)
             if _fits(box, frame) and not any(_overlap(box, other) for other in taken):
                 text.set(position=(dx, dy), ha=side)
                 taken.append(box)
