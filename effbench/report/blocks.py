@@ -1,8 +1,9 @@
-"""Blocks of the README and of pages in `docs/` that are made from records: tables, and rows against one of them.
+"""Blocks of the README and of pages in `docs/` that are made from records: tables, plots, and rows against one of them.
 
 A marker says what stands in its block, each part behind the name of the suite optional but those of `against`:
 
     <!-- effbench:table quant tier=full rows=gptq-3b,rtn-* columns=bits,perplexity -->
+    <!-- effbench:plot quant tier=real x=stored_bytes y=perplexity -->
     <!-- effbench:against kd row=student-alone rows=kd-*,gkd-tuned metric=token_ppl -->
 """
 
@@ -30,13 +31,14 @@ from effbench.report.compare import (
     write_ratio,
 )
 from effbench.report.differences import Kept
+from effbench.report.drawings import Drawing, PlotBlock, check_apart, make_drawing
 from effbench.report.groups import Row, Table
-from effbench.report.sheets import cut_to_detail, make_sheets
+from effbench.report.sheets import cut_to_detail, make_sheets, make_titles
 from effbench.report.styles import markdown as style
 from effbench.report.text import markdown, markdown_table
 from effbench.report.verdicts import Effects, judge
 
-MARKED = re.compile(r"(<!-- effbench:(table|against) ([^\n]*?) ?-->\n)(.*?)(<!-- /effbench:\2 -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- effbench:(table|against|plot) ([^\n]*?) ?-->\n)(.*?)(<!-- /effbench:\2 -->)", re.DOTALL)
 MOST_ROWS = 12
 
 
@@ -97,6 +99,19 @@ def fill_blocks(document: Path, sources: Mapping[str, Source], suite: str | None
     return MARKED.sub(fill, document.read_text(encoding="utf-8"))
 
 
+def draw_plots(documents: Sequence[Path], sources: Mapping[str, Source], suite: str | None = None) -> dict[Path, str]:
+    """The files of the plots of documents whose blocks could be filled, with the texts that they should have."""
+    drawings = [
+        _draw(sources[name], options)
+        for document in documents
+        for _, kind, marker, *_ in MARKED.findall(document.read_text(encoding="utf-8"))
+        for name, *options in [marker.split()]
+        if kind == "plot" and suite in (None, name)
+    ]
+    check_apart(drawings)
+    return {drawing.path: drawing.render() for drawing in drawings}
+
+
 def find_crowded(readme: Path | None) -> list[str]:
     """A line for each block that has more rows than a reader takes in."""
     counts = {
@@ -113,10 +128,25 @@ def find_crowded(readme: Path | None) -> list[str]:
 
 
 def _render(kind: str, source: Source, options: Sequence[str], document: Path) -> str:
-    full = Path(os.path.relpath(source.page, document.parent)).as_posix()
+    full = _point(source.page, document)
+    if kind == "plot":
+        drawing = _draw(source, options)
+        return drawing.write_block(_point(drawing.path, document), full)
     if kind == "against":
         return render_against(source.tables, parse(AgainstBlock, options))
     return render_table(source.tables, parse(TableBlock, options), full, source.kept)
+
+
+def _draw(source: Source, options: Sequence[str]) -> Drawing:
+    block = parse(PlotBlock, options)
+    table = _find_table(source.tables, block.tier, block.model)
+    titles = dict(zip(map(id, source.tables), make_titles(source.tables), strict=True))
+    return make_drawing(table, titles[id(table)], block, source.page.parent.parent / "plots")
+
+
+def _point(file: Path, document: Path) -> str:
+    """The address of a file in a document."""
+    return Path(os.path.relpath(file, document.parent)).as_posix()
 
 
 def render_table(tables: Sequence[Table], block: TableBlock, full: str, kept: Kept | None = None) -> str:

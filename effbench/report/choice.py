@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from effbench.core.errors import Usage
 from effbench.core.usage import LONGEST, nearest
 from effbench.report.columns import Column, list_columns, make_columns, make_others
+from effbench.report.fronts import is_ranking
 from effbench.report.groups import Row, Table
 
 APART = re.compile(r",\s*(?![^(]*\))")  # commas between names; those in the brackets of a recipe are part of it
@@ -72,6 +73,19 @@ class Choice:
 
 
 ALL = Choice()
+
+
+def find_metric(name: str, measured: Sequence[str]) -> str | None:
+    """The metric of a name or a header, of those that are better or worse for being more; None where none has it."""
+    metrics = list_metrics(measured)
+    return metrics.get(name.casefold())
+
+
+def list_metrics(measured: Sequence[str]) -> dict[str, str]:
+    """The metrics by which rows can be ranked, by all names that they have."""
+    columns = [column for column in _list_all(measured) if column.metrics and is_ranking(column.metrics[0])]
+    named = {key: column.metrics[0] for column in reversed(columns) for key in column.header_keys}
+    return named | {name.casefold(): name for name in measured if is_ranking(name)}
 
 
 def _list_all(measured: Sequence[str]) -> list[Column]:

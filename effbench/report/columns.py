@@ -38,6 +38,7 @@ Show = Callable[[Row, Tests], str]
 DETAILS = {
     "summary": "Size and quality",
     "quality": "Quality in detail",
+    "front": "Fronts: quality against what it costs",
     "inference": "Inference: what was left of prompts and caches, and what of drafts was taken",
     "speed": "Speed, as a ratio to the baseline of the same run",
     "memory": "Memory; peaks are above what was resident before",
@@ -112,7 +113,12 @@ class Column:
     @property
     def keys(self) -> frozenset[str]:
         """The names by which it can be chosen: its header, with and without the unit, and its metrics."""
-        return frozenset(name.casefold() for name in (self.header, self.header.partition(",")[0], *self.metrics))
+        return self.header_keys | {name.casefold() for name in self.metrics}
+
+    @property
+    def header_keys(self) -> frozenset[str]:
+        """Its header, with and without the unit."""
+        return frozenset(name.casefold() for name in (self.header, self.header.partition(",")[0]))
 
     def explain(self) -> str:
         """What it means, in sentences; empty where that is not known to this version."""

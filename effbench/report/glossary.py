@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from effbench.records.definitions import DEFINITIONS, Definition
 from effbench.report.columns import DETAILS, list_columns
+from effbench.report.fronts import DETAIL as FRONT
+from effbench.report.fronts import MEANINGS as OF_FRONTS
 from effbench.report.metrics import find_definition
 from effbench.report.published import DETAIL, MEANINGS
 from effbench.report.sheets import ARROWS, MARKS
@@ -49,7 +51,7 @@ def write_columns() -> str:
                 *(f"  {header}: {meaning}" for header, meaning in columns.items()),
             ]
         )
-        for detail, columns in {**details, DETAIL: MEANINGS}.items()
+        for detail, columns in {**details, FRONT: OF_FRONTS, DETAIL: MEANINGS}.items()
     ]
     return "\n\n".join([RECIPE, *blocks, f"{MARKS} {ARROWS}"])
 

@@ -15,7 +15,7 @@ from effbench.records.record import Record
 from effbench.records.store import Store, latest
 from effbench.report import alarms, blocks, kernels
 from effbench.report.choice import ALL, Choice
-from effbench.report.differences import parse_kept, read_kept, write_kept
+from effbench.report.differences import Kept, parse_kept, read_kept, write_kept
 from effbench.report.groups import Table, group_records
 from effbench.report.sheets import Sheet, Stale, cut_to_detail, make_sheets
 from effbench.report.styles import csv, markdown, terminal, tex
@@ -118,6 +118,11 @@ def render(
     return _render_sheets(sheets, style, detail) if sheets else ""
 
 
+def read_tests(results: Path, suites: Iterable[str]) -> Kept:
+    """The tests of rows that are kept with what was published of these suites."""
+    return {key: row for name in suites for key, row in read_kept(results / "statistics" / f"{name}.json").items()}
+
+
 def _render_sheets(sheets: Sequence[Sheet], style: str, detail: str | None = None) -> str:
     chosen = all(grid.detail == "chosen" for sheet in sheets for grid in sheet.grids)
     detail = "chosen" if chosen else detail
@@ -205,7 +210,9 @@ def render_pages(
     page = None if readme is None or suite is not None else readme.parent / ALARMS
     if page is not None and page.is_file():
         texts[page] = alarms.write_page(everything, page.read_text(encoding="utf-8"))
-    texts |= {path: blocks.fill_blocks(path, sources, suite) for path in blocks.list_documents(readme)}
+    documents = blocks.list_documents(readme)
+    texts |= {path: blocks.fill_blocks(path, sources, suite) for path in documents}
+    texts |= blocks.draw_plots(documents, sources, suite)
     return texts
 
 

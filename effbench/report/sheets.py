@@ -16,6 +16,8 @@ from effbench.report.best import find_best
 from effbench.report.choice import ALL, Choice
 from effbench.report.columns import DETAILS, PHASES, UNMET, Column, Tests, make_columns
 from effbench.report.differences import LEVEL, Kept, compute_tests
+from effbench.report.fronts import DETAIL as FRONT
+from effbench.report.fronts import LEGEND, make_front_columns
 from effbench.report.groups import Row, Table, find_differing_settings, get_machine
 from effbench.report.metrics import get_title, select, select_headlines, select_perplexities
 from effbench.report.text import DASH, one_line, superscript
@@ -29,11 +31,28 @@ MARKS = (
     "ˢ: over seeds, for two of them [a–b]ˢ is their range; a value alone: seeds agree, or too few timings for an "
     "interval; –: not measured."
 )
-BOLD = "Bold: better than every other row but the baseline, paired by item, at 5 % after Holm over these."
+OF_BEST = " Bold: better than every other row but the baseline, paired by item, at 5 % after Holm over these."
 ARROWS = "↑ ↓: differs from the baseline, paired by item, at 5 % after Holm over the table."
+MUCH = 0.5  # of a trained product, which a row that has lost it says
 SOON = (2, 3, 4, 6, 8)  # times the seeds or items that somebody may still measure
 MOST_ADVICE = 3
+OF_FRONTS = f" Fronts: {LEGEND}"  # at the end of the legend
 CHOSEN = ("threads", "dtype", "limit")  # settings that every caption has
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """What stands in the first column: the recipe, what is to be known of it, and what became of it."""
+
+    recipe: str
+    notes: tuple[int, ...] = ()  # numbers of footnotes: caveats of its methods
+    remarks: str = ""  # in brackets
+    outcome: str = ""  # where not simply `ok`
+    reason: int = 0  # number of the footnote that says why
+
+    def __str__(self) -> str:
+        name = self.recipe + " ".join(map(superscript, self.notes)) + self.remarks
+        return f"{name}: {self.outcome}{superscript(self.reason)}" if self.outcome else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +63,7 @@ class Grid:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     best: frozenset[tuple[int, int]] = frozenset()  # row and column of cells that are surely the best of their column
+    shown: tuple[Column, ...] = ()  # what stands behind the header, but for its first
 
     @property
     def title(self) -> str:
@@ -70,6 +90,8 @@ class Sheet:
     metrics: tuple[str, ...] = ()  # names of all that was measured, to be defined below the tables
     details: tuple[str, ...] = ()  # all for which there are numbers, shown or not
     omitted: int = 0  # rows of the table that are not shown
+    rows: tuple[Row, ...] = ()  # those that are
+    names: tuple[Name, ...] = ()  # of these
 
 
 def make_sheets(
@@ -85,7 +107,7 @@ def make_sheets(
     say how many rows are of an older source.
     """
     differing = find_differing_settings(tables) if len(tables) > 1 else []
-    titles = _make_titles(tables)
+    titles = make_titles(tables)
     sheets = (
         _make_sheet(
             table, rows, choice, name, _write_caption(table, differing, stale), compute_tests(table, kept), mark_best
@@ -101,7 +123,8 @@ def cut_to_detail(sheet: Sheet, detail: str) -> Sheet:
 
     Where nothing of the detail was measured, a note instead of the grid says so, and what there is.
     """
-    cut = dataclasses.replace(sheet, protocols=sheet.protocols[:1], metrics=())
+    legend = sheet.legend if detail == FRONT else sheet.legend.removesuffix(OF_FRONTS)
+    cut = dataclasses.replace(sheet, protocols=sheet.protocols[:1], metrics=(), legend=legend)
     if grids := tuple(grid for grid in sheet.grids if grid.detail == detail):
         return dataclasses.replace(cut, grids=grids)
     note = f"Nothing was measured of detail={detail} ({DETAILS[detail]}); there is detail={', '.join(sheet.details)}."
@@ -142,16 +165,19 @@ def _make_sheet(
     table: Table, rows: Sequence[Row], choice: Choice, name: str, caption: str, tests: Tests, mark_best: bool
 ) -> Sheet:
     footnotes: dict[str, int] = {}
-    names = [_name_row(row, footnotes) for row in rows]
+    names = tuple(_name_row(row, footnotes) for row in rows)
     made = make_columns(table.measured, placed=any(map(get_machine, table.records)))
+    made |= {FRONT: make_front_columns(table), "chosen": choice.select_columns(table.measured)}
     grids: list[Grid] = []
-    for detail, columns in {"chosen": choice.select_columns(table.measured), **made}.items():
-        cells = {column.header: [column.show(row, tests) for row in rows] for column in columns}
+    for detail in (detail for detail in DETAILS if detail in made):
+        by_header = {column.header: column for column in made[detail]}
+        cells = {header: [column.show(row, tests) for row in rows] for header, column in by_header.items()}
         shown = {header: column for header, column in cells.items() if any(cell != DASH for cell in column)}
         if shown or detail == "summary":
-            best = _find_best(rows, [column for column in columns if column.header in shown]) if mark_best else []
-            body = tuple(zip(names, *shown.values(), strict=True))
-            grids.append(Grid(detail, ("recipe", *shown), body, frozenset(best)))
+            lines = tuple(zip(map(str, names), *shown.values(), strict=True))
+            columns = tuple(by_header[header] for header in shown)
+            best = frozenset(_find_best(rows, columns)) if mark_best else frozenset()
+            grids.append(Grid(detail, ("recipe", *shown), lines, best, columns))
     details = tuple(grid.detail for grid in grids if grid.detail != "chosen")
     if choice.columns:
         grids = [grid for grid in grids if grid.detail == "chosen"]
@@ -162,11 +188,15 @@ def _make_sheet(
         protocols=_list_protocols(table),
         grids=tuple(grids),
         notes=tuple(f"{superscript(number)} {text}" for text, number in footnotes.items()),
-        legend=_write_legend(table, rows, bool(tests)) + (f" {BOLD}" if any(grid.best for grid in grids) else ""),
+        legend=_write_legend(table, rows, bool(tests))
+        + OF_FRONTS * any(grid.detail == FRONT for grid in grids)
+        + OF_BEST * any(grid.best for grid in grids),
         advice=_advise(table, tests),
         metrics=table.measured,
         details=details,
         omitted=len(table.rows) - len(rows),
+        rows=tuple(rows),
+        names=names,
     )
 
 
@@ -181,20 +211,28 @@ def _find_best(rows: Sequence[Row], columns: Sequence[Column]) -> Iterator[tuple
 # ---- rows ---------------------------------------------------------------------------------------
 
 
-def _name_row(row: Row, footnotes: dict[str, int]) -> str:
+def _name_row(row: Row, footnotes: dict[str, int]) -> Name:
     """The recipe with footnotes: its caveats, and where it is not simply `ok`, what became of it and why."""
 
-    def mark(*texts: str) -> str:
-        return " ".join(superscript(footnotes.setdefault(text, len(footnotes) + 1)) for text in texts)
+    def mark(text: str) -> int:
+        return footnotes.setdefault(text, len(footnotes) + 1)
 
-    name = row.recipe + mark(*row.caveats) + " (simulated)" * row.simulated + " (densified)" * row.densified
+    notes = tuple(map(mark, (*row.caveats, *_tell_lost(row))))
+    name = Name(row.recipe, notes, " (simulated)" * row.simulated + " (densified)" * row.densified)
     worst = row.worst
     if worst.outcome == "ok":
         return name
     text = f"{worst.outcome}: {one_line(worst.reason)[:300] or 'no reason given'}"
     if len(row.records) > 1:
         text = f"{sum(one.outcome != 'ok' for one in row.records)} of {len(row.records)} seeds, {text}"
-    return f"{name}: {worst.outcome}{mark(text)}"
+    return dataclasses.replace(name, outcome=worst.outcome, reason=mark(text))
+
+
+def _tell_lost(row: Row) -> Iterator[str]:
+    """What rounding the merged weights took of what a fit had learned, where that is much of it."""
+    lost = row.estimate("merge_lost")
+    if lost is not None and lost.value >= MUCH:
+        yield f"merged and rounded again, with an error of {100 * lost.value:.0f} % of what was trained"
 
 
 # ---- words --------------------------------------------------------------------------------------
@@ -228,7 +266,7 @@ def _advise(table: Table, tests: Tests) -> str:
     )
 
 
-def _make_titles(tables: Sequence[Table]) -> list[str]:
+def make_titles(tables: Sequence[Table]) -> list[str]:
     """A title for each table; where two would share one, each adds what sets it apart."""
     plain = [_make_title(table) for table in tables]
     titles = []

@@ -43,7 +43,7 @@ def with_interval(
     low = value if estimate.low is None else estimate.low * scale
     high = value if estimate.high is None else estimate.high * scale
     reach, shorter = max(high - value, value - low), min(high - value, value - low)
-    if reach <= 1e-6 * abs(value) or max(abs(value), reach) >= 1e5:
+    if not math.isfinite(value) or reach <= 1e-6 * abs(value) or max(abs(value), reach) >= 1e5:
         return rounded(value, digits)
     text: Callable[[float], str] = rounded
     if abs(value) >= 1e-3 or not value:

@@ -89,8 +89,8 @@ def test_qlora_is_what_its_authors_train(monkeypatch: pytest.MonkeyPatch) -> Non
     quantized, adapted, paged, precision = parse("qlora()").steps
     assert (quantized.key, quantized.block, quantized.double_quant) == ("nf4", 64, True)  # type: ignore[attr-defined]
     assert (adapted.key, adapted.rank, adapted.alpha, adapted.dropout) == ("lora", 64, 16, 0.1)  # type: ignore[attr-defined]
-    assert adapted.targets == "all"  # type: ignore[attr-defined]
+    assert (adapted.targets, adapted.merge) == ("all", "separate")  # type: ignore[attr-defined]
     assert (paged.key, paged.bits, precision.key) == ("paged_adamw", 32, "bf16")  # type: ignore[attr-defined]
     assert str(parse("qlora(rank=8, bits=8)")) == (
-        "nf4(double_quant=True), lora(rank=8, dropout=0.1, alpha=16.0), paged_adamw(bits=8), bf16()"
+        "nf4(double_quant=True), lora(rank=8, dropout=0.1, merge='separate', alpha=16.0), paged_adamw(bits=8), bf16()"
     )

@@ -158,7 +158,7 @@ def test_a_detail_says_how_to_get_the_rest(results, capsys):
     assert show(results, "suite=quant", "detail=summary", "format=md") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(
-        "More: effbench report suite=quant detail=NAME, of quality, speed, memory, replication, methods; or "
+        "More: effbench report suite=quant detail=NAME, of quality, front, speed, memory, replication, methods; or "
     )
 
 

@@ -11,6 +11,7 @@ from effbench.core.paths import PUBLISHED
 from effbench.records.definitions import DEFINITIONS
 from effbench.report.blocks import TableBlock, render_table
 from effbench.report.columns import list_columns, make_columns
+from effbench.report.fronts import make_front_columns
 from effbench.report.glossary import select_definitions, write_columns, write_list, write_page
 from effbench.report.groups import group_records
 from effbench.report.metrics import get_title, select_perplexities
@@ -48,7 +49,9 @@ def test_every_column_of_the_published_tables_is_defined(suite, capsys):
         columns = [column for detail in make_columns(table.measured).values() for column in detail]
         for column in columns:
             assert column.explain() and column.explain() in text, column.header
-        known = {column.header for column in columns} | {"recipe"}
+        fronts = make_front_columns(table)
+        assert all(column.explain() in text for column in fronts)
+        known = {column.header for column in [*columns, *fronts]} | {"recipe"}
         for sheet in make_sheets([table]):
             assert known >= {header for grid in sheet.grids for header in grid.header}
     titles = {*map(get_title, (*select_perplexities(records[0].metrics), "tasks_acc")), "recipe"}

@@ -610,6 +610,13 @@ def test_no_speed_up_is_shown_of_what_is_not_proven(proof, kernels, simulated, s
     assert prefill.strip().startswith("–" if simulated else "0.81")  # what it costs is shown
 
 
+@pytest.mark.parametrize("lost, told", [(1.07, True), (0.2, False)])
+def test_a_row_says_that_merging_lost_what_it_learned(lost, told):
+    row = make("lora()", metrics={"token_ppl": Metric(9.0), "merge_lost": Metric(lost)})
+    text = render([make(), row], "quant")
+    assert ("merged and rounded again, with an error of 107 % of what was trained" in text) == told
+
+
 def test_rows_stand_against_one_of_them_in_a_page_of_the_docs(results, readme, capsys):
     """As `effbench compare` sets them side by side, corrected over the block."""
     page = readme.parent / "docs" / "page.md"

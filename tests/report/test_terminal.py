@@ -79,7 +79,8 @@ def test_a_name_wider_than_the_terminal_is_whole():
 def test_footnotes_and_the_way_to_the_rest():
     text = " ".join(render([*RECORDS, failed("rtn(bits=1)", reason="x" * 200)], "quant", "rich").split())
     assert f"¹ oom: {'x' * 200}" in text
-    assert text.endswith(" detail=NAME, of quality, speed, memory, replication, methods; or format=md for all of it")
+    details = "quality, front, speed, memory, replication, methods"
+    assert text.endswith(f" detail=NAME, of {details}; or format=md for all of it")
 
 
 def test_a_detail_that_nobody_measured_says_so():

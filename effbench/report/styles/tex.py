@@ -13,7 +13,7 @@ CHARACTERS = {
     "%": r"\%", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
     "[": "{[}", "]": "{]}", "±": r"$\pm$", "×": r"$\times$", "–": "--",
-    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "ˢ": r"\textsuperscript{s}",
+    "●": r"$\bullet$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "ˢ": r"\textsuperscript{s}",
     **{chr(mark): rf"\textsuperscript{{{chr(digit)}}}" for digit, mark in SUPERSCRIPTS.items()},
 }  # fmt: skip
 CHARACTERS_WIDE = 88  # of a line of footnotesize across the text of an article in one column; a gap takes three
