@@ -155,6 +155,8 @@ class Pairs:
 
     def split_spread(self, metric: str) -> Components | None:
         """The components of the difference's variance; None where items cannot be paired or are too few."""
+        if len(self.after.records) == 1:
+            return split_variance([pair.gaps[np.newaxis] for pair in self.find(metric)])
         strata = []
         for part, pair in zip(self.list_parts(metric), self.find(metric), strict=False):
             before = self.before.average(part)

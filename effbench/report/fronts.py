@@ -20,6 +20,7 @@ from effbench.stats.pareto import LEVEL, ROBUST, Membership, judge_rows
 
 DETAIL = "front"  # the grid of this module
 FEWEST = 3  # rows of a front that is worth showing
+MOST = 100  # rows of a table that has fronts
 QUALITIES = (  # in the order in which a table is about them; of what a pattern finds the first
     ANSWERS[0], "perplexity", "kl_nats_per_token", f"{TASKS}(_evict_at_context)?", ANSWERS[1],
     "answer_kl_nats_per_token", "acceptance",
@@ -102,7 +103,10 @@ class Fronts:
         return Front(x, y, tuple(points), tuple(absent), once)
 
     def find_telling(self) -> list[Front]:
-        """Those of the table's own quality, which comes first, against each cost; of enough rows alone."""
+        """Those of the table's own quality, which comes first, against each cost; of enough rows, and of no more than a
+        reader takes in: each is judged against each."""
+        if len(self.table.rows) > MOST:
+            return []
         fronts = [self.find(x, y) for y in self.qualities[:1] for x in self.costs]
         return [front for front in fronts if len(front.points) >= FEWEST]
 

@@ -64,12 +64,15 @@ def split_variance(strata: Sequence[Floats]) -> Components | None:
     items = both = 0.0
     for table in tables:
         weight = n / table.shape[1] / tasks**2  # so that a mean over tasks of n items each has what these tasks have
-        means = table.mean(axis=0)
-        inner = table - table.mean(axis=1, keepdims=True) - means + table.mean()
-        of_both = float((inner**2).sum()) / (runs - 1) / (table.shape[1] - 1) if runs > 1 else 0.0
+        means, of_both = table.mean(axis=0), 0.0
+        if runs > 1:
+            inner = table - table.mean(axis=1, keepdims=True) - means + means.mean()
+            of_both = float((inner**2).sum()) / (runs - 1) / (table.shape[1] - 1)
         both += weight * of_both
         items += weight * max(0.0, float(means.var(ddof=1)) - of_both / runs)
-    of_seeds = np.mean([table.mean(axis=1) for table in tables], axis=0)
-    seeds = max(0.0, float(of_seeds.var(ddof=1)) - both / n) if runs > 1 else 0.0
+    seeds = 0.0
+    if runs > 1:
+        of_seeds = np.mean([table.mean(axis=1) for table in tables], axis=0)
+        seeds = max(0.0, float(of_seeds.var(ddof=1)) - both / n)
     items, seeds, both, n = (float(f"{value:.4g}") for value in (items, seeds, both, n))
     return Components(items, seeds, both, n, runs)
