@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from effbench.core.kinds import Train
 from effbench.core.run import Run
 from effbench.nn.model.held import local
 from effbench.nn.train.slots import Precision
+
+if TYPE_CHECKING:
+    from effbench.nn.train.batches import Batch
 
 GROWTH, BACKOFF = 2.0, 0.5
 FLOOR = 1.0  # a scale below it would shrink gradients, and what overflows there overflows by itself
@@ -58,7 +61,7 @@ class Scaling(Precision):
         """What the loss is multiplied by now."""
         return float(run.state(self.method).setdefault("scale", self.method.scale))
 
-    def forward(self, run: Run) -> AbstractContextManager[Any]:
+    def forward(self, run: Run, batch: Batch | None = None) -> AbstractContextManager[Any]:
         return torch.autocast(run.device.type, torch.float16)
 
     def scale(self, loss: Tensor, run: Run) -> Tensor:
