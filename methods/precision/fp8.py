@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from effbench.nn.train.loss import count_tokens
 from effbench.nn.train.slots import Parallel, Precision
 
 DENSE = (nn.Linear, Conv1D, MaskedLinear)
+MARGIN = math.floor(math.log2(torch.finfo(E4M3).max / torch.finfo(E4M3).smallest_normal))  # of numbers with all bits
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,14 @@ class FP8(Train):
     trials = ({}, {"margin": 1})
 
     history: int = 1024  # steps whose largest magnitudes count
-    margin: int = 0  # powers of two that are left free above the largest magnitude
+    margin: int = 0  # powers of two that are left free above the largest magnitude, at most 14
 
     def check(self) -> None:
         self.require(self.history > 0, "history must be at least 1")
-        self.require(self.margin >= 0, "margin must not be negative")
+        self.require(
+            0 <= self.margin <= MARGIN,
+            f"margin must be in [0, {MARGIN}]: beyond it the largest magnitude, too, loses bits of E4M3",
+        )
 
     def slot_values(self) -> dict[str, Any]:
         return {"precision": Delayed(self)}

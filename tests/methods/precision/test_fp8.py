@@ -23,7 +23,7 @@ from effbench.core.kinds import Train
 from effbench.core.recipe import parse, parse_step
 from effbench.core.run import Step
 from effbench.core.views import Example
-from effbench.methods.precision.fp8 import FP8, Delayed, next_scale
+from effbench.methods.precision.fp8 import FP8, MARGIN, Delayed, next_scale
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear
 from effbench.nn.run import ModelRun
@@ -114,6 +114,14 @@ def test_the_margin_is_a_power_of_two() -> None:
     scales = [next_scale(largest, torch.ones(3), margin) for margin in (0, 1, 3)]
     assert scales[0].tolist() == [224, 224, 28672]
     assert torch.equal(scales[1], scales[0] / 2) and torch.equal(scales[2], scales[0] / 8)
+
+
+@pytest.mark.parametrize("margin", [0, 7, 14, 15])
+def test_up_to_the_greatest_margin_the_largest_magnitude_is_a_normal_number(margin: int) -> None:
+    scale = next_scale(torch.full((3,), 1.7), torch.ones(3), margin)[0]
+    codes, *_ = ops.load("fp8_quantize")(torch.tensor([1.7]), scale)
+    normal = codes.view(torch.float8_e4m3fn).float() >= torch.finfo(torch.float8_e4m3fn).smallest_normal
+    assert bool(normal) is (margin <= MARGIN)
 
 
 def test_the_largest_of_the_history_counts_not_the_last() -> None:
@@ -353,7 +361,7 @@ def test_an_infinity_that_saturates_is_not_hidden() -> None:
         fit(run)
 
 
-@pytest.mark.parametrize("setting", ["history=0", "margin=-1"])
+@pytest.mark.parametrize("setting", ["history=0", "margin=-1", "margin=15", "margin=200", "margin=2000"])
 def test_bad_settings_are_wrong_usage(setting: str) -> None:
     with pytest.raises(Usage, match="must"):
         parse_step(f"fp8({setting})")
