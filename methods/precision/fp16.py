@@ -40,12 +40,15 @@ class FP16(Train):
 
     scale: float = 65536.0  # of the loss, at the start
     growth_every: int = 2000  # steps in a row without an overflow, after which the scale is doubled
-    cap: float = 2.0**24  # that the scale does not grow beyond
+    cap: float = 2.0**24  # that the scale does not grow beyond; one that begins above the default goes down alone
 
     def check(self) -> None:
         self.require(self.scale >= FLOOR, f"scale must be at least {FLOOR:g}")
         self.require(self.growth_every > 0, "growth_every must be at least 1")
-        self.require(self.cap >= FLOOR, f"cap must be at least {FLOOR:g}")
+        self.require(
+            self.cap >= min(self.scale, type(self).cap),
+            f"cap={self.cap:g} is below scale={self.scale:g} that it begins with: give a smaller scale, too",
+        )
 
     def slot_values(self) -> dict[str, Any]:
         return {"precision": Scaling(self)}
