@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import itertools
 import re
+import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,13 +24,14 @@ from effbench.core.errors import Conflict, Usage
 from effbench.core.method import Method
 from effbench.core.run import conflict
 from effbench.core.source import Parameter
-from effbench.core.usage import nearest
+from effbench.core.usage import convert, describe, nearest
 
 # A quoted string, left as it is, or FILE.py:CLASS before its bracket.
 REFERENCE = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^\s,'"()=]+\.py(?::\w+)?)(?=\s*\()""")
 
 BARE = re.compile(r"""(?<![^\s,])[^\s,'"()=]+\.py(:\w+)?(?=\s*(?:,|$))""")  # one without its bracket
-STEPS = "write steps as name(key=value), ..."
+STEPS = "write steps as name(key=value), ..., with quotes round text"
+SPELLED = {"true": True, "false": False, "none": None, "null": None}  # of Python, as others write them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +247,7 @@ def _list_parameters(text: str) -> list[tuple[str, Parameter]]:
 def _step(call: ast.Call, text: str) -> Method:
     key = _name(call, text)
     cls = registry.load(key)
-    given = _read_arguments(call, [field.name for field in dataclasses.fields(cls)])
+    given = _read_arguments(call, [cls])
     with registry.blame_method(key):
         method = cls(**given)
         method.slots()  # asked for again when the recipe is checked
@@ -254,9 +256,9 @@ def _step(call: ast.Call, text: str) -> Method:
 
 def _fill(steps: Sequence[Method], call: ast.Call, preset: str) -> list[Method]:
     """The steps of a preset with the arguments of its call."""
-    fields = [{field.name for field in dataclasses.fields(step)} for step in steps]
+    fields = [_list_names(type(step)) for step in steps]
     changes: list[dict[str, Any]] = [{} for _ in steps]
-    for name, value in _read_arguments(call, sorted(set().union(*fields))).items():
+    for name, value in _read_arguments(call, [type(step) for step in steps]).items():
         places = [place for place, own in enumerate(fields) if name in own]
         if len(places) > 1:
             several = " and ".join(f"{steps[place].key}.{name}" for place in places)
@@ -269,9 +271,15 @@ def _fill(steps: Sequence[Method], call: ast.Call, preset: str) -> list[Method]:
     return filled
 
 
-def _read_arguments(call: ast.Call, names: Sequence[str]) -> dict[str, Any]:
-    """The arguments of a call, which have to be literals with these names. Raises `Usage`."""
+def _list_names(step: type[Method]) -> list[str]:
+    """The names of the parameters of a step."""
+    return [field.name for field in dataclasses.fields(step)]
+
+
+def _read_arguments(call: ast.Call, steps: Sequence[type[Method]]) -> dict[str, Any]:
+    """The arguments of a call, which have to be literals with names of parameters of these steps. Raises `Usage`."""
     shown = ast.unparse(call)
+    names = _list_names(steps[0]) if len(steps) == 1 else sorted({name for step in steps for name in _list_names(step)})
     if call.args:
         raise Usage(f"{shown}: arguments must be named; the parameters are {', '.join(names) or 'none'}")
     given: dict[str, Any] = {}
@@ -285,5 +293,37 @@ def _read_arguments(call: ast.Call, names: Sequence[str]) -> dict[str, Any]:
         try:
             given[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
-            raise Usage(f"{shown}: {keyword.arg}={ast.unparse(keyword.value)} is not a literal") from None
+            owner = next(step for step in steps if keyword.arg in _list_names(step))
+            mend = _write(keyword.arg, keyword.value, typing.get_type_hints(owner)[keyword.arg])
+            raise Usage(f"{shown}: {keyword.arg}={ast.unparse(keyword.value)} is not a literal; {mend}") from None
     return given
+
+
+def _write(name: str, node: ast.expr, kind: Any) -> str:
+    """How what is no literal is written as a value of this type, if quotes alone are missing; else what it may be."""
+    for spelled in (SPELLED, {}):
+        try:
+            value = ast.literal_eval(ast.unparse(_Quoting(spelled).visit(ast.parse(ast.unparse(node), mode="eval"))))
+            return f"write {name}={convert(value, kind, name)!r}"
+        except (Usage, ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return f"it must be {describe(kind)}"
+
+
+class _Quoting(ast.NodeTransformer):
+    """Words become text, alone, with dots, slashes or dashes between and as a step, unless they are `spelled` so."""
+
+    def __init__(self, spelled: Mapping[str, Any]) -> None:
+        self.spelled = spelled
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(self.spelled.get(node.id.lower(), node.id))
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        return ast.Constant(ast.unparse(node))
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        return ast.Constant(ast.unparse(node))
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        return ast.Constant(ast.unparse(node).replace(" ", ""))

@@ -15,7 +15,8 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype, generator: torch.
     x = torch.randn(case["shape"], device=device, generator=generator)
     x.view(-1)[: case["infinite"]] = math.inf
     scale = torch.tensor(20000.0 if case["gradients"] else 200.0, device=device)
-    return {"x": x.to(dtype), "scale": scale, "gradients": case["gradients"]}
+    counted = None if case.get("counted") is None else torch.arange(len(x), device=device) >= len(x) - case["counted"]
+    return {"x": x.to(dtype), "scale": scale, "gradients": case["gradients"], "counted": counted}
 
 
 class Rounding(Op):
@@ -36,10 +37,11 @@ OP = Rounding(
     inputs=draw,
     flop_formula=count_flops,
     cases=[
-        dict(shape=shape, infinite=infinite, gradients=gradients)
+        dict(shape=shape, infinite=infinite, gradients=gradients, counted=counted)
         for shape in ((7,), (17, 45), (2, 3, 64))
         for infinite in (0, 3)
         for gradients in (False, True)
+        for counted in (None, 1)
     ],
     timed=[dict(shape=shape, infinite=0, gradients=False) for shape in ((64, 64), (8192, 4096), (14336, 4096))],
 )

@@ -85,6 +85,9 @@ class SP(Ranks):
             tokens.divide(run.model, view)
             yield
 
+    def own_tokens(self, values: Tensor) -> Tensor:
+        return values if self.ranks == 1 or self.kind == "megatron" else values.chunk(self.ranks, 1)[self.rank]
+
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         if self.ranks > 1:
             settle_gradients(parameters)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from effbench.core.kinds import Train
 from effbench.core.run import Run
 from effbench.nn.train.slots import Precision
+
+if TYPE_CHECKING:
+    from effbench.nn.train.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -26,5 +29,5 @@ class BF16(Train, Precision):
     weight_update = "training"
     claims = ("train.precision",)
 
-    def forward(self, run: Run) -> AbstractContextManager[Any]:
+    def forward(self, run: Run, batch: Batch | None = None) -> AbstractContextManager[Any]:
         return torch.autocast(run.device.type, torch.bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from effbench.core.kinds import Train
 from effbench.core.run import Run
 from effbench.nn.model.held import local
 from effbench.nn.train.slots import Precision
+
+if TYPE_CHECKING:
+    from effbench.nn.train.batches import Batch
 
 GROWTH, BACKOFF = 2.0, 0.5
 FLOOR = 1.0  # a scale below it would shrink gradients, and what overflows there overflows by itself
@@ -37,12 +40,15 @@ class FP16(Train):
 
     scale: float = 65536.0  # of the loss, at the start
     growth_every: int = 2000  # steps in a row without an overflow, after which the scale is doubled
-    cap: float = 2.0**24  # that the scale does not grow beyond
+    cap: float = 2.0**24  # that the scale does not grow beyond; one that begins above the default goes down alone
 
     def check(self) -> None:
         self.require(self.scale >= FLOOR, f"scale must be at least {FLOOR:g}")
         self.require(self.growth_every > 0, "growth_every must be at least 1")
-        self.require(self.cap >= FLOOR, f"cap must be at least {FLOOR:g}")
+        self.require(
+            self.cap >= min(self.scale, type(self).cap),
+            f"cap={self.cap:g} is below scale={self.scale:g} that it begins with: give a smaller scale, too",
+        )
 
     def slot_values(self) -> dict[str, Any]:
         return {"precision": Scaling(self)}
@@ -58,7 +64,7 @@ class Scaling(Precision):
         """What the loss is multiplied by now."""
         return float(run.state(self.method).setdefault("scale", self.method.scale))
 
-    def forward(self, run: Run) -> AbstractContextManager[Any]:
+    def forward(self, run: Run, batch: Batch | None = None) -> AbstractContextManager[Any]:
         return torch.autocast(run.device.type, torch.float16)
 
     def scale(self, loss: Tensor, run: Run) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,15 @@ from effbench.core.kinds import Train
 from effbench.core.run import Run
 from effbench.kernels.fp8_quantize.reference import E4M3, E5M2
 from effbench.nn.model.blocks import Blocks
+from effbench.nn.model.feed import count_soft
 from effbench.nn.model.linear import MaskedLinear
+from effbench.nn.train.batches import Batch
 from effbench.nn.train.groups import widen
+from effbench.nn.train.loss import count_tokens
 from effbench.nn.train.slots import Parallel, Precision
 
 DENSE = (nn.Linear, Conv1D, MaskedLinear)
+MARGIN = math.floor(math.log2(torch.finfo(E4M3).max / torch.finfo(E4M3).smallest_normal))  # of numbers with all bits
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class FP8(Train):
     """The three products of every linear of the blocks take 8-bit floats and are summed in float32.
 
     Each input, weight and gradient of outputs has one scale, delayed: made of its largest magnitudes in the steps
-    before, 1 in the first step. All ranks have the same. Head, embeddings and what is no linear are float32.
+    before, 1 in the first step. All ranks have the same. Padding does not count, nor do examples of which nothing is
+    learned. Head, embeddings and what is no linear are float32.
     """
 
     paper = "arXiv:2209.05433"
@@ -42,11 +48,14 @@ class FP8(Train):
     trials = ({}, {"margin": 1})
 
     history: int = 1024  # steps whose largest magnitudes count
-    margin: int = 0  # powers of two that are left free above the largest magnitude
+    margin: int = 0  # powers of two that are left free above the largest magnitude, at most 14
 
     def check(self) -> None:
         self.require(self.history > 0, "history must be at least 1")
-        self.require(self.margin >= 0, "margin must not be negative")
+        self.require(
+            0 <= self.margin <= MARGIN,
+            f"margin must be in [0, {MARGIN}]: beyond it the largest magnitude, too, loses bits of E4M3",
+        )
 
     def slot_values(self) -> dict[str, Any]:
         return {"precision": Delayed(self)}
@@ -62,6 +71,9 @@ class FP8(Train):
         capable = run.device.type == "cuda" and torch.cuda.get_device_capability(run.device) >= (8, 9)
         run.log.simulated |= not capable
         with widen(run.model.parameters()), contextlib.ExitStack() as stack:
+            see = functools.partial(delayed.see, run)
+            for module in (run.model, run.model.base_model):  # a method may ask for states alone
+                stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
             for number, module in enumerate(linears):
                 module.forward = functools.partial(delayed.apply, run, number, module, module.forward)
                 stack.callback(vars(module).pop, "forward")
@@ -74,6 +86,8 @@ class Delayed(Precision):
     def __init__(self, method: FP8) -> None:
         self.method = method
         self.inside = False  # of a forward pass of the fit
+        self.batch: Batch | None = None  # that is learned from in it
+        self.counted: Tensor | None = None  # bool [B * T]: tokens of the pass that count; None: none do
 
     def open(self, run: Run, linears: int) -> None:
         """Begin with scales of 1 and an empty history."""
@@ -86,30 +100,49 @@ class Delayed(Precision):
         )
 
     @contextlib.contextmanager
-    def forward(self, run: Run) -> Iterator[None]:
+    def forward(self, run: Run, batch: Batch | None = None) -> Iterator[None]:
         state = run.state(self.method)
         state.update({name: tensor.to(run.device) for name, tensor in state.items()})  # a checkpoint was elsewhere
-        self.inside = True
+        self.inside, self.batch = True, batch
         try:
             yield
         finally:
-            self.inside = False
+            self.inside, self.batch, self.counted = False, None, None
+
+    def see(self, run: Run, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        """Find which of the tokens count that the model is about to be given."""
+        if self.batch is None or not torch.is_grad_enabled():
+            self.counted = None
+            return
+        given: Tensor = args[0] if args else inputs["inputs_embeds" if inputs.get("input_ids") is None else "input_ids"]
+        mask: Tensor | None = inputs.get("attention_mask")
+        if run.train.slot("forward") is not None and (mask is None or mask.ndim == 2):
+            # The rows are not those of the batch; a mask tells what is padding in them.
+            real = torch.ones(given.shape[:2], device=run.device) if mask is None else mask
+        else:
+            real, front = count_tokens(self.batch), count_soft(run.model)
+            more = given.shape[1] - front - real.shape[1]  # that an engine has filled up with
+            real = torch.cat([real.any(1, True).expand(-1, front), real, real.new_zeros(len(real), more)], 1)
+        self.counted = run.train.slot("parallel", Parallel()).own_tokens(real.bool()).flatten()
 
     def apply(self, run: Run, number: int, module: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """What a linear of the model computes in a pass of the fit, also where it is computed again for gradients."""
+        """What a linear of the model computes in a pass of the fit, also where it is computed again for gradients: then
+        nothing counts, as it has before."""
         if not (self.inside or module.training):
             return plain(x)
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
         matrix = weight.T if isinstance(module, Conv1D) else weight
-        quantize = functools.partial(self.quantize, run.state(self.method), torch.is_grad_enabled())
+        quantize = functools.partial(self.quantize, run.state(self.method), self.counted)
         y: Tensor = Product.apply(x, matrix, quantize, 3 * number).to(x.dtype)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
 
-    def quantize(self, state: dict[str, Any], noted: bool, place: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The bits of a tensor and its scale; where gradients follow, its largest magnitude is noted."""
+    def quantize(self, state: dict[str, Any], counted: Tensor | None, place: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The bits of a tensor and its scale; the largest magnitude is noted of a weight, or of the tokens that count
+        of a pass. Where a tensor has other rows than tokens, all of them do."""
         scale = state["scale"][place].clone()
-        codes, largest, infinite = ops.load("fp8_quantize")(x, scale, place % 3 == 2)
-        if noted:
+        rows = None if counted is None or place % 3 == 1 or len(x) != len(counted) else counted
+        codes, largest, infinite = ops.load("fp8_quantize")(x, scale, place % 3 == 2, rows)
+        if counted is not None:
             state["largest"][place] = torch.maximum(state["largest"][place], largest)
             state["infinite"] += infinite
         return codes, scale

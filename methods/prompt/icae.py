@@ -118,9 +118,12 @@ class ICAE(Memory):
 
     def encode(self, spans: Tensor, run: Run, plan: InferPlan | None) -> Tensor:
         """[N k, H] memory slots of spans [N, L], one span after the other."""
+        slots = spans >= count_vocabulary(run.model)
+        real = slots.flip(1).cumsum(1).flip(1) > 0  # slots stand last, and padding behind them
         with encoding(run, self.encoder):
-            states = feed(run.model, {"inputs_embeds": embed(run.model, spans)}, body=True, plan=plan).last_hidden_state
-        return states[spans >= count_vocabulary(run.model)]
+            inputs = {"inputs_embeds": embed(run.model, spans), "attention_mask": real.long()}
+            states = feed(run.model, inputs, body=True, plan=plan).last_hidden_state
+        return states[slots]
 
 
 @contextlib.contextmanager

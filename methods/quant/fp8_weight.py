@@ -16,7 +16,8 @@ from effbench.formats.float8 import FP8Linear
 class FP8Weight(Weights):
     """Needs no data. The largest weight of each row (or matrix) becomes 448, the largest E4M3 number.
 
-    With `activations`, inputs are rounded to E4M3 as well, scaled per token (or per tensor) as they come.
+    With `activations`, inputs are rounded to E4M3 as well, scaled per token (or per tensor) as they come: one scale for
+    a tensor is one for all rows of a batch and their padding, so that a row's numbers depend on its company.
     """
 
     paper = "arXiv:2209.05433"

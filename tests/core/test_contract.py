@@ -94,7 +94,7 @@ class Precision(Train, PrecisionSlot):
     claims: ClassVar = ("train.precision",)
     name: str = "a"
 
-    def forward(self, run):
+    def forward(self, run, batch=None):
         return torch.autocast("cpu", torch.bfloat16)
 
 

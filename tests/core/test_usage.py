@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import math
 import string
+import typing
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -15,7 +17,7 @@ from msgspec import Meta
 from effbench.cells.export import ExportOptions
 from effbench.cells.options import RunOptions
 from effbench.cells.suite import Settings
-from effbench.core import plain_yaml
+from effbench.core import plain_yaml, registry
 from effbench.core.errors import Usage
 from effbench.core.recipe import parse as parse_recipe
 from effbench.core.usage import Count, convert, describe, nearest, parse, typed
@@ -260,3 +262,54 @@ def test_choices_are_listed_where_they_can_be_read():
     assert nearest("pear", many) == "; none of 10001 has a name like it"
     assert nearest("fcts", many) == "; did you mean 'facts'?"
     assert nearest("pear", []) == "; there is none"
+
+
+@pytest.mark.parametrize("key", registry.catalog())
+def test_what_lacks_its_quotes_is_told_how_it_is_written(key: str) -> None:
+    """Each choice of each parameter; what is then written has the meaning."""
+    cls = registry.load(key)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        for choice in typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is Literal else ():
+            if not isinstance(choice, str):
+                continue
+            word = choice.isidentifier() and not keyword.iskeyword(choice)
+            written = f"is not a literal; write {field.name}={choice!r}$"
+            told = written if word else f"{written}|with quotes round text"  # what Python cannot read
+            with pytest.raises(Usage, match=told):
+                parse_recipe(f"{key}({field.name}={choice})")
+            if not word:
+                continue
+            with pytest.raises(Usage, match="is not a literal; it must be one of .*'" + choice):
+                parse_recipe(f"{key}({field.name}={choice}x)")
+
+
+@pytest.mark.parametrize(
+    ("step", "written"),
+    [
+        ("lora(targets=(q_proj, v_proj))", "targets=('q_proj', 'v_proj')"),
+        ("nf4(double_quant=true)", "double_quant=True"),
+        ("fit(clip=none)", "clip=None"),
+        ("kd(teacher=reference)", "teacher='reference'"),
+        ("snapshot(model=someone/model)", "model='someone/model'"),
+        ("active_learning(acquire=bald(samples=10))", "acquire='bald(samples=10)'"),
+        ("qlora(targets=all)", "targets='all'"),
+    ],
+)
+def test_words_are_told_as_the_literal_that_they_stand_for(step: str, written: str) -> None:
+    with pytest.raises(Usage) as refused:
+        parse_recipe(step)
+    assert str(refused.value).endswith(f"is not a literal; write {written}")
+    name = written.partition("=")[0]
+    assert parse_recipe(step.replace(step[step.index(name) : -1], written))
+
+
+@pytest.mark.parametrize("step", ["fit(steps=a.b)", "fit(lr=1/1000)", "fp16(cap=2**24)", "rtn(bits=open('x'))"])
+def test_what_no_quotes_mend_is_told_what_it_must_be(step: str) -> None:
+    with pytest.raises(Usage, match=r"is not a literal; it must be a (whole )?number"):
+        parse_recipe(step)
+
+
+def test_text_that_is_no_word_is_told_of_quotes() -> None:
+    with pytest.raises(Usage, match="with quotes round text"):
+        parse_recipe("pp(schedule=1f1b)")

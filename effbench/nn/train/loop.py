@@ -337,7 +337,7 @@ class Loop:
         return told, seen
 
     def _feed(self, batch: Batch) -> Outputs:
-        with self.precision.forward(self.run):
+        with self.precision.forward(self.run, batch):
             out: Outputs = self.roles.feed(batch) if self.feeder is None else self.feeder.forward(batch, self.run)
             return out
 

@@ -34,6 +34,13 @@ def token_weights(batch: Batch) -> Tensor | None:
     return batch["weight"][:, 1:][learned(batch)] if "weight" in batch else None
 
 
+def count_tokens(batch: Batch) -> Tensor:
+    """Bool [B, T]: tokens of examples of which something is learned. Padding and other examples, which a step leaves
+    out where they are alone in a part of it, have no share in what is counted of the step."""
+    weights, owners = token_weights(batch), batch["example"][:, 1:][learned(batch)]
+    return torch.isin(batch["example"], owners if weights is None else owners[weights > 0])
+
+
 def sum_weights(batch: Batch) -> float:
     """What all learned tokens count together: their number, where all count alike."""
     weights = token_weights(batch)

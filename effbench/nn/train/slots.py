@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 class Precision:
     """In which numbers one forward pass computes, and what that asks of its gradients (`train.precision`)."""
 
-    def forward(self, run: Run) -> AbstractContextManager[Any]:
+    def forward(self, run: Run, batch: Batch | None = None) -> AbstractContextManager[Any]:
         """The context of one forward pass. It is entered anew for each: autocast keeps its 16-bit copies of weights
-        until the outermost context ends, so that a model wrapped for a whole fit would never see its own updates."""
+        until the outermost context ends, so that a model wrapped for a whole fit would never see its own updates.
+
+        `batch` is what the pass learns from; None where a method computes what it will put into one."""
         return contextlib.nullcontext()
 
     def scale(self, loss: Tensor, run: Run) -> Tensor:
@@ -52,7 +54,7 @@ class Precision:
 class Rounded(Precision):
     """Sixteen bits for what is computed with; gradients and masters are float32."""
 
-    def forward(self, run: Run) -> AbstractContextManager[Any]:
+    def forward(self, run: Run, batch: Batch | None = None) -> AbstractContextManager[Any]:
         return torch.autocast(run.device.type, torch.bfloat16)
 
 
@@ -139,6 +141,10 @@ class Parallel:
     def shard(self, places: Sequence[int]) -> list[int]:
         """Those of a step's examples that this process sees; each is seen once, none is repeated to fill up."""
         return list(places)
+
+    def own_tokens(self, values: Tensor) -> Tensor:
+        """Of values [B, T] of the tokens that the model is given those of tokens that blocks of this process see."""
+        return values
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of each of these numbers [N] over all data ranks."""

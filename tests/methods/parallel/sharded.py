@@ -59,6 +59,7 @@ SP = {
     "ulysses-gpt2-grouped": Case("gqa(kv_heads=2), sp(kind='ulysses')", "gpt2", changes=FREE),
     "ulysses-opt": Case("checkpointing(policy='sqrt'), sp(kind='ulysses')", "opt"),
     "ulysses-lora": Case("lora(), sp(kind='ulysses')", "qwen3", changes=FREE, shape=TIED),
+    "ulysses-fp8": Case("fp8(), sp(kind='ulysses')", "opt", single=True, coarse=True),
     "ulysses-masks": Case("magnitude(sparsity=0.5), sp(kind='ulysses')", "gpt_neox"),
 }
 FSDP_REFUSED = {  # and what is said

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import sharded
+import torch
+from ranks import train
 from same import check_refused, check_trained, list_cases
 from sharded import PROGRAM
 
@@ -15,6 +17,15 @@ from effbench.checks import toy_run
 @pytest.mark.parametrize(("ranks", "name"), list_cases(PROGRAM, sharded.SP), indirect=["ranks"])
 def test_ranks_train_what_one_trains(ranks: list[Any], name: str) -> None:
     check_trained(PROGRAM, name, ranks)
+
+
+def test_scales_of_8_bit_floats_are_those_of_whole_rows(two: list[Any]) -> None:
+    """Each rank knows which of its own tokens are padding."""
+    case = PROGRAM.cases["ulysses-fp8"]
+    alone = train(case, 1).kept["history"][:, case.settings.steps - 1]
+    for rank in two:
+        first = rank["trained"]["ulysses-fp8"].kept["history"][:, case.settings.steps - 1]
+        assert torch.allclose(first, alone, rtol=1e-6, atol=0)
 
 
 def test_megatron_gathers_and_scatters_where_tp_reduces(two: list[Any]) -> None:

@@ -173,9 +173,25 @@ def test_a_resume_restores_scale_and_count(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("setting", ["scale=0.5", "growth_every=0", "cap=0.1"])
-def test_bad_settings_are_wrong_usage(setting: str) -> None:
-    with pytest.raises(Usage, match="must be at least 1"):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("scale=0.5", "must be at least 1"),
+        ("growth_every=0", "must be at least 1"),
+        ("cap=0.1", "cap=0.1 is below scale=65536"),
+        ("cap=1", "cap=1 is below scale=65536"),
+        ("cap=512.0,scale=1024.0", "cap=512 is below scale=1024"),
+        ("cap=1e6,scale=1e9", r"cap=1e\+06 is below scale=1e\+09"),
+    ],
+)
+def test_bad_settings_are_wrong_usage(setting: str, said: str) -> None:
+    with pytest.raises(Usage, match=said):
+        parse_step(f"fp16({setting})")
+
+
+def test_a_scale_may_begin_above_the_cap_by_default_or_at_it() -> None:
+    """The one is a planted overflow."""
+    for setting in ("scale=1e9", "scale=512.0,cap=512.0"):
         parse_step(f"fp16({setting})")
 
 

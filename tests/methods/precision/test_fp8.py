@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from effbench import ops
 from effbench.checks import toy_run
 from effbench.core.errors import Diverged, Unsupported, Usage
+from effbench.core.kinds import Train
 from effbench.core.recipe import parse, parse_step
 from effbench.core.run import Step
-from effbench.methods.precision.fp8 import FP8, Delayed, next_scale
+from effbench.core.views import Example
+from effbench.methods.precision.fp8 import FP8, MARGIN, Delayed, next_scale
 from effbench.nn.model.blocks import Blocks
 from effbench.nn.model.linear import MaskedLinear
 from effbench.nn.run import ModelRun
+from effbench.nn.train.batches import IGNORED
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"
 
@@ -53,6 +59,14 @@ def opened(method: FP8, linears: int = 1) -> tuple[ModelRun, Delayed]:
     run.step = Step(0, 8)
     delayed.open(run, linears)
     return run, delayed
+
+
+@contextlib.contextmanager
+def passing(run: ModelRun, delayed: Delayed, tokens: int) -> Iterator[None]:
+    """A pass of the fit, of so many tokens that all count."""
+    with delayed.forward(run):
+        delayed.counted = torch.ones(tokens, dtype=torch.bool)
+        yield
 
 
 # Casts
@@ -102,6 +116,14 @@ def test_the_margin_is_a_power_of_two() -> None:
     assert torch.equal(scales[1], scales[0] / 2) and torch.equal(scales[2], scales[0] / 8)
 
 
+@pytest.mark.parametrize("margin", [0, 7, 14, 15])
+def test_up_to_the_greatest_margin_the_largest_magnitude_is_a_normal_number(margin: int) -> None:
+    scale = next_scale(torch.full((3,), 1.7), torch.ones(3), margin)[0]
+    codes, *_ = ops.load("fp8_quantize")(torch.tensor([1.7]), scale)
+    normal = codes.view(torch.float8_e4m3fn).float() >= torch.finfo(torch.float8_e4m3fn).smallest_normal
+    assert bool(normal) is (margin <= MARGIN)
+
+
 def test_the_largest_of_the_history_counts_not_the_last() -> None:
     run, delayed = opened(method := FP8(history=3))
     told = []
@@ -120,7 +142,7 @@ def test_delayed_scaling_is_that_of_torchao() -> None:
         assert torch.equal(run.state(method)["scale"], expected["scales"])
         layer.weight.data, layer.weight.grad = expected["weight"].clone(), None
         x = expected["x"].clone().requires_grad_()
-        with delayed.forward(run):
+        with passing(run, delayed, len(x)):
             y = delayed.apply(run, 0, layer, layer.forward, x)
         y.backward(expected["g"])
         assert x.grad is not None and layer.weight.grad is not None
@@ -143,7 +165,8 @@ def test_delayed_scaling_is_what_float64_says() -> None:
             layer = nn.Linear(16, 8)
             x = ((3.0 ** (step % 3)) * torch.randn(6, 16, generator=generator)).requires_grad_()
             g = 1e-3 * (step + 1) * torch.randn(6, 8, generator=generator)
-            y = delayed.apply(run, number, layer, layer.forward, x)
+            with passing(run, delayed, len(x)):
+                y = delayed.apply(run, number, layer, layer.forward, x)
             y.backward(g)
             parts = [x.detach().double(), layer.weight.detach().double(), g.double()]
             a, w, d = (
@@ -177,7 +200,8 @@ def test_a_linear_computes_what_torchao_emulates(sort: str) -> None:
     x = TORCHAO["inputs"].clone().requires_grad_()
     largest = torch.stack([TORCHAO[name].abs().max() for name in ("inputs", "weight", "gradient")])
     run.state(method)["scale"] = next_scale(largest, torch.ones(3), 0)
-    y = delayed.apply(run, 0, layer, layer.forward, x)
+    with passing(run, delayed, len(x)):
+        y = delayed.apply(run, 0, layer, layer.forward, x)
     y.backward(TORCHAO["gradient"])
     grad = layer.weight.grad.T if sort == "conv1d" else layer.weight.grad
     assert close(y, TORCHAO["y"]) and close(x.grad, TORCHAO["inputs.grad"])  # type: ignore[arg-type]
@@ -215,6 +239,88 @@ def test_linears_of_the_blocks_and_no_others_are_rounded() -> None:
     assert (history[:, :3] > 0).all() and not history[:, 3:].any()  # a column a step, also where it has two parts
     assert torch.equal(scale, next_scale(history.amax(1), torch.ones(len(history)), 0)) and (scale != 1).all()
     assert set(states[0]["largest"].tolist()) == {0.0}
+
+
+STILL = {"opt": {"dropout": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
+
+
+def noted(architecture: str, lengths: Sequence[int], before: str = "", **changes: Any) -> Tensor:
+    """The largest magnitudes of the first two steps [3 L, 2] of a fit on examples of these lengths."""
+    run = toy_run(architecture, shape=STILL.get(architecture, {}))
+    generator = torch.Generator().manual_seed(3)
+    draw = [torch.randint(1, 95, (length,), generator=generator).tolist() for length in lengths]
+    run.data.pool = [Example(str(i), tuple(ids), 0) for i, ids in enumerate(draw)]
+    for step in parse(", ".join(filter(None, [before, "fp8()"]))).steps:
+        run.apply(step)
+    states: list[dict[str, Tensor]] = []
+    method = next(method for method in run.train.methods if isinstance(method, FP8))
+    seen(run, lambda run: states.append({name: tensor.clone() for name, tensor in run.state(method).items()}))
+    fit(run, **{"steps": 2, "batch_size": len(lengths), "lr": 1e-3} | changes)
+    return states[-1]["history"][:, :2]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "before"),
+    [
+        ("llama", ""),
+        ("llama", "prompt_tuning(length=3)"),
+        ("opt", ""),
+        ("opt", "prompt_tuning(length=3)"),
+        ("gpt2", "lora()"),
+        ("mixtral", ""),
+    ],
+)
+def test_how_a_step_is_cut_changes_no_scale(architecture: str, before: str) -> None:
+    """Whole and padded, packed, or one example at a time, of which the longest has no padding at all."""
+    cuts: list[dict[str, Any]] = [{}, {"accumulate": 4}, {"layout": "packed"}]
+    if "prompt" in before:
+        cuts.pop()  # examples of one row share the soft prompt, and its gradients are summed before they are rounded
+    whole, *others = (noted(architecture, [24, 6, 9, 15], before, **changes) for changes in cuts)
+    assert (whole[0::3] > 0).all() and (whole[1::3] > 0).all()  # inputs and weights
+    for other in others:
+        torch.testing.assert_close(other, whole, rtol=1e-3, atol=0)  # sums in another order may round to other codes
+
+
+@pytest.mark.parametrize("policy", ["every", "sqrt"])
+def test_what_is_computed_again_counts_once(policy: str) -> None:
+    """When a part is computed again, tokens that count are no longer known, or those of another part are."""
+    plain, again = (
+        noted("llama", [24, 6, 9, 15], before, accumulate=2) for before in ("", f"checkpointing(policy='{policy}')")
+    )
+    assert torch.equal(plain, again)
+
+
+def test_examples_of_which_nothing_is_learned_do_not_count() -> None:
+    """Alone in a part they are left out."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Masking(Train):
+        def batch(self, batch: dict[str, Tensor], run: Any) -> dict[str, Tensor]:
+            return batch | {"labels": batch["labels"].masked_fill(batch["input_ids"][:, :1] % 2 == 0, IGNORED)}
+
+    found = []
+    for accumulate in (1, 4):
+        run = toy_run()
+        run.data.pool = [Example(str(i), (i + 1, *range(20 + i, 30 + 5 * i)), 0) for i in range(4)]
+        run.apply(Masking())
+        run.apply(method := FP8())
+        histories: list[Tensor] = []
+        seen(run, lambda run, into=histories, method=method: into.append(run.state(method)["history"].clone()))
+        fit(run, steps=1, accumulate=accumulate)
+        found.append(histories[0][:, 0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
+def test_a_method_that_feeds_other_rows_tells_padding_by_its_mask() -> None:
+    run, delayed = opened(method := FP8())
+    run.train.claim("forward", object(), method)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    with delayed.forward(run, {}):
+        delayed.see(run, run.model, (), {"inputs_embeds": torch.zeros(2, 3, 4), "attention_mask": mask})
+        assert delayed.counted is not None and delayed.counted.tolist() == [True, True, True, True, False, False]
+        with torch.no_grad():
+            delayed.see(run, run.model, (), {"inputs_embeds": torch.zeros(2, 3, 4), "attention_mask": mask})
+        assert delayed.counted is None
 
 
 def test_a_base_under_lora_is_rounded_and_packed_linears_are_not() -> None:
@@ -255,7 +361,7 @@ def test_an_infinity_that_saturates_is_not_hidden() -> None:
         fit(run)
 
 
-@pytest.mark.parametrize("setting", ["history=0", "margin=-1"])
+@pytest.mark.parametrize("setting", ["history=0", "margin=-1", "margin=15", "margin=200", "margin=2000"])
 def test_bad_settings_are_wrong_usage(setting: str) -> None:
     with pytest.raises(Usage, match="must"):
         parse_step(f"fp8({setting})")
