@@ -372,16 +372,7 @@ def _shorten(step: Any, batch: Batch) -> Any:
     """A step that fits, as far as it takes to see what it holds."""
     if not isinstance(step, FitSettings):
         return step
-    size = batch.batch or step.batch_size
-    return dataclasses.replace(
-        step,
-        steps=STEPS,
-        lr=step.rates[0],
-        batch_size=size,
-        accumulate=min(step.accumulate, size),
-        max_length=batch.context or step.max_length,
-        validate=None,
-    )
+    return step.shorten(STEPS, batch.batch or step.batch_size, batch.context or step.max_length)
 
 
 def _deepen(config: Any, depth: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,10 @@ class LotteryTicket(FitSettings, Method):
         self.require(self.rounds > 0, "rounds must be at least 1")
         self.require(0 <= self.rewind < self.steps, "rewind is a step of the fit, in [0, steps)")
         self.require(not self.find_fault(), self.find_fault())
+
+    def shorten(self, steps: int, batch_size: int, max_length: int) -> Self:
+        rewound = replace_fields(self, rewind=min(self.rewind, steps - 1))
+        return super(LotteryTicket, rewound).shorten(steps, batch_size, max_length)
 
     def apply(self, run: Run) -> None:
         linears = trainable_linears(run)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace as replace_fields
+from typing import Any, Self
 
 from effbench.core.errors import Usage
 from effbench.core.files import replace_file
@@ -68,6 +69,10 @@ class ActiveLearning(FitSettings, Method):
 
     def slots(self) -> tuple[str, ...]:
         return super().slots() + (("train.sampler",) if self.layout == "by_length" else ())
+
+    def shorten(self, steps: int, batch_size: int, max_length: int) -> Self:
+        short = super().shorten(steps, batch_size, max_length)
+        return replace_fields(short, budget=min(self.budget, steps * batch_size), rounds=1)  # they hold the same
 
     def apply(self, run: Run) -> None:
         (acquisition,) = self.parts

@@ -17,7 +17,7 @@ from effbench.nn.model.feed import feed
 from effbench.nn.train.batches import Batch
 from effbench.nn.train.example_gradients import average
 from effbench.nn.train.examples import looking
-from effbench.nn.train.fit import fit
+from effbench.nn.train.fit import Watch, fit
 from effbench.nn.train.loss import learned, learned_logits
 from effbench.nn.train.passes import go_through
 from effbench.nn.train.settings import FitSettings
@@ -61,14 +61,22 @@ class EL2N(FitSettings, Select):
         for number in range(runs):
             seed = zlib.crc32(f"{run.seed}/el2n/{number}".encode())
             with run.aside(f"{self.key}-{number}", seed), training_on(run, list(examples)):
-                for look in range(looks):
-                    fit(run, self.with_steps(self.steps * (look + 1)), start=self.steps * look)
-                    total += measure_errors(run, examples, f"{self.key}-{look}")
+                total += self._look(examples, run, looks)
         scores = total / self.times
         if self.band is None:
             return scores
         low, high = torch.quantile(scores, torch.tensor(self.band, dtype=scores.dtype))
         return torch.where((low <= scores) & (scores <= high), scores, scores - 2)  # norms are at most sqrt(2)
+
+    def _look(self, examples: Sequence[Example], run: Run, looks: int) -> Tensor:
+        """[N] float64: sums of the errors at so many looks at one fit, the last of them at its end."""
+        errors = torch.zeros(len(examples), dtype=torch.float64)
+
+        def look(taken: int) -> None:
+            errors.add_(measure_errors(run, examples, f"{self.key}-{taken}"))
+
+        fit(run, self.with_steps(self.steps * looks), watch=Watch(self.steps, look, errors))
+        return errors
 
 
 def measure_errors(run: Run, examples: Sequence[Example], name: str) -> Tensor:

@@ -50,7 +50,8 @@ class Influence(Aimed):
     usual = 0.2
     trials = ({}, {"hessian": "cg", "roles": ("v",), "sample": 4, "damping": 100.0})
 
-    hessian: Literal["identity", "exact", "cg"] = "identity"  # exact: written out; cg: by conjugate gradients (3)
+    hessian: Literal["identity", "exact", "cg"] = "identity"  # exact: written out, of at most 4096 numbers, a small
+    # model's; cg: by conjugate gradients (3)
     damping: float = 0.01  # is added to the diagonal of the Hessian
     sample: int = 256  # examples that the Hessian is a mean over, drawn by the seed
     blocks: int = 1  # the last ones, whose linears are looked at
@@ -86,7 +87,10 @@ class Influence(Aimed):
         return state["sum"] / len(examples)
 
     def solve(self, vector: Tensor, parts: Sequence[Matrix], examples: Sequence[Example], run: Run) -> Tensor:
-        """[P]: (H + damping I)^-1 times a vector. Raises `Unsupported` where H + damping I is not positive."""
+        """[P]: (H + damping I)^-1 times a vector. Raises `Unsupported` where H + damping I is not positive.
+
+        Conjugate gradients look only along the directions that they take.
+        """
         if self.hessian == "identity":
             return vector
         few = random.Random(f"{run.seed}/influence").sample(examples, min(self.sample, len(examples)))
@@ -100,9 +104,28 @@ class Influence(Aimed):
         if self.hessian == "cg":
             return find_solution(lambda v: multiply(v[None])[0], vector)
         if len(vector) > MOST:
-            raise Unsupported(f"{self}: {len(vector)} numbers are too many to write their Hessian out: hessian='cg'")
+            raise Unsupported(
+                f"{self}: {len(vector)} numbers are too many to write their Hessian out, which takes {MOST} at most: "
+                "give hessian='cg'"
+            )
         matrix = multiply(torch.eye(len(vector), dtype=torch.float64))
-        return torch.linalg.solve((matrix + matrix.T) / 2, vector)
+        return divide((matrix + matrix.T) / 2, vector)
+
+
+def divide(matrix: Tensor, vector: Tensor) -> Tensor:
+    """x [P] with A x = vector for a symmetric matrix A [P, P]. Raises `Unsupported` where A is not positive."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        raise Unsupported(describe_curve(-float(torch.linalg.eigvalsh(matrix)[0])))
+    return torch.cholesky_solve(vector[:, None], factor)[:, 0]
+
+
+def describe_curve(down: float) -> str:
+    """Why there is no answer where the damped loss curves downwards by so much."""
+    return (
+        f"the loss curves downwards by {max(0.0, down):.2g} where it was looked at, so that influences have no "
+        "meaning: give a damping= that is larger by more than that"
+    )
 
 
 def find_solution(multiply: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
@@ -115,11 +138,7 @@ def find_solution(multiply: Callable[[Tensor], Tensor], vector: Tensor) -> Tenso
         product = multiply(direction)
         along = direction @ product
         if along <= 0:
-            down = float(-along / (direction @ direction))
-            raise Unsupported(
-                f"the loss curves downwards by {down:.2g} where it was looked at, so that influences have no meaning: "
-                "give a damping= that is larger by more than that"
-            )
+            raise Unsupported(describe_curve(float(-along / (direction @ direction))))
         step = (rest @ rest) / along
         x = x + step * direction
         new = rest - step * product

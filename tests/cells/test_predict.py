@@ -358,3 +358,21 @@ def test_llama_2_70b_is_foretold_as_by_hand():
     assert held.parameters == 68_976_648_192 and held.opened >= 2 * held.parameters
     assert held.weights + held.gradients + held.optimizer == pytest.approx(by_hand["qlora70b_total"], rel=1e-6)
     assert held.cache == by_hand["llama70b_cache"]
+
+
+@pytest.mark.parametrize(
+    "acquisition",
+    [
+        "acquire='bald(samples=2)', budget=96",
+        pytest.param("acquire='random_selection()', budget=3, rounds=3", marks=pytest.mark.slow),
+    ],
+)
+def test_answers_that_are_bought_are_not_counted_among_the_rows_of_a_rehearsal(acquisition):
+    assert foretell(f"active_learning({acquisition}, batch_size={ROWS}, max_length={TOKENS})") == foretell(FIT)
+
+
+def test_what_goes_by_the_length_of_fits_is_shortened_with_them():
+    (ticket,) = parse("lottery_ticket(rewind=10, lr=(0.1, 0.2), batch_size=9, accumulate=7)").steps
+    assert str(ticket.shorten(2, 4, 48)) == (
+        "lottery_ticket(steps=2, lr=0.1, batch_size=4, accumulate=4, max_length=48, rewind=1)"
+    )

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor
+
 from effbench.core.errors import Diverged, Unsupported
 from effbench.core.run import FitCost, FitReport
 from effbench.core.views import Example
@@ -33,6 +35,14 @@ if TYPE_CHECKING:
 EVERY = float(os.environ.get("EFFBENCH_CHECKPOINT_SECONDS", "60"))  # between checkpoints
 
 
+class Watch(NamedTuple):
+    """What a method looks at while a fit goes on."""
+
+    every: int  # steps between looks
+    look: Callable[[int], None]  # is told how many steps were taken; the model computes as it does in the fit
+    sums: Tensor  # that looks add to, in place; a fit that is killed goes on with what it held
+
+
 class Fitted(NamedTuple):
     """What a loop leaves besides the model."""
 
@@ -40,19 +50,23 @@ class Fitted(NamedTuple):
     lines: list[dict[str, Any]]  # of the log, a step each
 
 
-def fit(run: Run, settings: FitSettings, start: int = 0) -> FitReport:
+def fit(run: Run, settings: FitSettings, start: int = 0, watch: Watch | None = None) -> FitReport:
     """Train what is trainable by the train plan, use the plan up, write down what happened and return it.
 
     Of several learning rates each is tried from the same state, and what the best one left is kept. The first `start`
-    steps count as taken: the data and the learning rate go on from there. Raises `Unsupported` when nothing is
-    trainable, or where a step needs batches to be fed in the usual way and another does not, `Diverged` on a loss that
-    is not finite, `Refused` when a hook loses a tensor.
+    steps count as taken: the data and the learning rate go on from there. At one learning rate it may be watched.
+    Raises `Unsupported` when nothing is trainable, or where a step needs batches to be fed in the usual way and another
+    does not, `Diverged` on a loss that is not finite, `Refused` when a hook loses a tensor.
     """
     _check_feeder(run, settings)
     if run.log.near_duplicates is None:
         run.log.near_duplicates = run.data.count_near_duplicates()
     try:
-        report, lines = (choose_rate if len(settings.rates) > 1 else train)(run, settings, start)
+        if len(settings.rates) > 1:
+            assert watch is None, "which of the fits would it be"
+            report, lines = choose_rate(run, settings, start)
+        else:
+            report, lines = train(run, settings, start, watch=watch)
     finally:
         run.train.close()
     if run.folder is not None and not count_ranks()[0]:
@@ -119,7 +133,7 @@ def choose_rate(run: Run, settings: FitSettings, start: int) -> Fitted:
     return Fitted(report | {"rates": rates, "validation_tokens": number}, lines)
 
 
-def train(run: Run, settings: FitSettings, start: int, look: bool = True) -> Fitted:
+def train(run: Run, settings: FitSettings, start: int, look: bool = True, watch: Watch | None = None) -> Fitted:
     """One loop, at one learning rate, from its checkpoint if it has left one; steps are looked into and timed unless
     told."""
     width = find_width(run, settings)
@@ -127,12 +141,12 @@ def train(run: Run, settings: FitSettings, start: int, look: bool = True) -> Fit
     examples, left_out = cut_all(run.data.train, width, unread)
     loop = Loop(run, settings, examples, width, look)
     with training_on(run, examples), loop.open():
-        go(loop, start, validation_windows(run, width) if settings.validate else ())
+        go(loop, start, validation_windows(run, width) if settings.validate else (), watch)
     report = loop.report()
     return Fitted(report | {"left_out": left_out} if left_out else report, loop.lines)
 
 
-def go(loop: Loop, start: int, windows: Sequence[Example]) -> None:
+def go(loop: Loop, start: int, windows: Sequence[Example], watch: Watch | None = None) -> None:
     """Take the steps of a loop that is open, with checkpoints where the run has a folder.
 
     The last state is kept, too, if the fit took long: a later step of the recipe may be killed as well.
@@ -142,17 +156,23 @@ def go(loop: Loop, start: int, windows: Sequence[Example]) -> None:
     state = read_state(place) if place is not None else None
     if state is not None:
         start = loop.restore(state)
+        if watch is not None:
+            watch.sums.copy_(state["sums"])
     written = time.monotonic()
     for index in range(start, settings.steps):
         line = loop.meter.take(index - start, functools.partial(loop.step, index))
         last = index + 1 == settings.steps
         if settings.validate and (last or (index + 1) % settings.validate == 0):
             line["validation"] = measure_loss(run, windows, settings.batch_size)
+        if watch is not None and (index + 1) % watch.every == 0:
+            with loop.precision.forward(run):
+                watch.look(index + 1)
         run.progress("training step", index + 1, settings.steps)
         if place is not None:
             due = time.monotonic() - written > EVERY or (last and loop.seconds > EVERY)
             if agree(due, run.device):  # by the clock of any process
-                write_state(place, index + 1, loop.state(), run.device)
+                sums = {} if watch is None else {"sums": watch.sums}
+                write_state(place, index + 1, loop.state() | sums, run.device)
                 written = time.monotonic()
 
 

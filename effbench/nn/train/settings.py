@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,21 @@ class FitSettings:
         """The same hyper-parameters, and no more than these, for a fit of so many steps."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(FitSettings)}
         return FitSettings(**own | {"steps": steps})
+
+    def shorten(self, steps: int, batch_size: int, max_length: int) -> Self:
+        """The same step with fits that are as long as it takes to see what they hold, at one learning rate.
+
+        What else of it goes by how long fits are, or by how many examples there are, has to be cut to that.
+        """
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            lr=self.rates[0],
+            batch_size=batch_size,
+            accumulate=min(self.accumulate, batch_size),
+            max_length=max_length,
+            validate=None,
+        )
 
     @property
     def rates(self) -> tuple[float, ...]:

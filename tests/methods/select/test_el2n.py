@@ -19,6 +19,7 @@ from effbench.methods.select.el2n import EL2N, measure_errors
 from effbench.nn.run import ModelRun
 from effbench.nn.train import fit as library
 from effbench.nn.train.fit import fit
+from effbench.nn.train.loop import Loop
 from effbench.nn.train.settings import FitSettings
 
 SHORT = {"steps": 3, "lr": 1e-2, "batch_size": 4, "max_length": 32}
@@ -57,15 +58,82 @@ def test_runs_are_fits_of_other_seeds() -> None:
     assert not torch.allclose(single, total / 2, atol=1e-6)
 
 
-def test_epochs_are_moments_of_one_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[int, int]] = []
-    whole = el2n.fit
-    monkeypatch.setattr(el2n, "fit", lambda run, s, start: taken.append((start, s.steps)) or whole(run, s, start))
-    epochs = score(toy_run(), times=3, average="epochs")
-    assert taken == [(0, 3), (3, 6), (6, 9)]
+def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Tensor]], list[tuple[int, int, float]]]:
+    """The weights at each look, and of each step: its number, the optimizer's own count, and the learning rate."""
+    seen: list[dict[str, Tensor]] = []
+    taken: list[tuple[int, int, float]] = []
+    measure, update = el2n.measure_errors, Loop._update
+
+    def look(run: ModelRun, *given: Any) -> Tensor:
+        seen.append({name: value.clone() for name, value in run.model.state_dict().items()})
+        return measure(run, *given)
+
+    def count(loop: Loop) -> None:
+        assert loop.run.step is not None
+        counts = {int(state["step"]) for state in loop.optimizer.state.values()} or {0}
+        taken.append((loop.run.step.index, max(counts), loop.optimizer.param_groups[0]["lr"]))
+        update(loop)
+
+    monkeypatch.setattr(el2n, "measure_errors", look)
+    monkeypatch.setattr(Loop, "_update", count)
+    return seen, taken
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"warmup": 0.5}, {"schedule": "cosine"}, {"layout": "by_length"}], ids=lambda given: str(given)
+)
+def test_epochs_are_moments_of_one_fit(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, taken = watch(monkeypatch)
+    epochs = score(toy_run(), times=3, average="epochs", **settings)
+    looked, steps = list(seen), list(taken)
     taken.clear()
-    runs = score(toy_run(), times=3)
-    assert taken == [(0, 3)] * 3 and not torch.allclose(epochs, runs)
+    run = toy_run()
+    run.seed = zlib.crc32(b"0/el2n/0")
+    whole = EL2N(**SHORT | settings).with_steps(9)
+    moments: list[dict[str, Tensor]] = []
+    total = torch.zeros(64, dtype=torch.float64)
+
+    def note(number: int) -> None:
+        if number % 3 == 0:
+            moments.append({name: value.clone() for name, value in run.model.state_dict().items()})
+            total.add_(measure_errors(run, run.data.pool, f"own-{number}"))
+
+    run.progress = lambda unit, done, _: note(done) if unit == "training step" else None
+    fit(run, whole)
+    assert steps == taken and [count for _, count, _ in steps] == list(range(9))
+    assert len(looked) == len(moments) == 3
+    for one, other in zip(looked, moments, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    torch.testing.assert_close(epochs, total / 3, rtol=0, atol=0)
+
+
+def test_a_killed_fit_that_is_watched_goes_on_with_what_was_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = score(toy_run(), times=3, average="epochs")
+    monkeypatch.setattr(library, "EVERY", -1.0)
+    for last in (4, 6, 8):  # before, at and behind a look
+
+        def kill(unit: str, done: int, _: int, last: int = last) -> None:
+            if unit == "training step" and done == last:
+                raise KeyboardInterrupt
+
+        run = toy_run()
+        run.folder, run.progress = tmp_path / str(last), kill
+        with pytest.raises(KeyboardInterrupt):
+            score(run, times=3, average="epochs")
+        run = toy_run()
+        run.folder = tmp_path / str(last)
+        seen, taken = watch(monkeypatch)
+        torch.testing.assert_close(score(run, times=3, average="epochs"), expected, rtol=0, atol=0)
+        assert len(taken) == 9 - (last - 1) and len(seen) == 3 - (last - 1) // 3
+
+
+def test_a_16_bit_model_is_looked_at_as_the_fit_computes() -> None:
+    run = toy_run()
+    run.model.to(torch.bfloat16)
+    found = score(run, times=2, average="epochs", train="last:1")  # of which the fit has one block in float32
+    assert found.isfinite().all() and found.unique().numel() > 32
 
 
 def test_the_hardest_are_kept_and_a_band_leaves_them_out() -> None:

@@ -5,6 +5,7 @@ The model's own norms and softmax are in float32 even where it is in float64.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from effbench.core.views import Example
 from effbench.methods.select import influence
 from effbench.methods.select.influence import Influence, find_solution
 from effbench.nn.run import ModelRun
+from effbench.nn.train.example_gradients import find_matrices, multiply_hessian
+from effbench.nn.train.examples import batches
 
 
 def score(run: ModelRun, **settings: Any) -> Tensor:
@@ -25,7 +28,11 @@ def score(run: ModelRun, **settings: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("damping", [0.01, 1.0])
-def test_exact_influences_are_those_of_dattri(damping: float) -> None:
+def test_exact_influences_are_those_of_dattri(damping: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if damping < 1:  # dattri divides by what is not positive, too
+        with pytest.raises(Unsupported, match="curves downwards"):
+            score(attributed(), hessian="exact", damping=damping)
+        monkeypatch.setattr(influence, "divide", torch.linalg.solve)
     found = score(attributed(), hessian="exact", damping=damping)
     expected = GOLDEN[f"influence.{damping}"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.std()))
@@ -96,11 +103,36 @@ def test_what_cannot_be_is_said() -> None:
         score(toy_run("gpt2"), roles=("gate",))
 
 
+@pytest.mark.parametrize("hessian", ["exact", "cg"])
+def test_a_loss_that_curves_downwards_has_no_influences(hessian: Any) -> None:
+    run = toy_run(shape={"hidden_size": 16})
+    run.data.pool = run.data.pool[:8]
+    (part,) = find_matrices(run, 1, ("v",))
+    every = torch.eye(math.prod(part.shape))
+    products = sum(multiply_hessian(run.model, [part], batch, every) for _, batch in batches(run, run.data.pool))
+    least = float(torch.linalg.eigvalsh((products + products.T).double() / 2 / 8)[0])
+    assert least < -0.01  # the default damping, which does not make it positive
+    with pytest.raises(Unsupported, match=r"curves downwards by [\d.]+ .* larger by more") as refusal:
+        score(run, hessian=hessian)
+    if hessian == "exact":
+        assert f"by {-least - 0.01:.2g} " in str(refusal.value)
+    assert score(run, hessian=hessian, damping=0.01 - least).isfinite().all()
+
+
+def test_the_exact_form_divides_by_a_positive_matrix_alone() -> None:
+    chance = torch.Generator().manual_seed(0)
+    root, vector = (torch.randn(*shape, generator=chance, dtype=torch.float64) for shape in ((6, 6), (6,)))
+    torch.testing.assert_close(influence.divide(root @ root.T, vector), torch.linalg.solve(root @ root.T, vector))
+    for flat in (torch.zeros(6), torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -0.25])):
+        with pytest.raises(Unsupported, match=rf"downwards by {max(0.0, -float(flat[-1])):.2g} "):
+            influence.divide(flat.double().diag(), vector)
+
+
 def test_the_hessian_is_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     whole = influence.multiply_hessian
     monkeypatch.setattr(
         influence, "multiply_hessian", lambda *given: seen.append(len(given[2]["input_ids"])) or whole(*given)
     )
-    score(attributed(), hessian="exact", sample=7)
+    score(attributed(), hessian="exact", sample=7, damping=10.0)
     assert sum(seen) == 7

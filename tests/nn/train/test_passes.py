@@ -61,6 +61,7 @@ STEPS = [
     "trak(projection=16, steps=2, batch_size=4, max_length=32)",
     "datainf(steps=2, batch_size=4, max_length=32, rank=2)",
     "el2n(steps=2, times=2, batch_size=4, max_length=32)",
+    "el2n(average='epochs', steps=2, times=2, batch_size=4, max_length=32)",
 ]
 
 
