@@ -23,7 +23,7 @@ from effbench.core.errors import Usage
 from effbench.core.kinds import Shorten
 from effbench.core.recipe import parse
 from effbench.core.views import Segments
-from effbench.methods.prompt._common import COMMON, WORD, Judged, is_named
+from effbench.methods.prompt._common import COMMON, WORD, Judged, is_named, list_parts
 from effbench.nn.files.load import open_run
 from effbench.nn.run import ModelRun
 
@@ -125,6 +125,25 @@ def test_it_does_in_other_forms_of_the_methods(key: str, fields: dict[str, Any],
     run = under(key, **fields)
     for prompt in write_in(*SCRIPTS[script]):
         assert count(run, run.rewrite(prompt)) / count(run, prompt) == pytest.approx(0.5, abs=0.05)
+
+
+FORMS = [*((key, {}) for key in SHORTEN)]
+FORMS += [("selective_context", {"unit": unit}) for unit in ("token", "sentence")]
+FORMS += [("extractive", {"unit": "phrase"}), ("retrieval", {"unit": "sentence"}), ("llmlingua", {"order": "topk"})]
+FORMS += [(key, {"tail": "package", "step": 20}) for key in ("llmlingua", "longllmlingua")]
+
+
+@pytest.mark.parametrize(("key", "fields"), FORMS, ids=str)
+def test_parts_are_not_run_together(key: str, fields: dict[str, Any], under: Under) -> None:
+    """Also where the token that goes brought the white space: words have several, of which the first has it."""
+    run = under(key, **fields)
+    words = ["supply", "pilgrims", "Kilmarnock", "notwithstanding", "perpetual", "phlegmatic", "quixotic", "helping"]
+    for number in range(6):
+        chance = random.Random(number)
+        contexts = (" ".join(chance.choices(words, k=8)).capitalize() + ". " for _ in range(6))
+        prompt = Segments("Be brief. ", "Read the notes. ", tuple(contexts), "Who has a Kilmarnock?")
+        new = [part for part in list_parts(run.rewrite(prompt)) if part]
+        assert len(new) > 2 and all(part.endswith(" ") for part in new[:-1]), new
 
 
 @pytest.mark.parametrize("key", SHORTEN)
