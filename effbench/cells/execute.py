@@ -255,16 +255,16 @@ def _measure(run: ModelRun, job: Job, findings: Findings) -> None:
 
 def _prove(run: ModelRun, simulated: bool, applied: dict[str, dict[str, int]], findings: Findings) -> dict[str, Any]:
     """Which kernels ran since the recipe was applied, in plain values; empty where a model cannot infer or the process
-    is at its end.
+    is at its end. What was measured stands, whatever becomes of the trace.
     """
     if findings.over:
         return {}
     from effbench.cells.prove import count_calls, prove
 
-    findings.enter("proof")
-    with findings.guard(), contextlib.suppress(Unsupported, Refused):
+    try:
         return dataclasses.asdict(prove(run, simulated, count_calls(applied)))
-    return {}
+    except Exception as error:
+        return {} if isinstance(error, (Unsupported, Refused)) else {"why": f"not traced: {type(error).__name__}"}
 
 
 def facts(recipe: Recipe, sequences: int | None, tried: int = 0, duplicates: int = 0) -> dict[str, Any]:
