@@ -91,38 +91,30 @@ def is_context(piece: Piece, segments: Segments) -> bool:
 def join(segments: Segments, pieces: Iterable[Piece], apart: bool = False) -> Segments:
     """A prompt of these of its pieces. A part of which only white space is left goes, but for the end of the prompt.
 
-    The white space that stood behind a part stands there again, whatever piece it was in. With `apart` a space goes
-    between pieces of two words that would become one, as `2024` and `ing` of what was `2024 (printing`.
+    White space in front of a part is made part of what comes before it, as `Segments` has it. With `apart` a space
+    goes between pieces of two words that would become one, as `2024` and `ing` of what was `2024 (printing`.
     """
-    whole, text = list_parts(segments), segments.text()
-    parts = [""] * len(whole)
+    parts = [""] * len(list_parts(segments))
+    text = segments.text() if apart else ""
     end: Piece | None = None
     for piece in pieces:
         lost = apart and end is not None and end.place + len(end.text) < piece.place
         glued = lost and TAIL.search("".join(parts)[-2:]) and HEAD.match(text, piece.place)
         parts[piece.part] += " " + piece.text if glued else piece.text
         end = piece
-    gaps = [find_gap(text, place) for place in itertools.accumulate(map(len, whole))]
     last: int | None = None  # part before that is not empty
-    space = ""  # white space of parts behind it that go
-    for i, left in enumerate(parts):
-        if not left.strip() and (end is None or i != end.part):
-            space, parts[i] = space + left, ""
-        elif last is not None and left.strip():
-            parts[i] = left.lstrip()
-            gap = next(filter(None, gaps[last:i]), "")
-            space += left[: len(left) - len(parts[i])]
-            parts[last] = parts[last].rstrip() + gap if gap else parts[last] + space
+    gone = False  # whether white space behind it is
+    for i, text in enumerate(parts):
+        if not text.strip() and (end is None or i != end.part):
+            gone, parts[i] = gone or bool(text), ""
+        elif last is not None and text.strip():
+            space = text[: len(text) - len(text.lstrip())]
+            space = space or (" " if apart and gone and not parts[last][-1].isspace() else "")
+            parts[last], parts[i] = parts[last] + space, text.lstrip()
         if parts[i]:
-            last, space = i, ""
+            last, gone = i, False
     contexts = tuple(text for text in parts[2:-1] if text)
     return dataclasses.replace(segments, system=parts[0], instruction=parts[1], contexts=contexts, question=parts[-1])
-
-
-def find_gap(text: str, place: int) -> str:
-    """The white space around a place of a text."""
-    before, behind = text[:place], text[place:]
-    return before[len(before.rstrip()) :] + behind[: len(behind) - len(behind.lstrip())]
 
 
 def count_tokens(pieces: Iterable[Piece]) -> int:

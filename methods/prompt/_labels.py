@@ -23,7 +23,6 @@ from effbench.nn.train.batches import IGNORED
 from effbench.nn.train.fit import fit
 from effbench.nn.train.settings import FitSettings
 from effbench.nn.train.windows import training_on
-from effbench.sources.words import is_unspaced
 
 Words = list[list[Piece]]
 WRITTEN = 0.5  # share of the tokens of a text that its compression has
@@ -34,15 +33,10 @@ LEAST = 8  # words of a text that is learned
 
 
 def cut_words(pieces: Sequence[Piece]) -> Words:
-    """Pieces in words: one begins with white space, and with a mark of punctuation.
-
-    In a script without spaces each piece is one, and what is behind it begins another.
-    """
+    """Pieces in words: one begins with white space, and with a mark of punctuation."""
     words: Words = []
-    unspaced = False
     for piece in pieces:
-        before, unspaced = unspaced, is_unspaced(piece.text)
-        if not words or before or unspaced or piece.text[:1].isspace() or not any(map(str.isalnum, piece.text)):
+        if not words or piece.text[:1].isspace() or not any(map(str.isalnum, piece.text)):
             words.append([])
         words[-1].append(piece)
     return words

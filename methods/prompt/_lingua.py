@@ -84,12 +84,10 @@ def compress_stream(
     step: int,
     forced: Set[Piece],
     condition: list[int] | None = None,
-    owed: float = 0.0,
 ) -> list[Piece]:
     """Iterative token-level compression: each segment is judged behind the `prefix` and what was kept before it.
 
-    By its losses, or by how much less they are behind a `condition` in front of all, such as the question. Tokens that
-    a segment has kept too few or too many, as those that were `owed` before the first, are made up for by the next.
+    By its losses, or by how much less they are behind a `condition` in front of all, such as the question.
     """
     if rate >= 1:
         return [*stream]
@@ -100,29 +98,23 @@ def compress_stream(
         if condition is not None:
             (behind,) = judge.losses([([judge.first, *condition], seen, ids)])
             worth = [loss - less for loss, less in zip(worth, behind, strict=True)]
-        owed += rate * len(ids)
-        stay = select(segment, worth, owed, forced)
-        owed -= count_tokens(stay)
-        kept += stay
+        kept += select(segment, worth, rate, forced)
     return kept
 
 
-def select(segment: Sequence[Piece], worth: Sequence[float], tokens: float, forced: Set[Piece]) -> list[Piece]:
-    """The pieces whose tokens are worth most on average, by one number a token, as near to so many tokens as they come.
-
-    Where all pieces are single tokens that is the paper's threshold: the percentile above which the share that stays
-    lies, to the nearest token. What stays whatever it is worth counts first.
-    """
+def select(segment: Sequence[Piece], worth: Sequence[float], rate: float, forced: Set[Piece]) -> list[Piece]:
+    """The pieces with a token whose worth, one number a token, is above the threshold of a share `rate` of them."""
     left = iter(worth)
-    means = [sum(itertools.islice(left, len(piece.ids))) / len(piece.ids) for piece in segment]
-    stays = [piece.stays or piece in forced for piece in segment]
-    for i in sorted(range(len(segment)), key=lambda i: (not stays[i], -means[i])):
-        size = len(segment[i].ids)
-        if not stays[i] and tokens + 1e-9 < size / 2:
-            break
-        stays[i] = True
-        tokens -= size
-    return [piece for piece, stay in zip(segment, stays, strict=True) if stay]
+    own = [[math.inf if piece in forced else x for x in itertools.islice(left, len(piece.ids))] for piece in segment]
+    gamma = find_threshold([*itertools.chain.from_iterable(own)], rate)
+    pairs = zip(segment, own, strict=True)
+    return [piece for piece, values in pairs if piece.stays or piece in forced or max(values) > gamma]
+
+
+def find_threshold(worth: Sequence[float], rate: float) -> float:
+    """gamma_j: the percentile above which a share `rate` lies, to the nearest token."""
+    dropped = len(worth) - int(rate * len(worth) + 0.5)
+    return sorted(worth)[dropped - 1] if dropped > 0 else -float("inf")
 
 
 def select_as_package(
@@ -170,9 +162,7 @@ def select_as_package(
             losses = [loss for loss, stay in zip(losses, stays[:-1], strict=True) if stay]
             alone = [loss for loss, stay in zip(alone, stays[start:-1], strict=True) if stay] if start else []
             end = stop - stays[:stop].count(False) + step
-    left = {*where}
-    worth = [float(place in left or piece.stays) for place, (piece, _) in enumerate(stream)]
-    kept = {*select(joined, worth, sum(worth), set())}  # as many tokens, of which it tears those of one character apart
+    kept = {stream[place][0] for place in where if place >= 0}
     return [piece for context in contexts for piece in context if piece in kept or piece.stays]
 
 

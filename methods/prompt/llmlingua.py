@@ -116,8 +116,8 @@ class LLMLingua(Lingua):
         (losses,) = judge.losses([([judge.first], [], list_ids([*instruction, *context, *question]))])
         kept: list[Piece] = []
         left = iter(losses)
-        for part, tokens in (instruction, self.instruction * ins), (context, room), (question, self.question * que):
-            kept += select(part, [*itertools.islice(left, count_tokens(part))], tokens, forced)
+        for part, rate in (instruction, self.instruction), (context, room / max(1, size)), (question, self.question):
+            kept += select(part, [*itertools.islice(left, count_tokens(part))], rate, forced)
         return kept
 
 

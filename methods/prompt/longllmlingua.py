@@ -105,11 +105,8 @@ class LongLLMLingua(Lingua):
             kept = [*instruction, *select_as_package(judge, condition, contexts, rates, self.step), *question]
         else:
             kept = compress_stream(judge, [], instruction, tau_ins, self.step, forced)
-            owed = 0.0
             for context, rate in zip(contexts, rates, strict=True):
-                chosen = compress_stream(judge, list_ids(kept), context, rate, self.step, forced, condition, owed)
-                owed += rate * count_tokens(context) - count_tokens(chosen)
-                kept += chosen
+                kept += compress_stream(judge, list_ids(kept), context, rate, self.step, forced, condition)
             kept += compress_stream(judge, list_ids(kept), question, tau_que, self.step, forced)
         note_chunks(run, self, judge.chunks)
         return join(segments, kept, apart=self.force)

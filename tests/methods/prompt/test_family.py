@@ -23,7 +23,7 @@ from effbench.core.errors import Usage
 from effbench.core.kinds import Shorten
 from effbench.core.recipe import parse
 from effbench.core.views import Segments
-from effbench.methods.prompt._common import COMMON, WORD, Judged, is_named, list_parts
+from effbench.methods.prompt._common import COMMON, WORD, Judged, is_named
 from effbench.nn.files.load import open_run
 from effbench.nn.run import ModelRun
 
@@ -77,73 +77,6 @@ def test_a_share_of_the_whole_prompt_stays(key: str, keep: float, under: Under) 
         after += count(run, run.rewrite(prompt))
     assert after <= (keep + 0.05) * before
     assert after >= (keep - 0.05) * before or key == "summarize"
-
-
-SCRIPTS = {  # letters of three or four tokens each
-    "chinese": ("老鹦鹉在厨房里吃了一些种子医生的绳子掉大厅雾散后鼹鼠寻找甲虫硬币", "。", "医生在哪里？"),
-    "emoji": ("😀😃🐶🐱🚗🌧🍎🎵🏠🚀🐝🌲🔥🎲📚🧊", "! ", "😀🐶?"),
-    "mixed": ("种子医生😀🐶 the rope ", ". ", "Where is 医生?"),
-}
-
-
-def write_in(letters: str, end: str, question: str) -> list[Segments]:
-    """Prompts of one context and of four, of some 250 tokens and more."""
-    chance = random.Random(letters)
-
-    def say(sentences: int) -> str:
-        return "".join("".join(chance.choices(letters, k=chance.randint(4, 9))) + end for _ in range(sentences)) + "\n"
-
-    return [Segments("", "Notes: ", tuple(say(16 // n) for _ in range(n)), question) for n in (1, 4)]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("keep", [0.25, 0.5])
-@pytest.mark.parametrize("key", SHORTEN)
-def test_a_share_stays_of_letters_with_several_tokens(key: str, keep: float, script: str, under: Under) -> None:
-    run = under(key, keep=keep)
-    for prompt in write_in(*SCRIPTS[script]):
-        short = run.rewrite(prompt)
-        assert count(run, short) <= (keep + 0.05) * count(run, prompt)
-        assert count(run, short) >= (keep - 0.05) * count(run, prompt) or key == "summarize"
-        assert "\ufffd" not in short.text() or key == "summarize"  # which may write bytes of no letter
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(
-    ("key", "fields"),
-    [
-        ("llmlingua", {"order": "topk"}),
-        ("llmlingua", {"step": 7}),
-        ("longllmlingua", {"step": 7, "reorder": False}),
-        ("selective_context", {"unit": "token"}),
-        ("extractive", {"unit": "phrase"}),
-        ("attention_pruning", {"queries": "all"}),
-    ],
-    ids=str,
-)
-def test_it_does_in_other_forms_of_the_methods(key: str, fields: dict[str, Any], script: str, under: Under) -> None:
-    run = under(key, **fields)
-    for prompt in write_in(*SCRIPTS[script]):
-        assert count(run, run.rewrite(prompt)) / count(run, prompt) == pytest.approx(0.5, abs=0.05)
-
-
-FORMS = [*((key, {}) for key in SHORTEN)]
-FORMS += [("selective_context", {"unit": unit}) for unit in ("token", "sentence")]
-FORMS += [("extractive", {"unit": "phrase"}), ("retrieval", {"unit": "sentence"}), ("llmlingua", {"order": "topk"})]
-FORMS += [(key, {"tail": "package", "step": 20}) for key in ("llmlingua", "longllmlingua")]
-
-
-@pytest.mark.parametrize(("key", "fields"), FORMS, ids=str)
-def test_parts_are_not_run_together(key: str, fields: dict[str, Any], under: Under) -> None:
-    """Also where the token that goes brought the white space: words have several, of which the first has it."""
-    run = under(key, **fields)
-    words = ["supply", "pilgrims", "Kilmarnock", "notwithstanding", "perpetual", "phlegmatic", "quixotic", "helping"]
-    for number in range(6):
-        chance = random.Random(number)
-        contexts = (" ".join(chance.choices(words, k=8)).capitalize() + ". " for _ in range(6))
-        prompt = Segments("Be brief. ", "Read the notes. ", tuple(contexts), "Who has a Kilmarnock?")
-        new = [part for part in list_parts(run.rewrite(prompt)) if part]
-        assert len(new) > 2 and all(part.endswith(" ") for part in new[:-1]), new
 
 
 @pytest.mark.parametrize("key", SHORTEN)

@@ -116,12 +116,6 @@ def test_words_begin_with_white_space_and_marks() -> None:
     assert [say(word) for word in cut_words(pieces)] == ["The", " keyboard", ",", " it", "'s", "\nTwo"]
 
 
-def test_words_of_a_script_without_spaces_are_pieces() -> None:
-    texts = ["The", " 老", "鹦鹉", "a", "b", "。", "ต", "도", "어"]
-    pieces = [Piece(text, (i,), 0, False, i) for i, text in enumerate(texts)]
-    assert [say(word) for word in cut_words(pieces)] == ["The", " 老", "鹦鹉", "ab", "。", "ต", "도어"]
-
-
 def test_alignment_by_hand() -> None:
     original = ["the", "rope", "fell", "in", "the", "hall", "and", "the", "coin", "fell", "in", "the", "tower"]
 

@@ -173,23 +173,3 @@ def test_pieces_are_the_prompt(system: str, instruction: str, contexts: list[str
     new = join(prompt, chosen)
     assert join_words(new.text()) == join_words("".join(piece.text for piece in chosen))
     assert all(text.strip() for text in new.contexts[:-1])
-
-
-GAPS = st.sampled_from(["", " ", "  ", "\n", "\n\n", " \n"])
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(PARTS.map(str.strip), GAPS), min_size=2, max_size=5), st.booleans(), st.data())
-def test_white_space_behind_a_part_stays_with_it(told: list[tuple[str, str]], apart: bool, data: Any) -> None:
-    """Whatever piece it was in, such as the first of the next part, and also where parts between have gone."""
-    instruction, *contexts, question = (part + gap if part else "" for part, gap in told)
-    prompt = Segments("", instruction, tuple(contexts), question.rstrip())
-    pieces = cut(prompt, tokenizer())
-    assert join(prompt, pieces, apart).text() == prompt.text()
-    chosen = [piece for piece in pieces if piece.stays or data.draw(st.booleans())]
-    left = {piece.part for piece in chosen if piece.text.strip()}
-    new = [text for text in list_parts(join(prompt, chosen, apart)) if text.strip()]
-    for text, i, behind in zip(new, sorted(left), sorted(left)[1:], strict=False):
-        gaps = (part[len(part.rstrip()) :] for part in list_parts(prompt)[i:behind])
-        gap = next(filter(None, gaps), "")
-        assert text.endswith(gap) and (not gap or text == text.rstrip() + gap)
